@@ -1,0 +1,89 @@
+"""Every error that a user can meet, and what to do next.
+
+    PixnerdError                  exit code 1: the work failed
+    ├── SettingsError             exit code 2: a setting, an argument or a recipe is wrong
+    ├── StoreError                object storage said no
+    │   ├── StoreUnreachable      nobody answers at the store's URL, or the credentials are refused
+    │   ├── NotFound              no such object
+    │   └── UnsafeStore           the server ignores create-if-absent, so records would not be safe in it
+    ├── RecordError               a record is unreadable or from a newer pixnerd
+    ├── DataError                 a corpus, shard or snapshot is not what it claims to be
+    ├── CheckpointError           a checkpoint is missing, damaged, or of another shape
+    ├── TrainingError             training diverged or a worker died for good
+    ├── EvaluationError           prompts, images or a judge are not usable
+    ├── ClusterError              Ray could not be started, reached, or given what was asked for
+    └── StageFailed               a stage of a workflow failed; wraps the cause
+
+`message` says what happened, `remedy` what to do about it: both are required, since an error without a next step is a
+dead end. Programming errors are asserts and ordinary exceptions, never these.
+"""
+
+from __future__ import annotations
+
+
+class PixnerdError(Exception):
+    exit_code = 1
+
+    def __init__(self, message: str, *, remedy: str) -> None:
+        super().__init__(message, remedy)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}: {self.remedy}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The keyword-only remedy would be lost on the way home from a Ray worker.
+        return _rebuild, (type(self), self.message, self.remedy)
+
+
+def _rebuild(kind: type[PixnerdError], message: str, remedy: str) -> PixnerdError:
+    return kind(message, remedy=remedy)
+
+
+class SettingsError(PixnerdError):
+    exit_code = 2
+
+
+class StoreError(PixnerdError):
+    pass
+
+
+class StoreUnreachable(StoreError):
+    pass
+
+
+class NotFound(StoreError):
+    pass
+
+
+class UnsafeStore(StoreError):
+    pass
+
+
+class RecordError(PixnerdError):
+    pass
+
+
+class DataError(PixnerdError):
+    pass
+
+
+class CheckpointError(PixnerdError):
+    pass
+
+
+class TrainingError(PixnerdError):
+    pass
+
+
+class EvaluationError(PixnerdError):
+    pass
+
+
+class ClusterError(PixnerdError):
+    pass
+
+
+class StageFailed(PixnerdError):
+    pass

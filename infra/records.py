@@ -1,0 +1,167 @@
+"""The nouns that cross floors: small JSON objects that say what is done and where its data lies.
+
+    StageRecord         one stage of a workflow is done: from what, with which settings, giving what
+    ├── ShardRecord     one shard of prepared images: its tar, its index, and the count of every input's fate
+    ├── SnapshotRecord  a dataset version: the rows of which shards, after which filter, split how
+    ├── CheckpointRecord  a trained network at a step, and the data and settings it came from
+    └── EvalReport      scores with intervals, from which checkpoint, judge and prompts
+
+A record is written last and only if absent: the data it names is already there, its existence means done, the first
+writer wins. Data objects carry their sha256 in their names, so a record can be checked against what it names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from infra.config import canonical_json, digest
+from infra.errors import DataError, RecordError
+from infra.store import Store
+
+
+class Record(BaseModel):
+    """Unknown fields are refused: a record of a newer schema must not be half understood."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    newest_schema: ClassVar[int] = 1
+    schema_version: int = 1
+
+    def digest(self) -> str:
+        return digest(self.model_dump(mode="json"))
+
+
+class DataObject(BaseModel):
+    """A data object in the store: its key holds its sha256, so bytes and name can be held against each other."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    key: str
+    sha256: str
+    size: int
+
+
+class ShardRecord(Record):
+    plan: str  # digest of inputs and settings: one plan, one set of shards
+    size: str  # what the images were made into: "256", or a bucket set's name
+    number: int
+    tar: DataObject | None  # None where every input was rejected
+    index: DataObject  # one row per input, accepted or not
+    accepted: int
+    rejected: dict[str, int]  # cause -> count
+
+    @property
+    def inputs(self) -> int:
+        return self.accepted + sum(self.rejected.values())
+
+
+class SnapshotRecord(Record):
+    shards: str  # key prefix of the shard records it was made from
+    size: str
+    selection: DataObject  # Parquet: one row per training sample
+    held_out: DataObject  # the same, for the samples that training never sees
+    rows: int
+    held_out_rows: int
+    counts: list[tuple[str, int]]  # ("all", n), then (condition, rows left after it)
+
+
+class CheckpointRecord(Record):
+    folder: str  # key prefix of config.json, model.safetensors, ...
+    files: dict[str, DataObject]  # name in the folder -> object
+    run: str  # digest of the training run
+    step: int
+    position: int  # samples consumed
+    snapshot: str  # digest of the snapshot it saw
+    start_from: str | None  # digest of the checkpoint it started from
+    parameters: int
+    curve: DataObject | None = None  # Parquet: one row per logged step
+
+
+class Interval(BaseModel):
+    """A score with its 95 % interval."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    value: float
+    low: float
+    high: float
+
+
+class EvalReport(Record):
+    protocol: str  # "geneval", "dpg", "fid"
+    judge: str
+    prompts: str  # digest of the prompt set
+    checkpoint: str  # digest of the checkpoint record
+    images: int
+    failed: int  # items without a score: they count as wrong
+    scores: dict[str, Interval]  # "geneval/overall", "geneval/counting", ...
+    details: DataObject  # Parquet: one row per image with the verdict and its reason
+    samples: dict[str, DataObject] = Field(default_factory=dict)  # "contact sheet" and the like
+
+
+class StageRecord(Record):
+    stage: str  # its name in the workflow
+    kind: str
+    inputs: dict[str, str]  # name of the stage it depends on -> digest of that stage's work
+    settings: dict[str, Any]  # those that change results
+    output: dict[str, Any]  # what the next stages need: keys, records, counts
+    versions: dict[str, str]
+    started: str
+    seconds: float
+
+
+R = TypeVar("R", bound=Record)
+
+
+def put_data(store: Store, prefix: str, name: str, data: bytes | Path) -> DataObject:
+    """Store a data object as `prefix/stem-sha256.suffix`; writing the same bytes twice is harmless."""
+    if isinstance(data, bytes):
+        sha256, size = hashlib.sha256(data).hexdigest(), len(data)
+    else:
+        with data.open("rb") as file:
+            sha256, size = hashlib.file_digest(file, "sha256").hexdigest(), data.stat().st_size
+    stem, dot, suffix = name.partition(".")
+    key = f"{prefix}/{stem}-{sha256}{dot}{suffix}"
+    store.put(key, data)
+    return DataObject(key=key, sha256=sha256, size=size)
+
+
+def fetch_data(store: Store, data: DataObject, path: Path) -> None:
+    """Download an object and hold its bytes against its name; what does not match never appears at `path`."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    store.download(data.key, partial)
+    with partial.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != data.sha256:
+        partial.unlink()
+        raise DataError(
+            f"{store.url}/{data.key} does not hold the bytes that its name promises",
+            remedy="restore it from a backup, or remove its record so that it is made again",
+        )
+    partial.replace(path)
+
+
+def write_record(store: Store, key: str, record: Record) -> bool:
+    """True if this writer was the first. A second writer's record is dropped: theirs already means done."""
+    return store.create(key, (canonical_json(record) + "\n").encode())
+
+
+def read_record(store: Store, key: str, kind: type[R]) -> R:
+    data = store.get(key)
+    try:
+        plain = json.loads(data)
+        version = plain.get("schema_version")
+        if isinstance(version, int) and version > kind.newest_schema:
+            raise RecordError(
+                f"{key} is a {kind.__name__} of schema {version}, this pixnerd reads up to {kind.newest_schema}",
+                remedy="use the pixnerd that wrote it, or a newer one",
+            )
+        return kind.model_validate(plain)
+    except (ValueError, AttributeError, ValidationError) as error:
+        raise RecordError(
+            f"{store.url}/{key} is not a readable {kind.__name__} ({type(error).__name__})",
+            remedy="remove the object; the stage that wrote it will run again",
+        ) from None

@@ -1,0 +1,689 @@
+"""Object storage behind a URL: `file:///folder` (or a plain path) and `s3://bucket/prefix`, with one behaviour.
+
+What the rest of pixnerd builds on, and what `probe` checks once at start-up:
+
+- an object appears whole or not at all, whenever the writer is killed;
+- `create` is create-if-absent: of any number of writers exactly one is told True. On S3 an object of
+  `multipart_threshold` or more is exact only where the server honours the condition on CompleteMultipartUpload; older
+  radosgw ignores it there, so existence is also checked just before. What is left is a race between two writers of
+  the same large object, which is harmless because data objects carry their sha256 in their names. Records are small.
+- `list` is sorted by the UTF-8 bytes of the keys, also for files, and never shows what lies under `.tmp/`.
+
+A writer killed in the middle of a multipart upload leaves parts that no reader sees: give the bucket a lifecycle rule
+that aborts incomplete uploads.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+import stat
+import threading
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from pydantic import ConfigDict, field_validator, model_validator
+
+from infra.config import Secret, Settings, operational
+from infra.errors import NotFound, SettingsError, StoreError, StoreUnreachable, UnsafeStore
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+SCRATCH = ".tmp"  # unfinished files and probes: never listed
+STALE_SECONDS = 24 * 3600.0  # a scratch file this old belongs to a process that was killed
+COPY_BYTES = 1 << 20
+MIB = 1 << 20
+MAX_PARTS = 10_000  # of one multipart upload
+LONGEST_PAUSE = 20.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    key: str
+    size: int
+
+
+class StoreSettings(Settings):
+    """How an s3:// store is reached. What is not set here comes from the standard AWS_* variables and files."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # an endpoint or a key may hold a password by mistake
+
+    endpoint_url: str | None = operational(None)
+    region: str | None = operational(None)
+    access_key: Secret | None = operational(None)
+    secret_key: Secret | None = operational(None)
+    path_style: bool | None = operational(None)  # None: yes where an endpoint is named, no on AWS itself
+    retries: int = operational(8, ge=0)
+    timeout: float = operational(60.0, gt=0)  # seconds without a byte
+    backoff: float = operational(0.2, ge=0)  # seconds, the mean of the first pause
+    connections: int = operational(8, ge=1)  # parts of one large object in flight
+    multipart_threshold: int = operational(64 * MIB, ge=1)
+    part_size: int = operational(16 * MIB, ge=5 * MIB)  # S3 takes no smaller ones, except for the last
+    page_size: int = operational(1000, ge=1, le=1000)
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _plain_endpoint(cls, value: str | None) -> str | None:
+        if value is not None:
+            parts = urlsplit(value)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("an endpoint is written http://host:port or https://host")
+            if "@" in parts.netloc:
+                raise ValueError("an endpoint holds no user and password; use access_key and secret_key")
+        return value
+
+    @model_validator(mode="after")
+    def _both_keys(self) -> StoreSettings:
+        if (self.access_key is None) != (self.secret_key is None):
+            raise ValueError("access_key and secret_key go together: set both or neither")
+        return self
+
+
+def check_key(key: str) -> str:
+    """The key itself, or StoreError: keys also come out of records and listings, which others may have written."""
+    parts = key.split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        wrong = "is not relative, or has an empty, `.` or `..` part"
+    elif any(ord(letter) < 32 or 0x7F <= ord(letter) < 0xA0 or 0xD800 <= ord(letter) < 0xE000 for letter in key):
+        wrong = "has control characters, or is not Unicode"
+    elif any(len(part.encode()) > 255 for part in parts):
+        wrong = "has a part of more than 255 bytes"
+    else:
+        return key
+    raise StoreError(f"the key {key[:200]!a} {wrong}", remedy="rename the object; keys look like a/b/c.tar")
+
+
+class Store(ABC):
+    """Objects by key. Stores pickle: a task in another process opens its own connection."""
+
+    url: str
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"
+
+    @abstractmethod
+    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes [start, end), clipped to the object; NotFound if there is none."""
+
+    @abstractmethod
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Write the object, over whatever was there."""
+
+    @abstractmethod
+    def create(self, key: str, data: bytes | Path) -> bool:
+        """Write the object unless there is one; False if somebody was first."""
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """The objects whose keys start with `prefix`, sorted by key, read page by page."""
+
+    @abstractmethod
+    def size(self, key: str) -> int | None:
+        """Bytes of the object, None if there is none."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove the object; none is fine."""
+
+    @abstractmethod
+    def download(self, key: str, path: Path) -> None:
+        """Copy the object to a file, which appears whole or not at all."""
+
+    def exists(self, key: str) -> bool:
+        return self.size(key) is not None
+
+    def probe(self) -> None:
+        """Raise StoreUnreachable if nobody answers, UnsafeStore if create-if-absent does not hold here."""
+        key = f"{SCRATCH}/probe-{uuid.uuid4().hex}"
+        try:
+            first, second = self.create(key, b"first"), self.create(key, b"second")
+            if not first or second or self.get(key) != b"first":
+                raise UnsafeStore(
+                    f"{self.url} ignores create-if-absent, so two workers could both believe that they were first",
+                    remedy="use a server that honours If-None-Match on PutObject (AWS, R2, MinIO, Ceph do), or file://",
+                )
+        finally:
+            with suppress(StoreError):  # what went wrong above is what the user needs to hear
+                self.delete(key)
+
+
+def open_store(url: str, settings: StoreSettings | None = None) -> Store:
+    """The store at a URL; nothing is contacted or created yet."""
+    scheme, separator, rest = url.partition("://")
+    if not separator and url and not url.startswith(("file:", "s3:")):
+        return FileStore(Path(url).expanduser())
+    if separator and scheme.lower() == "file":
+        host, slash, path = rest.partition("/")
+        if host not in ("", "localhost") or not slash:
+            raise SettingsError("a file:// URL names no host", remedy="write file:///absolute/path, or a plain path")
+        return FileStore(Path("/" + unquote(path)))
+    if separator and scheme.lower() == "s3":
+        return S3Store(rest, settings or StoreSettings())
+    raise SettingsError(
+        f"no store has URLs that begin with `{scheme[:20]}`",
+        remedy="write file:///folder, /folder or s3://bucket/prefix",
+    )
+
+
+class FileStore(Store):
+    """A folder. Objects are written in its `.tmp` first, so the folder must be one filesystem."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self.url = self.root.as_uri()
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        _check_range(start, end)
+        path = self._path(key)
+        with self._explained(key), path.open("rb") as file:
+            file.seek(start)
+            return file.read(-1 if end is None else end - start)
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        path = self._path(key)
+        with self._scratch(key, data) as temporary, self._explained(key, writing=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+
+    def create(self, key: str, data: bytes | Path) -> bool:
+        path = self._path(key)
+        with self._scratch(key, data) as temporary, self._explained(key, writing=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                if path.is_dir():
+                    raise IsADirectoryError(path) from None
+                # NFS may lose the answer to a link that it made and fail the repeated call; the link count knows.
+                return temporary.stat().st_nlink > 1
+            _sync_folder(path.parent)
+            return True
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        folder, slash, _ = prefix.rpartition("/")
+        top = self._path(folder) if slash else self.root
+        yield from self._walk(top, folder + slash, prefix)
+
+    def _walk(self, folder: Path, base: str, prefix: str) -> Iterator[Entry]:
+        with self._explained(base, writing=True):
+            try:
+                with os.scandir(folder) as found:
+                    # With its slash, a folder sorts where the keys below it do.
+                    here = [(base + e.name + ("/" if e.is_dir(follow_symlinks=False) else ""), e) for e in found]
+            except (FileNotFoundError, NotADirectoryError):
+                return
+        for key, entry in sorted(here, key=lambda pair: os.fsencode(pair[0])):
+            if not key.startswith(prefix) and not prefix.startswith(key):
+                continue
+            if key.endswith("/"):
+                if key != f"{SCRATCH}/":
+                    yield from self._walk(folder / entry.name, key, prefix)
+            elif entry.is_file(follow_symlinks=False):
+                with suppress(FileNotFoundError):  # deleted since it was seen
+                    yield Entry(check_key(key), entry.stat(follow_symlinks=False).st_size)
+
+    def size(self, key: str) -> int | None:
+        path = self._path(key)
+        try:
+            with self._explained(key):
+                found = path.stat()
+        except NotFound:
+            return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with suppress(NotFound), self._explained(key):
+            path.unlink()
+
+    def download(self, key: str, path: Path) -> None:
+        source = self._path(key)
+        with _appearing(path) as file, self._explained(key), source.open("rb") as found:
+            shutil.copyfileobj(found, file, COPY_BYTES)
+
+    def probe(self) -> None:
+        super().probe()
+        with suppress(FileNotFoundError):
+            for entry in os.scandir(self.root / SCRATCH):
+                with suppress(FileNotFoundError):  # another probe was faster
+                    if entry.stat().st_mtime < time.time() - STALE_SECONDS:
+                        os.unlink(entry)
+
+    def _path(self, key: str) -> Path:
+        path = self.root / check_key(key)
+        if path.resolve() != path:
+            raise StoreError(
+                f"{key!a} in {self.url} goes through a symbolic link", remedy="put a real file or folder in its place"
+            )
+        return path
+
+    @contextmanager
+    def _scratch(self, key: str, data: bytes | Path) -> Iterator[Path]:
+        """The data in a file of this filesystem, safely on disk."""
+        folder = self._path(SCRATCH)
+        temporary = folder / uuid.uuid4().hex
+        source = data.open("rb") if isinstance(data, Path) else None
+        try:
+            with self._explained(key, writing=True):
+                folder.mkdir(parents=True, exist_ok=True)
+                with temporary.open("xb") as file:
+                    if source is None:
+                        file.write(data)  # type: ignore[arg-type]
+                    else:
+                        shutil.copyfileobj(source, file, COPY_BYTES)
+                    _sync(file)
+            yield temporary
+        finally:
+            if source is not None:
+                source.close()
+            temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _explained(self, key: str, *, writing: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except PermissionError as error:
+            raise StoreUnreachable(
+                f"{self.url} may not be {'written' if writing else 'read'} at {key!a}",
+                remedy="give this user the right to read and write there",
+            ) from error
+        except OSError as error:
+            if not writing and isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+                raise _not_found(self, key) from None
+            if isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError):
+                remedy = "on disk a key cannot be an object and a folder at once: choose another key"
+            else:
+                remedy = "check the disk and its free space; the filesystem must allow hard links"
+            raise StoreError(f"{self.url} failed at {key!a} ({error.strerror or error})", remedy=remedy) from error
+
+
+class S3Store(Store):
+    """A bucket, or a prefix in one, through boto3's low-level client, whose own retries are off: ours are the only."""
+
+    def __init__(self, place: str, settings: StoreSettings) -> None:
+        bucket, _, prefix = place.partition("/")
+        prefix = prefix.rstrip("/")
+        if not bucket or not all(letter.isascii() and (letter.isalnum() or letter in ".-_") for letter in bucket):
+            # The URL is not repeated: it may be user:password@host.
+            raise SettingsError("an s3:// URL names no bucket", remedy="write s3://bucket/prefix, without credentials")
+        self.bucket, self.settings = bucket, settings
+        self.base = check_key(prefix) + "/" if prefix else ""
+        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._lock = threading.Lock()
+        self._client: tuple[int, Any] | None = None  # the process that made it, and the client
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return S3Store, (self.url.removeprefix("s3://"), self.settings)
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        _check_range(start, end)
+        name = self._name(key)
+        if start == end:  # HTTP cannot ask for no bytes
+            if not self.exists(key):
+                raise _not_found(self, key)
+            return b""
+        with self._explained(key):
+            chunks: list[bytes] = self._retry(lambda: list(self._read(name, start, end)[1]))
+        return b"".join(chunks)
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        self._write(key, data, {})
+
+    def create(self, key: str, data: bytes | Path) -> bool:
+        return self._write(key, data, {"IfNoneMatch": "*"})
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        ask = {"Bucket": self.bucket, "Prefix": self.base + prefix, "MaxKeys": self.settings.page_size}
+        while True:
+            with self._explained(prefix):
+                page: dict[str, Any] = self._retry(lambda: self._s3().list_objects_v2(**ask))
+            for item in page.get("Contents", ()):
+                key = item["Key"].removeprefix(self.base)
+                # Browsers of buckets make empty objects called `folder/`.
+                if not key.startswith(f"{SCRATCH}/") and not item["Key"].endswith("/"):
+                    yield Entry(check_key(key), item["Size"])
+            if not page.get("IsTruncated"):
+                return
+            ask["ContinuationToken"] = page["NextContinuationToken"]
+
+    def size(self, key: str) -> int | None:
+        name = self._name(key)
+        try:
+            with self._explained(key):
+                return int(self._retry(lambda: self._s3().head_object(Bucket=self.bucket, Key=name))["ContentLength"])
+        except NotFound:
+            return None
+
+    def delete(self, key: str) -> None:
+        name = self._name(key)
+        with suppress(NotFound), self._explained(key):
+            self._retry(lambda: self._s3().delete_object(Bucket=self.bucket, Key=name))
+
+    def download(self, key: str, path: Path) -> None:
+        name, step = self._name(key), self.settings.part_size
+        with _appearing(path) as file, self._explained(key):
+
+            def fetch(start: int) -> tuple[int, str]:
+                (total, etag), chunks = self._read(name, start, start + step)
+                at = start
+                for chunk in chunks:
+                    at += os.pwrite(file.fileno(), chunk, at)
+                return total, etag
+
+            total, etag = self._retry(lambda: fetch(0))
+            with ThreadPoolExecutor(self.settings.connections) as pool:
+                for part in pool.map(lambda start: self._retry(lambda: fetch(start)), range(step, total, step)):
+                    if part != (total, etag):
+                        raise StoreError(
+                            f"{key!a} in {self.url} was replaced while it was read", remedy="run again; write it once"
+                        )
+
+    def probe(self) -> None:
+        # Whoever waits at a prompt wants to hear of a wrong endpoint now, not after all the patience of a long job.
+        impatient = self.settings.model_copy(update={"retries": min(self.settings.retries, 2)})
+        super(S3Store, S3Store(self.url.removeprefix("s3://"), impatient)).probe()
+
+    def _read(self, name: str, start: int, end: int | None) -> tuple[tuple[int, str], Iterator[bytes]]:
+        """The size and tag of the whole object, and bytes [start, end) of it in chunks; a short body raises."""
+        from botocore.exceptions import ClientError
+
+        ask = {"Bucket": self.bucket, "Key": name}
+        if start or end is not None:
+            ask["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+        try:
+            answer = self._s3().get_object(**ask)
+        except ClientError as error:
+            if _status(error) != 416:  # nothing there: it begins past the end
+                raise
+            return (0, ""), iter(())
+        total = answer.get("ContentRange", "").rpartition("/")[2] or answer["ContentLength"]
+        return (int(total), answer["ETag"]), answer["Body"].iter_chunks(COPY_BYTES)
+
+    def _write(self, key: str, data: bytes | Path, condition: dict[str, str]) -> bool:
+        name = self._name(key)
+        size = data.stat().st_size if isinstance(data, Path) else len(data)
+        writer = uuid.uuid4().hex  # stays with the object, so that a lost answer is no riddle
+        with self._explained(key):
+            if size >= self.settings.multipart_threshold:
+                # A conflict spoils the upload: it is started again from the beginning.
+                return self._retry(lambda: self._upload(name, data, size, writer, condition), when=_conflict)
+            body = data.read_bytes() if isinstance(data, Path) else data
+            return self._retry(
+                lambda: self._put(name, body, writer, condition),
+                when=lambda error: _transient(error) or _conflict(error),
+            )
+
+    def _put(self, name: str, body: bytes, writer: str, condition: dict[str, str]) -> bool:
+        from botocore.exceptions import ClientError
+
+        try:
+            self._s3().put_object(Bucket=self.bucket, Key=name, Body=body, Metadata={"writer": writer}, **condition)
+        except ClientError as error:
+            if _status(error) != 412:
+                raise
+            return self._wrote(name, writer)
+        return True
+
+    def _upload(self, name: str, data: bytes | Path, size: int, writer: str, condition: dict[str, str]) -> bool:
+        """One multipart upload, completed or aborted."""
+        at = {"Bucket": self.bucket, "Key": name}
+        if condition and self._retry(lambda: self._found(name)):
+            return False
+        begun = self._retry(lambda: self._s3().create_multipart_upload(**at, Metadata={"writer": writer}))
+        at["UploadId"] = begun["UploadId"]
+        step = max(self.settings.part_size, -(-size // MAX_PARTS))
+
+        def send(number: int) -> dict[str, Any]:
+            body = _slice(data, (number - 1) * step, step)
+            sent = self._retry(lambda: self._s3().upload_part(**at, PartNumber=number, Body=body))
+            return {"PartNumber": number, "ETag": sent["ETag"]}
+
+        done = False
+        try:
+            with ThreadPoolExecutor(self.settings.connections) as pool:
+                parts = list(pool.map(send, range(1, -(-size // step) + 1)))
+            if not condition or not self._retry(lambda: self._found(name)):
+                done = self._retry(lambda: self._complete(at, parts, writer, condition))
+            return done
+        finally:
+            if not done:
+                self._abort(at)
+
+    def _complete(
+        self, at: dict[str, str], parts: list[dict[str, Any]], writer: str, condition: dict[str, str]
+    ) -> bool:
+        from botocore.exceptions import ClientError
+
+        try:
+            self._s3().complete_multipart_upload(**at, MultipartUpload={"Parts": parts}, **condition)
+        except ClientError as error:
+            # The upload is gone, or the object there: both are what a repeated call meets after an answer was lost.
+            if _status(error) not in (404, 412):
+                raise
+            if self._wrote(at["Key"], writer):
+                return True
+            if _status(error) == 404:
+                raise
+            return False
+        return True
+
+    def _abort(self, at: dict[str, str]) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            self._s3().abort_multipart_upload(**at)
+        except (BotoCoreError, ClientError) as error:
+            log.warning("an incomplete upload of %a stays behind in %s (%s)", at["Key"], self.url, _cause(error))
+
+    def _found(self, name: str) -> dict[str, Any] | None:
+        from botocore.exceptions import ClientError
+
+        try:
+            found: dict[str, Any] = self._s3().head_object(Bucket=self.bucket, Key=name)
+        except ClientError as error:
+            if _status(error) != 404:
+                raise
+            return None
+        return found
+
+    def _wrote(self, name: str, writer: str) -> bool:
+        found = self._found(name)
+        return found is not None and found.get("Metadata", {}).get("writer") == writer
+
+    def _name(self, key: str) -> str:
+        return self.base + check_key(key)
+
+    def _s3(self) -> Any:
+        with self._lock:
+            if self._client is None or self._client[0] != os.getpid():
+                self._client = os.getpid(), _connect(self.settings)
+            return self._client[1]
+
+    def _retry(self, work: Callable[[], T], when: Callable[[Exception], bool] | None = None) -> T:
+        """Exponential backoff with full jitter, for causes that pass by themselves."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        for attempt in range(self.settings.retries):
+            try:
+                return work()
+            except (BotoCoreError, ClientError) as error:
+                if not (when or _transient)(error):
+                    raise
+                pause = random.uniform(0, min(LONGEST_PAUSE, 2 * self.settings.backoff * 2**attempt))
+                log.info("%s: %s; trying again in %.1f s", self.url, _cause(error), pause)
+            time.sleep(pause)
+        return work()
+
+    @contextmanager
+    def _explained(self, key: str) -> Iterator[None]:
+        """boto's errors as ours. Their texts are left out: only names and codes are known to hold no secrets."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            yield
+        except ClientError as error:
+            raise self._refused(key, error) from None
+        except BotoCoreError as error:
+            at = (
+                self.settings.endpoint_url
+                or os.environ.get("AWS_ENDPOINT_URL_S3")
+                or os.environ.get("AWS_ENDPOINT_URL")
+            )
+            raise StoreUnreachable(
+                f"nobody answers for {self.url} ({_cause(error)}{f' at {_host(at)}' if at else ''})",
+                remedy="check endpoint_url or AWS_ENDPOINT_URL, the network and the credentials",
+            ) from None
+
+    def _refused(self, key: str, error: Exception) -> StoreError:
+        status, code = _status(error), _code(error)
+        if code == "NoSuchBucket":
+            return StoreUnreachable(f"there is no bucket {self.bucket}", remedy="create it, or correct the URL")
+        if code == "RequestTimeTooSkewed":
+            return StoreUnreachable(f"{self.url} refuses this machine's clock", remedy="set the clock, then run again")
+        if status in (401, 403):
+            return StoreUnreachable(
+                f"{self.url} refuses the credentials ({_cause(error)})",
+                remedy="check access_key and secret_key or AWS_*; they need get, put, delete and list on the bucket",
+            )
+        if status in (301, 307) or code in ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
+            return StoreUnreachable(f"{self.url} is in another region ({_cause(error)})", remedy="set region")
+        if status == 404 and code != "NoSuchUpload":
+            return _not_found(self, key)
+        if _transient(error):
+            return StoreError(
+                f"{self.url} kept failing at {key!a} ({_cause(error)})", remedy="look at the server, or raise retries"
+            )
+        return StoreError(
+            f"{self.url} refused {key!a} ({_cause(error)})", remedy="look up the code in the server's log"
+        )
+
+
+# -- what S3 answers -------------------------------------------------------------------------------------------------
+
+TRANSIENT_STATUS = {429, 500, 502, 503, 504}
+# Among them what a server says of an upload that was torn on its way.
+TRANSIENT_CODES = {
+    *("SlowDown", "InternalError", "ServiceUnavailable", "Throttling", "ThrottlingException", "TooManyRequests"),
+    *("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"),
+}
+
+
+def _connect(settings: StoreSettings) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    named = settings.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    path_style = bool(named) if settings.path_style is None else settings.path_style
+    config = Config(
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        connect_timeout=min(settings.timeout, 10.0),
+        read_timeout=settings.timeout,
+        max_pool_connections=2 * settings.connections,
+        signature_version="s3v4",
+        s3={"addressing_style": "path" if path_style else "auto"},
+        # The signature covers the body; checksums in trailers are more than many servers understand.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    keys = {}
+    if settings.access_key is not None and settings.secret_key is not None:
+        keys = {
+            "aws_access_key_id": settings.access_key.reveal(),
+            "aws_secret_access_key": settings.secret_key.reveal(),
+        }
+    session = boto3.session.Session(region_name=settings.region, **keys)
+    try:
+        return session.client("s3", endpoint_url=settings.endpoint_url, config=config)
+    except ValueError:  # its text holds the endpoint, which may hold a password
+        raise SettingsError("AWS_ENDPOINT_URL is not a URL", remedy="write http://host:port or https://host") from None
+
+
+def _status(error: Exception) -> int:
+    return int(getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _code(error: Exception) -> str:
+    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+
+
+def _cause(error: Exception) -> str:
+    return f"{_status(error)} {_code(error)}" if _status(error) else type(error).__name__
+
+
+def _conflict(error: Exception) -> bool:
+    return _status(error) == 409
+
+
+def _transient(error: Exception) -> bool:
+    """No answer, a torn one, or one that says that it is the server's fault or that we are too fast."""
+    from botocore import exceptions as boto
+    from botocore.parsers import ResponseParserError
+
+    if isinstance(error, boto.SSLError | boto.ProxyConnectionError | boto.InvalidProxiesConfigError):
+        return False
+    torn = boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ResponseParserError
+    return isinstance(error, torn) or _status(error) in TRANSIENT_STATUS or _code(error) in TRANSIENT_CODES
+
+
+def _host(url: str) -> str:
+    return urlsplit(url).netloc.rpartition("@")[2]
+
+
+# -- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _not_found(store: Store, key: str) -> NotFound:
+    return NotFound(f"there is no object {key!a} in {store.url}", remedy="check the store's URL and the key")
+
+
+def _check_range(start: int, end: int | None) -> None:
+    if start < 0 or (end is not None and end < start):
+        raise ValueError(f"[{start}, {end}) is not a range of bytes")
+
+
+def _slice(data: bytes | Path, start: int, length: int) -> bytes:
+    if isinstance(data, bytes):
+        return data[start : start + length]
+    with data.open("rb") as file:
+        file.seek(start)
+        return file.read(length)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """A new name survives a power cut once its folder is on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file to fill that takes its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            _sync(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,156 @@
+"""DeepSpeed, only here: a module and an optimiser become a ZeRO engine whose state is a few flat fp32 tensors a rank.
+
+ZeRO 1 and 2 lay all parameters of a group end to end in one flat vector and give each rank an equal range of it. That
+vector's coordinates do not depend on the number of ranks (only the padding at its very end does), so a training state
+is saved as ranges of it, in safetensors: no pickle, and any other number of ranks can read back the ranges it owns.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from training.optim import OptimSettings, adamw
+
+Precision = Literal["fp32", "bf16"]
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+def prepare_environment() -> None:
+    """What DeepSpeed reads at import. It builds one small C++ op; one folder for all runs means it is built once."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if sys.prefix != sys.base_prefix:
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    # ninja is installed beside this interpreter, which need not be on the PATH of a Ray worker.
+    beside = str(Path(sys.executable).parent)
+    if beside not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def build_ops() -> None:
+    """Build DeepSpeed's op in advance, so that the first training run does not wait for a compiler."""
+    prepare_environment()
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+        ShareMemCommBuilder().load(verbose=False)
+
+
+class Engine:
+    """One optimiser step at a time over micro-batches; everything about sharding stays behind this."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optim: OptimSettings,
+        *,
+        zero: Literal[1, 2] = 1,
+        precision: Precision = "fp32",
+        micro_batch: int,
+        accumulate: int = 1,
+    ) -> None:
+        prepare_environment()
+        import deepspeed
+
+        deepspeed.utils.logger.setLevel(logging.ERROR)
+        ranks = dist.get_world_size()
+        self.module, self.rank, self.ranks = module, dist.get_rank(), ranks
+        config = {
+            "train_batch_size": micro_batch * accumulate * ranks,
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulate,
+            "gradient_clipping": optim.clip,
+            "zero_optimization": {"stage": zero},
+            "bf16": {"enabled": precision == "bf16"},
+            "steps_per_print": sys.maxsize,
+            "wall_clock_breakdown": False,
+        }
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=adamw(module.parameters(), optim), config=config, dist_init_required=False
+        )
+        self._zero = self._engine.optimizer
+        self.device = self._engine.device
+
+    def step(self, micro_batches: Iterable[Any], loss: Callable[[nn.Module, Any], torch.Tensor], lr: float) -> float:
+        """Forward, backward and update; returns the gradient's norm before clipping."""
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        for batch in micro_batches:
+            self._engine.backward(loss(self._engine, batch))
+            self._engine.step()
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+    @property
+    def masters(self) -> list[torch.Tensor]:
+        """This rank's range of each group's fp32 weights."""
+        masters: list[torch.Tensor] = self._zero.single_partition_of_fp32_groups
+        return masters
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Where this rank's part lies in each group's flat vector, without the padding at the end."""
+        found = []
+        for group, master in enumerate(self.masters):
+            start = self.rank * master.numel()
+            found.append((start, max(start, min(start + master.numel(), self._length(group)))))
+        return found
+
+    def _length(self, group: int) -> int:
+        offset = self._zero.round_robin_bit16_offsets[group][-1]
+        return int(offset + self._zero.round_robin_bit16_groups[group][-1].numel())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """`kind.group` -> this rank's range, for the kinds master, exp_avg and exp_avg_sq; and the optimiser's count."""
+        tensors: dict[str, torch.Tensor] = {}
+        for group, (master, (start, end)) in enumerate(zip(self.masters, self.ranges(), strict=True)):
+            moments = self._zero.optimizer.state.get(master, {})
+            for kind in KINDS:
+                value = master if kind == "master" else moments.get(kind, torch.zeros_like(master))
+                tensors[f"{kind}.{group}"] = value.detach()[: end - start]
+        return tensors
+
+    def load_state(self, read: Callable[[str, int, int], torch.Tensor], step: int) -> None:
+        """`read(name, start, end)` gives a range of a saved flat vector; `step` updates were made before it was saved."""
+        for group, (master, (start, end)) in enumerate(zip(self.masters, self.ranges(), strict=True)):
+            values = {}
+            for kind in KINDS:
+                flat = torch.zeros_like(master)
+                flat[: end - start] = read(f"{kind}.{group}", start, end).to(master)
+                values[kind] = flat.detach()
+            with torch.no_grad():
+                master.copy_(values.pop("master"))
+            if step:
+                self._zero.optimizer.state[master] = {"step": torch.tensor(float(step)), **values}
+        self._zero.update_lp_params()
+
+    def gather(self, shards: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Flat shards, cut as the masters are, back to named parameters of their own shapes, on the CPU of rank 0.
+
+        Every rank must call it; the others get an empty dict.
+        """
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        tensors: dict[str, torch.Tensor] = {}
+        for group, shard in enumerate(shards):
+            parts = [torch.empty_like(shard) for _ in range(self.ranks)]
+            dist.all_gather(parts, shard.detach().contiguous())
+            if self.rank:
+                continue
+            flat = torch.cat(parts).cpu()
+            offsets = self._zero.round_robin_bit16_offsets[group]
+            for parameter, offset in zip(self._zero.round_robin_bit16_groups[group], offsets, strict=True):
+                piece = flat[offset : offset + parameter.numel()]
+                tensors[names[id(parameter)]] = piece.view(parameter.shape).clone()
+        return tensors
+
+    def close(self) -> None:
+        self._engine.destroy()

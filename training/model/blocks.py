@@ -1,0 +1,107 @@
+"""The transformer block: one for the image (with text beside it or without) and for the text alone.
+
+Shapes: B images, N tokens, H hidden, h heads, d head size, R text rows, T text tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from training.model.embed import RefinedText, RotaryTable
+    from training.model.presets import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in fp32, times a weight: before the cast back to x's dtype, or after it."""
+
+    def __init__(self, size: int, *, weight_in_fp32: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.weight_in_fp32 = weight_in_fp32
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        shape = self.weight.shape
+        if x.dtype == wide or self.weight_in_fp32:
+            return F.rms_norm(x.to(wide), shape, self.weight.to(wide), eps=1e-6).to(x.dtype)
+        return F.rms_norm(x.to(wide), shape, eps=1e-6).to(x.dtype) * self.weight
+
+
+def rotate(x_BNhd: Tensor, table: RotaryTable) -> Tensor:
+    """Rotary positions in real numbers: (a, b) -> (a cos - b sin, a sin + b cos) for each pair of a head."""
+    cos, sin = table.cos[:, None], table.sin[:, None]
+    a, b = x_BNhd.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x_BNhd.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention with QK-norm; keys and values of text, if there is any, stand after the image's own."""
+
+    def __init__(self, config: ModelConfig, *, text: bool) -> None:
+        super().__init__()
+        hidden, norm = config.hidden, config.norm_weight_in_fp32
+        self.head_dim = config.head_dim
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.kv_text = nn.Linear(hidden, 2 * hidden, bias=False) if text else None
+        self.q_norm = RMSNorm(self.head_dim, weight_in_fp32=norm)
+        self.k_norm = RMSNorm(self.head_dim, weight_in_fp32=norm)
+        self.out = nn.Linear(hidden, hidden)
+
+    def forward(self, x_BNH: Tensor, rotary: RotaryTable | None, text: RefinedText | None, mask: Tensor | None) -> Tensor:
+        q, k, v = self.qkv(x_BNH).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        if self.kv_text is not None and text is not None:
+            k_text, v_text = self.kv_text(text.y_RTH).unflatten(-1, (2, -1, self.head_dim)).unbind(2)
+            k_text = self.k_norm(k_text)
+            if text.rows_B is not None:
+                k_text, v_text = k_text[text.rows_B], v_text[text.rows_B]
+            k, v = torch.cat([k, k_text], dim=1), torch.cat([v, v_text], dim=1)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        out_BNH: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return out_BNH
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.gate_value = nn.Linear(hidden, 2 * inner, bias=False)
+        self.out = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.gate_value(x).chunk(2, dim=-1)
+        out: Tensor = self.out(F.silu(gate) * value)
+        return out
+
+
+class Block(nn.Module):
+    """x += gate1 Attn(mod(norm1 x)); x += gate2 SwiGLU(mod(norm2 x)); the conditioning already holds its SiLU."""
+
+    def __init__(self, config: ModelConfig, *, rotary: bool, text: bool) -> None:
+        super().__init__()
+        self.rotary = rotary
+        self.norm1 = RMSNorm(config.hidden, weight_in_fp32=config.norm_weight_in_fp32)
+        self.attn = Attention(config, text=text)
+        self.norm2 = RMSNorm(config.hidden, weight_in_fp32=config.norm_weight_in_fp32)
+        self.mlp = SwiGLU(config.hidden, config.mlp_hidden)
+        self.modulation = nn.Linear(config.hidden, 6 * config.hidden)
+
+    def forward(
+        self,
+        x_BNH: Tensor,
+        cond_BH: Tensor,
+        rotary: RotaryTable | None = None,
+        text: RefinedText | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond_BH)[:, None].chunk(6, dim=-1)
+        y = self.attn(torch.addcmul(shift1, self.norm1(x_BNH), 1 + scale1), rotary, text, mask)
+        x_BNH = torch.addcmul(x_BNH, gate1, y)
+        y = self.mlp(torch.addcmul(shift2, self.norm2(x_BNH), 1 + scale2))
+        return torch.addcmul(x_BNH, gate2, y)

@@ -1,0 +1,130 @@
+"""PixNerd: a transformer over patches whose tokens become, per patch, the weights of a neural field over its pixels.
+
+Shapes: B images, N patches, P = B N, p patch size, K pixels of a patch, H hidden, R text rows, T text tokens.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.diffusion.path import velocity_of_image
+from training.model.blocks import Block
+from training.model.embed import Condition, RefinedText, Text, TextEmbedding, TimeEmbedding, rotary_table
+from training.model.field import Field, LinearHead
+from training.model.presets import ModelConfig
+
+
+class PixNerd(nn.Module):
+    """`net(x_BCHW, t_B, condition)` is the velocity at x; the condition is labels, features, or `Text`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.hidden
+        self.stem = nn.Linear(3 * config.patch_size**2, hidden)
+        self.time = TimeEmbedding(hidden)
+        self.text = TextEmbedding(config) if config.task == "text" else None
+        self.label = nn.Embedding(config.classes + 1, hidden) if config.task == "class" else None
+        self.trunk = nn.ModuleList(
+            Block(config, rotary=True, text=config.task == "text") for _ in range(config.blocks)
+        )
+        self.field = Field(config) if config.field_blocks else None
+        self.head = None if config.field_blocks else LinearHead(config)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """What differs from PyTorch's defaults; note that the modulation is not zeroed."""
+        nn.init.xavier_uniform_(self.stem.weight)
+        nn.init.zeros_(self.stem.bias)
+        if self.label is not None:
+            nn.init.normal_(self.label.weight, std=0.02)
+        for part in (self.time, self.text, self.field, self.head):
+            if part is not None:
+                part.reset_parameters()
+
+    @overload
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, condition: Condition, tap: None = None) -> Tensor: ...
+    @overload
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, condition: Condition, tap: int) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, x_BCHW: Tensor, t_B: Tensor, condition: Condition, tap: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The velocity; with `tap=k` also the tokens [B, N, H] after the trunk's k-th block, counted from one."""
+        assert tap is None or 1 <= tap <= len(self.trunk)
+        self.config.check_size(x_BCHW.shape[-2], x_BCHW.shape[-1])
+        pixels_BCHW = x_BCHW.to(self.stem.weight.dtype)
+        time_BH = self.time(t_B)
+        tokens_BNH, tapped = self._trunk(self._shrink(pixels_BCHW), time_BH, condition, tap)
+        out_BCHW = self._draw(pixels_BCHW, tokens_BNH, time_BH)
+        if self.config.prediction == "image":
+            out_BCHW = velocity_of_image(out_BCHW, x_BCHW, t_B)
+        return out_BCHW if tapped is None else (out_BCHW, tapped)
+
+    def _shrink(self, x_BCHW: Tensor) -> Tensor:
+        """The image that the trunk sees: with a fixed grid always of the training size."""
+        size = (self.config.image_size, self.config.image_size)
+        if not self.config.fixed_grid or x_BCHW.shape[-2:] == size:
+            return x_BCHW
+        return F.interpolate(x_BCHW, size=size, mode="nearest")
+
+    def _trunk(
+        self, x_BCHW: Tensor, time_BH: Tensor, condition: Condition, tap: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        p = self.config.patch_size
+        rows, columns = x_BCHW.shape[-2] // p, x_BCHW.shape[-1] // p
+        x_BNH = self.stem(_cut(x_BCHW, rows, columns).flatten(2))
+        text: RefinedText | None = None
+        if self.text is not None:
+            text = self.text(condition if isinstance(condition, Text) else Text(condition), time_BH)
+            cond_BH = F.silu(time_BH)
+        else:
+            assert self.label is not None
+            cond_BH = F.silu(time_BH + self.label(condition))
+        rotary = rotary_table(rows, columns, self.config.head_dim, self.config.rope_extent, x_BCHW.device)
+        mask = _joint_mask(text, rows * columns)
+        tapped = None
+        for index, block in enumerate(self.trunk, start=1):
+            x_BNH = block(x_BNH, cond_BH, rotary, text, mask)
+            if index == tap:
+                tapped = x_BNH
+        return x_BNH, tapped
+
+    def _draw(self, x_BCHW: Tensor, tokens_BNH: Tensor, time_BH: Tensor) -> Tensor:
+        height, width = x_BCHW.shape[-2:]
+        if self.field is not None:
+            n = self.config.grid
+            p = self.config.patch_size
+            rows, columns = (n, n) if self.config.fixed_grid else (height // p, width // p)
+            s_PH = F.silu(tokens_BNH + time_BH[:, None]).flatten(0, 1)
+            pixels_PK3 = _cut(x_BCHW, rows, columns).flatten(0, 1).transpose(1, 2)
+            out_PK3 = self.field(pixels_PK3, s_PH, height // rows, width // columns)
+        else:
+            assert self.head is not None
+            rows, columns = height // self.config.patch_size, width // self.config.patch_size
+            out_PK3 = self.head(tokens_BNH.flatten(0, 1))
+        return _join(out_PK3, rows, columns, height, width)
+
+
+def _cut(x_BCHW: Tensor, rows: int, columns: int) -> Tensor:
+    """Patches in row-major order, channels first inside: [B, N, C, K]."""
+    x = x_BCHW.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # B C rows ph columns pw
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(4).flatten(1, 2)
+
+
+def _join(x_PK3: Tensor, rows: int, columns: int, height: int, width: int) -> Tensor:
+    x = x_PK3.unflatten(1, (height // rows, width // columns)).unflatten(0, (-1, rows, columns))
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, height, width)
+
+
+def _joint_mask(text: RefinedText | None, tokens: int) -> Tensor | None:
+    """[B, 1, 1, N + T], True where a key may be seen: every patch, and the words of the image's own caption."""
+    if text is None or text.mask_RT is None:
+        return None
+    mask_BT = text.mask_RT if text.rows_B is None else text.mask_RT[text.rows_B]
+    return torch.cat([mask_BT.new_ones(len(mask_BT), tokens), mask_BT], dim=1)[:, None, None, :]
+
+

@@ -1,0 +1,135 @@
+"""What a network is made of, and the sizes that have names."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from infra.config import Settings, nearest
+from infra.errors import SettingsError
+
+
+class ModelConfig(Settings):
+    """Everything that decides the tensors of a network and what it computes with them.
+
+    The two published networks differ in more than their condition: `task` also decides the rotary positions, the width
+    of the feed-forward part and the moment at which a norm's weight is applied. Nobody chose those three, so they are
+    not settings; they are the properties below.
+    """
+
+    task: Literal["text", "class"] = "text"
+    image_size: PositiveInt = Field(256, description="side of the square training images, in pixels")
+    patch_size: PositiveInt = 16
+    hidden: PositiveInt = 1536
+    heads: PositiveInt = 24
+    blocks: PositiveInt = 16
+
+    text_blocks: int = Field(4, ge=0, description="blocks over the text alone, before the trunk")
+    text_dim: PositiveInt = Field(2048, description="width of the text encoder's features")
+    text_tokens: PositiveInt = Field(128, description="most text tokens of a caption")
+    text_padding: Literal["published", "masked"] = Field(
+        "published", description="published: pads are attended to like words, as the published weights learnt it"
+    )
+    classes: PositiveInt = Field(1000, description="labels; one more stands for no class")
+
+    field_blocks: int = Field(2, ge=0, description="0: no field, a linear head instead")
+    field_channels: PositiveInt = 64
+    field_ratio: PositiveInt = 2
+    coordinate_code: Literal["cosine", "dct", "sincos"] = "dct"
+    field_norm: Literal["fc1", "fc1_fc2", "fc1_fc2_out"] = "fc1_fc2_out"
+
+    prediction: Literal["velocity", "image"] = Field(
+        "velocity", description="what the last layer means; the network's output is a velocity either way"
+    )
+    fixed_grid: bool = Field(
+        False, description="any size: the trunk keeps the training size's grid, the field draws larger patches"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
+        if self.head_dim % 4:
+            raise ValueError(f"hidden / heads is {self.head_dim}; two-dimensional rotary positions need a multiple of 4")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.fixed_grid and not self.field_blocks:
+            raise ValueError("fixed_grid needs a field (field_blocks > 0): a linear head has one patch size only")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        return 4 * self.hidden if self.task == "text" else int(2 / 3 * 4 * self.hidden)
+
+    @property
+    def rope_extent(self) -> float | None:
+        """Where both axes' positions end; None: x ends at the number of rows and y at that of columns."""
+        return None if self.task == "text" else 16.0
+
+    @property
+    def norm_weight_in_fp32(self) -> bool:
+        return self.task == "text"
+
+    @property
+    def grid(self) -> int:
+        """Patches a side at the training size."""
+        return self.image_size // self.patch_size
+
+    @property
+    def size_step(self) -> int:
+        """What the sides of an image must be multiples of."""
+        return self.grid if self.fixed_grid else self.patch_size
+
+    def check_size(self, height: int, width: int) -> None:
+        step = self.size_step
+        if height % step or width % step or not height or not width:
+            near = " or ".join(f"{_near(height, step, up)}x{_near(width, step, up)}" for up in (False, True))
+            raise SettingsError(
+                f"a {height}x{width} image does not fit this network: its sides must be multiples of {step}",
+                remedy=f"ask for {near}",
+            )
+
+
+def _near(side: int, step: int, up: bool) -> int:
+    return max(step, (side + (step - 1 if up else 0)) // step * step)
+
+
+_CLASS = ModelConfig(task="class", hidden=1152, heads=16, blocks=26, field_blocks=4)
+
+# The published text-to-image weights: their authors' code computes another field than their paper describes.
+XXL_16_PUBLISHED = ModelConfig(image_size=512, coordinate_code="cosine", field_norm="fc1")
+
+PRESETS: dict[str, ModelConfig] = {
+    "XXL/16": ModelConfig(),
+    "XL/16": _CLASS,
+    "XL/8": _CLASS.model_copy(update={"patch_size": 8}),
+    "L/16": _CLASS.model_copy(update={"hidden": 1024, "blocks": 22, "field_blocks": 2}),
+    "PixDiT-L/16": _CLASS.model_copy(update={"hidden": 1024, "blocks": 24, "field_blocks": 0}),
+    "tiny": ModelConfig(
+        image_size=32,
+        patch_size=8,
+        hidden=128,
+        heads=4,
+        blocks=4,
+        text_blocks=1,
+        text_dim=128,
+        text_tokens=32,
+        text_padding="masked",
+        field_blocks=2,
+        field_channels=32,
+    ),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    if name in PRESETS:
+        return PRESETS[name]
+    near = nearest(name, PRESETS)
+    raise SettingsError(
+        f"there is no preset {name!r}", remedy=f"did you mean {near!r}?" if near else f"known: {', '.join(PRESETS)}"
+    )
