@@ -1,4 +1,4 @@
-"""The shape world as an ordinary corpus: an image folder and a Parquet of captions, a few percent of it awkward on purpose.
+"""The shape world as an ordinary corpus: an image folder and a Parquet of captions, some of it awkward on purpose.
 
 Some odd files are good pictures that a careful decoder gets right (16 bits, CMYK, palette with alpha, rotated by EXIF),
 some are bad (truncated, a decompression bomb, too small, no image at all), and some are exact duplicates.
@@ -92,8 +92,8 @@ def encode(kind: str, scene: Scene, size: int, rng: random.Random) -> tuple[byte
     if kind == "rgb16":
         return _png(size, size, 16, 2, image.astype(">u2") * np.uint16(257)), "png"
     if kind == "grey16":
-        grey = image.astype(np.uint32) @ np.array([299, 587, 114], np.uint32) * 257 // 1000
-        return _png(size, size, 16, 0, grey.astype(">u2")), "png"
+        grey = image.min(axis=-1)  # dark on white whatever the colour was
+        return _png(size, size, 16, 0, grey.astype(">u2") * np.uint16(257)), "png"
     if kind == "cmyk":
         return _pillow_jpeg(PilImage.fromarray(image).convert("CMYK")), "jpg"
     if kind == "rotated":

@@ -1,7 +1,7 @@
 """The shape world: small scenes of coloured shapes with exact captions, to train and to measure a small model on.
 
-A `Description` is what words say (nouns, a relation, a place), a `Scene` is what is drawn. `parse` and `text` go between
-words and descriptions, `draw` fills in what the words leave open, `render` makes pixels. `HELD_OUT` lists the
+A `Description` is what words say (nouns, a relation, a place), a `Scene` is what is drawn. `parse` and `text` go
+between words and descriptions, `draw` fills in what the words leave open, `render` makes pixels. `HELD_OUT` lists the
 combinations that evaluation asks for: no training scene has one, so no training caption can.
 """
 
@@ -15,6 +15,7 @@ from itertools import permutations
 
 import numpy as np
 import numpy.typing as npt
+
 Image = npt.NDArray[np.uint8]
 Fact = tuple[str, ...]
 
@@ -297,7 +298,9 @@ def captions(scene: Scene, rng: random.Random, *, colourless: bool = False) -> C
         full, bare = _without_colours(full), _without_colours(bare)
     elif scene.kind not in ("colors", "color_attr"):
         bare = _without_colours(bare)
-    return Captions(text(bare), f"a photo of {text(_detailed(bare, full, rng))}", f"a photo of {text(full)} on white")
+    return Captions(
+        text(bare), f"a photo of {text(_detailed(bare, full, rng))}", f"a photo of {text(full)} on a white background"
+    )
 
 
 def _without_colours(description: Description) -> Description:

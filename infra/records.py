@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from infra.config import canonical_json, digest
 from infra.errors import DataError, RecordError
@@ -53,6 +53,7 @@ class ShardRecord(Record):
     index: DataObject  # one row per input, accepted or not
     accepted: int
     rejected: dict[str, int]  # cause -> count
+    versions: dict[str, str]  # of the decoders that made the pixels
 
     @property
     def inputs(self) -> int:
@@ -99,13 +100,14 @@ class EvalReport(Record):
     failed: int  # items without a score: they count as wrong
     scores: dict[str, Interval]  # "geneval/overall", "geneval/counting", ...
     details: DataObject  # Parquet: one row per image with the verdict and its reason
-    samples: dict[str, DataObject] = Field(default_factory=dict)  # "contact sheet" and the like
+    pictures: list[DataObject]  # tars of PNGs, <prompt>-<image>.png
 
 
 class StageRecord(Record):
     stage: str  # its name in the workflow
     kind: str
-    inputs: dict[str, str]  # name of the stage it depends on -> digest of that stage's work
+    digest_of_work: str  # of kind, settings and inputs: where the record lies
+    inputs: dict[str, str]  # the setting that names a stage -> the digest of that stage's work
     settings: dict[str, Any]  # those that change results
     output: dict[str, Any]  # what the next stages need: keys, records, counts
     versions: dict[str, str]

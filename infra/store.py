@@ -15,6 +15,7 @@ that aborts incomplete uploads.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import random
@@ -24,7 +25,7 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -146,12 +147,13 @@ class Store(ABC):
     def probe(self) -> None:
         """Raise StoreUnreachable if nobody answers, UnsafeStore if create-if-absent does not hold here."""
         key = f"{SCRATCH}/probe-{uuid.uuid4().hex}"
+        first = self.create(key, b"first")
         try:
-            first, second = self.create(key, b"first"), self.create(key, b"second")
+            second = self.create(key, b"second")
             if not first or second or self.get(key) != b"first":
                 raise UnsafeStore(
                     f"{self.url} ignores create-if-absent, so two workers could both believe that they were first",
-                    remedy="use a server that honours If-None-Match on PutObject (AWS, R2, MinIO, Ceph do), or file://",
+                    remedy="use a server that honours If-None-Match on PutObject (AWS, R2 and Ceph do), or file://",
                 )
         finally:
             with suppress(StoreError):  # what went wrong above is what the user needs to hear
@@ -187,8 +189,9 @@ class FileStore(Store):
         _check_range(start, end)
         path = self._path(key)
         with self._explained(key), path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
             file.seek(start)
-            return file.read(-1 if end is None else end - start)
+            return file.read(max(0, (size if end is None else min(end, size)) - start))
 
     def put(self, key: str, data: bytes | Path) -> None:
         path = self._path(key)
@@ -217,7 +220,7 @@ class FileStore(Store):
         yield from self._walk(top, folder + slash, prefix)
 
     def _walk(self, folder: Path, base: str, prefix: str) -> Iterator[Entry]:
-        with self._explained(base, writing=True):
+        with self._explained(base):
             try:
                 with os.scandir(folder) as found:
                     # With its slash, a folder sorts where the keys below it do.
@@ -262,11 +265,14 @@ class FileStore(Store):
                         os.unlink(entry)
 
     def _path(self, key: str) -> Path:
-        path = self.root / check_key(key)
-        if path.resolve() != path:
-            raise StoreError(
-                f"{key!a} in {self.url} goes through a symbolic link", remedy="put a real file or folder in its place"
-            )
+        path = self.root
+        for part in check_key(key).split("/"):
+            path = path / part
+            if path.is_symlink():  # it could lead anywhere
+                raise StoreError(
+                    f"{key!a} in {self.url} goes through a symbolic link",
+                    remedy="put a real file or folder in its place",
+                )
         return path
 
     @contextmanager
@@ -318,8 +324,11 @@ class S3Store(Store):
         if not bucket or not all(letter.isascii() and (letter.isalnum() or letter in ".-_") for letter in bucket):
             # The URL is not repeated: it may be user:password@host.
             raise SettingsError("an s3:// URL names no bucket", remedy="write s3://bucket/prefix, without credentials")
+        try:
+            self.base = check_key(prefix) + "/" if prefix else ""
+        except StoreError as error:
+            raise SettingsError(f"an s3:// URL is wrong: {error.message}", remedy="write s3://bucket/prefix") from None
         self.bucket, self.settings = bucket, settings
-        self.base = check_key(prefix) + "/" if prefix else ""
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self._lock = threading.Lock()
         self._client: tuple[int, Any] | None = None  # the process that made it, and the client
@@ -360,11 +369,9 @@ class S3Store(Store):
 
     def size(self, key: str) -> int | None:
         name = self._name(key)
-        try:
-            with self._explained(key):
-                return int(self._retry(lambda: self._s3().head_object(Bucket=self.bucket, Key=name))["ContentLength"])
-        except NotFound:
-            return None
+        with self._explained(key):
+            found = self._retry(lambda: self._found(name))
+        return None if found is None else int(found["ContentLength"])
 
     def delete(self, key: str) -> None:
         name = self._name(key)
@@ -393,7 +400,7 @@ class S3Store(Store):
     def probe(self) -> None:
         # Whoever waits at a prompt wants to hear of a wrong endpoint now, not after all the patience of a long job.
         impatient = self.settings.model_copy(update={"retries": min(self.settings.retries, 2)})
-        super(S3Store, S3Store(self.url.removeprefix("s3://"), impatient)).probe()
+        Store.probe(S3Store(self.url.removeprefix("s3://"), impatient))
 
     def _read(self, name: str, start: int, end: int | None) -> tuple[tuple[int, str], Iterator[bytes]]:
         """The size and tag of the whole object, and bytes [start, end) of it in chunks; a short body raises."""
@@ -405,10 +412,15 @@ class S3Store(Store):
         try:
             answer = self._s3().get_object(**ask)
         except ClientError as error:
-            if _status(error) != 416:  # nothing there: it begins past the end
+            if _status(error) != 416:  # it begins past the end
                 raise
             return (0, ""), iter(())
-        total = answer.get("ContentRange", "").rpartition("/")[2] or answer["ContentLength"]
+        if "Range" not in ask:
+            total = answer["ContentLength"]
+        elif "ContentRange" in answer:
+            total = answer["ContentRange"].rpartition("/")[2]
+        else:
+            raise StoreError(f"{self.url} does not know ranges of bytes", remedy="use another S3 server")
         return (int(total), answer["ETag"]), answer["Body"].iter_chunks(COPY_BYTES)
 
     def _write(self, key: str, data: bytes | Path, condition: dict[str, str]) -> bool:
@@ -420,10 +432,7 @@ class S3Store(Store):
                 # A conflict spoils the upload: it is started again from the beginning.
                 return self._retry(lambda: self._upload(name, data, size, writer, condition), when=_conflict)
             body = data.read_bytes() if isinstance(data, Path) else data
-            return self._retry(
-                lambda: self._put(name, body, writer, condition),
-                when=lambda error: _transient(error) or _conflict(error),
-            )
+            return self._retry(lambda: self._put(name, body, writer, condition), when=_transient_or_conflict)
 
     def _put(self, name: str, body: bytes, writer: str, condition: dict[str, str]) -> bool:
         from botocore.exceptions import ClientError
@@ -439,7 +448,7 @@ class S3Store(Store):
     def _upload(self, name: str, data: bytes | Path, size: int, writer: str, condition: dict[str, str]) -> bool:
         """One multipart upload, completed or aborted."""
         at = {"Bucket": self.bucket, "Key": name}
-        if condition and self._retry(lambda: self._found(name)):
+        if condition and self._retry(lambda: self._found(name)) is not None:
             return False
         begun = self._retry(lambda: self._s3().create_multipart_upload(**at, Metadata={"writer": writer}))
         at["UploadId"] = begun["UploadId"]
@@ -454,7 +463,7 @@ class S3Store(Store):
         try:
             with ThreadPoolExecutor(self.settings.connections) as pool:
                 parts = list(pool.map(send, range(1, -(-size // step) + 1)))
-            if not condition or not self._retry(lambda: self._found(name)):
+            if not condition or self._retry(lambda: self._found(name)) is None:
                 done = self._retry(lambda: self._complete(at, parts, writer, condition))
             return done
         finally:
@@ -462,7 +471,7 @@ class S3Store(Store):
                 self._abort(at)
 
     def _complete(
-        self, at: dict[str, str], parts: list[dict[str, Any]], writer: str, condition: dict[str, str]
+        self, at: dict[str, str], parts: Sequence[dict[str, Any]], writer: str, condition: dict[str, str]
     ) -> bool:
         from botocore.exceptions import ClientError
 
@@ -480,12 +489,11 @@ class S3Store(Store):
         return True
 
     def _abort(self, at: dict[str, str]) -> None:
-        from botocore.exceptions import BotoCoreError, ClientError
-
         try:
             self._s3().abort_multipart_upload(**at)
-        except (BotoCoreError, ClientError) as error:
-            log.warning("an incomplete upload of %a stays behind in %s (%s)", at["Key"], self.url, _cause(error))
+        except _boto_errors() as error:
+            if _status(error) != 404:
+                log.warning("an incomplete upload of %a stays behind in %s (%s)", at["Key"], self.url, _cause(error))
 
     def _found(self, name: str) -> dict[str, Any] | None:
         from botocore.exceptions import ClientError
@@ -513,12 +521,10 @@ class S3Store(Store):
 
     def _retry(self, work: Callable[[], T], when: Callable[[Exception], bool] | None = None) -> T:
         """Exponential backoff with full jitter, for causes that pass by themselves."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
         for attempt in range(self.settings.retries):
             try:
                 return work()
-            except (BotoCoreError, ClientError) as error:
+            except _boto_errors() as error:
                 if not (when or _transient)(error):
                     raise
                 pause = random.uniform(0, min(LONGEST_PAUSE, 2 * self.settings.backoff * 2**attempt))
@@ -529,22 +535,18 @@ class S3Store(Store):
     @contextmanager
     def _explained(self, key: str) -> Iterator[None]:
         """boto's errors as ours. Their texts are left out: only names and codes are known to hold no secrets."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
         try:
             yield
-        except ClientError as error:
-            raise self._refused(key, error) from None
-        except BotoCoreError as error:
-            at = (
-                self.settings.endpoint_url
-                or os.environ.get("AWS_ENDPOINT_URL_S3")
-                or os.environ.get("AWS_ENDPOINT_URL")
-            )
-            raise StoreUnreachable(
-                f"nobody answers for {self.url} ({_cause(error)}{f' at {_host(at)}' if at else ''})",
-                remedy="check endpoint_url or AWS_ENDPOINT_URL, the network and the credentials",
-            ) from None
+        except _boto_errors() as error:
+            raise (self._refused(key, error) if _status(error) else self._unreachable(error)) from None
+
+    def _unreachable(self, error: Exception) -> StoreError:
+        endpoint = _endpoint(self.settings)
+        at = f" at {urlsplit(endpoint).netloc.rpartition('@')[2]}" if endpoint else ""
+        return StoreUnreachable(
+            f"{self.url} cannot be reached{at} ({_cause(error)})",
+            remedy="check endpoint_url or AWS_ENDPOINT_URL, the network, and that there are credentials",
+        )
 
     def _refused(self, key: str, error: Exception) -> StoreError:
         status, code = _status(error), _code(error)
@@ -580,19 +582,28 @@ TRANSIENT_CODES = {
 }
 
 
+@functools.cache
+def _models() -> Any:
+    """boto's descriptions of services: parsed once a process, not once a store, which makes a store cost 30 ms."""
+    from botocore.loaders import create_loader
+
+    return create_loader()
+
+
 def _connect(settings: StoreSettings) -> Any:
     import boto3
+    import botocore.session
     from botocore.config import Config
 
-    named = settings.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    path_style = bool(named) if settings.path_style is None else settings.path_style
+    automatic = "path" if _endpoint(settings) else "auto"
+    style = automatic if settings.path_style is None else "path" if settings.path_style else "virtual"
     config = Config(
         retries={"total_max_attempts": 1, "mode": "standard"},
         connect_timeout=min(settings.timeout, 10.0),
         read_timeout=settings.timeout,
         max_pool_connections=2 * settings.connections,
         signature_version="s3v4",
-        s3={"addressing_style": "path" if path_style else "auto"},
+        s3={"addressing_style": style},
         # The signature covers the body; checksums in trailers are more than many servers understand.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
@@ -603,19 +614,37 @@ def _connect(settings: StoreSettings) -> Any:
             "aws_access_key_id": settings.access_key.reveal(),
             "aws_secret_access_key": settings.secret_key.reveal(),
         }
-    session = boto3.session.Session(region_name=settings.region, **keys)
+    core = botocore.session.get_session()
+    core.register_component("data_loader", _models())
+    session = boto3.session.Session(region_name=settings.region, botocore_session=core, **keys)
     try:
         return session.client("s3", endpoint_url=settings.endpoint_url, config=config)
     except ValueError:  # its text holds the endpoint, which may hold a password
         raise SettingsError("AWS_ENDPOINT_URL is not a URL", remedy="write http://host:port or https://host") from None
 
 
+def _endpoint(settings: StoreSettings) -> str | None:
+    return settings.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def _boto_errors() -> tuple[type[Exception], ...]:
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
+
+    return ClientError, BotoCoreError, ResponseParserError
+
+
+def _answer(error: Exception, part: str) -> dict[str, Any]:
+    answer = getattr(error, "response", None)  # boto's errors without an answer have it too, as None
+    return answer.get(part, {}) if isinstance(answer, dict) else {}
+
+
 def _status(error: Exception) -> int:
-    return int(getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return int(_answer(error, "ResponseMetadata").get("HTTPStatusCode", 0))
 
 
 def _code(error: Exception) -> str:
-    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
+    return str(_answer(error, "Error").get("Code", ""))
 
 
 def _cause(error: Exception) -> str:
@@ -624,6 +653,10 @@ def _cause(error: Exception) -> str:
 
 def _conflict(error: Exception) -> bool:
     return _status(error) == 409
+
+
+def _transient_or_conflict(error: Exception) -> bool:
+    return _conflict(error) or _transient(error)
 
 
 def _transient(error: Exception) -> bool:
@@ -635,10 +668,6 @@ def _transient(error: Exception) -> bool:
         return False
     torn = boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ResponseParserError
     return isinstance(error, torn) or _status(error) in TRANSIENT_STATUS or _code(error) in TRANSIENT_CODES
-
-
-def _host(url: str) -> str:
-    return urlsplit(url).netloc.rpartition("@")[2]
 
 
 # -- shared ----------------------------------------------------------------------------------------------------------

@@ -10,9 +10,12 @@ Any number of ranks can resume from a state: ranges of flat vectors are cut anew
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from infra.config import digest
 from infra.errors import CheckpointError, NotFound
 from infra.records import CheckpointRecord, DataObject, Record, fetch_data, put_data, read_record, write_record
 from infra.store import Store
@@ -124,6 +128,18 @@ def publish(store: Store, prefix: str, write: Callable[[Path], None], **facts: A
     return read_record(store, f"{prefix}/checkpoint.json", CheckpointRecord)
 
 
+def publish_folder(store: Store, folder: Path) -> CheckpointRecord:
+    """A checkpoint folder of this machine as a record in a store; the same folder gives the same record."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is no checkpoint: it holds no config.json", remedy="name a checkpoint's folder")
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    hashes = {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    name = digest(hashes)
+    copy = partial(shutil.copytree, folder, dirs_exist_ok=True)
+    facts = {"run": name, "step": 0, "position": 0, "snapshot": "", "start_from": None, "parameters": 0}
+    return publish(store, f"imported/{name}", copy, **facts)
+
+
 def published(store: Store, prefix: str) -> CheckpointRecord | None:
     try:
         return read_record(store, f"{prefix}/checkpoint.json", CheckpointRecord)
@@ -133,7 +149,11 @@ def published(store: Store, prefix: str) -> CheckpointRecord | None:
 
 def fetch(store: Store, record: CheckpointRecord, folder: Path) -> Path:
     """The checkpoint as an ordinary folder, its bytes held against their names."""
-    for name, data in record.files.items():
+    return fetch_files(store, record.files, folder)
+
+
+def fetch_files(store: Store, files: dict[str, DataObject], folder: Path) -> Path:
+    for name, data in files.items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
             raise CheckpointError(f"the checkpoint names a file outside of its folder ({name})", remedy="do not use it")

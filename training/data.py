@@ -39,6 +39,11 @@ class Batch:
     captions: list[str]
     positions: np.ndarray
 
+    def split(self, size: int) -> Iterator[Batch]:
+        for start in range(0, len(self.captions), size):
+            part = slice(start, start + size)
+            yield Batch(self.images_BCHW[part], self.captions[part], self.positions[part])
+
 
 class Order:
     """The global order: position -> row, by arithmetic and two small permutations; nothing is stored but one epoch."""

@@ -28,14 +28,21 @@ def prepare_environment() -> None:
     """What DeepSpeed reads at import. It builds one small C++ op; one folder for all runs means it is built once."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if sys.prefix != sys.base_prefix:
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_folder())
     # ninja is installed beside this interpreter, which need not be on the PATH of a Ray worker.
     beside = str(Path(sys.executable).parent)
     if beside not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def extensions_folder() -> Path:
+    """Where PyTorch keeps the ops that it compiles: with the environment that they were compiled for."""
+    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(given)
+    home = Path(sys.prefix) if sys.prefix != sys.base_prefix else Path.home() / ".cache"
+    return home / "torch_extensions"
 
 
 def build_ops() -> None:
@@ -66,6 +73,7 @@ class Engine:
         deepspeed.utils.logger.setLevel(logging.ERROR)
         ranks = dist.get_world_size()
         self.module, self.rank, self.ranks = module, dist.get_rank(), ranks
+        self.micro_batch = micro_batch
         config = {
             "train_batch_size": micro_batch * accumulate * ranks,
             "train_micro_batch_size_per_gpu": micro_batch,
@@ -82,14 +90,20 @@ class Engine:
         self._zero = self._engine.optimizer
         self.device = self._engine.device
 
-    def step(self, micro_batches: Iterable[Any], loss: Callable[[nn.Module, Any], torch.Tensor], lr: float) -> float:
-        """Forward, backward and update; returns the gradient's norm before clipping."""
+    def step(self, micro_batches: Iterable[Any], lr: float) -> tuple[list[Any], float]:
+        """Forward, backward and update; the module gives (loss, report) for each micro-batch.
+
+        Returns the reports and the gradient's norm before clipping.
+        """
         for group in self._zero.param_groups:
             group["lr"] = lr
-        for batch in micro_batches:
-            self._engine.backward(loss(self._engine, batch))
+        reports = []
+        for inputs in micro_batches:
+            loss, report = self._engine(inputs)
+            self._engine.backward(loss)
             self._engine.step()
-        return float(self._engine.get_global_grad_norm() or 0.0)
+            reports.append(report)
+        return reports, float(self._engine.get_global_grad_norm() or 0.0)
 
     @property
     def masters(self) -> list[torch.Tensor]:
@@ -154,3 +168,7 @@ class Engine:
 
     def close(self) -> None:
         self._engine.destroy()
+
+
+if __name__ == "__main__":  # `make setup`
+    build_ops()

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from training.model.presets import ModelConfig
 
 
+EPS = 1e-6  # of every norm
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) in fp32, times a weight: before the cast back to x's dtype, or after it."""
 
@@ -28,8 +31,8 @@ class RMSNorm(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         shape = self.weight.shape
         if x.dtype == wide or self.weight_in_fp32:
-            return F.rms_norm(x.to(wide), shape, self.weight.to(wide), eps=1e-6).to(x.dtype)
-        return F.rms_norm(x.to(wide), shape, eps=1e-6).to(x.dtype) * self.weight
+            return F.rms_norm(x.to(wide), shape, self.weight.to(wide), eps=EPS).to(x.dtype)
+        return F.rms_norm(x.to(wide), shape, eps=EPS).to(x.dtype) * self.weight
 
 
 def rotate(x_BNhd: Tensor, table: RotaryTable) -> Tensor:
@@ -52,7 +55,9 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, weight_in_fp32=norm)
         self.out = nn.Linear(hidden, hidden)
 
-    def forward(self, x_BNH: Tensor, rotary: RotaryTable | None, text: RefinedText | None, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BNH: Tensor, rotary: RotaryTable | None, text: RefinedText | None, mask: Tensor | None
+    ) -> Tensor:
         q, k, v = self.qkv(x_BNH).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:

@@ -24,6 +24,20 @@ class Text(NamedTuple):
     mask_RT: Tensor | None = None
     rows_B: Tensor | None = None
 
+    def shared_by(self, images: int) -> Text:
+        """The same text with each caption serving that many images, which stand together in the batch."""
+        assert self.rows_B is None
+        rows_R = torch.arange(len(self.features_RTE), device=self.features_RTE.device)
+        return self._replace(rows_B=rows_R.repeat_interleave(images))
+
+    def to(self, device: torch.device | str) -> Text:
+        features, mask, rows = self
+        return Text(
+            features.to(device),
+            None if mask is None else mask.to(device),
+            None if rows is None else rows.to(device),
+        )
+
 
 class RefinedText(NamedTuple):
     """Text after its own blocks, at one time per row: what the image blocks attend to."""
@@ -35,6 +49,35 @@ class RefinedText(NamedTuple):
 
 # Labels [B], bare features [B, T, E], or Text.
 Condition = Tensor | Text
+
+
+def as_text(condition: Condition) -> Text:
+    return condition if isinstance(condition, Text) else Text(condition)
+
+
+def shown(text: Text) -> Tensor:
+    """Which tokens are words, [R, T]; without a mask all of them are."""
+    if text.mask_RT is None:
+        return torch.ones(text.features_RTE.shape[:2], dtype=torch.bool, device=text.features_RTE.device)
+    return text.mask_RT.bool()
+
+
+def join(first: Condition, second: Condition) -> Condition:
+    """The conditions of two batches, one behind the other; a single caption of the second serves as many images."""
+    if not isinstance(first, Text) and not first.is_floating_point():
+        assert isinstance(second, Tensor)
+        return torch.cat([first, second.to(first).expand(len(first))])
+    one, two = as_text(first), as_text(second)
+    rows1, rows2 = _rows(one), _rows(two)
+    if len(rows2) == 1:
+        rows2 = rows2.expand(len(rows1))
+    features = torch.cat([one.features_RTE, two.features_RTE.to(one.features_RTE)])
+    mask = None if one.mask_RT is None and two.mask_RT is None else torch.cat([shown(one), shown(two)])
+    return Text(features, mask, torch.cat([rows1, rows2 + len(one.features_RTE)]))
+
+
+def _rows(text: Text) -> Tensor:
+    return torch.arange(len(text.features_RTE), device=text.features_RTE.device) if text.rows_B is None else text.rows_B
 
 
 class TimeEmbedding(nn.Module):
@@ -80,9 +123,11 @@ class TextEmbedding(nn.Module):
         y_RTH = self.norm(self.proj(features_RTE.to(self.proj.weight.dtype)))
         y_RTH = y_RTH + self.positions[:, : y_RTH.shape[1]].to(y_RTH.dtype)
         mask_RT = mask_RT.bool() if self.masked and mask_RT is not None else None
-        # Images that share a row share its time, so whichever of them writes last writes the same.
-        time_RH = time_BH if rows_B is None else time_BH.new_zeros(len(y_RTH), time_BH.shape[1]).index_copy(0, rows_B, time_BH)
-        cond_RH = F.silu(time_RH)
+        if rows_B is not None:
+            # Images that share a row share its time, so any of them may stand for the row.
+            images_B = torch.arange(len(rows_B), device=rows_B.device)
+            time_BH = time_BH[rows_B.new_zeros(len(y_RTH)).scatter(0, rows_B, images_B)]
+        cond_RH = F.silu(time_BH)
         key_mask = None if mask_RT is None else mask_RT[:, None, None, :]
         for block in self.blocks:
             y_RTH = block(y_RTH, cond_RH, mask=key_mask)

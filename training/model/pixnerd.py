@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from training.diffusion.path import velocity_of_image
 from training.model.blocks import Block
-from training.model.embed import Condition, RefinedText, Text, TextEmbedding, TimeEmbedding, rotary_table
+from training.model.embed import Condition, RefinedText, TextEmbedding, TimeEmbedding, as_text, rotary_table
 from training.model.field import Field, LinearHead
 from training.model.presets import ModelConfig
 
@@ -29,9 +29,7 @@ class PixNerd(nn.Module):
         self.time = TimeEmbedding(hidden)
         self.text = TextEmbedding(config) if config.task == "text" else None
         self.label = nn.Embedding(config.classes + 1, hidden) if config.task == "class" else None
-        self.trunk = nn.ModuleList(
-            Block(config, rotary=True, text=config.task == "text") for _ in range(config.blocks)
-        )
+        self.trunk = nn.ModuleList(Block(config, rotary=True, text=config.task == "text") for _ in range(config.blocks))
         self.field = Field(config) if config.field_blocks else None
         self.head = None if config.field_blocks else LinearHead(config)
         self.reset_parameters()
@@ -79,7 +77,7 @@ class PixNerd(nn.Module):
         x_BNH = self.stem(_cut(x_BCHW, rows, columns).flatten(2))
         text: RefinedText | None = None
         if self.text is not None:
-            text = self.text(condition if isinstance(condition, Text) else Text(condition), time_BH)
+            text = self.text(as_text(condition), time_BH)
             cond_BH = F.silu(time_BH)
         else:
             assert self.label is not None
@@ -95,16 +93,14 @@ class PixNerd(nn.Module):
 
     def _draw(self, x_BCHW: Tensor, tokens_BNH: Tensor, time_BH: Tensor) -> Tensor:
         height, width = x_BCHW.shape[-2:]
+        n, p = self.config.grid, self.config.patch_size
+        rows, columns = (n, n) if self.config.fixed_grid else (height // p, width // p)
         if self.field is not None:
-            n = self.config.grid
-            p = self.config.patch_size
-            rows, columns = (n, n) if self.config.fixed_grid else (height // p, width // p)
             s_PH = F.silu(tokens_BNH + time_BH[:, None]).flatten(0, 1)
             pixels_PK3 = _cut(x_BCHW, rows, columns).flatten(0, 1).transpose(1, 2)
             out_PK3 = self.field(pixels_PK3, s_PH, height // rows, width // columns)
         else:
             assert self.head is not None
-            rows, columns = height // self.config.patch_size, width // self.config.patch_size
             out_PK3 = self.head(tokens_BNH.flatten(0, 1))
         return _join(out_PK3, rows, columns, height, width)
 
@@ -112,12 +108,14 @@ class PixNerd(nn.Module):
 def _cut(x_BCHW: Tensor, rows: int, columns: int) -> Tensor:
     """Patches in row-major order, channels first inside: [B, N, C, K]."""
     x = x_BCHW.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # B C rows ph columns pw
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(4).flatten(1, 2)
+    patches_BNCK: Tensor = x.permute(0, 2, 4, 1, 3, 5).flatten(4).flatten(1, 2)
+    return patches_BNCK
 
 
 def _join(x_PK3: Tensor, rows: int, columns: int, height: int, width: int) -> Tensor:
     x = x_PK3.unflatten(1, (height // rows, width // columns)).unflatten(0, (-1, rows, columns))
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, height, width)
+    image_BCHW: Tensor = x.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, height, width)
+    return image_BCHW
 
 
 def _joint_mask(text: RefinedText | None, tokens: int) -> Tensor | None:
@@ -126,5 +124,3 @@ def _joint_mask(text: RefinedText | None, tokens: int) -> Tensor | None:
         return None
     mask_BT = text.mask_RT if text.rows_B is None else text.mask_RT[text.rows_B]
     return torch.cat([mask_BT.new_ones(len(mask_BT), tokens), mask_BT], dim=1)[:, None, None, :]
-
-

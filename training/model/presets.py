@@ -19,31 +19,32 @@ class ModelConfig(Settings):
     """
 
     task: Literal["text", "class"] = "text"
-    image_size: PositiveInt = Field(256, description="side of the square training images, in pixels")
+    image_size: PositiveInt = Field(default=256, description="side of the square training images, in pixels")
     patch_size: PositiveInt = 16
     hidden: PositiveInt = 1536
     heads: PositiveInt = 24
     blocks: PositiveInt = 16
 
-    text_blocks: int = Field(4, ge=0, description="blocks over the text alone, before the trunk")
-    text_dim: PositiveInt = Field(2048, description="width of the text encoder's features")
-    text_tokens: PositiveInt = Field(128, description="most text tokens of a caption")
+    text_blocks: int = Field(default=4, ge=0, description="blocks over the text alone, before the trunk")
+    text_dim: PositiveInt = Field(default=2048, description="width of the text encoder's features")
+    text_tokens: PositiveInt = Field(default=128, description="most text tokens of a caption")
     text_padding: Literal["published", "masked"] = Field(
-        "published", description="published: pads are attended to like words, as the published weights learnt it"
+        default="published",
+        description="published: pads are attended to like words, as the published weights learnt it",
     )
-    classes: PositiveInt = Field(1000, description="labels; one more stands for no class")
+    classes: PositiveInt = Field(default=1000, description="labels; one more stands for no class")
 
-    field_blocks: int = Field(2, ge=0, description="0: no field, a linear head instead")
+    field_blocks: int = Field(default=2, ge=0, description="0: no field, a linear head instead")
     field_channels: PositiveInt = 64
     field_ratio: PositiveInt = 2
     coordinate_code: Literal["cosine", "dct", "sincos"] = "dct"
     field_norm: Literal["fc1", "fc1_fc2", "fc1_fc2_out"] = "fc1_fc2_out"
 
     prediction: Literal["velocity", "image"] = Field(
-        "velocity", description="what the last layer means; the network's output is a velocity either way"
+        default="velocity", description="what the last layer means; the network's output is a velocity either way"
     )
     fixed_grid: bool = Field(
-        False, description="any size: the trunk keeps the training size's grid, the field draws larger patches"
+        default=False, description="any size: the trunk keeps the training size's grid, the field draws larger patches"
     )
 
     @model_validator(mode="after")
@@ -51,7 +52,7 @@ class ModelConfig(Settings):
         if self.hidden % self.heads:
             raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
         if self.head_dim % 4:
-            raise ValueError(f"hidden / heads is {self.head_dim}; two-dimensional rotary positions need a multiple of 4")
+            raise ValueError(f"hidden / heads is {self.head_dim}; rotary positions need a multiple of 4")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.fixed_grid and not self.field_blocks:
@@ -101,11 +102,10 @@ def _near(side: int, step: int, up: bool) -> int:
 
 _CLASS = ModelConfig(task="class", hidden=1152, heads=16, blocks=26, field_blocks=4)
 
-# The published text-to-image weights: their authors' code computes another field than their paper describes.
-XXL_16_PUBLISHED = ModelConfig(image_size=512, coordinate_code="cosine", field_norm="fc1")
-
 PRESETS: dict[str, ModelConfig] = {
-    "XXL/16": ModelConfig(),
+    # As published, where code and paper disagree about the field; the next one is the paper's form, the default.
+    "XXL/16": ModelConfig(coordinate_code="cosine", field_norm="fc1"),
+    "XXL/16-dct": ModelConfig(),
     "XL/16": _CLASS,
     "XL/8": _CLASS.model_copy(update={"patch_size": 8}),
     "L/16": _CLASS.model_copy(update={"hidden": 1024, "blocks": 22, "field_blocks": 2}),

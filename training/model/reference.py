@@ -15,7 +15,10 @@ from torch import Tensor
 from infra.errors import CheckpointError
 from training.model.presets import ModelConfig
 
-_OUTER = {
+# Our module -> theirs, or the two of theirs that ours joins.
+Names = dict[str, str | tuple[str, str]]
+
+_OUTER: Names = {
     "stem": "s_embedder.proj",
     "time.fc1": "t_embedder.mlp.0",
     "time.fc2": "t_embedder.mlp.2",
@@ -27,7 +30,7 @@ _OUTER = {
     "field.norm": "final_layer.norm",
     "field.out": "final_layer.linear",
 }
-_BLOCK = {
+_BLOCK: Names = {
     "norm1": "norm1",
     "norm2": "norm2",
     "attn.q_norm": "attn.q_norm",
@@ -35,14 +38,11 @@ _BLOCK = {
     "attn.out": "attn.proj",
     "modulation": "adaLN_modulation.0",
 }
-_IMAGE_TEXT = {"attn.qkv": "attn.qkv_x", "attn.kv_text": "attn.kv_y"}
-_ALONE = {"attn.qkv": "attn.qkv"}
-_FUSED = {"mlp.gate_value": "mlp.w12", "mlp.out": "mlp.w3"}
-_APART = {"mlp.gate_value": ("mlp.w1", "mlp.w3"), "mlp.out": "mlp.w2"}
-_FIELD = {"weights": "param_generator1.0", "norm": "norm"}
-
-# Our module -> theirs, or the two of theirs that ours joins.
-Names = dict[str, str | tuple[str, str]]
+_IMAGE_TEXT: Names = {"attn.qkv": "attn.qkv_x", "attn.kv_text": "attn.kv_y"}
+_ALONE: Names = {"attn.qkv": "attn.qkv"}
+_FUSED: Names = {"mlp.gate_value": "mlp.w12", "mlp.out": "mlp.w3"}
+_APART: Names = {"mlp.gate_value": ("mlp.w1", "mlp.w3"), "mlp.out": "mlp.w2"}
+_FIELD: Names = {"weights": "param_generator1.0", "norm": "norm"}
 
 
 def modules(config: ModelConfig) -> Names:
@@ -51,9 +51,9 @@ def modules(config: ModelConfig) -> Names:
         raise CheckpointError(
             "the linear-head baseline has no published layout", remedy="keep it in this project's own format"
         )
-    names: Names = dict(_OUTER)
+    names = dict(_OUTER)
     text = config.task == "text"
-    mlp: Mapping[str, str | tuple[str, str]] = _FUSED if text else _APART
+    mlp = _FUSED if text else _APART
     block: Names = {**_BLOCK, **mlp, **(_IMAGE_TEXT if text else _ALONE)}
     refine: Names = {**_BLOCK, **mlp, **_ALONE}
     for i in range(config.blocks):
@@ -61,7 +61,7 @@ def modules(config: ModelConfig) -> Names:
     for i in range(config.text_blocks if text else 0):
         names |= _under(f"text.blocks.{i}", f"text_refine_blocks.{i}", refine)
     for i in range(config.field_blocks):
-        names |= _under(f"field.blocks.{i}", f"blocks.{config.blocks + i}", dict(_FIELD))
+        names |= _under(f"field.blocks.{i}", f"blocks.{config.blocks + i}", _FIELD)
     return names
 
 
@@ -91,7 +91,9 @@ def to_reference(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
     return out
 
 
-def from_reference(theirs: Mapping[str, Tensor], config: ModelConfig, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_reference(
+    theirs: Mapping[str, Tensor], config: ModelConfig, expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Our tensors; `expected` is the state of a network of these settings (its names and shapes, on any device).
 
     A tensor that is missing, left over or of another shape is refused by the name that it has in the file.

@@ -1,0 +1,53 @@
+# Each target sets up .venv by itself; the second time that is one comparison of dates.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RUNS ?= runs
+
+.PHONY: help setup demo test test-slow test-s3 check format bench serve-mlflow clean
+
+help:           ## this list
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
+
+setup: $(READY)  ## a virtual environment with everything in it, DeepSpeed's small op built
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "python3 (3.11 or newer) is needed"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.11 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m training.engine
+	@touch $@
+
+demo: $(READY)   ## the whole path on this machine: raw images -> a trained, measured, registered model -> a page
+	$(BIN)/pixnerd run demo --store $(RUNS)/demo $(ARGS)
+
+test: $(READY)   ## the test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(READY)  ## fault and soak tests
+	$(BIN)/python -m pytest -m slow --timeout 1500 $(ARGS)
+
+test-s3: $(READY)    ## the storage tests against a real radosgw
+	$(BIN)/python -m tests.infra.radosgw -- $(BIN)/python -m pytest tests/infra/test_store.py $(ARGS)
+
+check: $(READY)  ## lint, types, architecture
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+format: $(READY)  ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## the benchmarks, each printing its ratios side by side
+	@for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench || exit 1; done
+
+serve-mlflow: $(READY)  ## MLflow's pages over the demo's database, on http://127.0.0.1:5000
+	$(BIN)/mlflow server --backend-store-uri sqlite:///$(abspath $(RUNS))/demo/mlflow.db --host 127.0.0.1 --port 5000
+
+clean:          ## everything that was made here, but not .venv
+	rm -rf $(RUNS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,190 @@
+"""The shard format, written and read.
+
+    shards/<plan>/<size>/00012.json            ShardRecord, written last
+    data/<size>/00012-<sha256>.tar             <key>.jpg and <key>.json of every accepted input, in their order
+    data/<size>/00012-<sha256>.parquet         the index: one row for every input, accepted or rejected
+    snapshots/<digest>.json                    SnapshotRecord
+    data/snapshots/<digest>-<sha256>.parquet   the selection: one row for every training sample
+
+A tar's bytes depend on its members only: time, owner, mode and order are fixed. The index says where in the tar each
+image lies, so that one image is one ranged read, and the tar is never unpacked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.errors import DataError
+from infra.records import DataObject, ShardRecord, SnapshotRecord, read_record
+from infra.store import Store
+
+_READERS = 16  # requests for small objects under way at once: latency, not bandwidth, is what listing waits for
+
+CAPTIONS = pa.list_(pa.struct([pa.field("kind", pa.string()), pa.field("text", pa.string())]))
+
+# Columns of the corpus that the user keeps follow after these, under their own names.
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),  # a hash: see sample_key
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("licence", pa.string(), nullable=False),
+        pa.field("name", pa.string(), nullable=False),  # what the corpus calls it
+        pa.field("row", pa.int64(), nullable=False),  # its row in the planned input file
+        pa.field("accepted", pa.bool_(), nullable=False),
+        pa.field("cause", pa.string()),  # why it was rejected; null where accepted
+        pa.field("detail", pa.string()),
+        pa.field("format", pa.string()),  # of the original: "jpeg", "png", ...
+        pa.field("original_width", pa.int32()),  # upright
+        pa.field("original_height", pa.int32()),
+        pa.field("crop_left", pa.int32()),  # the part of the original that was kept, in its pixels
+        pa.field("crop_top", pa.int32()),
+        pa.field("crop_width", pa.int32()),
+        pa.field("crop_height", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("offset", pa.int64()),  # of the image in the tar
+        pa.field("length", pa.int64()),
+        pa.field("json_offset", pa.int64()),
+        pa.field("json_length", pa.int64()),
+        pa.field("image_sha256", pa.binary(32)),  # of the encoded image
+        pa.field("pixels_sha256", pa.binary(32)),  # of its pixels before encoding: equal for exact duplicates
+        pa.field("captions", CAPTIONS, nullable=False),
+    ]
+)
+
+SELECTION_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("tar", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("length", pa.int64(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("captions", pa.list_(pa.string()), nullable=False),
+        pa.field("caption_weights", pa.list_(pa.float32()), nullable=False),  # sum to 1
+    ]
+)
+
+
+def sample_key(source: str, name: str) -> str:
+    """The key of an input: a hash, so that it has no dots or slashes, is spread evenly, and never moves."""
+    return hashlib.sha256(f"{source}\0{name}".encode()).hexdigest()[:20]
+
+
+def shard_prefix(plan: str, size: str) -> str:
+    return f"shards/{plan}/{size}/"
+
+
+def shard_key(plan: str, size: str, number: int) -> str:
+    return f"{shard_prefix(plan, size)}{number:05d}.json"
+
+
+def shard_number(key: str) -> int:
+    return int(Path(key).stem)
+
+
+# Writing
+
+
+class Member(NamedTuple):
+    offset: int
+    length: int
+
+
+class TarWriter:
+    """A tar whose bytes depend on its members only. Without `finish` it has no end, as nobody should read it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._size = 0
+
+    def add(self, name: str, data: bytes) -> Member:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        info.mode = 0o644
+        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        member = Member(self._size, len(data))
+        self._write(data)
+        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        return member
+
+    def finish(self) -> None:
+        end = 2 * tarfile.BLOCKSIZE
+        self._write(bytes(end + -(self._size + end) % tarfile.RECORDSIZE))
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._size += len(data)
+
+
+def put_data(store: Store, prefix: str, name: str, data: bytes | Path) -> DataObject:
+    """Store `data` as `prefix/stem-<sha256>.suffix`. What is there already is not sent again."""
+    if isinstance(data, bytes):
+        sha256, size = hashlib.sha256(data).hexdigest(), len(data)
+    else:
+        with data.open("rb") as file:
+            sha256, size = hashlib.file_digest(file, "sha256").hexdigest(), data.stat().st_size
+    stem, dot, suffix = name.partition(".")
+    found = DataObject(key=f"{prefix.rstrip('/')}/{stem}-{sha256}{dot}{suffix}", sha256=sha256, size=size)
+    if store.size(found.key) != size:
+        store.put(found.key, data)
+    return found
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+# Reading
+
+
+def get_data(store: Store, found: DataObject) -> bytes:
+    """The bytes of a data object, held against the hash in its name."""
+    data = store.get(found.key)
+    if hashlib.sha256(data).hexdigest() != found.sha256:
+        raise DataError(
+            f"{store.url}/{found.key} is damaged: its bytes do not have the hash in its name",
+            remedy="delete it and the record that names it, then run prepare again",
+        )
+    return data
+
+
+def list_shards(store: Store, prefix: str) -> Iterator[ShardRecord]:
+    """The records under a shard prefix, by number, read a few at a time."""
+    keys = [entry.key for entry in store.list(prefix) if entry.key.endswith(".json")]
+    with ThreadPoolExecutor(_READERS) as pool:
+        for start in range(0, len(keys), 64 * _READERS):
+            yield from pool.map(lambda key: read_record(store, key, ShardRecord), keys[start : start + 64 * _READERS])
+
+
+def read_index(store: Store, record: ShardRecord, columns: Sequence[str] | None = None) -> pa.Table:
+    return _read_parquet(store, record.index, columns)
+
+
+def read_selection(
+    store: Store, record: SnapshotRecord, *, held_out: bool = False, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """The samples of a snapshot, in the order of shards and inputs (see SELECTION_SCHEMA)."""
+    return _read_parquet(store, record.held_out if held_out else record.selection, columns).unify_dictionaries()
+
+
+def _read_parquet(store: Store, found: DataObject, columns: Sequence[str] | None) -> pa.Table:
+    data = get_data(store, found)
+    try:
+        return pq.read_table(pa.BufferReader(data), columns=None if columns is None else list(columns))
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"{store.url}/{found.key} is not a readable table ({error})",
+            remedy="it was written by another program or version; run prepare again",
+        ) from None

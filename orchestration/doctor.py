@@ -1,0 +1,97 @@
+"""What this machine has and lacks for the work, each finding with the step that mends it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from infra.errors import PixnerdError
+
+PACKAGES = ("ray", "torch", "deepspeed", "transformers", "mlflow", "boto3", "pyarrow", "webdataset", "simplejpeg", "open-clip-torch")
+LEAST_MEMORY = 8  # GiB that the demo needs
+LEAST_DISK = 5  # GiB
+
+
+class Finding(NamedTuple):
+    what: str
+    ok: bool
+    found: str
+    remedy: str = ""
+    optional: bool = False
+
+
+def examine(store: str | None) -> list[Finding]:
+    findings = [_python(), *map(_package, PACKAGES), _compiler(), _deepspeed_op(), _memory(), _disk(), _shm(), _gpu()]
+    if store is not None:
+        findings.append(_store(store))
+    return findings
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding("Python", sys.version_info >= (3, 11), version, "" if sys.version_info >= (3, 11) else "install 3.11")
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding(name, True, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, False, "not installed", "make setup, or pip install -c constraints.txt -e .")
+
+
+def _compiler() -> Finding:
+    found = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    remedy = "" if found else "install one (Debian: apt-get install g++); DeepSpeed builds a small op with it"
+    return Finding("C++ compiler", found is not None, found or "none", remedy)
+
+
+def _deepspeed_op() -> Finding:
+    from training.engine import extensions_folder
+
+    folder = extensions_folder()
+    built = any(folder.rglob("*.so")) if folder.is_dir() else False
+    remedy = "" if built else "python -m training.engine builds it in advance (a minute); else the first run does"
+    return Finding("DeepSpeed's op", built, str(folder) if built else "not built yet", remedy, optional=True)
+
+
+def _memory() -> Finding:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return Finding("memory", total >= LEAST_MEMORY * 0.9, f"{total:.0f} GiB", "" if total >= LEAST_MEMORY * 0.9 else "the demo needs 8 GiB")
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    return Finding("disk here", free >= LEAST_DISK, f"{free:.0f} GiB free", "" if free >= LEAST_DISK else "free some space")
+
+
+def _shm() -> Finding:
+    """Ray keeps its objects there, and DeepSpeed's ranks exchange gradients through it."""
+    folder = Path("/dev/shm")  # noqa: S108
+    if not folder.is_dir():
+        return Finding("shared memory", True, "no /dev/shm; Ray uses " + tempfile.gettempdir(), optional=True)
+    free = shutil.disk_usage(folder).free / 2**30
+    remedy = "" if free >= 0.5 else "in a container: start it with --shm-size=1g"
+    return Finding("shared memory", free >= 0.5, f"{free:.1f} GiB free", remedy)
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        return Finding("GPU", True, f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}", optional=True)
+    return Finding("GPU", False, "none", "not needed for the demo; training at scale needs NVIDIA GPUs", optional=True)
+
+
+def _store(url: str) -> Finding:
+    from infra.store import open_store
+
+    try:
+        open_store(url).probe()
+    except PixnerdError as error:
+        return Finding(f"store {url}", False, error.message, error.remedy)
+    return Finding(f"store {url}", True, "reachable; it honours create-if-absent")

@@ -1,0 +1,262 @@
+"""What the commands do: open the store, the cluster and the tracker, do the work, tell what came of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from infra.cluster import ClusterSettings, connect, disconnect
+from infra.config import digest
+from infra.errors import CheckpointError, DataError, SettingsError
+from infra.records import CheckpointRecord, EvalReport, StageRecord, read_record
+from infra.store import Store, open_store
+from infra.tracking import Tracker, TrackingSettings
+from orchestration import terminal, workflow
+from orchestration.cli import print_json
+from pipelines import recipes
+from pipelines.stages import Context
+
+
+def run_workflow(
+    name: str,
+    *,
+    store: str | None,
+    assignments: Sequence[str],
+    address: str | None,
+    dry_run: bool,
+    as_json: bool,
+    until: Literal["prepare", "train"] | None = None,
+) -> None:
+    recipe = recipes.load(name, assignments)
+    nodes = workflow.graph(recipe)
+    if until is not None:
+        nodes = workflow.only(nodes, until)
+    opened = _store(store, recipe.name)
+    if dry_run:
+        plans = workflow.plan(nodes, opened)
+        if as_json:
+            print_json([{"stage": p.node.name, "state": p.state, "why": p.why, "digest": p.node.digest} for p in plans])
+        else:
+            terminal.show_plan(plans)
+        return
+    opened.probe()
+    with _context(opened, recipe.name, address, quiet=as_json) as (context, screen):
+        records = workflow.run(nodes, context, screen.stage)
+    if as_json:
+        print_json({name: record.model_dump(mode="json") for name, record in records.items()})
+    else:
+        terminal.show_result(opened, records)
+
+
+def _store(url: str | None, name: str) -> Store:
+    return open_store(url or f"runs/{name}")
+
+
+def _home(store: Store, name: str) -> Path:
+    """A folder of this machine for what is no record: the store's own if it is a folder, else one beside the work."""
+    local = store.url.removeprefix("file://")
+    home = Path(local) if store.url.startswith("file://") else Path("runs") / name
+    home.mkdir(parents=True, exist_ok=True)
+    return home.absolute()
+
+
+@contextmanager
+def _context(store: Store, name: str, address: str | None, quiet: bool) -> Iterator[tuple[Context, terminal.Screen]]:
+    home = _home(store, name)
+    settings = TrackingSettings(uri=os.environ.get("MLFLOW_TRACKING_URI"))
+    uri = settings.uri or f"sqlite:///{home / 'mlflow.db'}"
+    with terminal.Screen(quiet=quiet) as screen:
+        connect(ClusterSettings(address=address))
+        try:
+            tracker = Tracker(uri, settings.experiment, None if settings.uri else home / "mlartifacts")
+            parent = tracker.run(name, digest([name, store.url]))
+            try:
+                yield Context(store, home, tracker, parent, screen.progress), screen
+            except BaseException:
+                parent.end("FAILED")
+                raise
+            parent.end()
+        finally:
+            disconnect()
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def draw(
+    checkpoint: str, prompts: Sequence[str], out: Path, seeds: str, settings: dict[str, Any], *, as_json: bool
+) -> None:
+    from PIL import Image
+
+    from infra.config import parse
+    from training.sampling import Artist, SampleSettings
+
+    parsed = parse(SampleSettings, settings)
+    numbers = parse_seeds(seeds)
+    artist = Artist.load(Path(checkpoint), _device())
+    each = [(prompt, seed) for prompt in prompts for seed in numbers]
+    with terminal.Screen(quiet=as_json) as screen:
+        pictures = artist.draw(
+            [prompt for prompt, _ in each],
+            [seed for _, seed in each],
+            parsed,
+            lambda done: screen.count("drawing", done, len(each)),
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    index = []
+    for number, ((prompt, seed), picture) in enumerate(zip(each, pictures, strict=True)):
+        path = out / f"{number // len(numbers):03d}-{seed}.png"
+        Image.fromarray(picture).save(path)
+        index.append({"file": str(path), "prompt": prompt, "seed": seed, **parsed.results()})
+    if as_json:
+        print_json(index)
+    else:
+        print(f"{len(index)} pictures in {out}")
+
+
+def parse_seeds(text: str) -> list[int]:
+    seeds: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            seeds += range(int(first), int(last) + 1) if dash else [int(first)]
+    except ValueError:
+        seeds = []
+    if not seeds:
+        raise SettingsError(f"`{text}` names no seeds", remedy="write 0, 0-3, or 1,5,9")
+    return seeds
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def show_checkpoint(checkpoint: str, *, as_json: bool) -> None:
+    from training import model as models
+
+    net = models.load(checkpoint)
+    _, extra = models.read_config(checkpoint)
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in net.named_children()}
+    facts = {"settings": net.config.model_dump(mode="json"), "parameters": parts, "extra": extra}
+    if as_json:
+        print_json(facts)
+        return
+    print(f"PixNerd, {net.config.task} to image, {net.config.image_size} px, patches of {net.config.patch_size}")
+    terminal.table(["part", "parameters"], [[name, f"{count:,}"] for name, count in parts.items() if count])
+    print(f"in all {sum(parts.values()):,} parameters; text encoder: {extra.get('text_encoder', 'not said')}")
+
+
+def fetch_checkpoint(stage: str, folder: Path, store: str, *, as_json: bool) -> None:
+    from training import checkpoint as checkpoints
+
+    opened = open_store(store)
+    found = [r for r in stage_records(opened, "train") if r.stage == stage]
+    if not found:
+        known = sorted({r.stage for r in stage_records(opened, "train")})
+        raise CheckpointError(
+            f"{opened.url} holds no checkpoint of a stage `{stage}`", remedy=f"it has {', '.join(known) or 'none at all'}"
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise SettingsError(f"the folder {folder} is not empty", remedy="name a new one")
+    newest = max(found, key=lambda record: record.started)
+    record = read_record(opened, newest.output["record"], CheckpointRecord)
+    checkpoints.fetch(opened, record, folder)
+    if as_json:
+        print_json(record.model_dump(mode="json"))
+    else:
+        print(f"step {record.step} of `{stage}` is in {folder}")
+
+
+def stage_records(store: Store, kind: str) -> list[StageRecord]:
+    return [read_record(store, entry.key, StageRecord) for entry in store.list(f"stages/{kind}/")]
+
+
+def evaluate_folder(checkpoint: str, out: str, assignments: Sequence[str], *, address: str | None, as_json: bool) -> None:
+    """A folder is first made into a record in the store named by --out, then scored as a workflow's checkpoint is."""
+    from infra.config import override, parse
+    from pipelines.evaluation.run import GenevalSettings, geneval
+    from training import checkpoint as checkpoints
+
+    settings = parse(GenevalSettings, override({}, assignments))
+    opened = open_store(out)
+    opened.probe()
+    record = checkpoints.publish_folder(opened, Path(checkpoint))
+    with terminal.Screen(quiet=as_json) as screen:
+        connect(ClusterSettings(address=address))
+        try:
+            prefix = f"evaluations/{digest([record.digest(), settings.results()])}"
+            report = geneval(opened, prefix, record, settings, screen.count)
+        finally:
+            disconnect()
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        terminal.show_scores({checkpoint: report})
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def show_data(store: str, *, as_json: bool) -> None:
+    outputs = [record.output for record in stage_records(open_store(store), "prepare")]
+    if not outputs:
+        raise DataError(f"nothing has been prepared in {store}", remedy="run `pixnerd prepare` first")
+    if as_json:
+        print_json(outputs)
+        return
+    for output in outputs:
+        print(f"plan {output['plan']}: {output['inputs']:,} inputs")
+        sizes = output["sizes"]
+        causes = sorted({cause for size in sizes.values() for cause in size["rejected"]})
+        rows = [["accepted", *(f"{size['accepted']:,}" for size in sizes.values())]]
+        rows += [[cause, *(f"{size['rejected'].get(cause, 0):,}" for size in sizes.values())] for cause in causes]
+        terminal.table(["", *(f"{name} px" for name in sizes)], rows)
+
+
+def verify_data(store: str, *, as_json: bool) -> None:
+    from data_prep.job import verify
+
+    opened = open_store(store)
+    plans = sorted({record.output["plan"] for record in stage_records(opened, "prepare")})
+    if not plans:
+        raise DataError(f"nothing has been prepared in {store}", remedy="run `pixnerd prepare` first")
+    checked = {plan: verify(opened, plan) for plan in plans}
+    if as_json:
+        print_json({plan: vars(result) for plan, result in checked.items()})
+        return
+    for plan, result in checked.items():
+        print(f"plan {plan}: {result}")
+
+
+def make_report(name: str, *, store: str | None, assignments: Sequence[str], out: Path, as_json: bool) -> None:
+    from pipelines.report import build
+
+    recipe = recipes.load(name, assignments)
+    opened = _store(store, recipe.name)
+    nodes = [node for node in workflow.graph(recipe) if not node.kind.reads_all]
+    records = [read_record(opened, node.key, StageRecord) for node in nodes if opened.exists(node.key)]
+    if not records:
+        raise DataError(f"no stage of `{name}` is done in {opened.url}", remedy=f"run `pixnerd run {name}` first")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=out.parent, suffix=".html", delete=False, encoding="utf-8") as file:
+        file.write(build(opened, recipe.name, records))
+    Path(file.name).replace(out)
+    if as_json:
+        print_json({"page": str(out), "stages": [record.stage for record in records]})
+    else:
+        print(f"{out}: {len(records)} of {len(nodes)} stages", file=sys.stdout)
+
+
+def reports_of(store: Store, records: dict[str, StageRecord]) -> dict[str, EvalReport]:
+    return {
+        name: read_record(store, record.output["record"], EvalReport)
+        for name, record in records.items()
+        if record.kind == "evaluate"
+    }

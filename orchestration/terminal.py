@@ -1,0 +1,113 @@
+"""What a run looks like: bars on a terminal, plain lines with a time elsewhere, tables at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from infra.records import EvalReport, StageRecord
+    from infra.store import Store
+    from orchestration.workflow import Node, Plan
+    from pipelines.stages import Progress as StageProgress
+
+_LINE_EVERY = 10.0  # seconds between two plain lines of one stage
+
+_SIGNS = {"reused": "=", "running": ">", "finished": "+", "failed": "!", "skipped": "-"}
+
+
+class Screen:
+    """Progress of stages as they run. Goes to standard error, so that results can be piped on."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+        self._bars = Progress(
+            TextColumn("    {task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=quiet or not sys.stderr.isatty(),
+        )
+        self._task = self._bars.add_task("", visible=False)
+        self._began = self._last_line = time.monotonic()
+
+    def __enter__(self) -> Screen:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def stage(self, node: Node, event: str, text: str) -> None:
+        """What happened to a stage."""
+        self._bars.update(self._task, visible=False)
+        self._line(f"{_SIGNS[event]} {node.name:<12} {event:<8} {text}".rstrip())
+
+    def progress(self, stage: str, so_far: StageProgress) -> None:
+        self.count(f"{stage}: {so_far.text}", so_far.done, so_far.total)
+
+    def count(self, text: str, done: int, total: int) -> None:
+        if not self._bars.disable:
+            self._bars.update(self._task, description=text, completed=done, total=total or None, visible=True)
+        elif time.monotonic() - self._last_line > _LINE_EVERY:
+            self._line(f"  {text}")
+
+    def _line(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        seconds = int(self._last_line - self._began)
+        self._console.print(f"{seconds // 60:3d}:{seconds % 60:02d} {text}", markup=False)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    for number, name in enumerate(header):
+        drawn.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*row)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(drawn)
+
+
+def show_plan(plans: Sequence[Plan]) -> None:
+    for plan in plans:
+        print(f"{'=' if plan.state == 'done' else '>'} {plan.node.name:<12} {plan.state:<5} {plan.why}")
+
+
+def show_result(store: Store, records: dict[str, StageRecord]) -> None:
+    """The scores of each stage, what was registered, and where the page is."""
+    from orchestration.session import reports_of
+
+    scores = {records_name(records, name): report for name, report in reports_of(store, records).items()}
+    if scores:
+        show_scores(scores)
+    for record in records.values():
+        if record.kind == "register":
+            out = record.output
+            print(f"registered  {out['model']} version {out['version']} as `{out['alias']}`: {out['source']}")
+        if record.kind == "report":
+            print(f"page        {record.output['path']}")
+
+
+def records_name(records: dict[str, StageRecord], evaluation: str) -> str:
+    """The train stage that an evaluation measured, which is what a reader knows it by."""
+    of = records[evaluation].inputs.get("checkpoint")
+    return next((name for name, r in records.items() if r.digest_of_work == of), evaluation)
+
+
+def show_scores(reports: dict[str, EvalReport]) -> None:
+    names = list(next(iter(reports.values())).scores)
+    rows = [
+        [name, *(f"{r.scores[name].value:.3f} [{r.scores[name].low:.3f}, {r.scores[name].high:.3f}]" for r in reports.values())]
+        for name in names
+    ]
+    table(["", *reports], rows)

@@ -1,0 +1,195 @@
+"""The graph: skip what is done, run what is ready, go on after a crash, explain why.
+
+A stage's digest is made of its kind, its settings that change results, and the digests of the stages it reads from.
+Its record lies under that digest; if it is there the stage is done. So a changed setting makes one stage and all that
+follow it new, and everything else is found where it was, in this run and in any other workflow on the same store.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from infra.config import Settings, digest, nearest, parse
+from infra.errors import PixnerdError, SettingsError, StageFailed
+from infra.records import StageRecord, read_record, write_record
+from infra.store import Store
+from pipelines.recipes import Recipe
+from pipelines.stages import KINDS, Context, StageKind, versions
+
+
+@dataclass(frozen=True)
+class Node:
+    name: str
+    kind: StageKind
+    settings: Settings
+    inputs: dict[str, str]  # "data" or "scores.0" -> the stage it names
+    below: dict[str, str]  # the same -> the digest of that stage's work
+    digest: str
+
+    @property
+    def key(self) -> str:
+        return f"stages/{self.kind.name}/{self.digest}.json"
+
+
+State = Literal["done", "new"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    node: Node
+    state: State
+    why: str
+
+
+def graph(recipe: Recipe) -> list[Node]:
+    """The recipe's stages in the order in which they can run; every setting is checked before any work begins."""
+    parsed = {name: _parse_stage(name, data) for name, data in recipe.stages.items()}
+    nodes: dict[str, Node] = {}
+
+    def place(name: str, above: tuple[str, ...]) -> None:
+        if name in nodes:
+            return
+        if name in above:
+            raise SettingsError(f"the stages {' -> '.join([*above, name])} wait for each other", remedy="break the circle")
+        kind, settings = parsed[name]
+        inputs = {n: n for n in parsed if n != name} if kind.reads_all else kind.references(settings)
+        for field, target in inputs.items():
+            if target not in parsed:
+                near = nearest(target, parsed)
+                raise SettingsError(
+                    f"`{name}.{field}` names the stage `{target}`, which the recipe does not have",
+                    remedy=f"did you mean `{near}`?" if near else f"its stages: {', '.join(parsed)}",
+                )
+            place(target, (*above, name))
+        below = {field: nodes[target].digest for field, target in inputs.items()}
+        of = digest({"kind": kind.name, "settings": settings.results(), "inputs": below})
+        nodes[name] = Node(name, kind, settings, inputs, below, of)
+
+    for name in parsed:
+        place(name, ())
+    return list(nodes.values())
+
+
+def _parse_stage(name: str, data: dict[str, Any]) -> tuple[StageKind, Settings]:
+    kind = KINDS.get(str(data.get("kind")))
+    if kind is None:
+        near = nearest(str(data.get("kind")), KINDS)
+        raise SettingsError(
+            f"`{name}.kind` is {data.get('kind')!r}, which is not a kind of stage",
+            remedy=f"did you mean `{near}`?" if near else f"known: {', '.join(KINDS)}",
+        )
+    return kind, parse(kind.settings, {k: v for k, v in data.items() if k != "kind"}, where=name)
+
+
+def only(nodes: Sequence[Node], kind: str) -> list[Node]:
+    """The stages of a kind and all that they need."""
+    by_name = {node.name: node for node in nodes}
+    needed: set[str] = set()
+
+    def need(name: str) -> None:
+        if name not in needed:
+            needed.add(name)
+            for target in by_name[name].inputs.values():
+                need(target)
+
+    for node in nodes:
+        if node.kind.name == kind:
+            need(node.name)
+    if not needed:
+        raise SettingsError(f"the recipe has no `{kind}` stage", remedy=f"its stages: {', '.join(by_name)}")
+    return [node for node in nodes if node.name in needed]
+
+
+def plan(nodes: Iterable[Node], store: Store) -> list[Plan]:
+    """What a run would do to each stage, and why."""
+    plans: dict[str, Plan] = {}
+    for node in nodes:
+        if store.exists(node.key):
+            plans[node.name] = Plan(node, "done", f"its record is {node.key}")
+        else:
+            plans[node.name] = Plan(node, "new", _why_new(node, plans, store))
+    return list(plans.values())
+
+
+def _why_new(node: Node, above: dict[str, Plan], store: Store) -> str:
+    new = [name for name in dict.fromkeys(node.inputs.values()) if above[name].state == "new"]
+    if new:
+        return f"follows {', '.join(new)}"
+    earlier = [
+        record
+        for entry in store.list(f"stages/{node.kind.name}/")
+        if (record := read_record(store, entry.key, StageRecord)).stage == node.name
+    ]
+    if not earlier:
+        return "has not run yet"
+    last = max(earlier, key=lambda record: record.started)
+    changed = _changes(last.settings, node.settings.results())
+    return f"changed since {last.started}: {', '.join(changed)}" if changed else "its inputs are others than last time"
+
+
+def _changes(before: Any, after: Any, path: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted(before.keys() | after.keys())
+        return [c for k in keys for c in _changes(before.get(k), after.get(k), f"{path}.{k}" if path else k)]
+    return [] if before == after else [f"{path} {before} -> {after}"]
+
+
+Say = Callable[[Node, str, str], None]
+
+
+def run(nodes: list[Node], context: Context, say: Say) -> dict[str, StageRecord]:
+    """Runs what is not done. A failed stage stops those that need it; the others still run, then the failure is told."""
+    records: dict[str, StageRecord] = {}
+    failures: dict[str, PixnerdError] = {}
+    for node in nodes:
+        missing = [target for target in node.inputs.values() if target not in records]
+        if missing and not node.kind.reads_all:
+            say(node, "skipped", f"needs {', '.join(dict.fromkeys(missing))}")
+            continue
+        if context.store.exists(node.key):
+            records[node.name] = read_record(context.store, node.key, StageRecord)
+            say(node, "reused", f"done {records[node.name].started}, took {records[node.name].seconds:.1f} s")
+            continue
+        say(node, "running", "")
+        try:
+            records[node.name] = _run_one(node, context, records)
+        except PixnerdError as error:
+            failures[node.name] = error
+            say(node, "failed", str(error))
+        else:
+            say(node, "finished", f"{records[node.name].seconds:.1f} s")
+    if failures:
+        name, error = next(iter(failures.items()))
+        raise StageFailed(f"the stage `{name}` failed: {error.message}", remedy=error.remedy) from error
+    return records
+
+
+def _run_one(node: Node, context: Context, records: dict[str, StageRecord]) -> StageRecord:
+    started, clock = datetime.now(UTC), time.perf_counter()
+    inputs = {field: records[target] for field, target in node.inputs.items() if target in records}
+    stage_context = context.for_stage(node.name, node.kind.name, node.digest)
+    try:
+        output = node.kind.work(stage_context, node.settings, inputs)
+    except BaseException:
+        stage_context.run.end("FAILED")
+        raise
+    stage_context.run.end()
+    record = StageRecord(
+        stage=node.name,
+        kind=node.kind.name,
+        inputs=node.below,
+        digest_of_work=node.digest,
+        settings=node.settings.results(),
+        output=output,
+        versions=versions(),
+        started=started.isoformat(timespec="seconds"),
+        seconds=round(time.perf_counter() - clock, 3),
+    )
+    if len(inputs) < len(node.inputs):
+        return record  # made without stages that failed: it must be made again when they are there
+    write_record(context.store, node.key, record)
+    return read_record(context.store, node.key, StageRecord)

@@ -1,0 +1,106 @@
+"""Pictures for evaluation: chunks of prompts as Ray tasks, each chunk one tar of PNGs in the store.
+
+Picture i of a prompt starts from seed i, so the pictures do not depend on how many workers drew them, and two
+checkpoints are compared on the same noise.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import tarfile
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from infra.records import CheckpointRecord, DataObject, put_data
+from infra.shards import TarWriter, get_data
+from infra.store import Store
+from training import checkpoint as checkpoints
+from training.sampling import Artist, SampleSettings
+
+Pictures = npt.NDArray[np.uint8]  # [B, H, W, 3]
+
+
+def generate(
+    store: Store,
+    prefix: str,
+    checkpoint: CheckpointRecord,
+    prompts: Sequence[str],
+    images: int,
+    settings: SampleSettings,
+    show: Callable[[int, int], None],
+) -> list[DataObject]:
+    """`images` pictures of each prompt, in the order of the prompts; one tar a chunk."""
+    import ray
+
+    chunk = max(1, settings.batch // images)
+    task = ray.remote(num_cpus=1)(_draw_chunk)
+    starts = range(0, len(prompts), chunk)
+    refs = [
+        task.remote(store, f"{prefix}/pictures", checkpoint, start, list(prompts[start : start + chunk]), images, settings)
+        for start in starts
+    ]
+    waiting, done = list(refs), 0
+    while waiting:
+        ready, waiting = ray.wait(waiting, timeout=1.0)
+        done += len(ready)
+        if ready:
+            show(done, len(refs))
+    tars: list[DataObject] = ray.get(refs)
+    return tars
+
+
+def _draw_chunk(
+    store: Store,
+    prefix: str,
+    checkpoint: CheckpointRecord,
+    first: int,
+    prompts: list[str],
+    images: int,
+    settings: SampleSettings,
+) -> DataObject:
+    """What a Ray worker does."""
+    from PIL import Image
+
+    artist = _artist(store, checkpoint)
+    repeated = [prompt for prompt in prompts for _ in range(images)]
+    pictures = artist.draw(repeated, list(range(images)) * len(prompts), settings)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pictures.tar"
+        with TarWriter(path) as tar:
+            for index, picture in enumerate(pictures):
+                prompt, image = divmod(index, images)
+                buffer = io.BytesIO()
+                Image.fromarray(picture).save(buffer, "PNG")
+                tar.add(f"{first + prompt:05d}-{image}.png", buffer.getvalue())
+        return put_data(store, prefix, f"{first:05d}.tar", path)
+
+
+@functools.lru_cache(maxsize=1)
+def _artist(store: Store, checkpoint: CheckpointRecord) -> Artist:
+    """Loaded once in a worker, which then draws many chunks."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(1)  # a task is one CPU
+    with tempfile.TemporaryDirectory(prefix=f"pixnerd-{os.getpid()}-") as folder:
+        return Artist.load(checkpoints.fetch(store, checkpoint, Path(folder)), device)
+
+
+def read_pictures(store: Store, tars: Sequence[DataObject]) -> dict[tuple[int, int], bytes]:
+    """(prompt, image) -> the PNG."""
+    found = {}
+    for data in tars:
+        with tarfile.open(fileobj=io.BytesIO(get_data(store, data))) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                prompt, _, image = Path(member.name).stem.partition("-")
+                if file is not None:
+                    found[int(prompt), int(image)] = file.read()
+    return found

@@ -1,0 +1,149 @@
+"""Evaluation prompts in GenEval's metadata form: from a JSONL file, or the shape world's own set.
+
+{"tag": "position", "include": [{"class": "square", "count": 1},
+                                {"class": "circle", "count": 1, "position": ["left of", 0]}],
+ "exclude": [], "prompt": "a photo of a circle left of a square"}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data_prep import shape_world as world
+from data_prep.shape_world import Description, Fact, Noun
+from infra.errors import EvaluationError
+
+Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+TASKS: tuple[Task, ...] = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+Relation = Literal["left of", "right of", "above", "below"]
+
+
+class Requirement(BaseModel):
+    """At least `count` objects of a class, perhaps of a colour, perhaps on one side of an earlier requirement's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    label: str = Field(validation_alias=AliasChoices("class", "label"), serialization_alias="class")
+    count: int = Field(ge=1)
+    color: str | None = None
+    position: tuple[Relation, int] | None = None
+
+
+class Prompt(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")  # published variants of the file have columns of their own
+    tag: Task
+    include: tuple[Requirement, ...] = Field(min_length=1)
+    exclude: tuple[Requirement, ...] = ()  # fewer than `count` of each
+    prompt: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _positions_point_back(self) -> Prompt:
+        for index, required in enumerate(self.include):
+            if required.position and not 0 <= required.position[1] < index:
+                raise ValueError(
+                    f"requirement {index} stands in a relation to {required.position[1]}, not an earlier one"
+                )
+        return self
+
+    def metadata(self) -> dict[str, object]:
+        """The prompt as a line of GenEval's file."""
+        return self.model_dump(by_alias=True, exclude_none=True, mode="json")
+
+
+def load_prompts(path: Path) -> list[Prompt]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(
+            f"the prompts in {path} cannot be read ({type(error).__name__})",
+            remedy="name a JSONL file of GenEval metadata",
+        ) from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            prompts.append(Prompt.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the line"
+            raise EvaluationError(
+                f"{path}, line {number}: {where}: {first['msg']}", remedy="correct the line, or leave it out"
+            ) from None
+    if not prompts:
+        raise EvaluationError(f"{path} holds no prompts", remedy="name a JSONL file of GenEval metadata")
+    return prompts
+
+
+# ------------------------------------------------------------------------------------------------- the shape world
+
+TASK_OF = {
+    "place": "single_object",
+    "pair": "two_object",
+    "count": "counting",
+    "colour": "colors",
+    "relation": "position",
+    "attributes": "color_attr",
+}
+
+
+def shape_prompts(per_task: int = 12) -> list[Prompt]:
+    """Up to `per_task` prompts a task, each asking for a combination that no training scene has.
+
+    Every combination is asked for once before any is asked for in a second way.
+    """
+    prompts: list[Prompt] = []
+    for task in TASKS:
+        ways = [list(_ways(fact)) for fact in world.held_out() if TASK_OF[fact[0]] == task]
+        in_turn = [way[k] for k in range(max(map(len, ways))) for way in ways if k < len(way)]
+        prompts += [_prompt(task, description) for description in in_turn[:per_task]]
+    return prompts
+
+
+def _ways(fact: Fact) -> Iterator[Description]:
+    """The ways of asking for a held-out combination, with nothing else in them that is held out."""
+    match fact:
+        case ("place", shape, place):
+            for size in (None, *world.SIZES):
+                yield Description((Noun(shape, size=size),), place=place)
+        case ("count", number, shape):
+            for colour in (None, *world.COLOURS):
+                if ("colour", colour, shape) not in world.held_out():
+                    yield Description((Noun(shape, world.NUMBERS.index(number), colour),))
+        case ("colour", colour, shape):
+            for size in (None, *world.SIZES):
+                yield Description((Noun(shape, colour=colour, size=size),))
+        case ("pair", colour, shape, other):
+            yield Description((Noun(shape, colour=colour), Noun(other)))
+            yield Description((Noun(other), Noun(shape, colour=colour)))
+        case ("relation", colour, shape, relation, other):
+            yield Description((Noun(shape, colour=colour), Noun(other)), relation)
+            yield Description((Noun(other), Noun(shape, colour=colour)), world.OPPOSITE[relation])
+        case ("attributes", colour, shape, other_colour, other):
+            yield Description((Noun(shape, colour=colour), Noun(other, colour=other_colour)))
+            yield Description((Noun(other, colour=other_colour), Noun(shape, colour=colour)))
+
+
+def _prompt(task: Task, description: Description) -> Prompt:
+    """What GenEval checks in each task: colours only in `colors` and `color_attr`, relations only in `position`."""
+    with_colour = task in ("colors", "color_attr")
+    include = [
+        Requirement(label=noun.shape, count=noun.count, color=noun.colour if with_colour else None)
+        for noun in description.nouns
+    ]
+    exclude: list[Requirement] = []
+    first = description.nouns[0]
+    if description.relation:
+        subject, target = include
+        include = [target, subject.model_copy(update={"position": (description.relation, 0)})]
+    if task == "counting":
+        exclude = [Requirement(label=first.shape, count=first.count + 1)]
+    if task == "single_object":
+        # With three classes, every other picture of something else has the right one in it too; so nothing else may be.
+        exclude = [Requirement(label=shape, count=1 + (shape == first.shape)) for shape in world.SHAPES]
+    return Prompt(
+        tag=task, include=tuple(include), exclude=tuple(exclude), prompt=f"a photo of {world.text(description)}"
+    )

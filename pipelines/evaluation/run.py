@@ -1,0 +1,114 @@
+"""A GenEval run: draw, judge, count, and write the report's record last."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from infra.config import Settings, digest
+from infra.records import CheckpointRecord, DataObject, EvalReport, Record, put_data, read_record, write_record
+from infra.shards import parquet_bytes
+from infra.store import Store
+from pipelines.evaluation import geneval as protocol
+from pipelines.evaluation.generate import generate, read_pictures
+from pipelines.evaluation.judges import Judge, ShapeJudge
+from pipelines.evaluation.prompts import Prompt, load_prompts, shape_prompts
+from pipelines.evaluation.statistics import intervals
+from training.sampling import SampleSettings
+
+
+class GenevalSettings(Settings):
+    prompts: str = Field("shapes", description="`shapes`: the shape world's own; or a JSONL file of GenEval metadata")
+    per_task: int = Field(12, ge=2, description="prompts a task of the shape world's set")
+    images: int = Field(4, ge=1, description="pictures a prompt, from seeds 0, 1, ...")
+    judge: Literal["shapes"] = "shapes"
+    sampling: SampleSettings = SampleSettings()
+    seed: int = Field(0, description="of the bootstrap")
+
+
+class Pictures(Record):
+    """What was drawn, so that it can be judged again without being drawn again."""
+
+    prompts: list[str]
+    images: int
+    tars: list[DataObject]
+
+
+Show = Callable[[str, int, int], None]
+
+
+def geneval(
+    store: Store, prefix: str, checkpoint: CheckpointRecord, settings: GenevalSettings, show: Show
+) -> EvalReport:
+    """GenEval's score of a checkpoint; what an interrupted run drew is used again."""
+    prompts = shape_prompts(settings.per_task) if settings.prompts == "shapes" else load_prompts(Path(settings.prompts))
+    drawn = _draw(store, prefix, checkpoint, prompts, settings, show)
+    judge: Judge = ShapeJudge()
+    pictures = read_pictures(store, drawn.tars)
+    verdicts = protocol.evaluate(
+        judge, prompts, [[_pixels(pictures.get((p, i))) for i in range(settings.images)] for p in range(len(prompts))]
+    )
+    scores = intervals(protocol.by_task(verdicts), seed=settings.seed)
+    report = EvalReport(
+        protocol="geneval",
+        judge=judge.name,
+        prompts=digest([prompt.metadata() for prompt in prompts]),
+        checkpoint=checkpoint.digest(),
+        images=len(verdicts),
+        failed=len(verdicts) - len(pictures),
+        scores={f"geneval/{task}": interval for task, interval in scores.items()},
+        details=put_data(store, prefix, "verdicts.parquet", parquet_bytes(_table(verdicts))),
+        pictures=drawn.tars,
+    )
+    write_record(store, f"{prefix}/report.json", report)
+    return read_record(store, f"{prefix}/report.json", EvalReport)
+
+
+def _draw(
+    store: Store,
+    prefix: str,
+    checkpoint: CheckpointRecord,
+    prompts: Sequence[Prompt],
+    settings: GenevalSettings,
+    show: Show,
+) -> Pictures:
+    key = f"{prefix}/pictures.json"
+    if store.exists(key):
+        return read_record(store, key, Pictures)
+    texts = [prompt.prompt for prompt in prompts]
+    tars = generate(
+        store,
+        prefix,
+        checkpoint,
+        texts,
+        settings.images,
+        settings.sampling,
+        lambda done, total: show(f"{done} of {total} batches of pictures", done, total),
+    )
+    write_record(store, key, Pictures(prompts=texts, images=settings.images, tars=tars))
+    return read_record(store, key, Pictures)
+
+
+def _pixels(png: bytes | None) -> protocol.Image | None:
+    import numpy as np
+    from PIL import Image
+
+    return None if png is None else np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def _table(verdicts: Sequence[protocol.Verdict]) -> pa.Table:
+    columns = {
+        "task": [v.task for v in verdicts],
+        "prompt": [v.number for v in verdicts],
+        "text": [v.prompt for v in verdicts],
+        "image": [v.image for v in verdicts],
+        "correct": [v.correct for v in verdicts],
+        "reasons": ["; ".join(v.reasons) for v in verdicts],
+    }
+    return pa.table(columns)
+

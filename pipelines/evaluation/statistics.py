@@ -1,0 +1,74 @@
+"""Intervals for scores: a bootstrap over prompts within tasks, as the pictures of one prompt are no independent draws.
+
+P is a task's prompts, D the bootstrap's draws. The overall score is the mean of the tasks' per-picture means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from infra.errors import EvaluationError
+from infra.records import Interval
+
+Floats = npt.NDArray[np.float64]
+Scores = Mapping[str, Sequence[Sequence[float]]]  # task -> prompt -> picture
+
+OVERALL = "overall"
+DRAWS = 10_000
+
+
+def intervals(scores: Scores, *, seed: int = 0, draws: int = DRAWS) -> dict[str, Interval]:
+    """Each task's score and the overall one, with 95 % intervals."""
+    rng = np.random.default_rng(seed)
+    values, deviations = {}, {}
+    for task, prompts in scores.items():
+        counts_DP = _resample(len(prompts), draws, rng)
+        values[task], deviations[task] = _bootstrap(prompts, counts_DP)
+    return _summary(values, deviations, lowest=0.0)
+
+
+def paired(a: Scores, b: Scores, *, seed: int = 0, draws: int = DRAWS) -> dict[str, Interval]:
+    """The difference a - b of two evaluations on the same prompts: both are resampled alike."""
+    if {task: len(prompts) for task, prompts in a.items()} != {task: len(prompts) for task, prompts in b.items()}:
+        raise EvaluationError(
+            "the two evaluations are not of the same prompts", remedy="evaluate both with one set of prompts"
+        )
+    rng = np.random.default_rng(seed)
+    values, deviations = {}, {}
+    for task in a:
+        counts_DP = _resample(len(a[task]), draws, rng)
+        value_a, deviation_a = _bootstrap(a[task], counts_DP)
+        value_b, deviation_b = _bootstrap(b[task], counts_DP)
+        values[task], deviations[task] = value_a - value_b, deviation_a - deviation_b
+    return _summary(values, deviations, lowest=-1.0)
+
+
+def _resample(prompts: int, draws: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """How often each prompt is in each draw."""
+    assert prompts > 0, "a task without prompts has no score"
+    return rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=draws)
+
+
+def _bootstrap(prompts: Sequence[Sequence[float]], counts_DP: npt.NDArray[np.int64]) -> tuple[float, Floats]:
+    """A task's score, and the draws' deviations from it.
+
+    Resampling n prompts shows a variance that is too small by (n - 1) / n, which matters at a dozen prompts.
+    """
+    sums_P = np.array([sum(pictures) for pictures in prompts], np.float64)
+    sizes_P = np.array([len(pictures) for pictures in prompts], np.float64)
+    value = float(sums_P.sum() / sizes_P.sum())
+    n = len(prompts)
+    return value, ((counts_DP @ sums_P) / (counts_DP @ sizes_P) - value) * np.sqrt(n / max(n - 1, 1))
+
+
+def _summary(values: Mapping[str, float], deviations: Mapping[str, Floats], lowest: float) -> dict[str, Interval]:
+    values = {**values, OVERALL: float(np.mean(list(values.values())))}
+    deviations = {**deviations, OVERALL: np.mean(list(deviations.values()), axis=0)}
+    summary = {}
+    for name, value in values.items():
+        low, high = value + np.quantile(deviations[name], (0.025, 0.975))
+        summary[name] = Interval(value=value, low=float(max(low, lowest)), high=float(min(high, 1.0)))
+    return summary

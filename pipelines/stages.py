@@ -1,0 +1,397 @@
+"""The stages of a workflow: settings and records in, one record out. Each reads like the paragraph that describes it.
+
+    corpus -> prepare -> snapshot -> encoders -> train -> evaluate -> gate -> register -> report
+
+A stage's function gets its context, its settings, and the records of the stages that its settings name; what it returns
+becomes the `output` of its record, which is all that later stages know of it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from data_prep.plan import PrepareSettings
+from data_prep.snapshot import SnapshotSettings
+from infra.config import Settings
+from infra.errors import SettingsError, StageFailed
+from infra.records import CheckpointRecord, DataObject, EvalReport, SnapshotRecord, StageRecord, put_data, read_record
+from infra.store import Store
+from infra.tracking import Run, Tracker
+from pipelines.evaluation.run import GenevalSettings
+from training.loop import TrainSettings
+
+Output = dict[str, Any]
+Inputs = Mapping[str, StageRecord]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage is: what a terminal draws as a bar and a log file gets as a line now and then."""
+
+    text: str
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage may use: the store, a folder of this machine, the tracker, and somebody who listens."""
+
+    store: Store
+    home: Path
+    tracker: Tracker
+    parent: Run
+    show: Callable[[str, Progress], None]
+    stage: str = ""
+    digest: str = ""
+    run: Run = Run("", None)
+
+    def for_stage(self, stage: str, kind: str, of: str) -> Context:
+        run = self.tracker.run(stage, of, self.parent, {"pixnerd.kind": kind})
+        return replace(self, stage=stage, digest=of, run=run)
+
+    def progress(self, text: str, done: int = 0, total: int = 0) -> None:
+        self.show(self.stage, Progress(text, done, total))
+
+
+def stage_reference(default: Any = ...) -> Any:
+    """A setting that names another stage. The name itself changes no result: that stage's digest does."""
+    return Field(default, json_schema_extra={"operational": True, "stage": True})
+
+
+def references(settings: Settings) -> dict[str, str]:
+    """`field` or `field.number` -> the stage that it names."""
+    found: dict[str, str] = {}
+    for name, info in type(settings).model_fields.items():
+        if not (isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("stage")):
+            continue
+        value = getattr(settings, name)
+        if isinstance(value, str):
+            found[name] = value
+        elif value is not None:
+            found |= {f"{name}.{number}": target for number, target in enumerate(value)}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+class CorpusStage(Settings):
+    count: int = Field(6000, ge=1, description="images, the deliberately bad ones among them")
+    seed: int = 0
+    size: int = Field(64, ge=16, description="side of the images, in pixels")
+
+
+def corpus(context: Context, settings: CorpusStage, inputs: Inputs) -> Output:
+    """The shape world, written as an ordinary image folder with a table of captions, as any corpus would come."""
+    from data_prep.shape_corpus import write_corpus
+
+    folder = context.home / "corpus" / context.digest
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+            write_corpus(Path(name) / "new", settings.count, settings.seed, settings.size)
+            (Path(name) / "new").rename(folder)
+    files = Counter(path.suffix.lstrip(".") for path in (folder / "images").iterdir())
+    return {"folder": str(folder.absolute()), "files": dict(sorted(files.items()))}
+
+
+STAGE_URL = "stage:"  # a source's url may be another stage's folder: `url: stage:corpus`
+
+
+def source_references(settings: PrepareSettings) -> dict[str, str]:
+    return {
+        f"sources.{number}": source.url.removeprefix(STAGE_URL)
+        for number, source in enumerate(settings.sources)
+        if source.url.startswith(STAGE_URL)
+    }
+
+
+def prepare(context: Context, settings: PrepareSettings, inputs: Inputs) -> Output:
+    """Raw images -> shards in the store, every input accounted for."""
+    from data_prep.job import Progress as Prepared
+    from data_prep.job import prepare as run
+
+    sources = list(settings.sources)
+    for field, record in inputs.items():
+        number = int(field.rpartition(".")[2])
+        sources[number] = sources[number].model_copy(update={"url": record.output["folder"]})
+
+    def show(so_far: Prepared) -> None:
+        text = f"{so_far.shards} of {so_far.planned_shards} shards, {so_far.per_second:.0f} images/s"
+        context.progress(text, so_far.shards, so_far.planned_shards)
+
+    summary = run(context.store, settings.model_copy(update={"sources": sources}), show)
+    for size, counts in summary.sizes.items():
+        rejected = {f"prepare/{size}/rejected_{cause}": n for cause, n in counts.rejected.items()}
+        context.run.metrics({f"prepare/{size}/accepted": counts.accepted, **rejected}, 0)
+    return summary.model_dump(mode="json")
+
+
+class SnapshotStage(SnapshotSettings):
+    shards: str = stage_reference()
+
+
+def snapshot(context: Context, settings: SnapshotStage, inputs: Inputs) -> Output:
+    """Shards + filter + caption mix -> the rows that training reads."""
+    from data_prep.snapshot import snapshot as run
+    from data_prep.snapshot import snapshot_key
+
+    plan = inputs["shards"].output["plan"]
+    plain = SnapshotSettings(**settings.model_dump(exclude={"shards"}))
+    record = run(context.store, plan, plain)
+    context.run.metrics({"snapshot/rows": record.rows, "snapshot/held_out": record.held_out_rows}, 0)
+    return {"record": snapshot_key(plan, plain), **record.model_dump(mode="json", include={"rows", "counts", "size"})}
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+class TinyText(Settings):
+    hidden: int = 96
+    layers: int = 2
+    heads: int = 4
+    vocab: int = Field(512, ge=300)
+
+
+class TinyVision(Settings):
+    hidden: int = 64
+    layers: int = 2
+    heads: int = 4
+    patch_size: int = 8
+    image_size: int = 32
+
+
+class EncodersStage(Settings):
+    captions: str = stage_reference()
+    text: TinyText = TinyText()
+    vision: TinyVision = TinyVision()
+    seed: int = 0
+
+
+def encoders(context: Context, settings: EncodersStage, inputs: Inputs) -> Output:
+    """A small Qwen3 with a tokenizer of the corpus's own captions, and a small DINOv2, where no hub is needed."""
+    from infra.shards import read_selection
+    from training.encoders import text, vision
+
+    record = read_record(context.store, inputs["captions"].output["record"], SnapshotRecord)
+    rows = read_selection(context.store, record, columns=["captions"])["captions"]
+    captions = [caption for row in rows.to_pylist() for caption in row]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        text.build_tiny(folder / "text", captions, seed=settings.seed, **settings.text.model_dump())
+        vision.build_tiny(folder / "vision", seed=settings.seed, **settings.vision.model_dump())
+        prefix = f"encoders/{context.digest}"
+        return {part: _put_folder(context.store, f"{prefix}/{part}", folder / part) for part in ("text", "vision")}
+
+
+def _put_folder(store: Store, prefix: str, folder: Path) -> dict[str, Any]:
+    return {path.name: put_data(store, prefix, path.name, path).model_dump() for path in sorted(folder.iterdir())}
+
+
+class TrainStage(TrainSettings):
+    data: str = stage_reference()
+    start_from: str | None = stage_reference(None)
+    encoders: str | None = stage_reference(None)
+    text_encoder: str = Field("Qwen/Qwen3-1.7B", description="a published text encoder, where `encoders` is not given")
+    vision_encoder: str = Field("facebook/dinov2-base", description="for REPA, where `encoders` is not given")
+
+
+def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
+    """A snapshot -> a checkpoint, from scratch or from an earlier stage's EMA weights."""
+    from training.loop import Job
+    from training.ray_train import fit
+
+    store, own = context.store, {"data", "start_from", "encoders", "text_encoder", "vision_encoder"}
+    given = inputs["encoders"].output if "encoders" in inputs else None
+    start = inputs.get("start_from")
+    data = read_record(store, inputs["data"].output["record"], SnapshotRecord)
+    job = Job(
+        store=store,
+        prefix=f"training/{context.digest}",
+        digest=context.digest,
+        settings=TrainSettings(**settings.model_dump(exclude=own)),
+        snapshot=data,
+        text=_files(given["text"]) if given else settings.text_encoder,
+        vision=_files(given["vision"]) if given else settings.vision_encoder,
+        start_from=read_record(store, start.output["record"], CheckpointRecord) if start else None,
+        run=context.run,
+    )
+    _log_lineage(context, settings, data, inputs["data"].output["record"])
+
+    def show(message: dict[str, Any]) -> None:
+        if message["event"] == "log":
+            speed = f"{message['train/images_per_second']:.0f} images/s"
+            text = f"step {message['step']} of {message['steps']}, loss {message['train/loss']:.4f}, {speed}"
+            context.progress(text, message["step"], message["steps"])
+
+    record = fit(job, show)
+    return {
+        "record": f"{job.prefix}/checkpoint.json",
+        "parameters": record.parameters,
+        "images_seen": record.position,
+        "image_size": settings.network().image_size,
+    }
+
+
+def _files(plain: dict[str, Any]) -> dict[str, DataObject]:
+    return {name: DataObject.model_validate(data) for name, data in plain.items()}
+
+
+def _log_lineage(context: Context, settings: Settings, data: SnapshotRecord, key: str) -> None:
+    context.run.params(_flat(settings.results()))
+    where = f"{context.store.url}/{key}"
+    context.run.dataset(f"snapshot-{data.size}", data.digest(), where, {"rows": data.rows}, "training")
+
+
+def _flat(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= _flat(inner, f"{path}{key}.") if isinstance(inner, dict) else {f"{path}{key}": inner}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+class EvaluateStage(GenevalSettings):
+    checkpoint: str = stage_reference()
+
+
+def evaluate(context: Context, settings: EvaluateStage, inputs: Inputs) -> Output:
+    """A checkpoint -> GenEval's six tasks with intervals."""
+    from pipelines.evaluation.run import geneval
+
+    checkpoint = read_record(context.store, inputs["checkpoint"].output["record"], CheckpointRecord)
+    plain = GenevalSettings(**settings.model_dump(exclude={"checkpoint"}))
+    prefix = f"evaluations/{context.digest}"
+    report = geneval(context.store, prefix, checkpoint, plain, context.progress)
+    scores = {name: interval.value for name, interval in report.scores.items()}
+    context.run.metrics(scores, checkpoint.step)
+    context.run.tags({"pixnerd.checkpoint": report.checkpoint, "pixnerd.judge": report.judge})
+    context.parent.metrics({f"{inputs['checkpoint'].stage}/{name}": value for name, value in scores.items()}, 0)
+    return {"record": f"{prefix}/report.json", "scores": scores}
+
+
+class Rule(Settings):
+    """A score must reach a value, or beat another stage's, or both."""
+
+    score: str = "geneval/overall"
+    at_least: float | None = None
+    above: int | None = Field(None, ge=0, description="number of the stage in `scores` that must be beaten")
+
+
+class GateStage(Settings):
+    scores: list[str] = stage_reference()  # the first is judged
+    rules: list[Rule] = Field(min_length=1)
+
+
+def gate(context: Context, settings: GateStage, inputs: Inputs) -> Output:
+    """Is the model good enough to be registered? The verdict is recorded either way."""
+    reports = [read_record(context.store, record.output["record"], EvalReport) for record in inputs.values()]
+    verdicts = []
+    for rule in settings.rules:
+        if rule.above is not None and rule.above >= len(reports):
+            raise SettingsError(f"`rules.above` is {rule.above}, but there are {len(reports)} scores", remedy="count from 0")
+        value = _score(reports[0], rule.score)
+        limits = [("at least", rule.at_least, rule.at_least is None or value >= rule.at_least)]
+        if rule.above is not None:
+            other = _score(reports[rule.above], rule.score)
+            limits.append((f"above {list(inputs.values())[rule.above].stage}'s", other, value > other))
+        verdicts += [
+            {"score": rule.score, "value": value, "limit": f"{text} {limit:.3f}", "passed": passed}
+            for text, limit, passed in limits
+            if limit is not None
+        ]
+    passed = all(verdict["passed"] for verdict in verdicts)
+    context.run.tags({"pixnerd.gate": "passed" if passed else "failed"})
+    return {"passed": passed, "verdicts": verdicts}
+
+
+def _score(report: EvalReport, name: str) -> float:
+    if name not in report.scores:
+        raise SettingsError(f"the evaluation has no score `{name}`", remedy=f"it has {', '.join(report.scores)}")
+    return report.scores[name].value
+
+
+class RegisterStage(Settings):
+    gate: str = stage_reference()
+    checkpoint: str = stage_reference()
+    scores: str = stage_reference()
+    model: str = "pixnerd"
+    alias: str = "champion"
+
+
+def register(context: Context, settings: RegisterStage, inputs: Inputs) -> Output:
+    """The checkpoint as a version of a registered model in MLflow; its weights stay where they are."""
+    verdict = inputs["gate"].output
+    if not verdict["passed"]:
+        missed = [f"{v['score']} is {v['value']:.3f}, not {v['limit']}" for v in verdict["verdicts"] if not v["passed"]]
+        raise StageFailed(
+            f"the gate is closed ({'; '.join(missed)})", remedy="train longer, or change the gate's rules on purpose"
+        )
+    checkpoint = read_record(context.store, inputs["checkpoint"].output["record"], CheckpointRecord)
+    report = read_record(context.store, inputs["scores"].output["record"], EvalReport)
+    source = f"{context.store.url}/{checkpoint.folder}"
+    tags = {"pixnerd.checkpoint": checkpoint.digest(), "pixnerd.snapshot": checkpoint.snapshot, "judge": report.judge}
+    scores = {name: interval.value for name, interval in report.scores.items()}
+    made = context.tracker.register(settings.model, settings.alias, context.run, source, tags, scores)
+    if made is None:
+        raise StageFailed("MLflow did not take the model", remedy="check tracking.uri and run again: the rest is done")
+    return {"model": settings.model, "version": made, "alias": settings.alias, "source": source}
+
+
+# ------------------------------------------------------------------------------------------------ telling
+
+
+class ReportStage(Settings):
+    title: str = "PixNerd"
+
+
+def report(context: Context, settings: ReportStage, inputs: Inputs) -> Output:
+    """One self-contained page: what went in, what came out, and how the one became the other."""
+    from pipelines.report import build
+
+    page = build(context.store, settings.title, list(inputs.values()))
+    data = put_data(context.store, "reports", "report.html", page.encode())
+    path = context.home / "report.html"
+    path.write_text(page, encoding="utf-8")
+    context.parent.artifact(path)
+    return {"page": data.model_dump(), "path": str(path.absolute())}
+
+
+@dataclass(frozen=True)
+class StageKind:
+    name: str
+    settings: type[Settings]
+    work: Callable[[Context, Any, Inputs], Output]
+    references: Callable[[Any], dict[str, str]] = references
+    reads_all: bool = False  # it reads every other stage of the workflow, those that failed left out
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        StageKind("corpus", CorpusStage, corpus),
+        StageKind("prepare", PrepareSettings, prepare, source_references),
+        StageKind("snapshot", SnapshotStage, snapshot),
+        StageKind("encoders", EncodersStage, encoders),
+        StageKind("train", TrainStage, train),
+        StageKind("evaluate", EvaluateStage, evaluate),
+        StageKind("gate", GateStage, gate),
+        StageKind("register", RegisterStage, register),
+        StageKind("report", ReportStage, report, reads_all=True),
+    )
+}
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("pixnerd", "torch", "deepspeed", "ray", "transformers")}

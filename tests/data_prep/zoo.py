@@ -1,0 +1,97 @@
+"""Files of every kind, made here, so that what their pixels should be is known."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def picture(height: int = 24, width: int = 40) -> Pixels:
+    """Smooth, different at every corner and in every channel: any turn, swap or shift of colours shows."""
+    y, x = np.mgrid[0:height, 0:width]
+    red, green = 20 + 200 * x / (width - 1), 30 + 180 * y / (height - 1)
+    blue = 240 - 100 * x / (width - 1) - 90 * y / (height - 1)
+    return np.stack([red, green, blue], -1).round().astype(np.uint8)
+
+
+def saved(image: Image.Image | npt.NDArray[Any], kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def png(
+    width: int, height: int, depth: int, colour_type: int, pixels: npt.NDArray[Any] | bytes, extra: bytes = b""
+) -> bytes:
+    """A PNG of any depth, or one whose header lies: `pixels` as bytes are taken as they are."""
+    if not isinstance(pixels, bytes):
+        rows = np.ascontiguousarray(pixels).view(np.uint8).reshape(height, -1)
+        pixels = np.pad(rows, ((0, 0), (1, 0))).tobytes()
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + extra + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+# Primaries of Adobe RGB (1998), adapted to D50, by row: X, Y, Z of red, green, blue.
+ADOBE = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]])
+SRGB = np.array(
+    [[0.4360747, 0.3850649, 0.1430804], [0.2225045, 0.7168786, 0.0606169], [0.0139322, 0.0971045, 0.7141733]]
+)
+
+
+def matrix_profile(primaries: npt.NDArray[np.float64], gamma: float) -> bytes:
+    """An ICC display profile of three primaries and one gamma."""
+
+    def xyz(values: Any) -> bytes:
+        return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(float(v) * 65536) for v in values))
+
+    curve = b"curv\0\0\0\0" + struct.pack(">IHH", 1, round(gamma * 256), 0)
+    text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(79)
+    tags = {b"desc": text, b"cprt": b"text\0\0\0\0none\0\0\0\0", b"wtpt": xyz((0.9642, 1.0, 0.8249))}
+    tags |= {name + b"XYZ": xyz(primaries[:, i]) for i, name in enumerate((b"r", b"g", b"b"))}
+    tags |= {name + b"TRC": curve for name in (b"r", b"g", b"b")}
+    return _profile(b"RGB ", tags)
+
+
+def grey_profile(gamma: float) -> bytes:
+    curve = b"curv\0\0\0\0" + struct.pack(">IHH", 1, round(gamma * 256), 0)
+    white = b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061)
+    text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(79)
+    return _profile(b"GRAY", {b"desc": text, b"cprt": b"text\0\0\0\0none\0\0\0\0", b"wtpt": white, b"kTRC": curve})
+
+
+def _profile(space: bytes, tags: dict[bytes, bytes]) -> bytes:
+    table, body, at = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for name, data in tags.items():
+        data += bytes(-len(data) % 4)
+        table += name + struct.pack(">II", at + len(body), len(data))
+        body += data
+    size = at + len(body)
+    head = struct.pack(">I4sI4s4s4s", size, b"test", 0x02400000, b"mntr", space, b"XYZ ") + bytes(12) + b"acsp"
+    head += bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
+    return head + bytes(128 - len(head)) + table + body
+
+
+def to_srgb(pixels: Pixels, primaries: npt.NDArray[np.float64], gamma: float) -> npt.NDArray[np.float64]:
+    """What a colour of those primaries looks like in sRGB, by the textbook."""
+    linear = np.linalg.inv(SRGB) @ primaries @ ((pixels / 255.0) ** gamma).reshape(-1, 3).T
+    linear = linear.clip(0, 1)
+    out = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return (255 * out.T).reshape(pixels.shape)

@@ -1,0 +1,90 @@
+"""The floors hold: who may import whom, and what must stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# floor -> the floors that it may import; never upwards, never sideways
+MAY_IMPORT = {
+    "infra": set(),
+    "data_prep": {"infra"},
+    "training": {"infra"},
+    "pipelines": {"infra", "data_prep", "training"},
+    "orchestration": {"infra", "data_prep", "training", "pipelines"},
+}
+
+# Each outside system is reached in the files named here and nowhere else.
+ONLY_IN = {
+    "boto3": {"infra/store.py"},
+    "botocore": {"infra/store.py"},
+    "mlflow": {"infra/tracking.py"},
+    "deepspeed": {"training/engine.py"},
+}
+
+FILES = sorted(path for floor in MAY_IMPORT for path in (ROOT / floor).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: write the whole name, so that the floor can be seen"
+            found.add(node.module or "")
+    return found
+
+
+def roots(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def test_there_are_files_on_every_floor():
+    assert {path.relative_to(ROOT).parts[0] for path in FILES} == MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down_only(path: Path):
+    floor = path.relative_to(ROOT).parts[0]
+    others = roots(path) & MAY_IMPORT.keys() - {floor}
+    assert others <= MAY_IMPORT[floor], f"{floor} may not import {others - MAY_IMPORT[floor]}"
+    assert "tests" not in roots(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_outside_systems_have_one_door(path: Path):
+    for system, allowed in ONLY_IN.items():
+        if system in roots(path):
+            assert str(path.relative_to(ROOT)) in allowed, f"{system} belongs in {allowed}"
+
+
+def test_ray_is_started_in_one_place():
+    starters = {str(p.relative_to(ROOT)) for p in FILES if "ray.init(" in p.read_text(encoding="utf-8")}
+    assert starters == {"infra/cluster.py"}
+
+
+def test_the_ground_has_no_torch():
+    for path in (ROOT / "infra").rglob("*.py"):
+        assert not roots(path) & {"torch", "transformers"}, path
+
+
+def test_no_other_top_level_folder():
+    known = {*MAY_IMPORT, "tests"}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    folders = {line.split("/")[0] for line in listed.stdout.splitlines() if "/" in line}
+    assert {name for name in folders if not name.startswith(".")} <= known
+
+
+@pytest.mark.parametrize("module", ["orchestration.cli", "infra.config", "infra.store", "infra.records"])
+def test_light_modules_import_nothing_heavy(module: str):
+    heavy = ("torch", "ray", "mlflow", "transformers", "deepspeed", "boto3", "pyarrow", "numpy", "matplotlib")
+    code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]", f"importing {module} pulls in {result.stdout.strip()}"

@@ -1,0 +1,43 @@
+"""Representation alignment: a block's tokens, through a small head, should point where a vision encoder's do.
+
+Shapes: B images, N patches, H hidden, V vision features.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class RepaHead(nn.Sequential):
+    """Linear, SiLU, Linear, SiLU, Linear."""
+
+    def __init__(self, hidden: int, features: int) -> None:
+        super().__init__(
+            nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, features)
+        )
+
+
+def alignment_loss(projected_BNV: Tensor, features_BNV: Tensor) -> Tensor:
+    """1 - cosine similarity, the mean over all patches."""
+    return 1 - F.cosine_similarity(projected_BNV.float(), features_BNV.float(), dim=-1).mean()
+
+
+class Alignment(NamedTuple):
+    matched: Tensor
+    shuffled: Tensor
+
+
+@torch.no_grad()
+def alignment(projected_BNV: Tensor, features_BNV: Tensor) -> Alignment:
+    """The mean cosine with the image's own features, and with another image's of the batch at the same places.
+
+    The second is the control: what it reaches, a head can reach that knows the average image and nothing of this one.
+    """
+    assert len(features_BNV) > 1, "the control needs another image in the batch"
+    projected, features = projected_BNV.float(), features_BNV.float()
+    matched = F.cosine_similarity(projected, features, dim=-1).mean()
+    return Alignment(matched, F.cosine_similarity(projected, features.roll(1, 0), dim=-1).mean())

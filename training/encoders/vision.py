@@ -1,0 +1,90 @@
+"""Images -> patch features: DINOv2 of Hugging Face's format, the target of representation alignment.
+
+Shapes: B images, N patches, V features; a grid is (rows, columns) of the denoiser's patches.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.encoders import load_model
+
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+
+
+class VisionEncoder(nn.Module):
+    """DINOv2's normalised patch tokens, one for each of the denoiser's patches; always frozen."""
+
+    def __init__(self, source: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.model = load_model(source, dtype)
+        self.model.requires_grad_(False).eval()
+        self.patch_size = int(self.model.config.patch_size)
+        self._positions: dict[tuple[int, int], Tensor] = {}
+
+    @property
+    def width(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    @torch.no_grad()
+    def forward(self, x_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Features [B, N, V] of images in [-1, 1], resized so that one of its patches lies on each of the grid's."""
+        size = (self.patch_size * grid[0], self.patch_size * grid[1])
+        resized = F.interpolate((x_BCHW.float() + 1) / 2, size=size, mode="bicubic", antialias=False)
+        mean, std = (torch.tensor(v, device=x_BCHW.device).view(3, 1, 1) for v in (_MEAN, _STD))
+        tokens_BNV = self.model.embeddings.patch_embeddings((resized - mean) / std)
+        cls_B1V = self.model.embeddings.cls_token.expand(len(tokens_BNV), -1, -1)
+        hidden = torch.cat([cls_B1V, tokens_BNV], dim=1) + self._table(grid)
+        features_BNV: Tensor = self.model.layernorm(self.model.encoder(hidden).last_hidden_state)[:, 1:]
+        return features_BNV
+
+    def _table(self, grid: tuple[int, int]) -> Tensor:
+        """The position table at another grid, worked out once, as DINOv2's own code does it.
+
+        That adds 0.1 to the grid before dividing and interpolates by the resulting factor; transformers' does not, and
+        would give every token slightly other positions.
+        """
+        table = self.model.embeddings.position_embeddings
+        known = self._positions.get(grid)
+        if known is not None and known.device == table.device and known.dtype == table.dtype:
+            return known
+        side = round((table.shape[1] - 1) ** 0.5)
+        cls, patches = table[:, :1], table[:, 1:]
+        if grid != (side, side):
+            square = patches.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+            factors = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
+            patches = F.interpolate(square, scale_factor=factors, mode="bicubic").to(table.dtype)
+            assert patches.shape[-2:] == grid
+            patches = patches.flatten(2).transpose(1, 2)
+        self._positions[grid] = torch.cat([cls, patches], dim=1)
+        return self._positions[grid]
+
+
+def build_tiny(
+    folder: str | Path,
+    *,
+    hidden: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    patch_size: int = 8,
+    image_size: int = 32,
+    seed: int = 0,
+) -> None:
+    """A small DINOv2 with random weights in Hugging Face's format."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        patch_size=patch_size,
+        image_size=image_size,
+        layerscale_value=1.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        Dinov2Model(config).save_pretrained(folder)

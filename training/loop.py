@@ -1,0 +1,291 @@
+"""A training run, top to bottom: on every rank the same story, from the snapshot to the published checkpoint.
+
+    build or inherit the network -> shard it -> resume where a state was committed -> steps, with the EMA behind them ->
+    a committed state now and then -> the EMA weights as a checkpoint, its record last
+
+Data order, noise, times and drops depend on the position alone, so a run that was stopped and resumed, or resumed on
+another number of ranks, continues the same stream of samples.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from pydantic import Field, model_validator
+from safetensors.torch import save_file
+
+from infra.config import Settings, operational, parse
+from infra.errors import SettingsError, TrainingError
+from infra.records import CheckpointRecord, DataObject, SnapshotRecord, put_data
+from infra.shards import read_selection
+from infra.store import Store
+from infra.tracking import Run
+from training import checkpoint
+from training import model as models
+from training.data import Batch, Batches, DataSettings, Reader
+from training.diffusion.repa import RepaHead
+from training.ema import Ema, EmaSettings
+from training.encoders.text import TextEncoder
+from training.encoders.vision import VisionEncoder
+from training.engine import Engine, Precision
+from training.model.pixnerd import PixNerd
+from training.model.presets import ModelConfig, preset
+from training.optim import OptimSettings, learning_rate
+from training.task import Meter, ObjectiveSettings, Preparer, Trained
+
+Files = dict[str, DataObject]
+
+
+class TrainSettings(Settings):
+    preset: str = "XXL/16"
+    model: dict[str, Any] = Field(default_factory=dict, description="what differs from the preset")
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1, description="images a step, over all ranks")
+    seed: int = 0
+    precision: Precision = "bf16"
+    optim: OptimSettings = OptimSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    ema: EmaSettings = EmaSettings()
+    data: DataSettings = DataSettings()
+    train_text: int = Field(0, ge=0, description="layers of the text encoder, from its last, to train along")
+
+    workers: int = operational(1, ge=1, description="ranks: GPUs, or processes on CPUs")
+    micro_batch: int | None = operational(None, ge=1, description="images a rank takes at once; none: its whole share")
+    zero: Literal[1, 2] = operational(1)
+    log_every: int = operational(20, ge=1)
+    save_every: int = operational(500, ge=1, description="steps between committed states; a multiple of log_every")
+    retries: int = operational(2, ge=0, description="restarts after a worker died")
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainSettings:
+        share = self.batch // self.workers
+        if self.batch % self.workers or share % (self.micro_batch or share):
+            raise ValueError("batch must be a multiple of workers x micro_batch")
+        if self.data.lanes % self.workers:
+            raise ValueError(f"data.lanes ({self.data.lanes}) must be a multiple of workers ({self.workers})")
+        if self.save_every % self.log_every:
+            raise ValueError("save_every must be a multiple of log_every")
+        self.network()
+        return self
+
+    def network(self) -> ModelConfig:
+        try:
+            return parse(ModelConfig, {**preset(self.preset).model_dump(), **self.model}, where="model")
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+
+
+@dataclass
+class Job:
+    """One training run: what `train` needs on every rank; it travels to the workers."""
+
+    store: Store
+    prefix: str  # where its objects go
+    digest: str
+    settings: TrainSettings
+    snapshot: SnapshotRecord
+    text: Files | str  # a text encoder's files in the store, or the name of a published one
+    vision: Files | str | None
+    start_from: CheckpointRecord | None
+    run: Run
+    scratch: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
+
+
+Say = Callable[[dict[str, Any]], None]
+
+
+def train(job: Job, say: Say) -> CheckpointRecord:
+    """Runs on every rank; torch.distributed is up."""
+    if (done := checkpoint.published(job.store, job.prefix)) is not None:
+        return done
+    settings = job.settings
+    folder = Path(tempfile.mkdtemp(prefix="pixnerd-train-", dir=job.scratch))
+    try:
+        parts = _build(job, folder)
+        engine = _shard(parts, settings)
+        ema = Ema(engine.masters, settings.ema)
+        step, position, curve = _resume(job, engine, ema)
+        say({"event": "start", "step": step, "steps": settings.steps})
+        reader = Reader(job.store, read_selection(job.store, job.snapshot), folder, settings.seed)
+        batches = Batches(
+            reader, settings.data, batch=settings.batch, rank=engine.rank, ranks=engine.ranks, seed=settings.seed
+        ).iterate(position)
+        try:
+            _steps(job, parts, engine, ema, batches, step, curve, say)
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+            reader.close()
+        return _publish(job, parts, engine, ema, curve)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass
+class Parts:
+    trained: Trained
+    text: TextEncoder
+    text_folder: Path | None  # where a small encoder's own files lie; none for a published one
+    frozen_text: TextEncoder | None
+    vision: VisionEncoder | None
+
+
+def _build(job: Job, folder: Path) -> Parts:
+    """The network and its encoders, new from the seed or inherited from another run's EMA weights."""
+    settings = job.settings
+    torch.manual_seed(settings.seed)
+    net = PixNerd(settings.network())
+    source: Files | str = job.text
+    inherited = None
+    if job.start_from is not None:
+        inherited = checkpoint.fetch(job.store, job.start_from, folder / "start")
+        checkpoint.load_part(inherited / "model.safetensors", net, "the network")
+        if (inherited / "text").exists():
+            source = str(inherited / "text")
+    text_folder = None
+    if isinstance(source, dict):
+        text_folder = checkpoint.fetch_files(job.store, source, folder / "text")
+    elif Path(source).exists():
+        text_folder = Path(source)
+    text = TextEncoder(text_folder or str(source), net.config.text_tokens, train_layers=settings.train_text)
+    vision = head = None
+    if settings.objective.repa:
+        if job.vision is None:
+            raise SettingsError("objective.repa needs a vision encoder", remedy="name one, or set objective.repa to 0")
+        where: Path | str = (
+            checkpoint.fetch_files(job.store, job.vision, folder / "vision") if isinstance(job.vision, dict) else job.vision
+        )
+        vision = VisionEncoder(where)
+        head = RepaHead(net.config.hidden, vision.width)
+        if inherited is not None and (inherited / "repa.safetensors").exists():
+            checkpoint.load_part(inherited / "repa.safetensors", head, "the REPA head")
+    trained = Trained(net, head, text if settings.train_text else None, settings.objective)
+    return Parts(trained, text, text_folder, None if settings.train_text else text, vision)
+
+
+def _shard(parts: Parts, settings: TrainSettings) -> Engine:
+    ranks = dist.get_world_size()
+    share = settings.batch // ranks
+    micro = min(settings.micro_batch or share, share)
+    return Engine(
+        parts.trained,
+        settings.optim,
+        zero=settings.zero,
+        precision=settings.precision,
+        micro_batch=micro,
+        accumulate=share // micro,
+    )
+
+
+def _resume(job: Job, engine: Engine, ema: Ema) -> tuple[int, int, list[dict[str, float]]]:
+    state = checkpoint.newest_state(job.store, job.prefix)
+    if state is None:
+        return 0, 0, []
+    checkpoint.load_state(job.store, state, engine, ema)
+    return state.step, state.position, list(state.curve)
+
+
+def _steps(
+    job: Job,
+    parts: Parts,
+    engine: Engine,
+    ema: Ema,
+    batches: Iterator[Batch],
+    first: int,
+    curve: list[dict[str, float]],
+    say: Say,
+) -> None:
+    settings, meter = job.settings, Meter()
+    grid = (parts.trained.net.config.grid,) * 2
+    prepare = Preparer(settings.objective, settings.seed, engine.device, parts.frozen_text, parts.vision, grid)
+    clock = time.perf_counter()
+    for step in range(first, settings.steps):
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - asked
+        rate = learning_rate(settings.optim, step, settings.steps)
+        reports, norm = engine.step(map(prepare, batch.split(engine.micro_batch)), rate)
+        meter.add(reports, norm, waited)
+        ema.update(engine.masters, step)
+        done = step + 1
+        if done % settings.log_every == 0 or done == settings.steps:
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            row, meter = meter.read(engine.ranks, seconds, rate), Meter()
+            _log(job, engine, row, done, curve, say)
+        if done % settings.save_every == 0 and done < settings.steps:
+            position = done * settings.batch
+            facts = {"run": job.digest, "step": done, "position": position, "curve": curve}
+            checkpoint.save_state(job.store, job.prefix, engine, ema, **facts)
+            job.run.flush()
+            say({"event": "saved", "step": done})
+
+
+def _log(
+    job: Job, engine: Engine, row: dict[str, float], step: int, curve: list[dict[str, float]], say: Say
+) -> None:
+    if not all(value == value and abs(value) != float("inf") for value in row.values()):
+        raise TrainingError(
+            f"the loss or the gradient is not finite near step {step}",
+            remedy="lower optim.lr, or set optim.clip; the run resumes from its last committed state",
+        )
+    curve.append({"step": step, "images": step * job.settings.batch, **row})
+    if engine.rank == 0:
+        job.run.metrics(row, step)
+        say({"event": "log", "step": step, "steps": job.settings.steps, **row})
+
+
+def _publish(job: Job, parts: Parts, engine: Engine, ema: Ema, curve: list[dict[str, float]]) -> CheckpointRecord:
+    """The EMA weights, gathered on rank 0, as a checkpoint folder; the other ranks read the record that it wrote."""
+    weights = engine.gather(ema.shards)
+    if engine.rank == 0:
+
+        def write(folder: Path) -> None:
+            _load_prefix(parts.trained, weights)
+            extra = {"text_encoder": "text" if parts.text_folder else job.text}
+            models.save(folder, parts.trained.net, extra)
+            if parts.text_folder is not None:
+                parts.text.save(folder / "text")
+            if parts.trained.head is not None:
+                save_file(parts.trained.head.state_dict(), folder / "repa.safetensors")
+
+        checkpoint.publish(
+            job.store,
+            job.prefix,
+            write,
+            run=job.digest,
+            step=job.settings.steps,
+            position=job.settings.steps * job.settings.batch,
+            snapshot=job.snapshot.digest(),
+            start_from=job.start_from.digest() if job.start_from is not None else None,
+            parameters=sum(p.numel() for p in parts.trained.net.parameters()),
+            curve=_store_curve(job, curve),
+        )
+        job.run.flush()
+    dist.barrier()
+    record = checkpoint.published(job.store, job.prefix)
+    assert record is not None
+    return record
+
+
+def _load_prefix(trained: Trained, weights: dict[str, torch.Tensor]) -> None:
+    """EMA weights into the module itself: training is over, and so every part can save itself in its own way."""
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if name in weights:
+                parameter.data = weights[name].to(torch.float32)
+
+
+def _store_curve(job: Job, curve: list[dict[str, float]]) -> DataObject:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "curve.parquet"
+        pq.write_table(pa.Table.from_pylist(curve), path)
+        return put_data(job.store, job.prefix, "curve.parquet", path)

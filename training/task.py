@@ -1,0 +1,152 @@
+"""What one training step computes: everything that is trained in one module, and the losses of a batch.
+
+The module holds the denoiser, the REPA head, and the text encoder if it is trained along; frozen encoders stay outside,
+so that ZeRO neither shards nor casts them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from infra.config import Fraction, Settings
+from training.data import Batch
+from training.diffusion.objective import by_time, draw, drop_condition, velocity_loss
+from training.diffusion.repa import RepaHead, alignment, alignment_loss
+from training.encoders.text import TextEncoder
+from training.encoders.vision import VisionEncoder
+from training.model.embed import Text
+from training.model.pixnerd import PixNerd
+
+TIME_BINS = 10
+
+
+class ObjectiveSettings(Settings):
+    time_shift: float = Field(2.0, gt=0, description="above 1: more of the training on noisy images")
+    drop: Fraction = Field(0.1, description="share of captions replaced by the empty one, for guidance")
+    repa: float = Field(0.5, ge=0, description="weight of the alignment with the vision encoder; 0: none")
+    repa_block: int = Field(6, ge=1, description="the block whose tokens are aligned, counted from one")
+
+
+class Trained(nn.Module):
+    """All that the optimiser moves, in one forward pass."""
+
+    def __init__(self, net: PixNerd, head: RepaHead | None, text: TextEncoder | None, settings: ObjectiveSettings) -> None:
+        super().__init__()
+        self.net, self.head, self.text, self.settings = net, head, text, settings
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Report]:
+        text, nothing = inputs.text, inputs.nothing
+        if self.text is not None:
+            text, nothing = self.text.encode(inputs.captions), self.text.encode([""])
+        assert text is not None and nothing is not None
+        condition = drop_condition(text, nothing, inputs.drop_B)
+        tap = self.settings.repa_block if self.head is not None else None
+        loss = velocity_loss(self.net, inputs.images_BCHW, condition, inputs.noise_BCHW, inputs.t_B, tap)
+        total = loss.each_B.mean()
+        report = Report(len(loss.each_B), total.detach(), *by_time(loss.each_B, inputs.t_B, TIME_BINS))
+        if self.head is not None:
+            assert loss.tokens_BNH is not None and inputs.features_BNV is not None
+            projected = self.head(loss.tokens_BNH)
+            total = total + self.settings.repa * alignment_loss(projected, inputs.features_BNV)
+            report.alignment = alignment(projected, inputs.features_BNV)
+        return total, report
+
+
+@dataclass
+class Inputs:
+    images_BCHW: Tensor  # in [-1, 1]
+    captions: list[str]
+    noise_BCHW: Tensor
+    t_B: Tensor
+    drop_B: Tensor
+    text: Text | None  # features of a frozen text encoder
+    nothing: Text | None
+    features_BNV: Tensor | None  # of the vision encoder, for REPA
+
+
+@dataclass
+class Report:
+    """Sums that ranks and steps can add up."""
+
+    images: int
+    loss: Tensor
+    loss_by_time: Tensor
+    count_by_time: Tensor
+    alignment: tuple[Tensor, Tensor] | None = None  # REPA's cosine with the image's own features, and with another's
+
+
+class Preparer:
+    """Batches as they are read -> what the module takes: draws, frozen features, devices."""
+
+    def __init__(
+        self,
+        settings: ObjectiveSettings,
+        seed: int,
+        device: torch.device,
+        frozen_text: TextEncoder | None,
+        vision: VisionEncoder | None,
+        grid: tuple[int, int],
+    ) -> None:
+        self.settings, self.seed, self.device = settings, seed, device
+        self.frozen_text, self.vision, self.grid = frozen_text, vision, grid
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Inputs:
+        images_BCHW = batch.images_BCHW.to(self.device).float() / 127.5 - 1
+        shape = tuple(images_BCHW.shape[1:])
+        drawn = draw(
+            self.seed, batch.positions.tolist(), shape, shift=self.settings.time_shift, drop=self.settings.drop
+        )
+        text = nothing = None
+        if self.frozen_text is not None:
+            text, nothing = self.frozen_text.encode(batch.captions), self.frozen_text.encode([""])
+        features = self.vision(images_BCHW, self.grid) if self.vision is not None else None
+        noise, t, drop = (value.to(self.device) for value in drawn)
+        return Inputs(images_BCHW, batch.captions, noise, t, drop, text, nothing, features)
+
+
+class Meter:
+    """Adds up the steps between two log lines, over all ranks."""
+
+    def __init__(self) -> None:
+        self.steps = self.reports = self.images = 0
+        self.sums = torch.zeros(3 + 2 * TIME_BINS, dtype=torch.float64)  # loss, cosines, then the bins
+        self.grad_norm = self.waited = 0.0
+        self.aligned = False
+
+    def add(self, reports: list[Report], grad_norm: float, waited: float) -> None:
+        self.steps += 1
+        self.grad_norm += grad_norm
+        self.waited += waited
+        for report in reports:
+            self.reports += 1
+            self.images += report.images
+            self.aligned = report.alignment is not None
+            cosines = report.alignment or (torch.zeros(()), torch.zeros(()))
+            heads = torch.stack([value.float().cpu() for value in (report.loss, *cosines)])
+            self.sums += torch.cat([heads, report.loss_by_time.float().cpu(), report.count_by_time.float().cpu()])
+
+    def read(self, ranks: int, seconds: float, rate: float) -> dict[str, float]:
+        """The means over the steps so far; every rank must call it."""
+        sums = self.sums.clone()
+        if ranks > 1:
+            torch.distributed.all_reduce(sums)
+        loss, matched, shuffled = (sums[:3] / (self.reports * ranks)).tolist()
+        values: dict[str, float] = {
+            "train/loss": loss,
+            "train/grad_norm": self.grad_norm / self.steps,
+            "train/lr": rate,
+            "train/images_per_second": self.images * ranks / seconds,
+            "data/wait_share": self.waited / seconds,
+        }
+        if self.aligned:
+            values |= {"repa/cosine": matched, "repa/cosine_shuffled": shuffled}
+        totals, counts = sums[3 : 3 + TIME_BINS].tolist(), sums[3 + TIME_BINS :].tolist()
+        for k, (total, count) in enumerate(zip(totals, counts, strict=True)):
+            if count:
+                values[f"train/loss_t{k / TIME_BINS:.1f}"] = total / count
+        return values
