@@ -134,8 +134,6 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels_HW3:
 def _decode_other(data: bytes, kind: str, max_pixels: int, matte: Matte) -> Pixels_HW3:
     if kind == "PNG":
         _check_png(data)
-    if kind == "WEBP":  # Pillow allocates the whole canvas on opening
-        _check_size(*_webp_size(data), max_pixels)
     with Image.open(io.BytesIO(data), formats=[kind]) as image:
         _check_size(*image.size, max_pixels)
         orientation, profile = _orientation(image), image.info.get("icc_profile")
@@ -158,19 +156,6 @@ def _check_png(data: bytes) -> None:
         if name[:1].isupper() and zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             raise _Refused(Cause.CORRUPT, f"checksum of PNG chunk {name!r}")
         at = end + 4
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    chunk, body = data[12:16], data[20:30]
-    if chunk == b"VP8X" and len(body) >= 10:
-        return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
-    if chunk == b"VP8L" and len(body) >= 5:
-        bits = int.from_bytes(body[1:5], "little")
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    if chunk == b"VP8 " and len(body) >= 10:
-        width, height = struct.unpack("<HH", body[6:10])
-        return width & 0x3FFF, height & 0x3FFF
-    raise _Refused(Cause.TRUNCATED if len(data) < 30 else Cause.CORRUPT, "WebP header")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -30,9 +30,7 @@ def duplicates(rows: pa.Table) -> npt.NDArray[np.bool_]:
 
 def _hashes(column: pa.ChunkedArray) -> npt.NDArray[Any]:
     """(rows, 4) words of each sha256: as sortable numbers, since numpy drops the zero bytes at the end of strings."""
-    parts = [
-        np.frombuffer(chunk.buffers()[1], "<u8").reshape(-1, 4)[chunk.offset :][: len(chunk)]
-        for chunk in column.chunks
-        if len(chunk)
-    ]
-    return np.concatenate(parts) if parts else np.zeros((0, 4), "<u8")
+    words = column.combine_chunks()
+    if not len(words):
+        return np.zeros((0, 4), "<u8")
+    return np.frombuffer(words.buffers()[1], "<u8").reshape(-1, 4)[words.offset :][: len(words)]

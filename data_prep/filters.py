@@ -56,11 +56,10 @@ def parse_filter(text: str, schema: pa.Schema) -> list[Condition]:
     reader = _Reader(schema)
     conditions = []
     for part in parts:
-        said = ast.unparse(part)
         try:
-            condition = Condition(said, reader.condition(part))
+            condition = Condition(ast.unparse(part), reader.condition(part))
         except (RecursionError, OverflowError, pa.ArrowException) as error:
-            raise SettingsError(f"`{said[:200]}` cannot be computed ({error})", remedy=EXAMPLE) from None
+            raise SettingsError(f"the filter `{text[:200]}` cannot be computed ({error})", remedy=EXAMPLE) from None
         apply(schema.empty_table(), condition)
         conditions.append(condition)
     return conditions

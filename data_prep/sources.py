@@ -188,7 +188,7 @@ def _table_item(source: TableFolder, folder: Folder, table: str, number: int, ro
 
 
 def _text_item(source: TextFolder, folder: Folder, number: int, row: dict[str, Any]) -> RawItem:
-    name, refused = row["name"], row["refused"]
+    name, refused = row["name"].decode(), _text(row["refused"])
     image: bytes | Rejection
     captions: list[dict[str, str]] = []
     if refused:

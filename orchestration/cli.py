@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
+from typer.exceptions import TyperException
 
 from infra.errors import PixnerdError
 
@@ -54,10 +54,9 @@ def main() -> None:
         if debug:
             raise
         _fail(f"error: {error.message}: {error.remedy}", error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except TyperException as error:
+        _fail(f"error: {error}: see pixnerd --help", 2)
+    except (KeyboardInterrupt, typer.Abort):
         _fail("stopped; the same command goes on from here", 130)
     except Exception as error:  # noqa: BLE001 - the last line of defence: a bug must not greet users with a traceback
         if debug:

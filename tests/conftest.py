@@ -6,6 +6,11 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# A deadline for a single example would fail on a busy machine; pytest's timeout is the one that counts.
+settings.register_profile("pixnerd", deadline=None)
+settings.load_profile("pixnerd")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

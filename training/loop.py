@@ -47,7 +47,7 @@ Files = dict[str, DataObject]
 
 
 class TrainSettings(Settings):
-    preset: str = "XXL/16"
+    preset: str = "XXL/16-dct"
     model: dict[str, Any] = Field(default_factory=dict, description="what differs from the preset")
     steps: int = Field(ge=1)
     batch: int = Field(ge=1, description="images a step, over all ranks")
@@ -56,7 +56,7 @@ class TrainSettings(Settings):
     optim: OptimSettings = OptimSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     ema: EmaSettings = EmaSettings()
-    data: DataSettings = DataSettings()
+    reading: DataSettings = DataSettings()
     train_text: int = Field(0, ge=0, description="layers of the text encoder, from its last, to train along")
 
     workers: int = operational(1, ge=1, description="ranks: GPUs, or processes on CPUs")
@@ -71,8 +71,8 @@ class TrainSettings(Settings):
         share = self.batch // self.workers
         if self.batch % self.workers or share % (self.micro_batch or share):
             raise ValueError("batch must be a multiple of workers x micro_batch")
-        if self.data.lanes % self.workers:
-            raise ValueError(f"data.lanes ({self.data.lanes}) must be a multiple of workers ({self.workers})")
+        if self.reading.lanes % self.workers:
+            raise ValueError(f"reading.lanes ({self.reading.lanes}) must be a multiple of workers ({self.workers})")
         if self.save_every % self.log_every:
             raise ValueError("save_every must be a multiple of log_every")
         self.network()
@@ -118,7 +118,7 @@ def train(job: Job, say: Say) -> CheckpointRecord:
         say({"event": "start", "step": step, "steps": settings.steps})
         reader = Reader(job.store, read_selection(job.store, job.snapshot), folder, settings.seed)
         batches = Batches(
-            reader, settings.data, batch=settings.batch, rank=engine.rank, ranks=engine.ranks, seed=settings.seed
+            reader, settings.reading, batch=settings.batch, rank=engine.rank, ranks=engine.ranks, seed=settings.seed
         ).iterate(position)
         try:
             _steps(job, parts, engine, ema, batches, step, curve, say)

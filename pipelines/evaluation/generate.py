@@ -70,15 +70,15 @@ def _draw_chunk(
     artist = _artist(store, checkpoint)
     repeated = [prompt for prompt in prompts for _ in range(images)]
     pictures = artist.draw(repeated, list(range(images)) * len(prompts), settings)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "pictures.tar"
-        with TarWriter(path) as tar:
-            for index, picture in enumerate(pictures):
-                prompt, image = divmod(index, images)
-                buffer = io.BytesIO()
-                Image.fromarray(picture).save(buffer, "PNG")
-                tar.add(f"{first + prompt:05d}-{image}.png", buffer.getvalue())
-        return put_data(store, prefix, f"{first:05d}.tar", path)
+    packed = io.BytesIO()
+    tar = TarWriter(packed)
+    for index, picture in enumerate(pictures):
+        prompt, image = divmod(index, images)
+        png = io.BytesIO()
+        Image.fromarray(picture).save(png, "PNG")
+        tar.add(f"{first + prompt:05d}-{image}.png", png.getvalue())
+    tar.finish()
+    return put_data(store, prefix, f"{first:05d}.tar", packed.getvalue())
 
 
 @functools.lru_cache(maxsize=1)

@@ -33,7 +33,8 @@ class Detection:
 
 
 class Judge(Protocol):
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def detect(self, image_HWC: Image) -> Sequence[Detection]: ...
 
@@ -184,7 +185,7 @@ def _ideals(soft_HW: Floats) -> Iterator[Floats]:
     centred = Thing("circle", "", x, y, float(np.sqrt(area / np.pi)))
     r = float(np.sqrt(area / (1.05 * 1.9)))
     yield coverage(centred, side)
-    yield coverage(replace(centred, shape="square", r=float(np.sqrt(area) / 1.8)), side)
+    yield coverage(replace(centred, shape="square", r=float(np.sqrt(area) / 2)), side)
     yield coverage(replace(centred, shape="triangle", r=r, y=y - 0.95 * r / 3), side)  # its centroid lies below
 
 

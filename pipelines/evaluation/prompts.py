@@ -7,14 +7,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data_prep import shape_world as world
-from data_prep.shape_world import Description, Fact, Noun
+from data_prep.shape_world import Description
 from infra.errors import EvaluationError
 
 Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
@@ -80,51 +79,22 @@ def load_prompts(path: Path) -> list[Prompt]:
 
 # ------------------------------------------------------------------------------------------------- the shape world
 
-TASK_OF = {
-    "place": "single_object",
-    "pair": "two_object",
-    "count": "counting",
-    "colour": "colors",
-    "relation": "position",
-    "attributes": "color_attr",
-}
-
 
 def shape_prompts(per_task: int = 12) -> list[Prompt]:
-    """Up to `per_task` prompts a task, each asking for a combination that no training scene has.
+    """Up to `per_task` prompts a task, each asking for one combination that no training scene has.
 
-    Every combination is asked for once before any is asked for in a second way.
+    Every combination is asked for once before any is asked for the other way round.
     """
     prompts: list[Prompt] = []
     for task in TASKS:
-        ways = [list(_ways(fact)) for fact in world.held_out() if TASK_OF[fact[0]] == task]
-        in_turn = [way[k] for k in range(max(map(len, ways))) for way in ways if k < len(way)]
-        prompts += [_prompt(task, description) for description in in_turn[:per_task]]
+        phrases = [world.parse(phrase) for phrase in world.HELD_OUT[task]]
+        swapped = [_swapped(said) for said in phrases if len(said.nouns) == 2]
+        prompts += [_prompt(task, said) for said in (phrases + swapped)[:per_task]]
     return prompts
 
 
-def _ways(fact: Fact) -> Iterator[Description]:
-    """The ways of asking for a held-out combination, with nothing else in them that is held out."""
-    match fact:
-        case ("place", shape, place):
-            for size in (None, *world.SIZES):
-                yield Description((Noun(shape, size=size),), place=place)
-        case ("count", number, shape):
-            for colour in (None, *world.COLOURS):
-                if ("colour", colour, shape) not in world.held_out():
-                    yield Description((Noun(shape, world.NUMBERS.index(number), colour),))
-        case ("colour", colour, shape):
-            for size in (None, *world.SIZES):
-                yield Description((Noun(shape, colour=colour, size=size),))
-        case ("pair", colour, shape, other):
-            yield Description((Noun(shape, colour=colour), Noun(other)))
-            yield Description((Noun(other), Noun(shape, colour=colour)))
-        case ("relation", colour, shape, relation, other):
-            yield Description((Noun(shape, colour=colour), Noun(other)), relation)
-            yield Description((Noun(other), Noun(shape, colour=colour)), world.OPPOSITE[relation])
-        case ("attributes", colour, shape, other_colour, other):
-            yield Description((Noun(shape, colour=colour), Noun(other, colour=other_colour)))
-            yield Description((Noun(other, colour=other_colour), Noun(shape, colour=colour)))
+def _swapped(said: Description) -> Description:
+    return Description(said.nouns[::-1], world.OPPOSITE[said.relation] if said.relation else None)
 
 
 def _prompt(task: Task, description: Description) -> Prompt:

@@ -308,7 +308,7 @@ def nonsense(draw: st.DrawFn) -> bytes:
     return start + draw(st.binary(max_size=300))
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(damaged() | nonsense())
 def test_any_bytes_give_a_picture_or_a_typed_rejection(data: bytes) -> None:
     decoded = decode(data, max_pixels=1_000_000)

@@ -57,7 +57,7 @@ def test_the_crop_lies_inside_and_is_as_large_as_can_be(width: int, height: int)
     assert abs((height - box.height) - 2 * box.top) <= 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(8, 60), st.integers(8, 60))
 def test_pictures_are_never_enlarged(width: int, height: int) -> None:
     made = square(zoo.picture(height, width), 32)

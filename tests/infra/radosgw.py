@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 TOOLS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
@@ -106,9 +106,12 @@ def _unpack(prefix: Path) -> None:
     """Debian's packages, unpacked beside the system, not installed; apt's own state is left alone too."""
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
         raise NotToBeHad("it is not on PATH, and there is no apt-get to fetch it with")
-    for folder in ("lists/partial", "archives/partial"):
-        (CACHE / "apt" / folder).mkdir(parents=True, exist_ok=True)
     state = CACHE / "apt"
+    try:
+        for folder in ("lists/partial", "archives/partial"):
+            (state / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NotToBeHad(f"{CACHE} cannot be written ({error.strerror})") from None
     apt = ["apt-get", "-q", "-o", f"Dir::State::lists={state}/lists", "-o", f"Dir::Cache={state}"]
     apt += ["-o", "APT::Sandbox::User="]
     try:
@@ -129,8 +132,8 @@ def _unpack(prefix: Path) -> None:
         shutil.rmtree(state, ignore_errors=True)
 
 
-def _output(command: list[str], *, cwd: Path, env: Mapping[str, str] | None = None) -> str:
-    return subprocess.run(command, cwd=cwd, env=env, check=True, capture_output=True, text=True).stdout
+def _output(command: list[str], *, cwd: Path) -> str:
+    return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True).stdout
 
 
 def _free_ports(count: int) -> list[int]:
@@ -256,9 +259,8 @@ def main(arguments: list[str]) -> int:
             ceph.start()
             print(f"radosgw answers at {ceph.endpoint} after {time.monotonic() - started:.0f} s", file=sys.stderr)
             keys = {"AWS_ACCESS_KEY_ID": ceph.access_key, "AWS_SECRET_ACCESS_KEY": ceph.secret_key}
-            return subprocess.run(
-                command, env={**os.environ, **keys, "PIXNERD_TEST_S3_ENDPOINT": ceph.endpoint}, check=False
-            ).returncode
+            env = {**os.environ, **keys, "PIXNERD_TEST_S3_ENDPOINT": ceph.endpoint}
+            return subprocess.run(command, env=env, check=False, preexec_fn=_die_with_parent).returncode
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             print(f"radosgw did not start: {error}", file=sys.stderr)
             return 1

@@ -3,8 +3,8 @@ from __future__ import annotations
 import io
 import json
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,8 @@ from PIL import Image as PilImage
 from data_prep import shape_world as world
 from infra.errors import EvaluationError
 from pipelines.evaluation import geneval
-from pipelines.evaluation.judges import Detection, Image, ShapeJudge
-from pipelines.evaluation.prompts import TASK_OF, TASKS, Prompt, load_prompts, shape_prompts
+from pipelines.evaluation.judges import Detection, Image, Judge, ShapeJudge
+from pipelines.evaluation.prompts import TASKS, Prompt, load_prompts, shape_prompts
 
 BLANK = np.zeros((100, 100, 3), np.uint8)
 
@@ -125,7 +125,8 @@ def test_offsets_shrink_by_a_tenth_of_both_sizes() -> None:
     assert geneval.relations(seen("dog", x=2.1, y=0), origin) == set()
     assert geneval.relations(seen("dog", x=4.1, y=0), origin) == {"right of"}  # 2.1 / 4.1
     assert geneval.relations(seen("dog", x=3.9, y=0), origin) == set()  # 1.9 / 3.9
-    assert geneval.relations(seen("dog", x=4.0, y=0), origin) == set()  # exactly a half is not beyond it
+    for x, y in ((4, 0), (-4, 0), (0, 4), (0, -4)):
+        assert geneval.relations(seen("dog", x=x, y=y), origin) == set()  # exactly a half is not beyond it
     # Widths and heights shrink their own axis.
     wide = seen("dog", x=30, y=-30, w=200, h=10)
     assert geneval.relations(wide, origin) == {"above"}
@@ -200,23 +201,27 @@ def test_no_prompts_is_an_error(tmp_path: Path) -> None:
         load_prompts(tmp_path / "empty.jsonl")
 
 
+KIND_OF = dict(zip(TASKS, ("place", "pair", "count", "colour", "relation", "attributes"), strict=True))
+
+
 def test_shape_prompts_ask_for_held_out_combinations() -> None:
-    prompts = shape_prompts()
-    assert len({prompt.prompt for prompt in prompts}) == len(prompts)
-    asked = set()
-    for prompt in prompts:
-        held = [fact for fact in world.facts(world.parse(prompt.prompt)) if fact in world.held_out()]
-        assert len(held) == 1, (prompt.prompt, held)  # one piece of news a prompt, or a failure would say little
-        assert TASK_OF[held[0][0]] == prompt.tag
-        asked.add(held[0])
-    assert asked == set(world.held_out())
+    for count in (12, 24):
+        prompts = shape_prompts(count)
+        assert len({prompt.prompt for prompt in prompts}) == len(prompts)
+        asked = set()
+        for prompt in prompts:
+            held = [fact for fact in world.facts(world.parse(prompt.prompt)) if fact in world.held_out()]
+            assert len(held) == 1, (prompt.prompt, held)  # one piece of news a prompt, or a failure would say little
+            assert KIND_OF[prompt.tag] == held[0][0]
+            asked.add(held[0])
+        assert asked == world.held_out()
     for task in TASKS:
-        assert 10 <= sum(prompt.tag == task for prompt in prompts) <= 16
-    assert len(shape_prompts(2)) == 12
+        assert sum(prompt.tag == task for prompt in shape_prompts()) == 12
+        assert sum(prompt.tag == task for prompt in shape_prompts(2)) == 2
 
 
 def test_shape_prompts_check_what_they_say() -> None:
-    for prompt in shape_prompts():
+    for prompt in shape_prompts(24):
         said = world.parse(prompt.prompt)
         wanted = {required.label: required for required in prompt.include}
         assert {label: required.count for label, required in wanted.items()} == {n.shape: n.count for n in said.nouns}
@@ -227,9 +232,20 @@ def test_shape_prompts_check_what_they_say() -> None:
             assert prompt.include[0].label == target.shape
             assert wanted[subject.shape].position == (said.relation, 0)
         assert (prompt.tag in ("colors", "color_attr")) == all(required.color for required in prompt.include)
+        excluded = {required.label: required.count for required in prompt.exclude}
+        (first, *_) = said.nouns
+        if prompt.tag == "counting":
+            assert excluded == {first.shape: first.count + 1}
+        elif prompt.tag == "single_object":
+            assert excluded == {**dict.fromkeys(world.SHAPES, 1), first.shape: 2}
+        else:
+            assert not excluded
 
 
 # ------------------------------------------------------------------------------------------------- what the score means
+
+
+JUDGE = ShapeJudge()
 
 
 def jpeg(image: Image) -> Image:
@@ -238,8 +254,8 @@ def jpeg(image: Image) -> Image:
     return np.asarray(PilImage.open(buffer))
 
 
-def overall(images: Sequence[Sequence[Image]], prompts: Sequence[Prompt]) -> float:
-    scores = geneval.by_task(geneval.evaluate(ShapeJudge(), prompts, images))
+def overall(images: Sequence[Sequence[Image]], prompts: Sequence[Prompt], judge: Judge = JUDGE) -> float:
+    scores = geneval.by_task(geneval.evaluate(judge, prompts, images))
     assert list(scores) == list(TASKS)
     return float(np.mean([np.mean(task) for task in scores.values()]))
 
@@ -256,14 +272,40 @@ def test_true_renders_score_high(size: int, through: Callable[[Image], Image]) -
     assert overall(images, prompts) >= 0.98
 
 
+@dataclass
+class Remembering:
+    """The shape judge, looking at each picture once."""
+
+    seen: dict[int, list[Detection]] = field(default_factory=dict)
+    name: str = "remembering"
+
+    def detect(self, image_HWC: Image) -> Sequence[Detection]:
+        if id(image_HWC) not in self.seen:
+            self.seen[id(image_HWC)] = JUDGE.detect(image_HWC)
+        return self.seen[id(image_HWC)]
+
+    def colour(self, image_HWC: Image, detection: Detection) -> str:
+        return JUDGE.colour(image_HWC, detection)
+
+
+def shuffles(count: int) -> Iterator[list[int]]:
+    """Orders in which no prompt keeps its place: at random, within each task, reversed, and shifted."""
+    for seed in range(3):
+        cycle = random.Random(seed).sample(range(count), count)
+        yield [following for _, following in sorted(zip(cycle, cycle[1:] + cycle[:1], strict=True))]
+    yield [k // 12 * 12 + (k + 5) % 12 for k in range(count)]
+    yield list(range(count))[::-1]
+    yield from ([(k + shift) % count for k in range(count)] for shift in (1, 7, 12, 36))
+
+
 @pytest.mark.parametrize("size", [16, 32])
 def test_renders_of_shuffled_prompts_score_low(size: int) -> None:
-    prompts = shape_prompts()
-    images = true_renders(prompts, size)
-    for seed in range(3):
-        shuffled = list(images)
-        random.Random(seed).shuffle(shuffled)
-        assert overall(shuffled, prompts) <= 0.15
+    prompts = shape_prompts(12)
+    images = [[world.render_prompt(prompt.metadata(), seed, size) for seed in range(2)] for prompt in prompts]
+    judge = Remembering()
+    for order in shuffles(len(prompts)):
+        assert sorted(order) == list(range(len(prompts)))
+        assert overall([images[k] for k in order], prompts, judge) <= 0.15
 
 
 def patches(rng: np.random.Generator, size: int) -> Image:

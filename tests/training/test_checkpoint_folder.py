@@ -49,11 +49,14 @@ def test_a_checkpoint_is_never_written_over(net: PixNerd, tmp_path: Path):
         save(tmp_path, net)
 
 
-def test_a_save_that_dies_leaves_no_checkpoint(net: PixNerd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("dies_at", ["config.json", "model.safetensors"])
+def test_a_save_that_dies_leaves_no_checkpoint(
+    net: PixNerd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: str
+):
     real = Path.replace
 
     def full_disk(self: Path, target: Path) -> Path:
-        if target.name == "config.json":
+        if target.name == dies_at:
             raise OSError("no space left")
         return real(self, target)
 

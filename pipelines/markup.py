@@ -1,0 +1,59 @@
+"""HTML and SVG by construction: every string is escaped unless `tag` made it, so no caption can become markup."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable
+from typing import Union
+
+Child = Union[str, int, float, None, Iterable["Child"]]
+
+_VOID = frozenset(("br", "col", "hr", "img", "link", "meta"))
+# What HTML forbids even when escaped (control characters), and what UTF-8 cannot write (lone surrogates).
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+
+
+class Html(str):
+    """Markup. Any other string is text."""
+
+
+def text(value: object) -> Html:
+    return Html(html.escape(_FORBIDDEN.sub("\ufffd", str(value))))
+
+
+def tag(name: str, /, *children: Child, **attributes: str | int | float | None) -> Html:
+    """An element; `class_` is the attribute `class`, `stroke_width` is `stroke-width`, and None leaves one out."""
+    said = "".join(
+        f' {key.strip("_").replace("_", "-")}="{text(value)}"' for key, value in attributes.items() if value is not None
+    )
+    if name in _VOID:
+        return Html(f"<{name}{said}>")
+    return Html(f"<{name}{said}>{join(*children)}</{name}>")
+
+
+def join(*children: Child) -> Html:
+    parts: list[str] = []
+    for child in children:
+        if isinstance(child, Html):
+            parts.append(child)
+        elif isinstance(child, str | int | float):
+            parts.append(text(child))
+        elif child is not None:
+            parts.append(join(*child))
+    return Html("".join(parts))
+
+
+def page(title: str, style: str, body: Html) -> str:
+    """A whole document. Its policy allows no script and no request, whatever might be in it."""
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("style", Html(style)),
+    )
+    return "<!doctype html>\n" + tag("html", head, tag("body", body), lang="en") + "\n"

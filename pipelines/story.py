@@ -1,0 +1,146 @@
+"""What a workflow's records tell, read once: for the page, which only writes it down."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from data_prep.job import PrepareSummary
+from infra.config import digest
+from infra.errors import NotFound
+from infra.records import CheckpointRecord, DataObject, EvalReport, Record, SnapshotRecord, StageRecord, read_record
+from infra.shards import get_data
+from infra.store import Store
+from pipelines.evaluation.generate import read_pictures
+from pipelines.fates import Fate, fates
+
+Rows = list[dict[str, Any]]
+
+NAMED: dict[str, type[Record]] = {"snapshot": SnapshotRecord, "train": CheckpointRecord, "evaluate": EvalReport}
+SEEDS = 4  # pictures shown of a prompt
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A row of an evaluation's details, with the picture that it is about."""
+
+    task: str
+    prompt: int
+    text: str
+    image: int
+    correct: bool
+    reasons: str
+    png: bytes | None
+
+
+@dataclass
+class Story:
+    """The stages in their order, and what their outputs name in the store, by the stage's number."""
+
+    store: Store
+    stages: list[StageRecord]
+    digests: list[str]  # of each stage's work: what later stages call it in their inputs
+    prepared: dict[int, PrepareSummary] = field(default_factory=dict)
+    fates: dict[int, list[Fate]] = field(default_factory=dict)
+    snapshots: dict[int, SnapshotRecord] = field(default_factory=dict)
+    checkpoints: dict[int, CheckpointRecord] = field(default_factory=dict)
+    curves: dict[int, Rows] = field(default_factory=dict)
+    reports: dict[int, EvalReport] = field(default_factory=dict)
+    pictures: dict[int, list[Picture]] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)  # what should be in the store and is not
+
+    def inputs(self, number: int) -> dict[str, int]:
+        """Setting -> the earlier stage that it names, as far as that is here."""
+        earlier = {work: k for k, work in enumerate(self.digests[:number])}
+        return {name: earlier[work] for name, work in self.stages[number].inputs.items() if work in earlier}
+
+    def checkpoint_of(self, report: EvalReport) -> int | None:
+        return self._checkpoint(report.checkpoint)
+
+    def before(self, number: int) -> list[int]:
+        """The training stages whose weights this one inherited, the last of them first."""
+        above = self._checkpoint(self.checkpoints[number].start_from)
+        return [] if above is None else [above, *self.before(above)]
+
+    def _checkpoint(self, of: str | None) -> int | None:
+        return next((k for k, record in self.checkpoints.items() if record.digest() == of), None)
+
+    def judged(self) -> int | None:
+        """The evaluation that stands for the model: the one that the gate judged, else the last."""
+        gates = [self.inputs(k).get("scores.0") for k, record in enumerate(self.stages) if record.kind == "gate"]
+        known = [number for number in gates if number in self.reports]
+        return known[-1] if known else max(self.reports, default=None)
+
+    def read_of(self, number: int) -> dict[int, SnapshotRecord]:
+        """The snapshots that were made from a prepare stage's shards."""
+        prefixes = {size.shards for size in self.prepared[number].sizes.values()}
+        return {k: snapshot for k, snapshot in self.snapshots.items() if snapshot.shards in prefixes}
+
+
+def read(store: Store, records: list[StageRecord]) -> Story:
+    works = [digest({"kind": r.kind, "settings": r.settings, "inputs": r.inputs}) for r in records]
+    story = Story(store, records, works)
+    for number, record in enumerate(records):
+        try:
+            _read_named(story, number)
+        except NotFound as error:
+            story.lost.append(f"{record.stage}: {error.message}")
+        except ValidationError:
+            story.lost.append(f"{record.stage}: its output is of another version of pixnerd")
+    for number in story.prepared:
+        try:
+            _read_fates(story, number)
+        except NotFound as error:
+            story.lost.append(f"{story.stages[number].stage}: {error.message}")
+    return story
+
+
+def _read_named(story: Story, number: int) -> None:
+    """What a stage's output names. A record counts as read even if the data that it names is gone."""
+    stage = story.stages[number]
+    if stage.kind == "prepare":
+        story.prepared[number] = PrepareSummary.model_validate(stage.output)
+    if stage.kind not in NAMED:
+        return
+    found = read_record(story.store, str(stage.output["record"]), NAMED[stage.kind])
+    if isinstance(found, SnapshotRecord):
+        story.snapshots[number] = found
+    elif isinstance(found, CheckpointRecord):
+        story.checkpoints[number] = found
+        story.curves[number] = _table(story.store, found.curve) if found.curve else []
+    elif isinstance(found, EvalReport):
+        story.reports[number] = found
+        story.pictures[number] = _chosen(story.store, found)
+
+
+def _read_fates(story: Story, number: int) -> None:
+    """Of the shape world alone: of no other corpus is it known what is odd about each file."""
+    corpora = [story.stages[k] for k in story.inputs(number).values() if story.stages[k].kind == "corpus"]
+    sizes = list(story.prepared[number].sizes.values())
+    if len(corpora) == 1 and sizes:
+        snapshots = list(story.read_of(number).values())
+        story.fates[number] = fates(story.store, sizes[-1].shards, int(corpora[0].settings["seed"]), snapshots)
+
+
+def _table(store: Store, data: DataObject) -> Rows:
+    rows: Rows = pq.read_table(io.BytesIO(get_data(store, data))).to_pylist()
+    return rows
+
+
+def _chosen(store: Store, report: EvalReport) -> list[Picture]:
+    """The first and the middle prompt of each task, whatever their pictures look like: nobody picks."""
+    rows = [row for row in _table(store, report.details) if row["image"] < SEEDS]
+    numbers: dict[str, set[int]] = {}
+    for row in rows:
+        numbers.setdefault(row["task"], set()).add(row["prompt"])
+    chosen = {k for found in map(sorted, numbers.values()) for k in (found[0], found[len(found) // 2])}
+    rows = [row for row in rows if row["prompt"] in chosen]
+    wanted = {(row["prompt"], row["image"]) for row in rows}
+    pngs: dict[tuple[int, int], bytes] = {}
+    for tar in report.pictures:  # one at a time: all pictures of a large evaluation would not fit in memory
+        pngs |= {where: png for where, png in read_pictures(store, [tar]).items() if where in wanted}
+    return [Picture(**row, png=pngs.get((row["prompt"], row["image"]))) for row in rows]

@@ -1,0 +1,75 @@
+"""Small corpora with every kind of bad input, and `prepare` without Ray for tests of what comes after it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.make import make_shard, plain_outcomes
+from data_prep.plan import Plan, PrepareSettings, make_plan
+from data_prep.rejections import Cause
+from infra.config import parse
+from infra.store import Store
+from tests.data_prep import zoo
+
+BAD = {  # by place in every ten rows: what is wrong with the input
+    3: Cause.TRUNCATED,
+    5: Cause.MISSING,
+    6: Cause.TOO_SMALL,
+    7: Cause.NO_CAPTION,
+}
+
+
+def write_corpus(folder: Path, count: int) -> dict[str, int]:
+    """`count` rows, four in ten bad, every tenth a copy of the one before; the causes expected, counted."""
+    (folder / "images").mkdir(parents=True)
+    rows: list[dict[str, Any]] = []
+    causes: dict[str, int] = {}
+    for number in range(count):
+        bad = BAD.get(number % 10)
+        kind = ("JPEG", "PNG")[number % 2]
+        name = f"images/{number:05d}.{kind.lower()}"
+        picture = shaded(number - 1 if number % 10 == 9 else number, 12 if bad is Cause.TOO_SMALL else 40)
+        data = zoo.saved(picture, "PNG" if number % 10 in (8, 9) else kind)
+        if bad is not Cause.MISSING:
+            (folder / name).write_bytes(data[: len(data) // 2] if bad is Cause.TRUNCATED else data)
+        said = None if bad is Cause.NO_CAPTION else f"picture {number}"
+        long = said and f"a long caption of {said}"
+        rows.append({"image": name, "short": said, "long": long, "objects": number % 4, "score": number / count})
+        if bad:
+            causes[bad] = causes.get(bad, 0) + 1
+    pq.write_table(pa.Table.from_pylist(rows), folder / "table.parquet", row_group_size=max(1, count // 3))
+    return dict(sorted(causes.items()))
+
+
+def shaded(number: int, side: int) -> zoo.Pixels:
+    return (zoo.picture(side, side + 5).astype(int) * (50 + number % 50) // 100 + number // 50).astype(np.uint8)
+
+
+def settings_for(folder: Path, **changes: Any) -> PrepareSettings:
+    source = {
+        "kind": "table_folder",
+        "name": "small",
+        "url": str(folder),
+        "tables": ["table.parquet"],
+        "captions": ["short", "long"],
+        "keep": ["objects", "score"],
+        "licence": "CC0-1.0",
+    }
+    return parse(PrepareSettings, {"sources": [source], "sizes": [32, 16], "rows_per_shard": 8} | changes)
+
+
+def prepare_here(store: Store, settings: PrepareSettings) -> Plan:
+    plan = make_plan(store, settings)
+    for shard in plan.shards:
+        make_shard(store, settings, plan.digest, shard, partial(plain_outcomes, settings=settings))
+    return plan
+
+
+def contents(store: Store) -> dict[str, bytes]:
+    return {entry.key: store.get(entry.key) for entry in store.list()}

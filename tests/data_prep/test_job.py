@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset
+
+from data_prep.decode import Decoded, decode
+from data_prep.job import PrepareSummary, Progress, prepare, summary_key
+from data_prep.plan import make_plan
+from data_prep.rejections import Cause, Rejection
+from data_prep.verify import verify
+from infra.errors import DataError, PixnerdError
+from infra.shards import list_shards, read_index
+from infra.store import Store, open_store
+from tests.data_prep.corpora import contents, prepare_here, settings_for, write_corpus
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+COUNT = 50
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("job") / "corpus"
+    write_corpus(folder, COUNT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one process makes of the corpus, shard after shard: the bytes that every other way must give."""
+    store = open_store(str(tmp_path_factory.mktemp("undisturbed")))
+    prepare_here(store, settings_for(corpus))
+    return contents(store)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "store"))
+
+
+def assert_as_undisturbed(store: Store, undisturbed: dict[str, bytes], summary: PrepareSummary) -> None:
+    found = contents(store)
+    assert json.loads(found.pop(summary_key(summary.plan))) == summary.model_dump(mode="json")
+    assert sorted(found) == sorted(undisturbed)
+    assert found == undisturbed
+
+
+def refuse(*_: Any, **__: Any) -> Decoded:
+    raise AssertionError("nothing was left to decode")
+
+
+def test_counts_add_up_and_a_second_run_does_nothing(corpus: Path, store: Store, tmp_path: Path) -> None:
+    causes = write_corpus(tmp_path / "again", COUNT)
+    seen: list[Progress] = []
+    summary = prepare(store, settings_for(corpus), seen.append)
+    assert summary.inputs == COUNT
+    for size in ("32", "16"):
+        here = summary.sizes[size]
+        assert here.rejected == causes
+        assert here.accepted + sum(here.rejected.values()) == COUNT
+        rows = [row for record in list_shards(store, here.shards) for row in read_index(store, record).to_pylist()]
+        assert [row["row"] for row in rows] == list(range(COUNT))
+        assert sum(row["accepted"] for row in rows) == here.accepted
+        assert all((row["cause"] is None) == row["accepted"] == (row["offset"] is not None) for row in rows)
+        assert {row["cause"] for row in rows} == {None, *causes}
+    assert [progress.inputs for progress in seen] == sorted(progress.inputs for progress in seen)
+    assert (seen[0].inputs, seen[-1].inputs, seen[-1].shards) == (0, COUNT, 7)
+    assert seen[-1].rejected == dict.fromkeys(("32", "16"), causes)
+    assert seen[-1].seconds_left == 0
+    assert verify(store, summary.plan) == (14, 2 * COUNT, 2 * summary.sizes["32"].accepted, [])
+    assert prepare(store, settings_for(corpus), decoder=refuse) == summary
+    store.delete(summary_key(summary.plan))
+    assert prepare(store, settings_for(corpus), decoder=refuse) == summary
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_same_bytes_whoever_did_the_work(
+    corpus: Path, store: Store, undisturbed: dict[str, bytes], workers: int
+) -> None:
+    summary = prepare(store.url, settings_for(corpus, in_flight=workers))
+    assert_as_undisturbed(store, undisturbed, summary)
+
+
+DRIVER = """
+import os, signal, sys
+import ray
+from data_prep.job import prepare
+from tests.data_prep.corpora import settings_for
+from pathlib import Path
+
+def die(progress):
+    if progress.shards == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+prepare(sys.argv[2], settings_for(Path(sys.argv[3]), in_flight=1), die)
+"""
+
+
+def test_a_driver_killed_half_way_is_finished_by_the_next(
+    corpus: Path, store: Store, undisturbed: dict[str, bytes], ray_cluster: str
+) -> None:
+    driver = subprocess.run([sys.executable, "-c", DRIVER, ray_cluster, store.url, str(corpus)], timeout=120)
+    assert driver.returncode == -signal.SIGKILL
+    plan = make_plan(store, settings_for(corpus))
+    done = sum(1 for _ in list_shards(store, f"shards/{plan.digest}/16/"))
+    assert 2 <= done < len(plan.shards)
+    assert not store.exists(summary_key(plan.digest))
+    assert_as_undisturbed(store, undisturbed, prepare(store, settings_for(corpus)))
+
+
+def stop(progress: Progress) -> None:
+    if progress.shards == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_stops_between_shards_and_the_next_run_goes_on(
+    corpus: Path, store: Store, undisturbed: dict[str, bytes]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(PixnerdError, match=r"stopped by SIGTERM.*run the same command again"):
+        prepare(store, settings_for(corpus, in_flight=1), stop)
+    assert signal.getsignal(signal.SIGTERM) is before
+    plan = make_plan(store, settings_for(corpus))
+    assert sum(1 for _ in list_shards(store, f"shards/{plan.digest}/16/")) < len(plan.shards)
+    assert_as_undisturbed(store, undisturbed, prepare(store, settings_for(corpus)))
+
+
+def deadly(data: bytes, **options: Any) -> Decoded | Rejection:
+    if data.startswith(b"DEADLY"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return decode(data, **options)
+
+
+def test_a_file_that_kills_its_decoder_is_rejected_and_nothing_else_is(store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    causes = write_corpus(folder, 20)
+    (folder / "images" / "00018.jpeg").write_bytes(b"DEADLY")
+    summary = prepare(store, settings_for(folder), decoder=deadly)
+    assert summary.sizes["16"].rejected == causes | {Cause.DECODER_CRASH: 1}
+    crashed = [
+        (row["row"], row["detail"])
+        for record in list_shards(store, summary.sizes["16"].shards)
+        for row in read_index(store, record).to_pylist()
+        if row["cause"] == Cause.DECODER_CRASH
+    ]
+    assert crashed == [(18, "the decoder's process ended with -9")]
+    assert verify(store, summary.plan).problems == []
+
+
+def dies_once(marker: str, data: bytes, **options: Any) -> Decoded | Rejection:
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return decode(data, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def test_a_worker_that_dies_once_costs_nothing(
+    corpus: Path, store: Store, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    summary = prepare(store, settings_for(corpus), decoder=partial(dies_once, str(tmp_path / "marker")))
+    assert (tmp_path / "marker").exists()
+    assert_as_undisturbed(store, undisturbed, summary)
+
+
+def broken(data: bytes, **options: Any) -> Decoded:
+    raise DataError("the decoder is out of sorts", remedy="give it a rest")
+
+
+def test_an_error_in_a_task_reaches_the_caller_as_it_was(corpus: Path, store: Store) -> None:
+    with pytest.raises(DataError) as error:
+        prepare(store, settings_for(corpus), decoder=broken)
+    assert error.value.remedy == "give it a rest"
+
+
+def test_webdataset_reads_what_was_made(corpus: Path, store: Store) -> None:
+    summary = prepare(store, settings_for(corpus))
+    records = list(list_shards(store, summary.sizes["32"].shards))
+    urls = [store.url.removeprefix("file://") + f"/{record.tar.key}" for record in records if record.tar]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
+    assert len(samples) == summary.sizes["32"].accepted
+    for sample in samples:
+        assert sample["jpg"].shape == (32, 32, 3)
+        assert sample["json"]["key"] == sample["__key__"]
+        assert [caption["kind"] for caption in sample["json"]["captions"]] == ["short", "long"]
+        assert sample["json"]["licence"] == "CC0-1.0"
+        assert sample["json"]["objects"] in range(4)

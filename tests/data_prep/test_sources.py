@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep import sources
+from data_prep.plan import PrepareSettings, make_plan
+from data_prep.rejections import Cause, Rejection
+from data_prep.sources import LocalFolder, RawItem, StoreFolder, TableFolder, TextFolder
+from infra.config import parse
+from infra.errors import DataError, SettingsError
+from infra.store import Store, open_store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "corpus").mkdir()
+    return tmp_path / "corpus"
+
+
+def all_items(store: Store, source: TableFolder | TextFolder, rows_per_shard: int = 100) -> list[RawItem]:
+    settings = PrepareSettings(sources=[source], rows_per_shard=rows_per_shard)
+    plan = make_plan(store, settings)
+    return [item for shard in plan.shards for item in sources.items(source, store, shard.part)]
+
+
+def table_folder(folder: Path, *tables: str, **changes: Any) -> TableFolder:
+    plain = {"kind": "table_folder", "name": "s", "url": str(folder), "tables": list(tables)}
+    return parse(TableFolder, plain | changes)
+
+
+def text_folder(folder: Path, **changes: Any) -> TextFolder:
+    return parse(TextFolder, {"kind": "text_folder", "name": "s", "url": str(folder)} | changes)
+
+
+def problem(item: RawItem) -> Cause | None:
+    return item.image.cause if isinstance(item.image, Rejection) else None
+
+
+ROWS = [
+    {"image": "a.jpg", "caption": "one", "more": ["x", " ", "y"], "n": 1},
+    {"image": "b.jpg", "caption": "two, with a comma", "more": None, "n": 2},
+    {"image": "c.jpg", "caption": 'say "three"\nthen rest', "more": [], "n": None},
+]
+
+
+@pytest.fixture
+def three(folder: Path) -> Path:
+    for name in "abc":
+        (folder / f"{name}.jpg").write_bytes(name.encode())
+    return folder
+
+
+def test_parquet_jsonl_and_csv_give_the_same_items(three: Path, store: Store) -> None:
+    plain = [{name: row[name] for name in ("image", "caption", "n")} for row in ROWS]
+    pq.write_table(pa.Table.from_pylist(plain), three / "t.parquet", row_group_size=2)
+    (three / "t.jsonl").write_text("\n".join(map(json.dumps, plain)))
+    with (three / "t.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, plain[0])
+        writer.writeheader()
+        writer.writerows(plain)
+    found = [
+        all_items(store, table_folder(three, name, keep=["n"]), rows_per_shard=2)
+        for name in ("t.parquet", "t.jsonl", "t.csv")
+    ]
+    for items in found:
+        assert [item.name for item in items] == ["a.jpg", "b.jpg", "c.jpg"]
+        assert [item.image for item in items] == [b"a", b"b", b"c"]
+        assert [item.captions for item in items] == [[{"kind": "caption", "text": r["caption"]}] for r in ROWS]
+        assert [item.kept["n"] for item in items] == [1, 2, None]
+        assert [item.row for item in items] == [0, 1, 2]
+
+
+def test_several_caption_columns_and_lists_of_captions(three: Path, store: Store) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), three / "t.parquet")
+    items = all_items(store, table_folder(three, "t.parquet", captions=["more", "caption"]))
+    assert [(c["kind"], c["text"]) for c in items[0].captions] == [("more", "x"), ("more", "y"), ("caption", "one")]
+    assert [c["kind"] for c in items[1].captions] == ["caption"]
+
+
+def test_two_tables_may_name_the_same_image(three: Path, store: Store) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS + ROWS), three / "one.parquet")
+    pq.write_table(pa.Table.from_pylist(ROWS), three / "two.parquet")
+    items = all_items(store, table_folder(three, "one.parquet", "two.parquet"))
+    assert len({item.key for item in items}) == len(items) == 9
+
+
+def test_keys_do_not_depend_on_how_the_rows_are_cut(three: Path, store: Store) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), three / "t.parquet")
+    keys = [[item.key for item in all_items(store, table_folder(three, "t.parquet"), size)] for size in (1, 2, 3)]
+    assert keys[0] == keys[1] == keys[2]
+
+
+def test_licence_of_the_source_and_of_the_row(three: Path, store: Store) -> None:
+    rows = [{"image": "a.jpg", "caption": "x", "own": "MIT"}, {"image": "b.jpg", "caption": "x", "own": None}]
+    pq.write_table(pa.Table.from_pylist(rows), three / "t.parquet")
+    items = all_items(store, table_folder(three, "t.parquet", licence="CC0", licence_column="own"))
+    assert [item.licence for item in items] == ["MIT", "CC0"]
+
+
+def test_names_that_lead_out_of_the_folder_are_refused(folder: Path, store: Store, tmp_path: Path) -> None:
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (folder / "sub").symlink_to(tmp_path)
+    (folder / "own.jpg").write_bytes(b"own")
+    (folder / "alias.jpg").symlink_to("own.jpg")
+    os.mkfifo(folder / "pipe.jpg")
+    expected = {
+        "../secret.jpg": Cause.OUTSIDE_FOLDER,
+        "a/../../secret.jpg": Cause.OUTSIDE_FOLDER,
+        str(tmp_path / "secret.jpg"): Cause.OUTSIDE_FOLDER,
+        "link.jpg": Cause.OUTSIDE_FOLDER,
+        "sub/secret.jpg": Cause.OUTSIDE_FOLDER,
+        f"file://{tmp_path}/secret.jpg": Cause.MISSING,
+        "own.jpg\0.png": Cause.OUTSIDE_FOLDER,
+        "pipe.jpg": Cause.UNREADABLE,
+        "": Cause.BAD_NAME,
+        "sub": Cause.OUTSIDE_FOLDER,
+        ".": Cause.UNREADABLE,
+        "x" * 5000: Cause.UNREADABLE,
+        "own.jpg": None,
+        "alias.jpg": None,
+    }
+    rows = [{"image": name, "caption": "x"} for name in expected]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "t.parquet")
+    items = all_items(store, table_folder(folder, "t.parquet"))
+    assert {item.name: problem(item) for item in items} == expected
+
+
+def test_bad_captions_are_refused(three: Path, store: Store) -> None:
+    texts = [
+        b"fine\ttabbed\nlines",
+        b"bell\x07",
+        b"\xff\xfe",
+        b"x" * 1_000_000,
+        b"   ",
+        b"nul\0",
+        b"\xed\xa0\x80",
+    ]
+    columns = {
+        "image": pa.array(["a.jpg"] * len(texts)),
+        "caption": pa.Array.from_buffers(pa.utf8(), len(texts), pa.array(texts, pa.binary()).buffers()),
+    }
+    pq.write_table(pa.table(columns), three / "t.parquet")
+    items = all_items(store, table_folder(three, "t.parquet"))
+    bad = Cause.BAD_CAPTION
+    assert [problem(item) for item in items] == [None, bad, bad, bad, Cause.NO_CAPTION, bad, bad]
+    assert all(not item.captions for item in items[1:])
+
+
+def test_images_alone_need_no_captions(three: Path, store: Store) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), three / "t.parquet")
+    items = all_items(store, table_folder(three, "t.parquet", captions=[]))
+    assert [(problem(item), item.captions) for item in items] == [(None, [])] * 3
+
+
+def test_large_files_are_refused(three: Path, store: Store) -> None:
+    (three / "b.jpg").write_bytes(b"12345")
+    pq.write_table(pa.Table.from_pylist(ROWS), three / "t.parquet")
+    items = all_items(store, table_folder(three, "t.parquet", max_bytes=4))
+    assert [problem(item) for item in items] == [None, Cause.TOO_MANY_BYTES, None]
+
+
+def test_text_folder(folder: Path, store: Store, tmp_path: Path) -> None:
+    (folder / "deep").mkdir()
+    for name in ("b.jpg", "deep/a.PNG", "c.jpg", "d.jpg"):
+        (folder / name).write_bytes(b"image")
+    (folder / "b.txt").write_text(" a bee \n")
+    (folder / "deep" / "a.txt").write_text("an ay")
+    (folder / "c.txt").write_bytes(b"\xff\xff")
+    (folder / "notes.md").write_text("not an image")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.jpg").write_bytes(b"x")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "again").symlink_to("deep")
+    (folder / "broken.jpg").symlink_to("nothing.jpg")
+    Path(os.fsdecode(os.fsencode(folder) + b"/bad-\xff.jpg")).write_bytes(b"image")
+    found = {item.name: (problem(item), item.captions) for item in all_items(store, text_folder(folder))}
+    assert found == {
+        "b.jpg": (None, [{"kind": "caption", "text": "a bee"}]),
+        "deep/a.PNG": (None, [{"kind": "caption", "text": "an ay"}]),
+        "c.jpg": (Cause.BAD_CAPTION, []),
+        "d.jpg": (Cause.NO_CAPTION, []),
+        "linked": (Cause.OUTSIDE_FOLDER, []),
+        "broken.jpg": (Cause.NO_CAPTION, []),
+        "bad-\\xff.jpg": (Cause.BAD_NAME, []),
+    }
+    bare = all_items(store, text_folder(folder, caption_suffix=""))
+    assert {item.name: problem(item) for item in bare}["broken.jpg"] is Cause.MISSING
+
+
+def test_a_corpus_in_a_store_gives_the_same_items_as_on_disk(three: Path, store: Store) -> None:
+    pq.write_table(pa.Table.from_pylist([*ROWS, {"image": "//x", "caption": "x"}]), three / "t.parquet")
+    source = table_folder(three, "t.parquet")
+    here, there = LocalFolder(three), StoreFolder(open_store(three.as_uri()))
+    for name in ("a.jpg", "none.jpg", "../a.jpg", "/etc/passwd"):
+        assert here.read(name, 100) == there.read(name, 100)
+    assert there.read("a//b", 100) == Rejection(Cause.BAD_NAME, "'a//b'")
+    assert there.read("a.jpg", 0) == Rejection(Cause.TOO_MANY_BYTES)
+    assert sorted(here.names()) == sorted(there.names())
+    with there.open("t.parquet") as remote, here.open("t.parquet") as local:
+        assert pq.read_table(remote).equals(pq.read_table(local))
+    assert sources.inputs(source)[0].sha256 == sources.inputs(table_folder(three, "t.parquet", name="other"))[0].sha256
+
+
+def test_wrong_columns_are_named_with_the_nearest_right_one(three: Path, store: Store) -> None:
+    pq.write_table(pa.Table.from_pylist([{**row, "width": 3, "odd": {"a": 1}} for row in ROWS]), three / "t.parquet")
+    for changes, message in [
+        ({"captions": ["captoin"]}, "did you mean `caption`"),
+        ({"captions": ["n"]}, "is int64, not text"),
+        ({"keep": ["width"]}, "the index has its own column `width`"),
+        ({"keep": ["odd"]}, "keep columns of numbers"),
+        ({"tables": ["none.parquet"]}, "none.parquet cannot be read"),
+        ({"tables": ["a.jpg"]}, "is no table"),
+        ({"url": str(three / "nowhere")}, "there is no folder"),
+    ]:
+        with pytest.raises(SettingsError) as error:
+            all_items(store, table_folder(three, "t.parquet", **changes))
+        assert message in str(error.value)
+
+
+def test_damaged_tables_are_data_errors(three: Path, store: Store) -> None:
+    (three / "t.parquet").write_bytes(b"PAR1 nothing")
+    (three / "t.jsonl").write_text('{"image": "a.jpg", "caption"')
+    for name in ("t.parquet", "t.jsonl"):
+        with pytest.raises(DataError, match="not a readable"):
+            all_items(store, table_folder(three, name))
