@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
+from data_prep.job import SizeSummary
 from infra.records import EvalReport, StageRecord
 from infra.store import Store
 from pipelines import plots
@@ -71,7 +72,7 @@ def _duration(seconds: float) -> str:
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
     if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
+        return f"{whole // 60} min {whole % 60:02d} s".replace(" ", NARROW)
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
@@ -116,7 +117,7 @@ def _head(story: Story, title: str) -> Html:
         parameters = story.checkpoints[owner].parameters
         tiles.append((_amount(parameters), "parameters", f"{parameters:,}", ""))
         runs = f"in {len(chain)} training stages" if len(chain) > 1 else "in one training stage"
-        tiles.append((_amount(images), "images seen", f"{images:,} {runs}", ""))
+        tiles.append((f"{images:,}", "images seen", runs, ""))
         said = f"A PixNerd of {_amount(parameters)} parameters that has seen {images:,} images {runs}"
         if judged is not None and tiles[0][3]:
             said += f" scores {tiles[0][0]} {_range(story.reports[judged], tiles[0][1])} on {tiles[0][1]}"
@@ -338,7 +339,7 @@ def _samples(story: Story) -> Html | None:
         return None
     about = [
         "The first and the middle prompt of each task, every picture from the same seed in each column. ",
-        tag("span", "A cut corner", class_="cut"),
+        tag("span", "A red corner", class_="cut"),
         " marks what the judge found wrong; its reason stands below, and appears over the picture.",
     ]
     return _section("Samples", about, grids)
@@ -411,7 +412,7 @@ def _curves(story: Story) -> Html | None:
     marks = {float(_offset(story, number)): story.stages[number].stage for number in story.checkpoints}
     charts = [
         _chart("Velocity loss", "Mean squared error of the velocity.", loss, marks, log=True),
-        _chart("Loss by time", "From noise (t = 0) to the image (t = 1).", _by_time(story), marks, log=True),
+        _chart("Loss by time", "From t = 0, the noise, to t = 1, the image, in tenths.", _by_time(story), marks, log=True),
         _chart("REPA", "Cosine with the image's own features; dashed, with another image's.", cosines, marks),
         _chart("Speed", ["Images a second.", _waiting(story)], speed, marks, zero=True),
     ]
@@ -446,7 +447,7 @@ def _by_time(story: Story) -> list[plots.Line]:
             points += [*_points(story, number, column), (0.0, None)]
         hue = 265 - 235 * k / max(len(columns) - 1, 1)
         found.append(
-            plots.Line(column.removeprefix("train/loss_").replace("t", "t = "), f"hsl({hue:.0f} 62% 54%)", points)
+            plots.Line(column.removeprefix("train/loss_t"), f"hsl({hue:.0f} 62% 54%)", points)
         )
     return found
 
@@ -472,36 +473,28 @@ def _inputs(story: Story) -> Html | None:
 
 def _prepared(story: Story, number: int) -> Html:
     summary = story.prepared[number]
-    causes = sorted({cause for size in summary.sizes.values() for cause in size.rejected})
-    most = max([1, *(n for size in summary.sizes.values() for n in size.rejected.values())])
-    sizes = list(summary.sizes.values())
-    body: list[list[Child]] = [
-        ["accepted", *(_count(size.accepted, size.accepted / (summary.inputs or 1), "var(--good)") for size in sizes)]
-    ]
-    for cause in causes:
-        counts = [size.rejected.get(cause, 0) for size in sizes]
-        body.append([_words(cause), *(_count(n, n / most / 4, "var(--bad)") for n in counts)])
-    sums = [size.accepted + sum(size.rejected.values()) for size in sizes]
-    body.append(["sum", *(tag("b", f"{n:,}") for n in sums)])
-    checks = [
-        _check(
-            total == summary.inputs,
-            f"{name} px: {size.accepted:,} accepted + {sum(size.rejected.values()):,} rejected = {summary.inputs:,} inputs",
-            f"{name} px: {size.accepted:,} accepted + {sum(size.rejected.values()):,} rejected is {total:,}, "
-            f"not the {summary.inputs:,} inputs",
-        )
-        for (name, size), total in zip(summary.sizes.items(), sums, strict=True)
-    ]
+    sizes = summary.sizes
+    head = [tag("span", f"{name} px ", _shares(size, summary.inputs)) for name, size in sizes.items()]
+    body: list[list[Child]] = [["accepted", *(_count(size.accepted, summary.inputs) for size in sizes.values())]]
+    for cause in sorted({cause for size in sizes.values() for cause in size.rejected}):
+        body.append([_words(cause), *(_count(size.rejected.get(cause, 0), summary.inputs) for size in sizes.values())])
+    checks = []
+    for name, size in sizes.items():
+        rejected = sum(size.rejected.values())
+        left, right = f"{size.accepted:,} accepted + {rejected:,} rejected", f"{summary.inputs:,} inputs"
+        holds = size.accepted + rejected == summary.inputs
+        checks.append(_check(holds, f"{name} px: {left} = {right}", f"{name} px: {left} are not the {right}"))
     title = tag("h3", f"{story.stages[number].stage}: {summary.inputs:,} inputs")
-    return tag("div", title, _rows(["", *(f"{name} px" for name in summary.sizes)], body, "counts"), checks)
+    return tag("div", title, _rows(["", *head], body, "counts"), checks)
 
 
-def _count(count: int, share: float, ink: str) -> Child:
-    return (
-        [tag("span", f"{count:,}", class_="number"), _bar(min(share, 1), ink)]
-        if count
-        else tag("span", "0", class_="number")
-    )
+def _shares(size: SizeSummary, inputs: int) -> Html:
+    parts = ((size.accepted, "var(--good)"), (sum(size.rejected.values()), "var(--bad)"))
+    return tag("span", [tag("i", style=f"width:{100 * n / (inputs or 1):.2f}%;--ink:{ink}") for n, ink in parts], class_="bar")
+
+
+def _count(count: int, inputs: int) -> Child:
+    return [tag("span", f"{count:,}", class_="number"), tag("small", f"{count / (inputs or 1):.1%}" if count else "")]
 
 
 def _by_kind(story: Story, number: int) -> Html | None:
@@ -572,7 +565,7 @@ def _details(story: Story, number: int) -> Html:
         "summary",
         tag("span", record.stage, class_="swatch", style=f"--ink:{_ink(story, number)}"),
         tag("small", f"{record.kind}, {_duration(record.seconds)}, {record.started} "),
-        _id(story.digests[number]),
+        _id(record.digest_of_work),
     )
     above = story.inputs(number)
     inputs: list[list[Child]] = [

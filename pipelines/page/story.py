@@ -10,13 +10,12 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from data_prep.job import PrepareSummary
-from infra.config import digest
 from infra.errors import NotFound
 from infra.records import CheckpointRecord, DataObject, EvalReport, Record, SnapshotRecord, StageRecord, read_record
 from infra.shards import get_data
 from infra.store import Store
 from pipelines.evaluation.generate import read_pictures
-from pipelines.fates import Fate, fates
+from pipelines.page.fates import Fate, fates
 
 Rows = list[dict[str, Any]]
 
@@ -43,7 +42,6 @@ class Story:
 
     store: Store
     stages: list[StageRecord]
-    digests: list[str]  # of each stage's work: what later stages call it in their inputs
     prepared: dict[int, PrepareSummary] = field(default_factory=dict)
     fates: dict[int, list[Fate]] = field(default_factory=dict)
     snapshots: dict[int, SnapshotRecord] = field(default_factory=dict)
@@ -55,7 +53,7 @@ class Story:
 
     def inputs(self, number: int) -> dict[str, int]:
         """Setting -> the earlier stage that it names, as far as that is here."""
-        earlier = {work: k for k, work in enumerate(self.digests[:number])}
+        earlier = {stage.digest_of_work: k for k, stage in enumerate(self.stages[:number])}
         return {name: earlier[work] for name, work in self.stages[number].inputs.items() if work in earlier}
 
     def checkpoint_of(self, report: EvalReport) -> int | None:
@@ -82,8 +80,7 @@ class Story:
 
 
 def read(store: Store, records: list[StageRecord]) -> Story:
-    works = [digest({"kind": r.kind, "settings": r.settings, "inputs": r.inputs}) for r in records]
-    story = Story(store, records, works)
+    story = Story(store, records)
     for number, record in enumerate(records):
         try:
             _read_named(story, number)

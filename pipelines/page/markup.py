@@ -44,6 +44,10 @@ def join(*children: Child) -> Html:
     return Html("".join(parts))
 
 
+def cut(said: str, most: int) -> str:
+    return said if len(said) <= most else said[: most - 1] + "…"
+
+
 def page(title: str, style: str, body: Html) -> str:
     """A whole document. Its policy allows no script and no request, whatever might be in it."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
