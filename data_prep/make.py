@@ -87,18 +87,15 @@ def make_shard(
     """Make the shard at every size and return the records; `outcomes` is how items become pictures."""
     source = next(source for source in settings.sources if source.name == shard.source)
     schema = pa.schema([*INDEX_SCHEMA, *sources.kept_fields(source, store, shard.part)])
-    with tempfile.TemporaryDirectory(prefix="pixnerd-shard-") as folder:
-        paths = [Path(folder, f"{size}.tar") for size in settings.sizes]
-        with ExitStack() as files:
-            writers = [_Writer(files.enter_context(path.open("wb")), source.name) for path in paths]
-            for item, outcome in outcomes(sources.items(source, store, shard.part)):
-                for number, writer in enumerate(writers):
-                    writer.add(item, outcome, number)
-            for writer in writers:
-                writer.tar.finish()
+    with ExitStack() as files:
+        # Files without a name: a worker that is killed leaves nothing on the disk.
+        writers = [_Writer(files.enter_context(tempfile.TemporaryFile()), source.name) for _ in settings.sizes]
+        for item, outcome in outcomes(sources.items(source, store, shard.part)):
+            for number, writer in enumerate(writers):
+                writer.add(item, outcome, number)
         return [
-            writer.commit(store, path, plan, str(size), shard.number, schema)
-            for size, path, writer in zip(settings.sizes, paths, writers, strict=True)
+            writer.commit(store, plan, str(size), shard.number, schema)
+            for size, writer in zip(settings.sizes, writers, strict=True)
         ]
 
 
@@ -106,7 +103,8 @@ class _Writer:
     """One shard at one size, row by row."""
 
     def __init__(self, file: BinaryIO, source: str) -> None:
-        self.tar = TarWriter(file)
+        self._file = file
+        self._tar = TarWriter(file)
         self._source = source
         self._rows: list[dict[str, Any]] = []
         self._rejected: Counter[str] = Counter()
@@ -138,10 +136,10 @@ class _Writer:
     def _put(self, item: RawItem, row: dict[str, Any], made: Made) -> dict[str, Any]:
         row = row | {f"crop_{side}": value for side, value in made.box._asdict().items()}
         row |= {"width": made.width, "height": made.height}
-        image = self.tar.add(f"{item.key}.jpg", made.data)
+        image = self._tar.add(f"{item.key}.jpg", made.data)
         said = {name: _json_value(value) for name, value in row.items() if name not in ("accepted", "row")}
         text = json.dumps(said, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        sidecar = self.tar.add(f"{item.key}.json", text.encode())
+        sidecar = self._tar.add(f"{item.key}.json", text.encode())
         return row | {
             "offset": image.offset,
             "length": image.length,
@@ -151,7 +149,10 @@ class _Writer:
             "pixels_sha256": made.pixels_sha256,
         }
 
-    def commit(self, store: Store, path: Path, plan: str, size: str, number: int, schema: pa.Schema) -> ShardRecord:
+    def commit(self, store: Store, plan: str, size: str, number: int, schema: pa.Schema) -> ShardRecord:
+        self._tar.finish()
+        self._file.flush()
+        path = Path(f"/proc/self/fd/{self._file.fileno()}")
         accepted = len(self._rows) - self._rejected.total()
         index = pa.Table.from_pylist(self._rows, schema=schema)
         where, name = f"data/{size}", f"{number:05d}"

@@ -33,6 +33,8 @@ def connect(settings: ClusterSettings | None = None) -> None:
     # Workers import this project by its installed name; Ray's usage report would call home from every run.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # Ray's workers would step aside for everything else on the machine, but they are the work.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Ray would otherwise hide the GPUs from tasks that ask for none, with a warning in every worker.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = settings.address or os.environ.get("RAY_ADDRESS")

@@ -7,6 +7,7 @@ workers and timeouts change how long work takes, never what comes out, and must 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -205,12 +206,13 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise SettingsError(f"{path} is not valid YAML {place}", remedy="correct it at the place named") from None
     if not isinstance(data, dict):
         raise SettingsError(f"{path} holds no settings", remedy="write `name: value` lines")
-    return data
+    settings: dict[str, Any] = data
+    return settings
 
 
 def override(data: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
     """A copy of `data` with each `a.b=value` of the command line put in; values are YAML (`3`, `true`, `[1, 2]`)."""
-    result = _copy(data)
+    result = copy.deepcopy(data)
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         keys = path.strip().split(".")
@@ -227,7 +229,3 @@ def override(data: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]
                 raise SettingsError(f"`{key}` in `--set {assignment}` holds no settings", remedy="check the path")
         here[keys[-1]] = value
     return result
-
-
-def _copy(value: Any) -> Any:
-    return {k: _copy(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -58,7 +58,7 @@ def main() -> None:
         _fail(f"error: {error}: see pixnerd --help", 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped; the same command goes on from here", 130)
-    except Exception as error:  # noqa: BLE001 - the last line of defence: a bug must not greet users with a traceback
+    except Exception as error:  # the last line of defence: a bug must not greet users with a traceback
         if debug:
             raise
         text = str(error).strip().splitlines()
@@ -151,7 +151,9 @@ def geneval(
 
 
 @checkpoint_app.command("show", epilog="Example: pixnerd checkpoint show runs/demo/champion")
-def checkpoint_show(checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder.")], json_: JsonOption = False) -> None:
+def checkpoint_show(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder.")], json_: JsonOption = False
+) -> None:
     """Task, sizes, and parameters by part."""
     from orchestration.session import show_checkpoint
 

@@ -12,7 +12,18 @@ from typing import NamedTuple
 
 from infra.errors import PixnerdError
 
-PACKAGES = ("ray", "torch", "deepspeed", "transformers", "mlflow", "boto3", "pyarrow", "webdataset", "simplejpeg", "open-clip-torch")
+PACKAGES = (
+    "ray",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "mlflow",
+    "boto3",
+    "pyarrow",
+    "webdataset",
+    "simplejpeg",
+    "open-clip-torch",
+)
 LEAST_MEMORY = 8  # GiB that the demo needs
 LEAST_DISK = 5  # GiB
 
@@ -34,7 +45,9 @@ def examine(store: str | None) -> list[Finding]:
 
 def _python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
-    return Finding("Python", sys.version_info >= (3, 11), version, "" if sys.version_info >= (3, 11) else "install 3.11")
+    return Finding(
+        "Python", sys.version_info >= (3, 11), version, "" if sys.version_info >= (3, 11) else "install 3.11"
+    )
 
 
 def _package(name: str) -> Finding:
@@ -61,17 +74,24 @@ def _deepspeed_op() -> Finding:
 
 def _memory() -> Finding:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return Finding("memory", total >= LEAST_MEMORY * 0.9, f"{total:.0f} GiB", "" if total >= LEAST_MEMORY * 0.9 else "the demo needs 8 GiB")
+    return Finding(
+        "memory",
+        total >= LEAST_MEMORY * 0.9,
+        f"{total:.0f} GiB",
+        "" if total >= LEAST_MEMORY * 0.9 else "the demo needs 8 GiB",
+    )
 
 
 def _disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free / 2**30
-    return Finding("disk here", free >= LEAST_DISK, f"{free:.0f} GiB free", "" if free >= LEAST_DISK else "free some space")
+    return Finding(
+        "disk here", free >= LEAST_DISK, f"{free:.0f} GiB free", "" if free >= LEAST_DISK else "free some space"
+    )
 
 
 def _shm() -> Finding:
     """Ray keeps its objects there, and DeepSpeed's ranks exchange gradients through it."""
-    folder = Path("/dev/shm")  # noqa: S108
+    folder = Path("/dev/shm")
     if not folder.is_dir():
         return Finding("shared memory", True, "no /dev/shm; Ray uses " + tempfile.gettempdir(), optional=True)
     free = shutil.disk_usage(folder).free / 2**30

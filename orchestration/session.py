@@ -161,7 +161,8 @@ def fetch_checkpoint(stage: str, folder: Path, store: str, *, as_json: bool) -> 
     if not found:
         known = sorted({r.stage for r in stage_records(opened, "train")})
         raise CheckpointError(
-            f"{opened.url} holds no checkpoint of a stage `{stage}`", remedy=f"it has {', '.join(known) or 'none at all'}"
+            f"{opened.url} holds no checkpoint of a stage `{stage}`",
+            remedy=f"it has {', '.join(known) or 'none at all'}",
         )
     if folder.exists() and any(folder.iterdir()):
         raise SettingsError(f"the folder {folder} is not empty", remedy="name a new one")
@@ -178,7 +179,9 @@ def stage_records(store: Store, kind: str) -> list[StageRecord]:
     return [read_record(store, entry.key, StageRecord) for entry in store.list(f"stages/{kind}/")]
 
 
-def evaluate_folder(checkpoint: str, out: str, assignments: Sequence[str], *, address: str | None, as_json: bool) -> None:
+def evaluate_folder(
+    checkpoint: str, out: str, assignments: Sequence[str], *, address: str | None, as_json: bool
+) -> None:
     """A folder is first made into a record in the store named by --out, then scored as a workflow's checkpoint is."""
     from infra.config import override, parse
     from pipelines.evaluation.run import GenevalSettings, geneval
@@ -221,7 +224,7 @@ def show_data(store: str, *, as_json: bool) -> None:
 
 
 def verify_data(store: str, *, as_json: bool) -> None:
-    from data_prep.job import verify
+    from data_prep.verify import verify
 
     opened = open_store(store)
     plans = sorted({record.output["plan"] for record in stage_records(opened, "prepare")})

@@ -107,7 +107,13 @@ def records_name(records: dict[str, StageRecord], evaluation: str) -> str:
 def show_scores(reports: dict[str, EvalReport]) -> None:
     names = list(next(iter(reports.values())).scores)
     rows = [
-        [name, *(f"{r.scores[name].value:.3f} [{r.scores[name].low:.3f}, {r.scores[name].high:.3f}]" for r in reports.values())]
+        [
+            name,
+            *(
+                f"{r.scores[name].value:.3f} [{r.scores[name].low:.3f}, {r.scores[name].high:.3f}]"
+                for r in reports.values()
+            ),
+        ]
         for name in names
     ]
     table(["", *reports], rows)

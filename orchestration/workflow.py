@@ -54,7 +54,9 @@ def graph(recipe: Recipe) -> list[Node]:
         if name in nodes:
             return
         if name in above:
-            raise SettingsError(f"the stages {' -> '.join([*above, name])} wait for each other", remedy="break the circle")
+            raise SettingsError(
+                f"the stages {' -> '.join([*above, name])} wait for each other", remedy="break the circle"
+            )
         kind, settings = parsed[name]
         inputs = {n: n for n in parsed if n != name} if kind.reads_all else kind.references(settings)
         for field, target in inputs.items():
@@ -142,7 +144,7 @@ Say = Callable[[Node, str, str], None]
 
 
 def run(nodes: list[Node], context: Context, say: Say) -> dict[str, StageRecord]:
-    """Runs what is not done. A failed stage stops those that need it; the others still run, then the failure is told."""
+    """Runs what is not done. A failed stage stops those that need it; the others run, then the failure is told."""
     records: dict[str, StageRecord] = {}
     failures: dict[str, PixnerdError] = {}
     for node in nodes:
@@ -162,9 +164,8 @@ def run(nodes: list[Node], context: Context, say: Say) -> dict[str, StageRecord]
             say(node, "failed", str(error))
         else:
             say(node, "finished", f"{records[node.name].seconds:.1f} s")
-    if failures:
-        name, error = next(iter(failures.items()))
-        raise StageFailed(f"the stage `{name}` failed: {error.message}", remedy=error.remedy) from error
+    for name, failure in failures.items():
+        raise StageFailed(f"the stage `{name}` failed: {failure.message}", remedy=failure.remedy) from failure
     return records
 
 

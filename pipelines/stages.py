@@ -41,6 +41,9 @@ class Progress:
     total: int = 0
 
 
+NOWHERE = Run("", None)
+
+
 @dataclass(frozen=True)
 class Context:
     """What a stage may use: the store, a folder of this machine, the tracker, and somebody who listens."""
@@ -52,7 +55,7 @@ class Context:
     show: Callable[[str, Progress], None]
     stage: str = ""
     digest: str = ""
-    run: Run = Run("", None)
+    run: Run = NOWHERE
 
     def for_stage(self, stage: str, kind: str, of: str) -> Context:
         run = self.tracker.run(stage, of, self.parent, {"pixnerd.kind": kind})
@@ -156,7 +159,7 @@ def snapshot(context: Context, settings: SnapshotStage, inputs: Inputs) -> Outpu
 
 
 class TinyText(Settings):
-    hidden: int = 96
+    hidden: int = 128
     layers: int = 2
     heads: int = 4
     vocab: int = Field(512, ge=300)
@@ -300,7 +303,9 @@ def gate(context: Context, settings: GateStage, inputs: Inputs) -> Output:
     verdicts = []
     for rule in settings.rules:
         if rule.above is not None and rule.above >= len(reports):
-            raise SettingsError(f"`rules.above` is {rule.above}, but there are {len(reports)} scores", remedy="count from 0")
+            raise SettingsError(
+                f"`rules.above` is {rule.above}, but there are {len(reports)} scores", remedy="count from 0"
+            )
         value = _score(reports[0], rule.score)
         limits = [("at least", rule.at_least, rule.at_least is None or value >= rule.at_least)]
         if rule.above is not None:

@@ -131,7 +131,7 @@ def publish(store: Store, prefix: str, write: Callable[[Path], None], **facts: A
 def publish_folder(store: Store, folder: Path) -> CheckpointRecord:
     """A checkpoint folder of this machine as a record in a store; the same folder gives the same record."""
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is no checkpoint: it holds no config.json", remedy="name a checkpoint's folder")
+        raise CheckpointError(f"{folder} holds no config.json", remedy="name the folder of a checkpoint")
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     hashes = {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
     name = digest(hashes)

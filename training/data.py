@@ -122,10 +122,11 @@ class Reader:
         file.seek(int(self.offsets[row]))
         data = file.read(int(self.lengths[row]))
         try:
-            return simplejpeg.decode_jpeg(data, colorspace="RGB")
+            image_HWC: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGB")
         except ValueError as error:
             tar = self.tar_names[int(self.tar_of_row[row])]
             raise DataError(f"row {row} of {tar} is not a JPEG ({error})", remedy="run `pixnerd data verify`") from None
+        return image_HWC
 
     def caption(self, row: int, position: int) -> str:
         """One of the row's captions, drawn by weight anew for every position."""

@@ -124,7 +124,7 @@ class Engine:
         return int(offset + self._zero.round_robin_bit16_groups[group][-1].numel())
 
     def state(self) -> dict[str, torch.Tensor]:
-        """`kind.group` -> this rank's range, for the kinds master, exp_avg and exp_avg_sq; and the optimiser's count."""
+        """`kind.group` -> this rank's range, for the kinds master, exp_avg and exp_avg_sq."""
         tensors: dict[str, torch.Tensor] = {}
         for group, (master, (start, end)) in enumerate(zip(self.masters, self.ranges(), strict=True)):
             moments = self._zero.optimizer.state.get(master, {})
@@ -134,7 +134,7 @@ class Engine:
         return tensors
 
     def load_state(self, read: Callable[[str, int, int], torch.Tensor], step: int) -> None:
-        """`read(name, start, end)` gives a range of a saved flat vector; `step` updates were made before it was saved."""
+        """`read(name, start, end)` gives a range of a flat vector that was saved after `step` updates."""
         for group, (master, (start, end)) in enumerate(zip(self.masters, self.ranges(), strict=True)):
             values = {}
             for kind in KINDS:

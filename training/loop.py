@@ -157,13 +157,18 @@ def _build(job: Job, folder: Path) -> Parts:
     elif Path(source).exists():
         text_folder = Path(source)
     text = TextEncoder(text_folder or str(source), net.config.text_tokens, train_layers=settings.train_text)
+    if text.width != net.config.text_dim:
+        raise SettingsError(
+            f"the text encoder's features are {text.width} wide, the network expects {net.config.text_dim}",
+            remedy=f"set model.text_dim to {text.width}, or name another encoder",
+        )
     vision = head = None
     if settings.objective.repa:
         if job.vision is None:
             raise SettingsError("objective.repa needs a vision encoder", remedy="name one, or set objective.repa to 0")
-        where: Path | str = (
-            checkpoint.fetch_files(job.store, job.vision, folder / "vision") if isinstance(job.vision, dict) else job.vision
-        )
+        where: Path | str | Files = job.vision
+        if isinstance(where, dict):
+            where = checkpoint.fetch_files(job.store, where, folder / "vision")
         vision = VisionEncoder(where)
         head = RepaHead(net.config.hidden, vision.width)
         if inherited is not None and (inherited / "repa.safetensors").exists():
@@ -223,15 +228,14 @@ def _steps(
             _log(job, engine, row, done, curve, say)
         if done % settings.save_every == 0 and done < settings.steps:
             position = done * settings.batch
-            facts = {"run": job.digest, "step": done, "position": position, "curve": curve}
-            checkpoint.save_state(job.store, job.prefix, engine, ema, **facts)
+            checkpoint.save_state(
+                job.store, job.prefix, engine, ema, run=job.digest, step=done, position=position, curve=curve
+            )
             job.run.flush()
             say({"event": "saved", "step": done})
 
 
-def _log(
-    job: Job, engine: Engine, row: dict[str, float], step: int, curve: list[dict[str, float]], say: Say
-) -> None:
+def _log(job: Job, engine: Engine, row: dict[str, float], step: int, curve: list[dict[str, float]], say: Say) -> None:
     if not all(value == value and abs(value) != float("inf") for value in row.values()):
         raise TrainingError(
             f"the loss or the gradient is not finite near step {step}",

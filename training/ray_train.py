@@ -1,4 +1,4 @@
-"""A training run on a Ray cluster: Ray Train starts the ranks, each of them runs the loop, a dead one brings them all back.
+"""A training run on a Ray cluster: Ray Train starts the ranks, each runs the loop, a dead one brings all of them back.
 
 The record in the store is the result; nothing is uploaded through Ray's own checkpoints.
 """
@@ -40,7 +40,7 @@ def fit(job: Job, show: Callable[[dict[str, Any]], None]) -> CheckpointRecord:
         )
         try:
             trainer.fit()
-        except Exception as error:  # noqa: BLE001 - Ray wraps what a worker raised; ours is taken out again below
+        except Exception as error:  # Ray wraps what a worker raised; ours is taken out again below
             raise _cause(error) from error
     record = checkpoint.published(job.store, job.prefix)
     assert record is not None, "training ended without a checkpoint"

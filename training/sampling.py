@@ -90,5 +90,7 @@ def text_encoder(folder: Path, extra: dict[str, Any], tokens: int) -> TextEncode
     """The encoder that belongs to a checkpoint: in its own folder if it was trained along, else a published one."""
     name = extra.get("text_encoder")
     if not isinstance(name, str):
-        raise CheckpointError(f"{folder} does not say which text encoder it needs", remedy="add it to config.json's extra")
+        raise CheckpointError(
+            f"{folder} does not say which text encoder it needs", remedy="add it to config.json's extra"
+        )
     return TextEncoder(folder / "text" if name == "text" else name, tokens)

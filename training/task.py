@@ -34,7 +34,9 @@ class ObjectiveSettings(Settings):
 class Trained(nn.Module):
     """All that the optimiser moves, in one forward pass."""
 
-    def __init__(self, net: PixNerd, head: RepaHead | None, text: TextEncoder | None, settings: ObjectiveSettings) -> None:
+    def __init__(
+        self, net: PixNerd, head: RepaHead | None, text: TextEncoder | None, settings: ObjectiveSettings
+    ) -> None:
         super().__init__()
         self.net, self.head, self.text, self.settings = net, head, text, settings
 

@@ -42,7 +42,9 @@ def generate(
     task = ray.remote(num_cpus=1)(_draw_chunk)
     starts = range(0, len(prompts), chunk)
     refs = [
-        task.remote(store, f"{prefix}/pictures", checkpoint, start, list(prompts[start : start + chunk]), images, settings)
+        task.remote(
+            store, f"{prefix}/pictures", checkpoint, start, list(prompts[start : start + chunk]), images, settings
+        )
         for start in starts
     ]
     waiting, done = list(refs), 0

@@ -16,7 +16,7 @@ from infra.shards import parquet_bytes
 from infra.store import Store
 from pipelines.evaluation import geneval as protocol
 from pipelines.evaluation.generate import generate, read_pictures
-from pipelines.evaluation.judges import Judge, ShapeJudge
+from pipelines.evaluation.judges import Image, Judge, ShapeJudge
 from pipelines.evaluation.prompts import Prompt, load_prompts, shape_prompts
 from pipelines.evaluation.statistics import intervals
 from training.sampling import SampleSettings
@@ -94,11 +94,11 @@ def _draw(
     return read_record(store, key, Pictures)
 
 
-def _pixels(png: bytes | None) -> protocol.Image | None:
+def _pixels(png: bytes | None) -> Image | None:
     import numpy as np
-    from PIL import Image
+    from PIL import Image as Pillow
 
-    return None if png is None else np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    return None if png is None else np.asarray(Pillow.open(io.BytesIO(png)).convert("RGB"))
 
 
 def _table(verdicts: Sequence[protocol.Verdict]) -> pa.Table:
@@ -111,4 +111,3 @@ def _table(verdicts: Sequence[protocol.Verdict]) -> pa.Table:
         "reasons": ["; ".join(v.reasons) for v in verdicts],
     }
     return pa.table(columns)
-

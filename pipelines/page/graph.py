@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from pipelines.page.markup import Html, cut, tag
 
+
 @dataclass(frozen=True)
 class Box:
     title: str
-    facts: str
-    small: str  # in the corner
+    fact: str
+    corner: str
     ink: str
     tip: str
     link: str
@@ -117,8 +118,8 @@ def _box(box: Box, cell: tuple[int, int]) -> Html:
         tag("rect", width=BOX_WIDTH, height=BOX_HEIGHT, rx=7, class_="box"),
         tag("rect", x=0, y=9, width=3.5, height=BOX_HEIGHT - 18, rx=1.75, class_="kind"),
         tag("text", cut(box.title, 14), x=13, y=22, class_="name"),
-        tag("text", box.small, x=BOX_WIDTH - 9, y=22, class_="axis end"),
-        tag("text", cut(box.facts, 24), x=13, y=41, class_="axis"),
+        tag("text", box.corner, x=BOX_WIDTH - 9, y=22, class_="axis end"),
+        tag("text", cut(box.fact, 24), x=13, y=41, class_="axis"),
         transform=f"translate({x} {y})",
         style=f"--ink:{box.ink}",
     )

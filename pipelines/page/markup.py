@@ -5,9 +5,9 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterable
-from typing import Union
+from typing import TypeAlias
 
-Child = Union[str, int, float, None, Iterable["Child"]]
+Child: TypeAlias = "str | int | float | Iterable[Child] | None"
 
 _VOID = frozenset(("br", "col", "hr", "img", "link", "meta"))
 # What HTML forbids even when escaped (control characters), and what UTF-8 cannot write (lone surrogates).

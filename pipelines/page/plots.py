@@ -41,7 +41,7 @@ class Axis:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             found = [m * 10.0**p for p in powers for m in (1, 2, 5) if self.low <= m * 10.0**p <= self.high]
             if len(found) > 2:
-                return found
+                return found[:: math.ceil(len(found) / 8)]
         step = 10.0 ** math.floor(math.log10((self.high - self.low) / 2))
         while (self.high - self.low) / step > 6:
             step *= 2 if f"{step:e}"[0] != "2" else 2.5
@@ -71,7 +71,7 @@ def lines(
     if not known:
         return tag("p", "nothing was logged", class_="muted")
     values, marks = [y for _, y in known], marks or {}
-    reach = [x for x, _ in known] + list(marks)
+    reach = [0.0, *marks, *(x for x, _ in known)]
     low, high = (0.0 if zero else min(values)), max(values)
     slack = 0.0 if log else 0.06 * (high - low)
     x_axis = Axis(min(reach), max(reach), LEFT, WIDTH - RIGHT)

@@ -86,7 +86,7 @@ def read(store: Store, records: list[StageRecord]) -> Story:
             _read_named(story, number)
         except NotFound as error:
             story.lost.append(f"{record.stage}: {error.message}")
-        except ValidationError:
+        except (KeyError, ValidationError):
             story.lost.append(f"{record.stage}: its output is of another version of pixnerd")
     for number in story.prepared:
         try:

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import sources
+from data_prep.folders import LocalFolder, StoreFolder
 from data_prep.plan import PrepareSettings, make_plan
 from data_prep.rejections import Cause, Rejection
-from data_prep.sources import LocalFolder, RawItem, StoreFolder, TableFolder, TextFolder
+from data_prep.sources import RawItem, TableFolder, TextFolder
 from infra.config import parse
 from infra.errors import DataError, SettingsError
 from infra.store import Store, open_store
@@ -199,6 +200,18 @@ def test_text_folder(folder: Path, store: Store, tmp_path: Path) -> None:
     }
     bare = all_items(store, text_folder(folder, caption_suffix=""))
     assert {item.name: problem(item) for item in bare}["broken.jpg"] is Cause.MISSING
+
+
+def test_other_words_beside_an_image_are_another_input(folder: Path) -> None:
+    (folder / "a.jpg").write_bytes(b"image")
+    found = set()
+    for text in ("cat", "dog", None):
+        if text:
+            (folder / "a.txt").write_text(text)
+        else:
+            (folder / "a.txt").unlink()
+        found.add(sources.inputs(text_folder(folder))[0].sha256)
+    assert len(found) == 3
 
 
 def test_a_corpus_in_a_store_gives_the_same_items_as_on_disk(three: Path, store: Store) -> None:

@@ -17,15 +17,15 @@ class Inner(Settings):
 
 class Outer(Settings):
     inner: Inner = Inner()
-    many: list[Inner] = []
+    many: tuple[Inner, ...] = ()
     key: Secret | None = None
     where: str = operational("here")
 
 
 def test_only_what_changes_results_is_in_the_digest():
-    assert digest(Outer()) == digest(Outer(inner=Inner(workers=9), many=[], where="there"))
+    assert digest(Outer()) == digest(Outer(inner=Inner(workers=9), many=(), where="there"))
     assert digest(Outer()) != digest(Outer(inner=Inner(steps=4)))
-    assert digest(Outer(many=[Inner()])) == digest(Outer(many=[Inner(workers=5)]))
+    assert digest(Outer(many=(Inner(),))) == digest(Outer(many=(Inner(workers=5),)))
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,9 @@ class Made:
 def make(store: Store, *, files: int = 200, per_task: int = 2, images: int = 2, rows: int = 3) -> Made:
     """corpus -> prepare -> three snapshots -> encoders -> three training stages, each evaluated -> gate -> register."""
     made = Made(store)
-    made.stage("corpus", "corpus", {"folder": "/somewhere", "files": {"jpg": files}}, settings={"count": files, "seed": 0})
+    made.stage(
+        "corpus", "corpus", {"folder": "/somewhere", "files": {"jpg": files}}, settings={"count": files, "seed": 0}
+    )
     _prepare(made, files)
     for name, size in (("low_data", "16"), ("high_data", "32"), ("sft_data", "32")):
         _snapshot(made, name, size)
@@ -185,9 +187,16 @@ def train(made: Made, name: str, before: str | None, *, rows: int, size: int) ->
         snapshot=made.named[f"{name}_data"].digest(),
         start_from=start,
         parameters=3_081_234,
-        curve=put_data(made.store, "training", f"{name}.parquet", parquet_bytes(pa.Table.from_pylist(curve(name, rows)))),
+        curve=put_data(
+            made.store, "training", f"{name}.parquet", parquet_bytes(pa.Table.from_pylist(curve(name, rows)))
+        ),
     )
-    output = {"record": made.put(name, record), "parameters": 3_081_234, "images_seen": record.position, "image_size": size}
+    output = {
+        "record": made.put(name, record),
+        "parameters": 3_081_234,
+        "images_seen": record.position,
+        "image_size": size,
+    }
     inputs = {"data": f"{name}_data", "encoders": "encoders"} | ({"start_from": before} if before else {})
     settings = {"preset": "tiny", "steps": rows * 20, "optim": {"lr": 0.001, "betas": [0.9, 0.95]}}
     made.stage(name, "train", output, settings=settings, seconds=61.0, **inputs)

@@ -115,5 +115,5 @@ def test_reading_ahead_gives_what_reading_gives(reader: Reader):
 
 def test_a_damaged_image_is_named(reader: Reader):
     reader.lengths = reader.lengths // 2
-    with pytest.raises(DataError, match="row 0 of t/0.tar"):
+    with pytest.raises(DataError, match=r"row 0 of t/0\.tar"):
         reader.image(0)

@@ -1,0 +1,75 @@
+"""How training went: every stage's curves over all the images that its weights have seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipelines.page import plots
+from pipelines.page.markup import Child, Html, tag
+from pipelines.page.parts import ink, section
+from pipelines.page.plots import Line
+from pipelines.page.story import Story
+
+FIRST_HUE, LAST_HUE = 265, 30  # of the lines by time: violet for noise, orange for the image
+
+
+def section_of(story: Story) -> Html | None:
+    if not any(story.curves.values()):
+        return None
+    marks = {float(_offset(story, k)): story.stages[k].stage for k in story.checkpoints}
+    cosines = [*_lines(story, "repa/cosine"), *_lines(story, "repa/cosine_shuffled", dashed=True)]
+    about_speed = f"Images a second. {_waiting(story)}"
+    charts = (
+        _chart(
+            "Velocity loss", "The mean squared error of the velocity.", _lines(story, "train/loss"), marks, log=True
+        ),
+        _chart("Loss by time", "From t = 0, noise, to t = 1, the image.", _by_time(story), marks, log=True),
+        _chart("REPA", "Cosine with the image's own features; dashed: with another's.", cosines, marks),
+        _chart("Speed", about_speed, _lines(story, "train/images_per_second"), marks, zero=True),
+    )
+    return section("Training", None, tag("div", charts, class_="charts"))
+
+
+def _chart(
+    title: str, about: str, found: Sequence[Line], marks: dict[float, str], *, log: bool = False, zero: bool = False
+) -> Html | None:
+    if not any(y is not None for line in found for _, y in line.points):
+        return None
+    drawn = plots.lines(found, title, log=log, zero=zero, marks=marks if len(marks) > 1 else {})
+    keys: Child = plots.legend(line for line in found if not line.dashed)
+    return tag("figure", tag("figcaption", tag("b", title), " ", tag("span", about), keys), drawn)
+
+
+def _offset(story: Story, number: int) -> int:
+    """Images that were seen before this stage began, by the weights that it started from."""
+    return sum(story.checkpoints[k].position for k in story.before(number))
+
+
+def _points(story: Story, number: int, column: str) -> list[plots.Point]:
+    offset = _offset(story, number)
+    return [(offset + row["images"], row.get(column)) for row in story.curves.get(number, [])]
+
+
+def _lines(story: Story, column: str, *, dashed: bool = False) -> list[Line]:
+    return [Line(story.stages[k].stage, ink(story, k), _points(story, k, column), dashed) for k in story.checkpoints]
+
+
+def _by_time(story: Story) -> list[Line]:
+    prefix = "train/loss_t"
+    columns = sorted(
+        {name for rows in story.curves.values() for row in rows for name in row if name.startswith(prefix)}
+    )
+    found = []
+    for k, column in enumerate(columns):
+        points: list[plots.Point] = []
+        for number in story.checkpoints:
+            points += [*_points(story, number, column), (0.0, None)]
+        hue = FIRST_HUE + (LAST_HUE - FIRST_HUE) * k / max(len(columns) - 1, 1)
+        found.append(Line(column.removeprefix(prefix), f"hsl({hue:.0f} 62% 54%)", points))
+    return found
+
+
+def _waiting(story: Story) -> str:
+    shares = [row.get("data/wait_share") for rows in story.curves.values() for row in rows]
+    known = [share for share in shares if share is not None]
+    return f"Waiting for data took {sum(known) / len(known):.1%} of the time." if known else ""

@@ -1,0 +1,115 @@
+"""From data to score: the graph of stages, where the time went, and which data led to which checkpoint and score."""
+
+from __future__ import annotations
+
+from pipelines.page.graph import Box, graph
+from pipelines.page.markup import Child, Html, tag
+from pipelines.page.parts import duration, ink, interval_text, overall, section, short, swatch, table, words
+from pipelines.page.story import Story
+
+LANES = {"corpus": 0, "prepare": 0, "snapshot": 1, "encoders": 2, "train": 2, "evaluate": 3, "gate": 4, "register": 4}
+
+
+def section_of(story: Story) -> Html:
+    about = "A box is a record in the store; arrows come from what it was made of. A colour is a training stage."
+    drawn = tag("div", graph(_boxes(story)), class_="scroll")
+    return section("From data to score", about, drawn, _times(story), _lineage(story))
+
+
+def _boxes(story: Story) -> list[Box]:
+    boxes: list[Box] = []
+    for number, stage in enumerate(story.stages):
+        parents, took, fact = _parents(story, number), duration(stage.seconds), _fact(story, number)
+        boxes.append(
+            Box(
+                title=stage.stage,
+                fact=fact,
+                corner=took,
+                ink=ink(story, number),
+                tip=f"{stage.stage} ({stage.kind}), {took}\n{fact}",
+                link=f"#stage-{number}",
+                lane=LANES.get(stage.kind, max((boxes[k].lane for k in parents), default=0)),
+                parents=parents,
+            )
+        )
+    return boxes
+
+
+def _parents(story: Story, number: int) -> tuple[int, ...]:
+    """The stages that this one reads from, without those that it also reaches through another; its data always."""
+    inputs = story.inputs(number)
+    far = {k for near in set(inputs.values()) for k in _above(story, near)}
+    return tuple(sorted({k for name, k in inputs.items() if name == "data" or k not in far}))
+
+
+def _above(story: Story, number: int) -> set[int]:
+    inputs = set(story.inputs(number).values())
+    return inputs.union(*(_above(story, k) for k in inputs))
+
+
+def _fact(story: Story, number: int) -> str:
+    """The one thing to know about what a stage made."""
+    stage, output = story.stages[number], story.stages[number].output
+    if number in story.prepared:
+        summary = story.prepared[number]
+        return f"{min(size.accepted for size in summary.sizes.values()):,} of {summary.inputs:,} kept"
+    if number in story.snapshots:
+        return f"{story.snapshots[number].rows:,} samples, {story.snapshots[number].size} px"
+    if number in story.checkpoints:
+        size = f", {output['image_size']} px" if "image_size" in output else ""
+        return f"{story.checkpoints[number].position:,} images{size}"
+    if number in story.reports and (name := overall(story.reports[number])):
+        score = story.reports[number].scores[name]
+        return f"{score.value:.3f} {interval_text(score)}"
+    if stage.kind == "corpus":
+        return f"{sum(output.get('files', {}).values()):,} files"
+    if stage.kind == "encoders":
+        return " and ".join(output)
+    if stage.kind == "gate":
+        return "passed" if output.get("passed") else "closed"
+    if stage.kind == "register":
+        return f"version {output.get('version')}, {output.get('alias')}"
+    return words(stage.kind)
+
+
+def _times(story: Story) -> Html:
+    total = sum(stage.seconds for stage in story.stages) or 1.0
+    parts = []
+    for number, stage in enumerate(story.stages):
+        share, label = stage.seconds / total, f"{stage.stage} {duration(stage.seconds)}"
+        said = label if share > 0.12 else stage.stage if share > 0.06 else ""
+        style = f"flex:{max(share, 0.001):.4f} 0 0;--ink:{ink(story, number)}"
+        class_ = "dim" if number in story.reports else None
+        parts.append(tag("span", said, title=f"{label}, {share:.0%}", style=style, class_=class_))
+    return tag("div", tag("h3", f"Where {duration(total)} went"), tag("div", parts, class_="times"))
+
+
+def _lineage(story: Story) -> Html | None:
+    """Joined by the digests in the records themselves, so what stands in one line does belong together."""
+    if not story.checkpoints:
+        return None
+    head = ("trained", "on the snapshot", "started from", "giving the checkpoint", "which scores")
+    body = [[swatch(story, k, story.stages[k].stage), *_line(story, k)] for k in story.checkpoints]
+    return tag("div", tag("h3", "Which data, which checkpoint, which score"), table(head, body, "lineage"))
+
+
+def _line(story: Story, number: int) -> list[Child]:
+    checkpoint = story.checkpoints[number]
+    data = [f"{story.stages[k].stage}, {s.rows:,} samples" for k, s in story.snapshots.items()
+            if s.digest() == checkpoint.snapshot]  # fmt: skip
+    before = [story.stages[k].stage for k in story.before(number)]
+    start: list[Child] = (
+        [short(checkpoint.start_from), tag("small", before[:1])] if checkpoint.start_from else ["nothing"]
+    )
+    scores: list[Child] = []
+    for k, report in story.reports.items():
+        if report.checkpoint == checkpoint.digest() and (name := overall(report)):
+            said = tag("small", f"{name}, {story.stages[k].stage}")
+            scores.append(tag("div", tag("b", f"{report.scores[name].value:.3f} "), short(report.digest()), said))
+    made = tag("small", f"step {checkpoint.step:,}, {checkpoint.position:,} images")
+    return [
+        [short(checkpoint.snapshot), tag("small", data[:1])],
+        start,
+        [short(checkpoint.digest()), made],
+        scores or "–",
+    ]

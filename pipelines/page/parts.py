@@ -1,0 +1,100 @@
+"""The small parts that the sections share: how a digest, a duration, a table or a picture looks."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+
+from PIL import Image
+
+from infra.records import EvalReport, Interval
+from pipelines.page.markup import Child, Html, tag
+from pipelines.page.story import Story
+from pipelines.page.style import SERIES
+
+QUIET = "var(--quiet)"  # the colour of what is no training stage
+THUMBNAIL = 160  # px; larger pictures are shown smaller
+
+
+def section(title: str, about: Child, *parts: Child) -> Html:
+    return tag("section", tag("h2", title), tag("p", about, class_="about") if about else None, parts)
+
+
+def table(head: Sequence[Child], body: Sequence[Sequence[Child]], class_: str) -> Html:
+    """Each row begins with its heading."""
+    top = tag("thead", tag("tr", [tag("th", cell, scope="col") for cell in head])) if head else None
+    rows = [tag("tr", tag("th", row[0], scope="row"), [tag("td", cell) for cell in row[1:]]) for row in body]
+    return tag("div", tag("table", top, tag("tbody", rows), class_=class_), class_="scroll")
+
+
+def check(holds: bool, said: str) -> Html:
+    return tag("p", "✓ " if holds else "✗ ", said, class_="check good" if holds else "check bad")
+
+
+def short(digest: str) -> Html:
+    return tag("code", digest[:8], title=digest)
+
+
+def words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def amount(count: int) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.3g}\xa0{unit}"
+    return str(count)
+
+
+def duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        said = f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+    elif whole < 3600:
+        said = f"{whole // 60} min {whole % 60:02d} s"
+    else:
+        said = f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return said.replace(" ", "\xa0")
+
+
+def interval_text(score: Interval) -> str:
+    return f"[{score.low:.3f}, {score.high:.3f}]"
+
+
+def overall(report: EvalReport) -> str | None:
+    """The name of the score that stands for the report."""
+    name = f"{report.protocol}/overall"
+    return name if name in report.scores else next(iter(report.scores), None)
+
+
+def ink(story: Story, number: int) -> str:
+    """A training stage has one colour on the whole page, and lends it to its evaluation."""
+    owner = story.checkpoint_of(story.reports[number]) if number in story.reports else number
+    if owner not in story.checkpoints:
+        return QUIET
+    return f"var(--series-{list(story.checkpoints).index(owner) % SERIES})"
+
+
+def swatch(story: Story, number: int, *said: Child) -> Html:
+    return tag("span", said, class_="swatch", style=f"--ink:{ink(story, number)}")
+
+
+def image(data: bytes, tip: str) -> Html:
+    """As a data URI; small pictures keep their pixels, large ones become thumbnails."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as opened:
+            kind, small = str(opened.format).lower(), max(opened.size) <= THUMBNAIL
+            if not small:
+                kind, data = "jpeg", _thumbnail(opened)
+    except (OSError, SyntaxError, Image.DecompressionBombError):  # SyntaxError: Pillow's word for a broken PNG
+        return tag("span", "unreadable", class_="none")
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return tag("img", src=source, alt=tip, class_="pixels" if small else None)
+
+
+def _thumbnail(opened: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    opened.thumbnail((THUMBNAIL, THUMBNAIL))
+    opened.convert("RGB").save(buffer, "JPEG", quality=88)
+    return buffer.getvalue()

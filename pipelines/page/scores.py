@@ -1,0 +1,63 @@
+"""The scores of every evaluation, side by side where they may be compared."""
+
+from __future__ import annotations
+
+from pipelines.evaluation.prompts import TASKS
+from pipelines.page import plots
+from pipelines.page.markup import Child, Html, tag
+from pipelines.page.parts import ink, interval_text, section, short, swatch, table, words
+from pipelines.page.story import Story
+
+
+def section_of(story: Story) -> Html:
+    if not story.reports:
+        return section("Scores", "Nothing has been evaluated yet.")
+    return section("Scores", None, [_group(story, group) for group in groups(story)])
+
+
+def groups(story: Story) -> list[list[int]]:
+    """Evaluations that may be compared: one protocol, one judge, the same prompts."""
+    found: dict[tuple[str, str, str], list[int]] = {}
+    for number, report in story.reports.items():
+        found.setdefault((report.protocol, report.judge, report.prompts), []).append(number)
+    return list(found.values())
+
+
+def column(story: Story, number: int) -> Html:
+    """An evaluation is headed by the training stage that it measures."""
+    owner, own = story.checkpoint_of(story.reports[number]), story.stages[number].stage
+    return swatch(story, number, own if owner is None else [story.stages[owner].stage, tag("small", own)])
+
+
+def _group(story: Story, group: list[int]) -> Html:
+    reports = {k: story.reports[k] for k in group}
+    names = sorted({name for report in reports.values() for name in report.scores}, key=_order)
+    most = max([1.0, *(score.high for report in reports.values() for score in report.scores.values())])
+    body = [[tag("span", words(name.rpartition("/")[2]), title=name),
+             *(_score(story, k, name, most) for k in group)] for name in names]  # fmt: skip
+    failed = ", ".join(
+        f"{report.failed:,} of {story.stages[k].stage}" for k, report in reports.items() if report.failed
+    )
+    first = reports[group[0]]
+    about = [
+        f"{first.protocol} by the judge “{first.judge}”, prompts ",
+        short(first.prompts),
+        f", {' and '.join(sorted({f'{report.images:,}' for report in reports.values()}))} pictures each. ",
+        "Bars are 95 % intervals from a bootstrap over prompts. ",
+        f"Pictures without a score count as wrong: {failed}." if failed else "No picture failed.",
+    ]
+    return tag("div", tag("p", about, class_="about"), table(["", *(column(story, k) for k in group)], body, "scores"))
+
+
+def _order(name: str) -> tuple[int, str]:
+    """GenEval's tasks in their order, others by name, the overall score last."""
+    last, tasks = name.rpartition("/")[2], list[str](TASKS)
+    return tasks.index(last) if last in tasks else len(tasks) + (last == "overall"), name
+
+
+def _score(story: Story, number: int, name: str, most: float) -> Child:
+    score = story.reports[number].scores.get(name)
+    if score is None:
+        return "–"
+    bar = plots.interval(score.value, score.low, score.high, most, ink(story, number))
+    return [tag("b", f"{score.value:.3f}"), bar, tag("small", interval_text(score))]
