@@ -23,6 +23,18 @@ class ClusterSettings(Settings):
     dashboard: bool = operational(False)
 
 
+# What a local Ray and its workers find in their environment, unless the user set it.
+_LOCAL_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # no calls home
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else every task that asks for no GPU warns about it
+    "RAY_worker_niceness": "0",  # Ray's workers step aside for everything else, but here they are the work
+    # A training step frees and takes large blocks over and over; giving them back to the system each time costs 10 %.
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2 * 10**9),
+}
+
+
 def connect(settings: ClusterSettings | None = None) -> None:
     """Join the cluster, or start a local one; a second call finds the first one's and does nothing."""
     import ray
@@ -30,13 +42,8 @@ def connect(settings: ClusterSettings | None = None) -> None:
     settings = settings or ClusterSettings()
     if ray.is_initialized():
         return
-    # Workers import this project by its installed name; Ray's usage report would call home from every run.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    # Ray's workers would step aside for everything else on the machine, but they are the work.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    # Ray would otherwise hide the GPUs from tasks that ask for none, with a warning in every worker.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name, value in _LOCAL_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     address = settings.address or os.environ.get("RAY_ADDRESS")
     try:
         if address:

@@ -33,9 +33,9 @@ def section_of(story: Story) -> Html | None:
 def _chart(
     title: str, about: str, found: Sequence[Line], marks: dict[float, str], *, log: bool = False, zero: bool = False
 ) -> Html | None:
-    if not any(y is not None for line in found for _, y in line.points):
+    drawn = plots.lines(found, title, marks=marks if len(marks) > 1 else {}, log=log, zero=zero)
+    if drawn is None:
         return None
-    drawn = plots.lines(found, title, log=log, zero=zero, marks=marks if len(marks) > 1 else {})
     keys: Child = plots.legend(line for line in found if not line.dashed)
     return tag("figure", tag("figcaption", tag("b", title), " ", tag("span", about), keys), drawn)
 

@@ -26,8 +26,10 @@ CORNER = 9
 
 def graph(boxes: Sequence[Box]) -> Html:
     """Boxes in lanes, with an edge from each to those that read from it."""
-    columns = arrange([box.lane for box in boxes], [box.parents for box in boxes])
-    cells = [(column, box.lane) for column, box in zip(columns, boxes, strict=True)]
+    used = sorted({box.lane for box in boxes})
+    lanes = [used.index(box.lane) for box in boxes]  # a lane without boxes takes no room
+    columns = arrange(lanes, [box.parents for box in boxes])
+    cells = list(zip(columns, lanes, strict=True))
     taken = frozenset(cells)
     edges = [_edge(cells[parent], cells[k], taken) for k, box in enumerate(boxes) for parent in box.parents]
     arrow = tag(
@@ -42,7 +44,7 @@ def graph(boxes: Sequence[Box]) -> Html:
         orient="auto",
     )
     width = max(columns, default=0) * STEP_X + BOX_WIDTH + 2
-    height = max((box.lane for box in boxes), default=0) * STEP_Y + BOX_HEIGHT + 2
+    height = max(lanes, default=0) * STEP_Y + BOX_HEIGHT + 2
     return tag(
         "svg",
         tag("defs", arrow),
@@ -61,7 +63,7 @@ def arrange(lanes: Sequence[int], parents: Sequence[Sequence[int]]) -> list[int]
     columns: list[int] = []
     taken: set[tuple[int, int]] = set()
     for lane, above in zip(lanes, parents, strict=True):
-        column = max((columns[p] + (lanes[p] == lane) for p in above), default=0)
+        column = max((columns[p] for p in above), default=0)
         while (column, lane) in taken:
             column += 1
         columns.append(column)

@@ -43,7 +43,7 @@ def _rejected(size: SizeSummary) -> int:
 
 
 def _count(count: int, of: int) -> Child:
-    return [tag("span", f"{count:,}", class_="number"), tag("small", f"{count / max(of, 1):.1%}" if count else "")]
+    return [tag("span", f"{count:,}", class_="number"), " ", tag("small", f"{count / max(of, 1):.1%}" if count else "")]
 
 
 def _bar(of: int, *parts: tuple[int, str]) -> Html:
@@ -63,7 +63,7 @@ def _by_kind(story: Story, number: int) -> Html | None:
 def _fate(fate: Fate, snapshots: int) -> list[Child]:
     causes = [f"{count:,} {words(cause)}" for cause, count in sorted(fate.causes.items())]
     return [
-        [words(fate.kind), tag("small", ABOUT.get(fate.kind))],
+        [words(fate.kind), " ", tag("small", ABOUT.get(fate.kind))],
         f"{fate.files:,}",
         _number(fate.accepted),
         ", ".join(causes) or _number(0),

@@ -94,22 +94,18 @@ def _lineage(story: Story) -> Html | None:
 
 
 def _line(story: Story, number: int) -> list[Child]:
-    checkpoint = story.checkpoints[number]
-    data = [f"{story.stages[k].stage}, {s.rows:,} samples" for k, s in story.snapshots.items()
-            if s.digest() == checkpoint.snapshot]  # fmt: skip
-    before = [story.stages[k].stage for k in story.before(number)]
-    start: list[Child] = (
-        [short(checkpoint.start_from), tag("small", before[:1])] if checkpoint.start_from else ["nothing"]
-    )
+    checkpoint, of = story.checkpoints[number], story.checkpoints[number].digest()
+    data = [k for k, snapshot in story.snapshots.items() if snapshot.digest() == checkpoint.snapshot]
+    read = [f"{story.stages[k].stage}, {story.snapshots[k].rows:,} samples" for k in data[:1]]
+    before = [story.stages[k].stage for k in story.before(number)[:1]]
     scores: list[Child] = []
     for k, report in story.reports.items():
-        if report.checkpoint == checkpoint.digest() and (name := overall(report)):
-            said = tag("small", f"{name}, {story.stages[k].stage}")
-            scores.append(tag("div", tag("b", f"{report.scores[name].value:.3f} "), short(report.digest()), said))
-    made = tag("small", f"step {checkpoint.step:,}, {checkpoint.position:,} images")
+        if report.checkpoint == of and (name := overall(report)):
+            said = [short(report.digest()), " ", tag("small", f"{name}, {story.stages[k].stage}")]
+            scores.append(tag("div", tag("b", f"{report.scores[name].value:.3f} "), said))
     return [
-        [short(checkpoint.snapshot), tag("small", data[:1])],
-        start,
-        [short(checkpoint.digest()), made],
+        [short(checkpoint.snapshot), " ", tag("small", read)],
+        [short(checkpoint.start_from), " ", tag("small", before)] if checkpoint.start_from else "nothing",
+        [short(of), " ", tag("small", f"step {checkpoint.step:,}, {checkpoint.position:,} images")],
         scores or "–",
     ]

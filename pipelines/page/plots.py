@@ -12,7 +12,7 @@ Point = tuple[float, float | None]  # None: a gap in the line
 
 WIDTH, HEIGHT = 520.0, 270.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 18.0, 30.0
-MOST_POINTS = 150  # of a line: more cannot be told apart at this width
+MOST_POINTS = 150  # of a line, or not many more: they could not be told apart at this width
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Axis:
     """Values -> pixels, with ticks at round numbers."""
 
     def __init__(self, low: float, high: float, start: float, end: float, log: bool = False) -> None:
-        if low == high:
+        if high - low <= 1e-9 * abs(high):
             low, high = (low / 2, high * 2) if log and low > 0 else (low - 0.5, high + 0.5)
         self.log = log and low > 0
         self.low, self.high, self.start, self.end = low, high, start, end
@@ -58,31 +58,25 @@ def short(value: float) -> str:
 
 
 def lines(
-    found: Sequence[Line],
-    label: str,
-    *,
-    log: bool = False,
-    zero: bool = False,
-    marks: Mapping[float, str] | None = None,
-) -> Html:
-    """Lines over the number of images seen; `marks` are the places where a stage begins."""
-    drawn = [_thin([(x, y) for x, y in line.points if y is None or math.isfinite(y)]) for line in found]
-    known = [(x, y) for points in drawn for x, y in points if y is not None]
+    found: Sequence[Line], label: str, *, marks: Mapping[float, str], log: bool = False, zero: bool = False
+) -> Html | None:
+    """Lines over the number of images seen; `marks` are the places where a stage begins. None if there is no point."""
+    drawn = [_runs(line.points) for line in found]
+    known = [point for runs in drawn for run in runs for point in run]
     if not known:
-        return tag("p", "nothing was logged", class_="muted")
-    values, marks = [y for _, y in known], marks or {}
-    reach = [0.0, *marks, *(x for x, _ in known)]
+        return None
+    reach, values = [0.0, *marks, *(x for x, _ in known)], [y for _, y in known]
     low, high = (0.0 if zero else min(values)), max(values)
-    slack = 0.0 if log else 0.06 * (high - low)
+    slack = 0.0 if log or zero else 0.06 * (high - low)
     x_axis = Axis(min(reach), max(reach), LEFT, WIDTH - RIGHT)
-    y_axis = Axis(low - (0 if zero else slack), high + slack, HEIGHT - BOTTOM, TOP, log)
+    y_axis = Axis(low - slack, high + slack, HEIGHT - BOTTOM, TOP, log)
     return tag(
         "svg",
         [_tick(x_axis, x, upright=True) for x in x_axis.ticks()],
         [_tick(y_axis, y, upright=False) for y in y_axis.ticks()],
         tag("text", "images seen", x=WIDTH - RIGHT, y=HEIGHT - 2, class_="axis end"),
         [_mark(x_axis(x), name) for x, name in marks.items()],
-        [_line(line, points, x_axis, y_axis) for line, points in zip(found, drawn, strict=True)],
+        [_line(line, runs, x_axis, y_axis) for line, runs in zip(found, drawn, strict=True)],
         viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}",
         class_="chart",
         role="img",
@@ -90,9 +84,16 @@ def lines(
     )
 
 
-def _thin(points: Sequence[Point]) -> list[Point]:
-    stride = math.ceil(len(points) / MOST_POINTS) or 1
-    return [*points[:-1:stride], *points[-1:]]
+def _runs(points: Sequence[Point]) -> list[list[tuple[float, float]]]:
+    """The line in pieces without gaps, long ones thinned out; each keeps its last point."""
+    runs: list[list[tuple[float, float]]] = [[]]
+    for x, y in points:
+        if y is None or not math.isfinite(y):
+            runs.append([])
+        else:
+            runs[-1].append((x, y))
+    stride = math.ceil(max(len(points), 1) / MOST_POINTS)
+    return [[*run[:-1:stride], run[-1]] for run in runs if run]
 
 
 def _tick(axis: Axis, value: float, *, upright: bool) -> Html:
@@ -108,21 +109,16 @@ def _mark(x: float, name: str) -> Html:
     return tag("g", rule, tag("text", cut(name, 60), x=x + 4, y=TOP - 5, class_="axis"))
 
 
-def _line(line: Line, points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> Html:
-    runs: list[list[str]] = [[]]
-    dots = []
-    for x, y in points:
-        if y is None:
-            runs.append([])
-            continue
-        px, py = x_axis(x), y_axis(y)
-        runs[-1].append(f"{px:g},{py:g}")
-        said = f"{line.name}: {y:.4g} at {x:,.0f} images"
-        dots.append(
-            tag("circle", tag("title", said), cx=px, cy=py, r=3.5, class_="dot" if len(points) > 1 else "point")
-        )
-    paths = [tag("polyline", points=" ".join(run), class_="dashed" if line.dashed else None) for run in runs if run]
-    return tag("g", paths, dots, class_="line", style=f"--ink:{line.ink}")
+def _line(line: Line, runs: Sequence[Sequence[tuple[float, float]]], x_axis: Axis, y_axis: Axis) -> Html:
+    parts = []
+    for run in runs:
+        at = [(x_axis(x), y_axis(y)) for x, y in run]
+        corners = " ".join(f"{x:g},{y:g}" for x, y in at)
+        parts.append(tag("polyline", points=corners, class_="dashed" if line.dashed else None))
+        for (images, value), (x, y) in zip(run, at, strict=True):
+            tip = tag("title", f"{line.name}: {value:.4g} at {images:,.0f} images")
+            parts.append(tag("circle", tip, cx=x, cy=y, r=3.5, class_="dot" if len(run) > 1 else "point"))
+    return tag("g", parts, class_="line", style=f"--ink:{line.ink}")
 
 
 def legend(found: Iterable[Line]) -> Html:

@@ -26,7 +26,7 @@ def groups(story: Story) -> list[list[int]]:
 def column(story: Story, number: int) -> Html:
     """An evaluation is headed by the training stage that it measures."""
     owner, own = story.checkpoint_of(story.reports[number]), story.stages[number].stage
-    return swatch(story, number, own if owner is None else [story.stages[owner].stage, tag("small", own)])
+    return swatch(story, number, own if owner is None else [story.stages[owner].stage, " ", tag("small", own)])
 
 
 def _group(story: Story, group: list[int]) -> Html:
@@ -60,4 +60,4 @@ def _score(story: Story, number: int, name: str, most: float) -> Child:
     if score is None:
         return "–"
     bar = plots.interval(score.value, score.low, score.high, most, ink(story, number))
-    return [tag("b", f"{score.value:.3f}"), bar, tag("small", interval_text(score))]
+    return [tag("b", f"{score.value:.3f}"), bar, " ", tag("small", interval_text(score))]

@@ -87,7 +87,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 .samples:last-child { border-bottom: 0; }
 .samples > div > strong { display: none; }
 .prompt small { display: block; } .prompt bdi { overflow-wrap: anywhere; line-height: 1.35; display: block; }
-.four { display: grid; grid-template-columns: repeat(4, 1fr); gap: 5px; }
+.four { display: grid; grid-template-columns: repeat(4, 1fr); gap: 5px; max-width: 460px; }
 .samples p { font-size: 12.5px; color: var(--muted); margin-top: 5px; overflow: hidden; display: -webkit-box;
   -webkit-line-clamp: 2; -webkit-box-orient: vertical; overflow-wrap: anywhere; }
 .samples p b { color: var(--text); }
