@@ -13,13 +13,19 @@ from infra.errors import CheckpointError
 def load_model(source: str | Path, dtype: torch.dtype) -> Any:
     """A model of Hugging Face's format, from a local folder or the hub; only safetensors, no code of its own."""
     from transformers import AutoModel
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    quiet()
     try:
         return AutoModel.from_pretrained(source, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise unusable(source, error) from None
+
+
+def quiet() -> None:
+    """Bars for files that load in a moment are noise in a training log."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def unusable(source: str | Path, error: Exception) -> CheckpointError:

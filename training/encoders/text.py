@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.encoders import load_model, unusable
+from training.encoders import load_model, quiet, unusable
 from training.model.embed import Text
 
 PAD = "<|endoftext|>"  # Qwen's own pad token
@@ -111,6 +111,7 @@ def build_tiny(
         eos_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
+    quiet()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         Qwen3Model(config).save_pretrained(folder)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.encoders import load_model
+from training.encoders import load_model, quiet
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
@@ -85,6 +85,7 @@ def build_tiny(
         image_size=image_size,
         layerscale_value=1.0,
     )
+    quiet()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         Dinov2Model(config).save_pretrained(folder)

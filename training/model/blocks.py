@@ -96,6 +96,10 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(config.hidden, weight_in_fp32=config.norm_weight_in_fp32)
         self.mlp = SwiGLU(config.hidden, config.mlp_hidden)
         self.modulation = nn.Linear(config.hidden, 6 * config.hidden)
+        if config.open_gates:
+            with torch.no_grad():
+                for gate in (2, 5):
+                    self.modulation.bias.unflatten(0, (6, -1))[gate].fill_(1.0)
 
     def forward(
         self,

@@ -43,6 +43,9 @@ class ModelConfig(Settings):
     prediction: Literal["velocity", "image"] = Field(
         default="velocity", description="what the last layer means; the network's output is a velocity either way"
     )
+    open_gates: bool = Field(
+        False, description="start with the blocks' gates at 1, not near 0: a short run learns what words mean sooner"
+    )
     fixed_grid: bool = Field(
         default=False, description="any size: the trunk keeps the training size's grid, the field draws larger patches"
     )
@@ -118,10 +121,11 @@ PRESETS: dict[str, ModelConfig] = {
         blocks=4,
         text_blocks=1,
         text_dim=128,
-        text_tokens=32,
+        text_tokens=16,
         text_padding="masked",
         field_blocks=2,
-        field_channels=32,
+        field_channels=16,
+        open_gates=True,
     ),
 }
 

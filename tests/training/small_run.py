@@ -1,0 +1,80 @@
+"""A training run small enough for a test: real shards, a real snapshot, a Qwen3 and a DINOv2 of a few thousand weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from data_prep.shape_corpus import write_corpus
+from data_prep.snapshot import SnapshotSettings, snapshot
+from infra.config import parse
+from infra.records import CheckpointRecord, DataObject, SnapshotRecord, put_data
+from infra.store import Store
+from infra.tracking import Run
+from tests.data_prep.corpora import prepare_here, settings_for
+from training.encoders import text, vision
+from training.loop import Job, TrainSettings
+
+MODEL = {
+    "image_size": 16,
+    "hidden": 32,
+    "heads": 2,
+    "blocks": 2,
+    "text_dim": 32,
+    "text_tokens": 16,
+    "field_blocks": 1,
+    "field_channels": 8,
+}
+SETTINGS = {
+    "preset": "tiny",
+    "model": MODEL,
+    "steps": 6,
+    "batch": 4,
+    "precision": "fp32",
+    "optim": {"lr": 1e-3},
+    "objective": {"repa": 0.5, "repa_block": 1},
+    "ema": {"decay": 0.9},
+    "reading": {"lanes": 4},
+    "train_text": 1,
+    "log_every": 1,
+    "save_every": 3,
+}
+
+
+def write_data(folder: Path, store: Store, count: int = 60) -> SnapshotRecord:
+    write_corpus(folder, count, seed=0, size=32)
+    source = {"tables": ["captions.parquet"], "captions": ["caption", "caption_long"], "keep": [], "licence": ""}
+    settings = settings_for(folder)
+    sources = [settings.sources[0].model_copy(update=source)]
+    plan = prepare_here(store, settings.model_copy(update={"sources": sources, "sizes": [16], "rows_per_shard": 20}))
+    return snapshot(store, plan.digest, SnapshotSettings(size=16))
+
+
+def write_encoders(folder: Path, store: Store) -> dict[str, dict[str, DataObject]]:
+    text.build_tiny(folder / "text", ["a photo of a red circle"] * 9, hidden=32, layers=1, heads=2, vocab=300)
+    vision.build_tiny(folder / "vision", hidden=16, layers=1, heads=2, patch_size=8, image_size=16)
+    return {
+        part: {path.name: put_data(store, f"encoders/{part}", path.name, path) for path in (folder / part).iterdir()}
+        for part in ("text", "vision")
+    }
+
+
+def job_in(
+    store: Store,
+    snapshot: SnapshotRecord,
+    encoders: dict[str, dict[str, DataObject]],
+    name: str,
+    start_from: CheckpointRecord | None = None,
+    **changes: Any,
+) -> Job:
+    return Job(
+        store=store,
+        prefix=f"training/{name}",
+        digest=name,
+        settings=parse(TrainSettings, SETTINGS | changes),
+        snapshot=snapshot,
+        text=encoders["text"],
+        vision=encoders["vision"],
+        start_from=start_from,
+        run=Run("", None),
+    )
