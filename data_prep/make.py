@@ -24,8 +24,8 @@ from data_prep.plan import PlannedShard, PrepareSettings
 from data_prep.rejections import Rejection
 from data_prep.sources import RawItem
 from data_prep.transform import Box, encode_jpeg, square
-from infra.records import ShardRecord, read_record, write_record
-from infra.shards import INDEX_SCHEMA, TarWriter, parquet_bytes, put_data, shard_key
+from infra.records import ShardRecord, put_data, read_record, write_record
+from infra.shards import INDEX_SCHEMA, TarWriter, parquet_bytes, shard_key
 from infra.store import Store
 
 Decoder = Callable[..., Decoded | Rejection]

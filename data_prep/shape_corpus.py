@@ -40,7 +40,7 @@ def write_corpus(
     Image i depends on (seed, i) alone, so a larger corpus begins with the smaller one.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, str]] = []
+    rows: list[dict[str, str | bool]] = []
     by_kind: dict[str, list[str]] = {}
     for index in range(count):
         kind = kind_of(index, seed)
@@ -52,15 +52,19 @@ def write_corpus(
         name = f"images/{index:06d}.{suffix}"
         (folder / name).write_bytes(data)
         by_kind.setdefault(kind, []).append(name)
-        rows.append({"image": name, "caption_short": said.short, "caption": said.medium, "caption_long": said.long})
-    table = pa.Table.from_pylist(rows, schema=pa.schema([(name, pa.string()) for name in _COLUMNS]))
+        told = {"caption_short": said.short, "caption": said.medium, "caption_long": said.long}
+        rows.append({"image": name, **told, "task": scene.kind, "coloured": kind != "grey16"})
+    table = pa.Table.from_pylist(rows, schema=_COLUMNS)
     for name, value in (("licence", "CC0-1.0"), ("source", f"shape-world-{seed}")):
         table = table.append_column(name, pa.array([value] * count, pa.string()))
     pq.write_table(table, folder / "captions.parquet")
     return by_kind
 
 
-_COLUMNS = ("image", "caption_short", "caption", "caption_long")
+_COLUMNS = pa.schema(
+    [(name, pa.string()) for name in ("image", "caption_short", "caption", "caption_long", "task")]
+    + [("coloured", pa.bool_())]
+)
 
 
 def kind_of(index: int, seed: int) -> str:

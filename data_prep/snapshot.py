@@ -26,8 +26,8 @@ from data_prep.filters import LONGEST, apply, columns_in, parse_filter
 from data_prep.plan import read_plan
 from infra.config import Settings, digest, nearest
 from infra.errors import DataError, SettingsError
-from infra.records import ShardRecord, SnapshotRecord, read_record, write_record
-from infra.shards import SELECTION_SCHEMA, list_shards, put_data, read_index, shard_prefix
+from infra.records import ShardRecord, SnapshotRecord, put_data, read_record, write_record
+from infra.shards import SELECTION_SCHEMA, list_shards, read_index, shard_prefix
 from infra.store import Store
 
 Weight = Annotated[float, Field(ge=0, le=1e6)]

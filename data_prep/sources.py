@@ -27,7 +27,8 @@ from data_prep.folders import Folder, StoreFolder, open_folder
 from data_prep.rejections import Cause, Rejection
 from infra.config import Settings, nearest, operational
 from infra.errors import DataError, SettingsError
-from infra.shards import INDEX_SCHEMA, parquet_bytes, put_data, sample_key
+from infra.records import put_data
+from infra.shards import INDEX_SCHEMA, parquet_bytes, sample_key
 from infra.store import Store
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))

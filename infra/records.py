@@ -119,16 +119,25 @@ R = TypeVar("R", bound=Record)
 
 
 def put_data(store: Store, prefix: str, name: str, data: bytes | Path) -> DataObject:
-    """Store a data object as `prefix/stem-sha256.suffix`; writing the same bytes twice is harmless."""
+    """Store a data object as `prefix/stem-sha256.suffix`. What is there already is not sent again."""
     if isinstance(data, bytes):
         sha256, size = hashlib.sha256(data).hexdigest(), len(data)
     else:
         with data.open("rb") as file:
             sha256, size = hashlib.file_digest(file, "sha256").hexdigest(), data.stat().st_size
     stem, dot, suffix = name.partition(".")
-    key = f"{prefix}/{stem}-{sha256}{dot}{suffix}"
-    store.put(key, data)
-    return DataObject(key=key, sha256=sha256, size=size)
+    found = DataObject(key=f"{prefix.rstrip('/')}/{stem}-{sha256}{dot}{suffix}", sha256=sha256, size=size)
+    if store.size(found.key) != size:
+        store.put(found.key, data)
+    return found
+
+
+def get_data(store: Store, data: DataObject) -> bytes:
+    """The bytes of a data object, held against the hash in its name."""
+    found = store.get(data.key)
+    if hashlib.sha256(found).hexdigest() != data.sha256:
+        raise _damaged(store, data)
+    return found
 
 
 def fetch_data(store: Store, data: DataObject, path: Path) -> None:
@@ -136,14 +145,18 @@ def fetch_data(store: Store, data: DataObject, path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     store.download(data.key, partial)
     with partial.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != data.sha256:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != data.sha256:
         partial.unlink()
-        raise DataError(
-            f"{store.url}/{data.key} does not hold the bytes that its name promises",
-            remedy="restore it from a backup, or remove its record so that it is made again",
-        )
+        raise _damaged(store, data)
     partial.replace(path)
+
+
+def _damaged(store: Store, data: DataObject) -> DataError:
+    return DataError(
+        f"{store.url}/{data.key} is damaged: its bytes do not have the hash in its name",
+        remedy="delete it and the record that names it, then run again: it is made anew",
+    )
 
 
 def write_record(store: Store, key: str, record: Record) -> bool:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.errors import DataError
-from infra.records import DataObject, ShardRecord, SnapshotRecord, read_record
+from infra.records import DataObject, ShardRecord, SnapshotRecord, get_data, read_record
 from infra.store import Store
 
 _READERS = 16  # requests for small objects under way at once: latency, not bandwidth, is what listing waits for
@@ -126,20 +126,6 @@ class TarWriter:
         self._size += len(data)
 
 
-def put_data(store: Store, prefix: str, name: str, data: bytes | Path) -> DataObject:
-    """Store `data` as `prefix/stem-<sha256>.suffix`. What is there already is not sent again."""
-    if isinstance(data, bytes):
-        sha256, size = hashlib.sha256(data).hexdigest(), len(data)
-    else:
-        with data.open("rb") as file:
-            sha256, size = hashlib.file_digest(file, "sha256").hexdigest(), data.stat().st_size
-    stem, dot, suffix = name.partition(".")
-    found = DataObject(key=f"{prefix.rstrip('/')}/{stem}-{sha256}{dot}{suffix}", sha256=sha256, size=size)
-    if store.size(found.key) != size:
-        store.put(found.key, data)
-    return found
-
-
 def parquet_bytes(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
@@ -147,17 +133,6 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 # Reading
-
-
-def get_data(store: Store, found: DataObject) -> bytes:
-    """The bytes of a data object, held against the hash in its name."""
-    data = store.get(found.key)
-    if hashlib.sha256(data).hexdigest() != found.sha256:
-        raise DataError(
-            f"{store.url}/{found.key} is damaged: its bytes do not have the hash in its name",
-            remedy="delete it and the record that names it, then run prepare again",
-        )
-    return data
 
 
 def list_shards(store: Store, prefix: str) -> Iterator[ShardRecord]:

@@ -55,7 +55,7 @@ def main() -> None:
             raise
         _fail(f"error: {error.message}: {error.remedy}", error.exit_code)
     except TyperException as error:
-        _fail(f"error: {error}: see pixnerd --help", 2)
+        _fail(f"error: {str(error).rstrip('.')} (see pixnerd {' '.join(arguments[:1])} --help)", 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped; the same command goes on from here", 130)
     except Exception as error:  # the last line of defence: a bug must not greet users with a traceback

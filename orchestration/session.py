@@ -50,7 +50,17 @@ def run_workflow(
     if as_json:
         print_json({name: record.model_dump(mode="json") for name, record in records.items()})
     else:
-        terminal.show_result(opened, records)
+        terminal.show_result(records.values(), _reports(opened, records))
+
+
+def _reports(store: Store, records: dict[str, StageRecord]) -> dict[str, EvalReport]:
+    """Each evaluation, under the name of the train stage that it measured."""
+    trained = {record.digest_of_work: name for name, record in records.items()}
+    return {
+        trained.get(record.inputs["checkpoint"], name): read_record(store, record.output["record"], EvalReport)
+        for name, record in records.items()
+        if record.kind == "evaluate"
+    }
 
 
 def _store(url: str | None, name: str) -> Store:
@@ -255,11 +265,3 @@ def make_report(name: str, *, store: str | None, assignments: Sequence[str], out
         print_json({"page": str(out), "stages": [record.stage for record in records]})
     else:
         print(f"{out}: {len(records)} of {len(nodes)} stages", file=sys.stdout)
-
-
-def reports_of(store: Store, records: dict[str, StageRecord]) -> dict[str, EvalReport]:
-    return {
-        name: read_record(store, record.output["record"], EvalReport)
-        for name, record in records.items()
-        if record.kind == "evaluate"
-    }

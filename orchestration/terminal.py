@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,6 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from infra.records import EvalReport, StageRecord
-    from infra.store import Store
     from orchestration.workflow import Node, Plan
     from pipelines.stages import Progress as StageProgress
 
@@ -83,25 +82,16 @@ def show_plan(plans: Sequence[Plan]) -> None:
         print(f"{'=' if plan.state == 'done' else '>'} {plan.node.name:<12} {plan.state:<5} {plan.why}")
 
 
-def show_result(store: Store, records: dict[str, StageRecord]) -> None:
+def show_result(records: Iterable[StageRecord], reports: dict[str, EvalReport]) -> None:
     """The scores of each stage, what was registered, and where the page is."""
-    from orchestration.session import reports_of
-
-    scores = {records_name(records, name): report for name, report in reports_of(store, records).items()}
-    if scores:
-        show_scores(scores)
-    for record in records.values():
+    if reports:
+        show_scores(reports)
+    for record in records:
         if record.kind == "register":
             out = record.output
             print(f"registered  {out['model']} version {out['version']} as `{out['alias']}`: {out['source']}")
         if record.kind == "report":
             print(f"page        {record.output['path']}")
-
-
-def records_name(records: dict[str, StageRecord], evaluation: str) -> str:
-    """The train stage that an evaluation measured, which is what a reader knows it by."""
-    of = records[evaluation].inputs.get("checkpoint")
-    return next((name for name, r in records.items() if r.digest_of_work == of), evaluation)
 
 
 def show_scores(reports: dict[str, EvalReport]) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from infra.records import CheckpointRecord, DataObject, put_data
-from infra.shards import TarWriter, get_data
+from infra.records import CheckpointRecord, DataObject, get_data, put_data
+from infra.shards import TarWriter
 from infra.store import Store
 from training import checkpoint as checkpoints
 from training.sampling import Artist, SampleSettings

@@ -11,8 +11,16 @@ from pydantic import ValidationError
 
 from data_prep.job import PrepareSummary
 from infra.errors import NotFound
-from infra.records import CheckpointRecord, DataObject, EvalReport, Record, SnapshotRecord, StageRecord, read_record
-from infra.shards import get_data
+from infra.records import (
+    CheckpointRecord,
+    DataObject,
+    EvalReport,
+    Record,
+    SnapshotRecord,
+    StageRecord,
+    get_data,
+    read_record,
+)
 from infra.store import Store
 from pipelines.evaluation.generate import read_pictures
 from pipelines.page.fates import Fate, fates

@@ -12,14 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import DataError
-from infra.records import DataObject, ShardRecord, SnapshotRecord, write_record
+from infra.records import DataObject, ShardRecord, SnapshotRecord, get_data, put_data, write_record
 from infra.shards import (
     SELECTION_SCHEMA,
     TarWriter,
-    get_data,
     list_shards,
     parquet_bytes,
-    put_data,
     read_index,
     read_selection,
     sample_key,

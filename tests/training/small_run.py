@@ -1,4 +1,4 @@
-"""A training run small enough for a test: real shards, a real snapshot, a Qwen3 and a DINOv2 of a few thousand weights."""
+"""A training run small enough for a test: real shards and snapshot, a Qwen3 and a DINOv2 of some thousand weights."""
 
 from __future__ import annotations
 

@@ -13,9 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from infra.errors import CheckpointError, SettingsError, TrainingError
-from infra.records import CheckpointRecord, DataObject, SnapshotRecord
-from infra.shards import get_data
+from infra.errors import CheckpointError, DataError, SettingsError, TrainingError
+from infra.records import CheckpointRecord, DataObject, SnapshotRecord, get_data
 from infra.store import Store, open_store
 from tests.training import small_run
 from training import checkpoint
@@ -171,7 +170,7 @@ def test_a_damaged_state_is_not_resumed_from(store: Store, make: Any, alone: Non
     data = bytearray(store.get(state.files[0].data.key))
     data[-1] ^= 1
     store.put(state.files[0].data.key, bytes(data))
-    with pytest.raises(Exception, match="does not hold the bytes"):
+    with pytest.raises(DataError, match="does not have the hash"):
         run(job)
 
 
