@@ -45,8 +45,12 @@ def run_workflow(
             terminal.show_plan(plans)
         return
     opened.probe()
-    with _context(opened, recipe.name, address, quiet=as_json) as (context, screen):
-        records = workflow.run(nodes, context, screen.stage)
+    if all(opened.exists(node.key) for node in nodes):
+        with terminal.Screen(quiet=as_json) as screen:
+            records = workflow.finished(nodes, opened, screen.stage)
+    else:
+        with _context(opened, recipe.name, address, quiet=as_json) as (context, screen):
+            records = workflow.run(nodes, context, screen.stage)
     if as_json:
         print_json({name: record.model_dump(mode="json") for name, record in records.items()})
     else:

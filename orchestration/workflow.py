@@ -153,8 +153,7 @@ def run(nodes: list[Node], context: Context, say: Say) -> dict[str, StageRecord]
             say(node, "skipped", f"needs {', '.join(dict.fromkeys(missing))}")
             continue
         if context.store.exists(node.key):
-            records[node.name] = read_record(context.store, node.key, StageRecord)
-            say(node, "reused", f"done {records[node.name].started}, took {records[node.name].seconds:.1f} s")
+            records |= finished([node], context.store, say)
             continue
         say(node, "running", "")
         try:
@@ -166,6 +165,14 @@ def run(nodes: list[Node], context: Context, say: Say) -> dict[str, StageRecord]
             say(node, "finished", f"{records[node.name].seconds:.1f} s")
     for name, failure in failures.items():
         raise StageFailed(f"the stage `{name}` failed: {failure.message}", remedy=failure.remedy) from failure
+    return records
+
+
+def finished(nodes: Sequence[Node], store: Store, say: Say) -> dict[str, StageRecord]:
+    """The records of stages that are done."""
+    records = {node.name: read_record(store, node.key, StageRecord) for node in nodes}
+    for node in nodes:
+        say(node, "reused", f"done {records[node.name].started}, took {records[node.name].seconds:.1f} s")
     return records
 
 

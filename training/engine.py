@@ -79,7 +79,8 @@ class Engine:
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulate,
             "gradient_clipping": optim.clip,
-            "zero_optimization": {"stage": zero},
+            # Gradients of this size are copied for nothing on a CPU; on a GPU the copy keeps memory whole.
+            "zero_optimization": {"stage": zero, "contiguous_gradients": torch.cuda.is_available()},
             "bf16": {"enabled": precision == "bf16"},
             "steps_per_print": sys.maxsize,
             "wall_clock_breakdown": False,

@@ -44,4 +44,4 @@ def adamw(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.
             {"params": [p for p in trained if p.ndim != 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=0.0)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=0.0, fused=True)

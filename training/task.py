@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from infra.config import Fraction, Settings
 from training.data import Batch
-from training.diffusion.objective import by_time, draw, drop_condition, velocity_loss
+from training.diffusion.objective import by_time, draw, velocity_loss
 from training.diffusion.repa import RepaHead, alignment, alignment_loss
 from training.encoders.text import TextEncoder
 from training.encoders.vision import VisionEncoder
@@ -41,13 +41,10 @@ class Trained(nn.Module):
         self.net, self.head, self.text, self.settings = net, head, text, settings
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Report]:
-        text, nothing = inputs.text, inputs.nothing
-        if self.text is not None:
-            text, nothing = self.text.encode(inputs.captions), self.text.encode([""])
-        assert text is not None and nothing is not None
-        condition = drop_condition(text, nothing, inputs.drop_B)
+        text = inputs.text if self.text is None else self.text.encode(inputs.captions)
+        assert text is not None
         tap = self.settings.repa_block if self.head is not None else None
-        loss = velocity_loss(self.net, inputs.images_BCHW, condition, inputs.noise_BCHW, inputs.t_B, tap)
+        loss = velocity_loss(self.net, inputs.images_BCHW, text, inputs.noise_BCHW, inputs.t_B, tap)
         total = loss.each_B.mean()
         report = Report(len(loss.each_B), total.detach(), *by_time(loss.each_B, inputs.t_B, TIME_BINS))
         if self.head is not None:
@@ -61,12 +58,10 @@ class Trained(nn.Module):
 @dataclass
 class Inputs:
     images_BCHW: Tensor  # in [-1, 1]
-    captions: list[str]
+    captions: list[str]  # the dropped ones are empty
     noise_BCHW: Tensor
     t_B: Tensor
-    drop_B: Tensor
     text: Text | None  # features of a frozen text encoder
-    nothing: Text | None
     features_BNV: Tensor | None  # of the vision encoder, for REPA
 
 
@@ -100,15 +95,13 @@ class Preparer:
     def __call__(self, batch: Batch) -> Inputs:
         images_BCHW = batch.images_BCHW.to(self.device).float() / 127.5 - 1
         shape = tuple(images_BCHW.shape[1:])
-        drawn = draw(
+        noise, t, drop = draw(
             self.seed, batch.positions.tolist(), shape, shift=self.settings.time_shift, drop=self.settings.drop
         )
-        text = nothing = None
-        if self.frozen_text is not None:
-            text, nothing = self.frozen_text.encode(batch.captions), self.frozen_text.encode([""])
+        captions = ["" if dropped else caption for dropped, caption in zip(drop, batch.captions, strict=True)]
+        text = self.frozen_text.encode(captions) if self.frozen_text is not None else None
         features = self.vision(images_BCHW, self.grid) if self.vision is not None else None
-        noise, t, drop = (value.to(self.device) for value in drawn)
-        return Inputs(images_BCHW, batch.captions, noise, t, drop, text, nothing, features)
+        return Inputs(images_BCHW, captions, noise.to(self.device), t.to(self.device), text, features)
 
 
 class Meter:

@@ -6,7 +6,6 @@ checkpoints are compared on the same noise.
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import tarfile
@@ -83,16 +82,23 @@ def _draw_chunk(
     return put_data(store, prefix, f"{first:05d}.tar", packed.getvalue())
 
 
-@functools.lru_cache(maxsize=1)
+_loaded: dict[str, Artist] = {}  # a worker draws many chunks with one checkpoint
+
+
 def _artist(store: Store, checkpoint: CheckpointRecord) -> Artist:
-    """Loaded once in a worker, which then draws many chunks."""
     import torch
+
+    name = checkpoint.digest()
+    if name in _loaded:
+        return _loaded[name]
+    _loaded.clear()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)  # a task is one CPU
     with tempfile.TemporaryDirectory(prefix=f"pixnerd-{os.getpid()}-") as folder:
-        return Artist.load(checkpoints.fetch(store, checkpoint, Path(folder)), device)
+        _loaded[name] = Artist.load(checkpoints.fetch(store, checkpoint, Path(folder)), device)
+    return _loaded[name]
 
 
 def read_pictures(store: Store, tars: Sequence[DataObject]) -> dict[tuple[int, int], bytes]:
