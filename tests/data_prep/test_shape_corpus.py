@@ -37,7 +37,8 @@ def scene_of(name: str) -> world.Scene:
 def test_it_is_an_image_folder_and_a_table(written: tuple[Path, dict[str, list[str]]]) -> None:
     folder, by_kind = written
     table = pq.read_table(folder / "captions.parquet")
-    assert table.column_names == ["image", "caption_short", "caption", "caption_long", "licence", "source"]
+    captions = ["caption_short", "caption", "caption_long"]
+    assert table.column_names == ["image", *captions, "task", "coloured", "licence", "source"]
     names = table["image"].to_pylist()
     assert len(names) == len(set(names)) == COUNT
     assert sorted(names) == sorted(name for kind in by_kind.values() for name in kind)
