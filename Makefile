@@ -44,7 +44,7 @@ format: $(READY)  ## put the code into shape
 	$(BIN)/ruff format .
 
 bench: $(READY)  ## the benchmarks, each printing its ratios side by side
-	@for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench || exit 1; done
+	@for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python -m $$(basename $$bench .py | sed s/^/tests.bench./) 2>/dev/null || exit 1; done
 
 serve-mlflow: $(READY)  ## MLflow's pages over the demo's database, on http://127.0.0.1:5000
 	$(BIN)/mlflow server --backend-store-uri sqlite:///$(abspath $(RUNS))/demo/mlflow.db --host 127.0.0.1 --port 5000
