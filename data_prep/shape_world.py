@@ -75,11 +75,7 @@ HELD_OUT: Mapping[str, tuple[str, ...]] = {
         "a small triangle on the left",
         "a small triangle on the right",
         "a small square in the middle",
-        "a small square on the right",
         "a small circle at the top",
-        "a large triangle at the top",
-        "a large circle at the bottom",
-        "a large square on the left",
     ),
     "two_object": (  # a coloured shape beside another shape of whatever colour
         "a red circle and a square",

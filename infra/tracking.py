@@ -86,6 +86,10 @@ class Tracker:
         from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
 
+        known = self._client.search_model_versions(f"name='{name}' and run_id='{run.run_id}'")
+        if known:  # an earlier attempt of this stage came as far as this
+            self._client.set_registered_model_alias(name, alias, known[0].version)
+            return str(known[0].version)
         mlflow.set_tracking_uri(self.uri)
         model = mlflow.create_external_model(
             name=name, source_run_id=run.run_id, tags=dict(tags), experiment_id=self._experiment_id
@@ -124,6 +128,9 @@ class Run:
             from mlflow import MlflowClient
 
             self._client = _observed(lambda: MlflowClient(self.uri))
+        if self._client is None:
+            self.run_id = None  # told once; from here on nothing is logged
+            return None
         return _observed(lambda: work(self._client))
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -157,9 +164,6 @@ class Run:
     def artifact(self, path: Path, folder: str = "") -> None:
         self._call(lambda c: c.log_artifact(self.run_id, str(path), folder or None))
 
-    def table(self, rows: Mapping[str, list[Any]], name: str) -> None:
-        self._call(lambda c: c.log_table(self.run_id, dict(rows), name))
-
     def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any], context: str) -> None:
         """What the run read, as MLflow's dataset lineage."""
         import json
@@ -192,7 +196,10 @@ def _observed(work: Callable[[], T]) -> T | None:
     try:
         return work()
     except (MlflowException, OSError) as error:
-        log.warning("MLflow did not take a call and the work goes on without it (%s)", str(error).splitlines()[0])
+        log.warning(
+            "MLflow did not take a call and the work goes on without it (%s)",
+            (str(error) or type(error).__name__).splitlines()[0],
+        )
         return None
 
 

@@ -117,7 +117,7 @@ def train(
     run_workflow(recipe, store=store, assignments=set_ or [], address=on, dry_run=dry_run, as_json=json_, until="train")
 
 
-@app.command(epilog='Example: pixnerd sample runs/demo/champion "a photo of a red circle" --out pictures --seeds 0-3')
+@app.command(epilog='Example: pixnerd sample champion "a photo of a red circle" --out pictures --seeds 0-3')
 def sample(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder.")],
     prompts: Annotated[list[str], typer.Argument(help="What to draw; several prompts give several pictures.")],
@@ -136,10 +136,10 @@ def sample(
     draw(checkpoint, prompts, out, seeds, settings, as_json=json_)
 
 
-@evaluate_app.command(epilog="Example: pixnerd evaluate geneval runs/demo/champion --out scores")
+@evaluate_app.command(epilog="Example: pixnerd evaluate geneval champion --out scores")
 def geneval(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder (or store URL) for pictures, verdicts and the report.")],
+    out: Annotated[str, typer.Option("--out", help="Folder or store URL for pictures, verdicts and the report.")],
     set_: SetOption = None,
     on: OnOption = None,
     json_: JsonOption = False,
@@ -147,10 +147,10 @@ def geneval(
     """GenEval's six tasks, with 95 % intervals from a bootstrap over prompts."""
     from orchestration.session import evaluate_folder
 
-    evaluate_folder(checkpoint, str(out), set_ or [], address=on, as_json=json_)
+    evaluate_folder(checkpoint, out, set_ or [], address=on, as_json=json_)
 
 
-@checkpoint_app.command("show", epilog="Example: pixnerd checkpoint show runs/demo/champion")
+@checkpoint_app.command("show", epilog="Example: pixnerd checkpoint show champion")
 def checkpoint_show(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder.")], json_: JsonOption = False
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -246,10 +245,18 @@ def verify_data(store: str, *, as_json: bool) -> None:
         raise DataError(f"nothing has been prepared in {store}", remedy="run `pixnerd prepare` first")
     checked = {plan: verify(opened, plan) for plan in plans}
     if as_json:
-        print_json({plan: vars(result) for plan, result in checked.items()})
-        return
-    for plan, result in checked.items():
-        print(f"plan {plan}: {result}")
+        print_json({plan: result._asdict() for plan, result in checked.items()})
+    problems = [problem for result in checked.values() for problem in result.problems]
+    if not as_json:
+        for plan, result in checked.items():
+            print(f"plan {plan}: {result.shards} shards, {result.inputs:,} inputs, {result.images:,} images read again")
+        for problem in problems:
+            print(f"  {problem}")
+    if problems:
+        raise DataError(
+            f"{len(problems)} things in {store} are not as recorded",
+            remedy="delete the damaged objects and their shards' records, then run prepare again",
+        )
 
 
 def make_report(name: str, *, store: str | None, assignments: Sequence[str], out: Path, as_json: bool) -> None:
@@ -261,10 +268,11 @@ def make_report(name: str, *, store: str | None, assignments: Sequence[str], out
     records = [read_record(opened, node.key, StageRecord) for node in nodes if opened.exists(node.key)]
     if not records:
         raise DataError(f"no stage of `{name}` is done in {opened.url}", remedy=f"run `pixnerd run {name}` first")
+    title = next(
+        (s["title"] for s in recipe.stages.values() if s.get("kind") == "report" and "title" in s), recipe.name
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=out.parent, suffix=".html", delete=False, encoding="utf-8") as file:
-        file.write(build(opened, recipe.name, records))
-    Path(file.name).replace(out)
+    out.write_text(build(opened, title, records), encoding="utf-8")
     if as_json:
         print_json({"page": str(out), "stages": [record.stage for record in records]})
     else:

@@ -68,7 +68,8 @@ def graph(recipe: Recipe) -> list[Node]:
                 )
             place(target, (*above, name))
         below = {field: nodes[target].digest for field, target in inputs.items()}
-        of = digest({"kind": kind.name, "settings": settings.results(), "inputs": below})
+        work = {"kind": kind.name, "settings": settings.results(), "inputs": below, "outside": kind.outside(settings)}
+        of = digest(work)
         nodes[name] = Node(name, kind, settings, inputs, below, of)
 
     for name in parsed:

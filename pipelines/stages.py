@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_prep.plan import PrepareSettings
 from data_prep.snapshot import SnapshotSettings
@@ -25,7 +25,7 @@ from infra.errors import SettingsError, StageFailed
 from infra.records import CheckpointRecord, DataObject, EvalReport, SnapshotRecord, StageRecord, put_data, read_record
 from infra.store import Store
 from infra.tracking import Run, Tracker
-from pipelines.evaluation.run import GenevalSettings
+from pipelines.evaluation.run import GenevalSettings, prompts_digest
 from training.loop import TrainSettings
 
 Output = dict[str, Any]
@@ -118,6 +118,13 @@ def source_references(settings: PrepareSettings) -> dict[str, str]:
     }
 
 
+def source_inputs(settings: PrepareSettings) -> Any:
+    """The user's own corpora by their files: another image in the folder is another input."""
+    from data_prep.sources import inputs
+
+    return [list(inputs(source)) for source in settings.sources if not source.url.startswith(STAGE_URL)]
+
+
 def prepare(context: Context, settings: PrepareSettings, inputs: Inputs) -> Output:
     """Raw images -> shards in the store, every input accounted for."""
     from data_prep.job import Progress as Prepared
@@ -159,7 +166,7 @@ def snapshot(context: Context, settings: SnapshotStage, inputs: Inputs) -> Outpu
 
 
 class TinyText(Settings):
-    hidden: int = 128
+    hidden: int = 96
     layers: int = 2
     heads: int = 4
     vocab: int = Field(512, ge=300)
@@ -289,7 +296,13 @@ class Rule(Settings):
 
     score: str = "geneval/overall"
     at_least: float | None = None
-    above: int | None = Field(None, ge=0, description="number of the stage in `scores` that must be beaten")
+    above: str | None = Field(None, description="the stage of `scores` that must be beaten")
+
+    @model_validator(mode="after")
+    def _judges_something(self) -> Rule:
+        if self.at_least is None and self.above is None:
+            raise ValueError("a rule needs `at_least` or `above`")
+        return self
 
 
 class GateStage(Settings):
@@ -299,18 +312,23 @@ class GateStage(Settings):
 
 def gate(context: Context, settings: GateStage, inputs: Inputs) -> Output:
     """Is the model good enough to be registered? The verdict is recorded either way."""
-    reports = [read_record(context.store, record.output["record"], EvalReport) for record in inputs.values()]
+    reports = {
+        name: read_record(context.store, inputs[f"scores.{number}"].output["record"], EvalReport)
+        for number, name in enumerate(settings.scores)
+    }
+    judged = reports[settings.scores[0]]
     verdicts = []
     for rule in settings.rules:
-        if rule.above is not None and rule.above >= len(reports):
+        if rule.above is not None and rule.above not in reports:
             raise SettingsError(
-                f"`rules.above` is {rule.above}, but there are {len(reports)} scores", remedy="count from 0"
+                f"`rules.above` names `{rule.above}`, which is not among the gate's scores",
+                remedy=f"name one of {', '.join(settings.scores)}",
             )
-        value = _score(reports[0], rule.score)
+        value = _score(judged, rule.score)
         limits = [("at least", rule.at_least, rule.at_least is None or value >= rule.at_least)]
         if rule.above is not None:
             other = _score(reports[rule.above], rule.score)
-            limits.append((f"above {list(inputs.values())[rule.above].stage}'s", other, value > other))
+            limits.append((f"above {rule.above}'s", other, value > other))
         verdicts += [
             {"score": rule.score, "value": value, "limit": f"{text} {limit:.3f}", "passed": passed}
             for text, limit, passed in limits
@@ -345,7 +363,7 @@ def register(context: Context, settings: RegisterStage, inputs: Inputs) -> Outpu
         )
     checkpoint = read_record(context.store, inputs["checkpoint"].output["record"], CheckpointRecord)
     report = read_record(context.store, inputs["scores"].output["record"], EvalReport)
-    source = f"{context.store.url}/{checkpoint.folder}"
+    source = f"{context.store.url}/{inputs['checkpoint'].output['record']}"
     tags = {"pixnerd.checkpoint": checkpoint.digest(), "pixnerd.snapshot": checkpoint.snapshot, "judge": report.judge}
     scores = {name: interval.value for name, interval in report.scores.items()}
     made = context.tracker.register(settings.model, settings.alias, context.run, source, tags, scores)
@@ -379,6 +397,7 @@ class StageKind:
     settings: type[Settings]
     work: Callable[[Context, Any, Inputs], Output]
     references: Callable[[Any], dict[str, str]] = references
+    outside: Callable[[Any], Any] = lambda settings: None  # what it reads that no setting or stage tells: files' hashes
     reads_all: bool = False  # it reads every other stage of the workflow, those that failed left out
 
 
@@ -386,11 +405,11 @@ KINDS = {
     kind.name: kind
     for kind in (
         StageKind("corpus", CorpusStage, corpus),
-        StageKind("prepare", PrepareSettings, prepare, source_references),
+        StageKind("prepare", PrepareSettings, prepare, source_references, outside=source_inputs),
         StageKind("snapshot", SnapshotStage, snapshot),
         StageKind("encoders", EncodersStage, encoders),
         StageKind("train", TrainStage, train),
-        StageKind("evaluate", EvaluateStage, evaluate),
+        StageKind("evaluate", EvaluateStage, evaluate, outside=prompts_digest),
         StageKind("gate", GateStage, gate),
         StageKind("register", RegisterStage, register),
         StageKind("report", ReportStage, report, reads_all=True),

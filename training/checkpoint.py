@@ -11,7 +11,6 @@ Any number of ranks can resume from a state: ranges of flat vectors are cut anew
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from infra.store import Store
 from training.ema import Ema
 from training.engine import Engine
 
-KEPT_STATES = 2  # the newest, and one before it in case the newest turns out to be damaged
+KEPT_STATES = 2  # the newest, and the one before it for whoever has begun to read it
 
 
 class StateFile(Record):
@@ -183,13 +182,3 @@ def load_part(path: Path, module: torch.nn.Module, what: str) -> None:
             remedy="use the settings that it was trained with",
         )
     module.load_state_dict(found)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})", remedy="is this a checkpoint folder?") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no settings", remedy="is this a checkpoint folder?")
-    return value

@@ -51,7 +51,7 @@ class TrainSettings(Settings):
     model: dict[str, Any] = Field(default_factory=dict, description="what differs from the preset")
     steps: int = Field(ge=1)
     batch: int = Field(ge=1, description="images a step, over all ranks")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     precision: Precision = "bf16"
     optim: OptimSettings = OptimSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
@@ -75,7 +75,15 @@ class TrainSettings(Settings):
             raise ValueError(f"reading.lanes ({self.reading.lanes}) must be a multiple of workers ({self.workers})")
         if self.save_every % self.log_every:
             raise ValueError("save_every must be a multiple of log_every")
-        self.network()
+        network = self.network()
+        if network.task != "text":
+            raise ValueError("only text-to-image networks are trained here; this one draws from labels")
+        if self.objective.repa and self.objective.repa_block > network.blocks:
+            raise ValueError(
+                f"objective.repa_block is {self.objective.repa_block}, but there are {network.blocks} blocks"
+            )
+        if self.objective.repa and (self.micro_batch or share) < 2:
+            raise ValueError("REPA's control needs at least two images in a micro-batch")
         return self
 
     def network(self) -> ModelConfig:
@@ -210,6 +218,9 @@ def _steps(
     say: Say,
 ) -> None:
     settings, meter = job.settings, Meter()
+    for encoder in (parts.frozen_text, parts.vision):
+        if encoder is not None:
+            encoder.to(engine.device)
     grid = (parts.trained.net.config.grid,) * 2
     prepare = Preparer(settings.objective, settings.seed, engine.device, parts.frozen_text, parts.vision, grid)
     clock = time.perf_counter()
@@ -239,7 +250,7 @@ def _log(job: Job, engine: Engine, row: dict[str, float], step: int, curve: list
     if not all(value == value and abs(value) != float("inf") for value in row.values()):
         raise TrainingError(
             f"the loss or the gradient is not finite near step {step}",
-            remedy="lower optim.lr, or set optim.clip; the run resumes from its last committed state",
+            remedy="lower optim.lr, or set optim.clip: another setting is another run, from its start",
         )
     curve.append({"step": step, "images": step * job.settings.batch, **row})
     if engine.rank == 0:
@@ -254,9 +265,9 @@ def _publish(job: Job, parts: Parts, engine: Engine, ema: Ema, curve: list[dict[
 
         def write(folder: Path) -> None:
             _load_prefix(parts.trained, weights)
-            extra = {"text_encoder": "text" if parts.text_folder else job.text}
-            models.save(folder, parts.trained.net, extra)
-            if parts.text_folder is not None:
+            own_text = parts.text_folder is not None or job.settings.train_text > 0
+            models.save(folder, parts.trained.net, {"text_encoder": "text" if own_text else job.text})
+            if own_text:
                 parts.text.save(folder / "text")
             if parts.trained.head is not None:
                 save_file(parts.trained.head.state_dict(), folder / "repa.safetensors")

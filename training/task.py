@@ -127,8 +127,9 @@ class Meter:
 
     def read(self, ranks: int, seconds: float, rate: float) -> dict[str, float]:
         """The means over the steps so far; every rank must call it."""
-        sums = self.sums.clone()
+        sums = self.sums
         if ranks > 1:
+            sums = sums.cuda() if torch.distributed.get_backend() == "nccl" else sums.clone()
             torch.distributed.all_reduce(sums)
         loss, matched, shuffled = (sums[:3] / (self.reports * ranks)).tolist()
         values: dict[str, float] = {

@@ -13,16 +13,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from infra.records import CheckpointRecord, DataObject, get_data, put_data
 from infra.shards import TarWriter
 from infra.store import Store
 from training import checkpoint as checkpoints
 from training.sampling import Artist, SampleSettings
-
-Pictures = npt.NDArray[np.uint8]  # [B, H, W, 3]
 
 
 def generate(
@@ -36,6 +31,7 @@ def generate(
 ) -> list[DataObject]:
     """`images` pictures of each prompt, in the order of the prompts; one tar a chunk."""
     import ray
+    from ray.exceptions import RayTaskError
 
     chunk = max(1, settings.batch // images)
     task = ray.remote(num_cpus=1)(_draw_chunk)
@@ -52,7 +48,10 @@ def generate(
         done += len(ready)
         if ready:
             show(done, len(refs))
-    tars: list[DataObject] = ray.get(refs)
+    try:
+        tars: list[DataObject] = ray.get(refs)
+    except RayTaskError as error:
+        raise error.cause from None
     return tars
 
 

@@ -31,6 +31,15 @@ class GenevalSettings(Settings):
     seed: int = Field(0, description="of the bootstrap")
 
 
+def prompts_digest(settings: GenevalSettings) -> str:
+    """Of the prompts themselves: the file may change while its name does not."""
+    return digest([prompt.metadata() for prompt in _prompts(settings)])
+
+
+def _prompts(settings: GenevalSettings) -> list[Prompt]:
+    return shape_prompts(settings.per_task) if settings.prompts == "shapes" else load_prompts(Path(settings.prompts))
+
+
 class Pictures(Record):
     """What was drawn, so that it can be judged again without being drawn again."""
 
@@ -46,7 +55,7 @@ def geneval(
     store: Store, prefix: str, checkpoint: CheckpointRecord, settings: GenevalSettings, show: Show
 ) -> EvalReport:
     """GenEval's score of a checkpoint; what an interrupted run drew is used again."""
-    prompts = shape_prompts(settings.per_task) if settings.prompts == "shapes" else load_prompts(Path(settings.prompts))
+    prompts = _prompts(settings)
     drawn = _draw(store, prefix, checkpoint, prompts, settings, show)
     judge: Judge = ShapeJudge()
     pictures = read_pictures(store, drawn.tars)
@@ -57,7 +66,7 @@ def geneval(
     report = EvalReport(
         protocol="geneval",
         judge=judge.name,
-        prompts=digest([prompt.metadata() for prompt in prompts]),
+        prompts=prompts_digest(settings),
         checkpoint=checkpoint.digest(),
         images=len(verdicts),
         failed=len(verdicts) - len(pictures),

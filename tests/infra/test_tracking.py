@@ -55,10 +55,16 @@ def test_data_and_scores_make_a_lineage(tracker: Tracker, tmp_path: Path):
     assert found.data.params["optim.lr"] == "0.001"
 
 
-def test_a_second_version_takes_the_alias(tracker: Tracker):
-    run = tracker.run("again", "r")
-    first = tracker.register("twice", "champion", run, "s3://a/1", {}, {})
-    second = tracker.register("twice", "champion", run, "s3://a/2", {}, {})
+def test_registering_again_after_a_kill_makes_no_second_version(tracker: Tracker):
+    run = tracker.run("killed", "k")
+    first = tracker.register("once", "champion", run, "s3://a/1", {}, {})
+    assert tracker.register("once", "champion", run, "s3://a/1", {}, {}) == first
+    assert len(client(tracker).search_model_versions("name='once'")) == 1
+
+
+def test_another_run_makes_a_second_version_that_takes_the_alias(tracker: Tracker):
+    first = tracker.register("twice", "champion", tracker.run("again", "1"), "s3://a/1", {}, {})
+    second = tracker.register("twice", "champion", tracker.run("again", "2"), "s3://a/2", {}, {})
     assert first != second
     assert client(tracker).get_model_version_by_alias("twice", "champion").source == "s3://a/2"
 

@@ -216,7 +216,7 @@ def test_shape_prompts_ask_for_held_out_combinations() -> None:
             asked.add(held[0])
         assert asked == world.held_out()
     for task in TASKS:
-        assert sum(prompt.tag == task for prompt in shape_prompts()) == 12
+        assert sum(prompt.tag == task for prompt in shape_prompts()) == (8 if task == "single_object" else 12)
         assert sum(prompt.tag == task for prompt in shape_prompts(2)) == 2
 
 
@@ -288,12 +288,14 @@ class Remembering:
         return JUDGE.colour(image_HWC, detection)
 
 
-def shuffles(count: int) -> Iterator[list[int]]:
+def shuffles(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
     """Orders in which no prompt keeps its place: at random, within each task, reversed, and shifted."""
+    count = len(prompts)
     for seed in range(3):
         cycle = random.Random(seed).sample(range(count), count)
         yield [following for _, following in sorted(zip(cycle, cycle[1:] + cycle[:1], strict=True))]
-    yield [k // 12 * 12 + (k + 5) % 12 for k in range(count)]
+    groups = [[k for k, prompt in enumerate(prompts) if prompt.tag == task] for task in TASKS]
+    yield [group[(k + 5) % len(group)] for group in groups for k in range(len(group))]
     yield list(range(count))[::-1]
     yield from ([(k + shift) % count for k in range(count)] for shift in (1, 7, 12, 36))
 
@@ -303,7 +305,7 @@ def test_renders_of_shuffled_prompts_score_low(size: int) -> None:
     prompts = shape_prompts(12)
     images = [[world.render_prompt(prompt.metadata(), seed, size) for seed in range(2)] for prompt in prompts]
     judge = Remembering()
-    for order in shuffles(len(prompts)):
+    for order in shuffles(prompts):
         assert sorted(order) == list(range(len(prompts)))
         assert overall([images[k] for k in order], prompts, judge) <= 0.15
 

@@ -16,7 +16,7 @@ def load_model(source: str | Path, dtype: torch.dtype) -> Any:
 
     quiet()
     try:
-        return AutoModel.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        return AutoModel.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise unusable(source, error) from None
 
@@ -30,6 +30,6 @@ def quiet() -> None:
 
 def unusable(source: str | Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"no encoder can be loaded from {source} ({str(error).strip().splitlines()[0]})",
+        f"no encoder can be loaded from {source} ({(str(error).strip() or type(error).__name__).splitlines()[0]})",
         remedy="name a folder or hub model of transformers' format: config.json, model.safetensors, tokenizer.json",
     )

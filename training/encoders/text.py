@@ -32,7 +32,7 @@ class TextEncoder(nn.Module):
 
         self.model = load_model(source, dtype)
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise unusable(source, error) from None
         self.tokens = tokens
