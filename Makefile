@@ -27,7 +27,7 @@ demo: $(READY)   ## the whole path on this machine: raw images -> a trained, mea
 test: $(READY)   ## the test suite
 	$(BIN)/python -m pytest $(ARGS)
 
-test-slow: $(READY)  ## fault and soak tests
+test-slow: $(READY)  ## the whole workflow, killed at every stage and resumed
 	$(BIN)/python -m pytest -m slow --timeout 1500 $(ARGS)
 
 test-s3: $(READY)    ## the storage tests against a real radosgw
