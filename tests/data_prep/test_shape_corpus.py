@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image as PilImage
@@ -43,7 +44,9 @@ def test_it_is_an_image_folder_and_a_table(written: tuple[Path, dict[str, list[s
     assert len(names) == len(set(names)) == COUNT
     assert sorted(names) == sorted(name for kind in by_kind.values() for name in kind)
     assert {str(path.relative_to(folder)) for path in (folder / "images").iterdir()} == set(names)
-    assert all(all(row.values()) for row in table.to_pylist())
+    assert all(all(row.values()) for row in table.drop_columns(["coloured"]).to_pylist())
+    uncoloured = table.filter(pc.invert(table["coloured"]))["image"].to_pylist()
+    assert sorted(uncoloured) == sorted(by_kind["grey16"])
 
 
 def test_a_few_percent_are_odd(written: tuple[Path, dict[str, list[str]]]) -> None:

@@ -170,7 +170,7 @@ def test_a_damaged_state_is_not_resumed_from(store: Store, make: Any, alone: Non
     data = bytearray(store.get(state.files[0].data.key))
     data[-1] ^= 1
     store.put(state.files[0].data.key, bytes(data))
-    with pytest.raises(DataError, match="does not have the hash"):
+    with pytest.raises(DataError, match="do not have the hash"):
         run(job)
 
 
