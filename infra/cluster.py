@@ -27,6 +27,7 @@ class ClusterSettings(Settings):
 _LOCAL_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no calls home
     "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # how long it takes to notice that a training run has ended
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else every task that asks for no GPU warns about it
     "RAY_worker_niceness": "0",  # Ray's workers step aside for everything else, but here they are the work
     # A training step frees and takes large blocks over and over; giving them back to the system each time costs 10 %.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from training.encoders import load_model, quiet, unusable
 from training.model.embed import Text
 
+MOST_KNOWN = 100_000  # captions whose tokens are remembered
 PAD = "<|endoftext|>"  # Qwen's own pad token
 
 
@@ -36,6 +37,7 @@ class TextEncoder(nn.Module):
         except (OSError, ValueError) as error:
             raise unusable(source, error) from None
         self.tokens = tokens
+        self._known: dict[str, list[int]] = {}  # a corpus says the same things over and over
         self.trains = train_layers > 0
         _unfreeze(self.model, train_layers)
 
@@ -45,15 +47,20 @@ class TextEncoder(nn.Module):
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask, both [B, T]. No chat template; an empty caption has T pads and a mask of zeros."""
-        batch = self.tokenizer(
-            list(captions),
-            truncation=True,
-            max_length=self.tokens,
-            padding="max_length",
-            padding_side="right",
-            return_tensors="pt",
-        )
-        return batch["input_ids"], batch["attention_mask"]
+        new = list(dict.fromkeys(caption for caption in captions if caption not in self._known))
+        if new:
+            if len(self._known) + len(new) > MOST_KNOWN:
+                self._known.clear()
+                new = list(dict.fromkeys(captions))
+            ids = self.tokenizer(new, truncation=True, max_length=self.tokens)["input_ids"]
+            self._known.update(zip(new, ids, strict=True))
+        ids_BT = torch.full((len(captions), self.tokens), self.tokenizer.pad_token_id)
+        mask_BT = torch.zeros_like(ids_BT)
+        for row, caption in enumerate(captions):
+            found = self._known[caption]
+            ids_BT[row, : len(found)] = torch.tensor(found, dtype=torch.long)
+            mask_BT[row, : len(found)] = 1
+        return ids_BT, mask_BT
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor) -> Text:
         # An empty caption is encoded without a mask: some attention kernels turn all-masked rows into something else.
