@@ -161,6 +161,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(make: Any, alone: None):
         run(make("diverged", optim={"lr": 1e30, "clip": 0.0}))
 
 
+def test_alignment_learns_this_image_and_not_the_average_one(store: Store, make: Any, alone: None):
+    settings = {"steps": 240, "batch": 16, "log_every": 20, "save_every": 240, "optim": {"lr": 3e-3}}
+    first, *_, last = curve(store, run(make("repa", **settings)))
+    assert last["repa/cosine"] > last["repa/cosine_shuffled"] + 0.02
+    assert last["repa/cosine"] > first["repa/cosine"]
+
+
 def test_a_damaged_state_is_not_resumed_from(store: Store, make: Any, alone: None):
     job = make("damaged")
     with pytest.raises(Killed):
