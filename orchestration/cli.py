@@ -5,11 +5,10 @@ Exit codes: 0 done, 1 the work failed, 2 bad usage or settings.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
@@ -211,6 +210,7 @@ def report(
 def doctor(store: StoreOption = None, json_: JsonOption = False) -> None:
     """Say what is missing on this machine, and how to get it."""
     from orchestration.doctor import examine
+    from orchestration.terminal import print_json
 
     findings = examine(store)
     if json_:
@@ -222,10 +222,6 @@ def doctor(store: StoreOption = None, json_: JsonOption = False) -> None:
                 print(f"         -> {finding.remedy}")
     if not all(finding.ok or finding.optional for finding in findings):
         raise typer.Exit(1)
-
-
-def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
 if __name__ == "__main__":

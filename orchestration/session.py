@@ -16,7 +16,7 @@ from infra.records import CheckpointRecord, EvalReport, StageRecord, read_record
 from infra.store import Store, open_store
 from infra.tracking import Tracker, TrackingSettings
 from orchestration import terminal, workflow
-from orchestration.cli import print_json
+from orchestration.terminal import print_json
 from pipelines import recipes
 from pipelines.stages import Context
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -66,6 +67,10 @@ class Screen:
         self._last_line = time.monotonic()
         seconds = int(self._last_line - self._began)
         self._console.print(f"{seconds // 60:3d}:{seconds % 60:02d} {text}", markup=False)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
