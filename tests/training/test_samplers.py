@@ -15,7 +15,6 @@ from training.diffusion.samplers import (
     SOLVERS,
     adams,
     adams_weights,
-    conditional,
     euler,
     guided,
     noise_for,
@@ -82,7 +81,7 @@ def test_guidance_of_1_is_the_conditional_model():
     torch.testing.assert_close(guided(net, cond, g["in/uncond"], 1.0)(x, 0.4), net(x, torch.full((2,), 0.4), cond))
     # and so it is by the formula, a hair away from 1
     torch.testing.assert_close(
-        guided(net, cond, g["in/uncond"], 1 + 1e-6)(x, 0.4), conditional(net, cond)(x, 0.4), rtol=1e-4, atol=1e-4
+        guided(net, cond, g["in/uncond"], 1 + 1e-6)(x, 0.4), net(x, torch.full((2,), 0.4), cond), rtol=1e-4, atol=1e-4
     )
 
 
@@ -109,11 +108,15 @@ def test_both_passes_in_one_call_are_the_two_passes(kind: str):
 def test_the_unconditional_pass_is_not_run_where_it_is_not_used():
     rows: list[int] = []
 
-    def net(x: Tensor, t_B: Tensor, condition: Tensor) -> Tensor:
-        rows.append(len(x))
-        return -x
+    class Net:
+        def __call__(self, x: Tensor, t_B: Tensor, condition: Tensor, /) -> Tensor:
+            rows.append(len(x))
+            return -x
 
-    velocity = guided(net, torch.tensor([1, 2]), torch.tensor([5]), 2.0, (0.1, 0.9))
+        def embed(self, condition: Tensor) -> Tensor:
+            return condition
+
+    velocity = guided(Net(), torch.tensor([1, 2]), torch.tensor([5]), 2.0, (0.1, 0.9))
     x = torch.zeros(2, 3, 4, 4)
     for t in (0.0, 0.1, 0.100001, 0.899999, 0.9, 1.0):  # both ends are strict
         velocity(x, t)

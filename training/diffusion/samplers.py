@@ -19,10 +19,18 @@ from torch import Tensor
 from infra.config import nearest
 from infra.errors import SettingsError
 from training.diffusion.path import shift_time
-from training.model.embed import Condition, join
+from training.model.embed import Condition, Embedded, join
 
 Velocity = Callable[[Tensor, float], Tensor]
 Watch = Callable[[int, Tensor], None]  # called after each step with its number, from one, and the state
+
+
+class Network(Protocol):
+    """`PixNerd`, or whatever else gives velocities."""
+
+    def __call__(self, x_BCHW: Tensor, t_B: Tensor, condition: Embedded, /) -> Tensor: ...
+
+    def embed(self, condition: Condition) -> Embedded: ...
 
 
 class Solver(Protocol):
@@ -37,7 +45,7 @@ def timesteps(steps: int, shift: float = 1.0) -> list[float]:
 
 
 def guided(
-    net: Callable[..., Tensor],
+    net: Network,
     condition: Condition,
     nothing: Condition,
     scale: float,
@@ -47,22 +55,19 @@ def guided(
 
     Both are had from one call of the network. `nothing` may be a single row that serves all images.
     """
-    both = join(condition, nothing)
     low, high = interval
+    with torch.no_grad():
+        alone, both = net.embed(condition), net.embed(join(condition, nothing))
 
     def velocity(x: Tensor, t: float) -> Tensor:
         t_B = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         if scale == 1 or not low < t < high:
-            return net(x, t_B, condition).float()
+            # A copy: a network that replays a CUDA graph writes its next output over this one.
+            return net(x, t_B, alone).to(torch.float32, copy=True)
         v_c, v_u = net(torch.cat([x, x]), torch.cat([t_B, t_B]), both).float().chunk(2)
         return v_u + scale * (v_c - v_u)
 
     return velocity
-
-
-def conditional(net: Callable[..., Tensor], condition: Condition) -> Velocity:
-    """The velocity without guidance."""
-    return guided(net, condition, condition, scale=1)
 
 
 @torch.no_grad()

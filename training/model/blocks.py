@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from training.model.embed import RefinedText, RotaryTable
+    from training.model.embed import RotaryTable, TextTokens
     from training.model.presets import ModelConfig
 
 
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(hidden, hidden)
 
     def forward(
-        self, x_BNH: Tensor, rotary: RotaryTable | None, text: RefinedText | None, mask: Tensor | None
+        self, x_BNH: Tensor, rotary: RotaryTable | None, text: TextTokens | None, mask: Tensor | None
     ) -> Tensor:
         q, k, v = self.qkv(x_BNH).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -106,7 +106,7 @@ class Block(nn.Module):
         x_BNH: Tensor,
         cond_BH: Tensor,
         rotary: RotaryTable | None = None,
-        text: RefinedText | None = None,
+        text: TextTokens | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond_BH)[:, None].chunk(6, dim=-1)

@@ -5,7 +5,6 @@ Shapes: B images, R text rows (each may serve several images), T text tokens, E 
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 from training.model.blocks import Block, RMSNorm
 from training.model.presets import ModelConfig
+from training.model.tables import constant_table
 
 
 class Text(NamedTuple):
@@ -39,8 +39,11 @@ class Text(NamedTuple):
         )
 
 
-class RefinedText(NamedTuple):
-    """Text after its own blocks, at one time per row: what the image blocks attend to."""
+class TextTokens(NamedTuple):
+    """Text inside of the network: before its own blocks the same at every time, after them what the image attends to.
+
+    The mask is None where pads are attended to like words.
+    """
 
     y_RTH: Tensor
     mask_RT: Tensor | None
@@ -49,6 +52,8 @@ class RefinedText(NamedTuple):
 
 # Labels [B], bare features [B, T, E], or Text.
 Condition = Tensor | Text
+# What `PixNerd.embed` makes of it.
+Embedded = Tensor | TextTokens
 
 
 def as_text(condition: Condition) -> Text:
@@ -117,12 +122,16 @@ class TextEmbedding(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.positions)
 
-    def forward(self, text: Text, time_BH: Tensor) -> RefinedText:
+    def embed(self, text: Text) -> TextTokens:
+        """The part that does not depend on the time."""
         features_RTE, mask_RT, rows_B = text
         assert features_RTE.shape[1] <= self.positions.shape[1], "more text tokens than the network has positions for"
         y_RTH = self.norm(self.proj(features_RTE.to(self.proj.weight.dtype)))
         y_RTH = y_RTH + self.positions[:, : y_RTH.shape[1]].to(y_RTH.dtype)
-        mask_RT = mask_RT.bool() if self.masked and mask_RT is not None else None
+        return TextTokens(y_RTH, mask_RT.bool() if self.masked and mask_RT is not None else None, rows_B)
+
+    def forward(self, tokens: TextTokens, time_BH: Tensor) -> TextTokens:
+        y_RTH, mask_RT, rows_B = tokens
         if rows_B is not None:
             # Images that share a row share its time, so any of them may stand for the row.
             images_B = torch.arange(len(rows_B), device=rows_B.device)
@@ -131,7 +140,7 @@ class TextEmbedding(nn.Module):
         key_mask = None if mask_RT is None else mask_RT[:, None, None, :]
         for block in self.blocks:
             y_RTH = block(y_RTH, cond_RH, mask=key_mask)
-        return RefinedText(y_RTH, mask_RT, rows_B)
+        return TextTokens(y_RTH, mask_RT, rows_B)
 
 
 class RotaryTable(NamedTuple):
@@ -141,16 +150,15 @@ class RotaryTable(NamedTuple):
     sin: Tensor
 
 
-@functools.lru_cache(maxsize=64)
+@constant_table
 def rotary_table(rows: int, columns: int, head_dim: int, extent: float | None, device: torch.device) -> RotaryTable:
     """Angles x f0, y f0, x f1, y f1, ... over the grid, row-major; end points are included."""
-    with torch.inference_mode(False), torch.no_grad():
-        # Text to image counts x to the number of rows and y to that of columns: so the published weights learnt it.
-        x_end, y_end = (rows, columns) if extent is None else (extent, extent)
-        x = torch.linspace(0, x_end, columns, dtype=torch.float64)
-        y = torch.linspace(0, y_end, rows, dtype=torch.float64)
-        j = torch.arange(head_dim // 4, dtype=torch.float64)
-        f = 10000.0 ** (-4 * j / head_dim)
-        y_grid, x_grid = torch.meshgrid(y, x, indexing="ij")
-        angles = torch.stack([x_grid.reshape(-1, 1) * f, y_grid.reshape(-1, 1) * f], dim=-1).flatten(1)
-        return RotaryTable(angles.cos().float().to(device), angles.sin().float().to(device))
+    # Text to image counts x to the number of rows and y to that of columns: so the published weights learnt it.
+    x_end, y_end = (rows, columns) if extent is None else (extent, extent)
+    x = torch.linspace(0, x_end, columns, dtype=torch.float64)
+    y = torch.linspace(0, y_end, rows, dtype=torch.float64)
+    j = torch.arange(head_dim // 4, dtype=torch.float64)
+    f = 10000.0 ** (-4 * j / head_dim)
+    y_grid, x_grid = torch.meshgrid(y, x, indexing="ij")
+    angles = torch.stack([x_grid.reshape(-1, 1) * f, y_grid.reshape(-1, 1) * f], dim=-1).flatten(1)
+    return RotaryTable(angles.cos().float().to(device), angles.sin().float().to(device))

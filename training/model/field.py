@@ -6,7 +6,6 @@ W = 2 C I weights.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -18,22 +17,22 @@ from torch.nn import functional as F
 
 from training.model.blocks import EPS, RMSNorm
 from training.model.presets import ModelConfig
+from training.model.tables import constant_table
 
 CODE = 64  # values of every coordinate code
 
 
-@functools.lru_cache(maxsize=64)
+@constant_table
 def coordinates(kind: str, height: int, width: int, device: torch.device) -> Tensor:
     """The code of every pixel of a height x width patch, row-major: [K, 64]. It always spans the same range."""
-    with torch.inference_mode(False), torch.no_grad():
-        end = 16.0 if kind == "cosine" else 1.0
-        y, x = torch.meshgrid(
-            torch.linspace(0, end, height, dtype=torch.float64),
-            torch.linspace(0, end, width, dtype=torch.float64),
-            indexing="ij",
-        )
-        x_K1, y_K1 = x.reshape(-1, 1), y.reshape(-1, 1)
-        return _CODES[kind](x_K1, y_K1).float().to(device)
+    end = 16.0 if kind == "cosine" else 1.0
+    y, x = torch.meshgrid(
+        torch.linspace(0, end, height, dtype=torch.float64),
+        torch.linspace(0, end, width, dtype=torch.float64),
+        indexing="ij",
+    )
+    x_K1, y_K1 = x.reshape(-1, 1), y.reshape(-1, 1)
+    return _CODES[kind](x_K1, y_K1).float().to(device)
 
 
 def _cosine(x_K1: Tensor, y_K1: Tensor) -> Tensor:
@@ -156,8 +155,10 @@ class FieldBlock(nn.Module):
     def forward(self, x_PKC: Tensor, s_PH: Tensor) -> Tensor:
         w_PW = self.weights(s_PH)
         # Low precision rounds in an order of its own, and a compiler tiles by itself: both take the plain form.
-        if x_PKC.is_cpu and x_PKC.dtype != torch.bfloat16 and not torch.compiler.is_compiling():
-            out_PKC: Tensor = TiledFieldProduct.apply(x_PKC, self.norm.weight, w_PW, self.normalise2)
+        if x_PKC.is_cpu and x_PKC.dtype != torch.bfloat16:
+            from training.kernels import tiled
+
+            out_PKC: Tensor = tiled.field_product(x_PKC, self.norm.weight, w_PW, self.normalise2)
             return out_PKC
         return field_product(x_PKC, self.norm, w_PW, self.normalise2)
 

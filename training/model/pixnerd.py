@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from training.diffusion.path import velocity_of_image
 from training.model.blocks import Block
-from training.model.embed import Condition, RefinedText, TextEmbedding, TimeEmbedding, as_text, rotary_table
+from training.model.embed import Condition, Embedded, TextEmbedding, TextTokens, TimeEmbedding, as_text, rotary_table
 from training.model.field import Field, LinearHead
 from training.model.presets import ModelConfig
 
@@ -45,11 +45,13 @@ class PixNerd(nn.Module):
                 part.reset_parameters()
 
     @overload
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, condition: Condition, tap: None = None) -> Tensor: ...
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, condition: Condition | TextTokens, tap: None = None) -> Tensor: ...
     @overload
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, condition: Condition, tap: int) -> tuple[Tensor, Tensor]: ...
     def forward(
-        self, x_BCHW: Tensor, t_B: Tensor, condition: Condition, tap: int | None = None
+        self, x_BCHW: Tensor, t_B: Tensor, condition: Condition | TextTokens, tap: int
+    ) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, x_BCHW: Tensor, t_B: Tensor, condition: Condition | TextTokens, tap: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The velocity; with `tap=k` also the tokens [B, N, H] after the trunk's k-th block, counted from one."""
         assert tap is None or 1 <= tap <= len(self.trunk)
@@ -62,22 +64,35 @@ class PixNerd(nn.Module):
             out_BCHW = velocity_of_image(out_BCHW, x_BCHW, t_B)
         return out_BCHW if tapped is None else (out_BCHW, tapped)
 
+    def embed(self, condition: Condition) -> Embedded:
+        """The part of a condition's work that is the same at every time: a sampler has it done once, before its steps.
+
+        The result stands for the condition in every call.
+        """
+        if self.text is not None:
+            return self.text.embed(as_text(condition))
+        assert isinstance(condition, Tensor)
+        return condition
+
     def _shrink(self, x_BCHW: Tensor) -> Tensor:
         """The image that the trunk sees: with a fixed grid always of the training size."""
-        size = (self.config.image_size, self.config.image_size)
-        if not self.config.fixed_grid or x_BCHW.shape[-2:] == size:
+        if not self.config.fixed_grid:
             return x_BCHW
-        return F.interpolate(x_BCHW, size=size, mode="nearest")
+        side = self.config.grid * self.config.patch_size
+        if x_BCHW.shape[-2:] == (side, side):
+            return x_BCHW
+        return F.interpolate(x_BCHW, size=(side, side), mode="nearest")
 
     def _trunk(
-        self, x_BCHW: Tensor, time_BH: Tensor, condition: Condition, tap: int | None
+        self, x_BCHW: Tensor, time_BH: Tensor, condition: Condition | TextTokens, tap: int | None
     ) -> tuple[Tensor, Tensor | None]:
         p = self.config.patch_size
         rows, columns = x_BCHW.shape[-2] // p, x_BCHW.shape[-1] // p
         x_BNH = self.stem(_cut(x_BCHW, rows, columns).flatten(2))
-        text: RefinedText | None = None
+        text: TextTokens | None = None
         if self.text is not None:
-            text = self.text(as_text(condition), time_BH)
+            tokens = condition if isinstance(condition, TextTokens) else self.text.embed(as_text(condition))
+            text = self.text(tokens, time_BH)
             cond_BH = F.silu(time_BH)
         else:
             assert self.label is not None
@@ -93,8 +108,8 @@ class PixNerd(nn.Module):
 
     def _draw(self, x_BCHW: Tensor, tokens_BNH: Tensor, time_BH: Tensor) -> Tensor:
         height, width = x_BCHW.shape[-2:]
-        n, p = self.config.grid, self.config.patch_size
-        rows, columns = (n, n) if self.config.fixed_grid else (height // p, width // p)
+        p = self.config.patch_size
+        rows, columns = (self.config.grid,) * 2 if self.config.fixed_grid else (height // p, width // p)
         if self.field is not None:
             s_PH = F.silu(tokens_BNH + time_BH[:, None]).flatten(0, 1)
             pixels_PK3 = _cut(x_BCHW, rows, columns).flatten(0, 1).transpose(1, 2)
@@ -118,7 +133,7 @@ def _join(x_PK3: Tensor, rows: int, columns: int, height: int, width: int) -> Te
     return image_BCHW
 
 
-def _joint_mask(text: RefinedText | None, tokens: int) -> Tensor | None:
+def _joint_mask(text: TextTokens | None, tokens: int) -> Tensor | None:
     """[B, 1, 1, N + T], True where a key may be seen: every patch, and the words of the image's own caption."""
     if text is None or text.mask_RT is None:
         return None
