@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUNS ?= runs
 
-.PHONY: help setup demo test test-slow test-s3 check format bench serve-mlflow clean
+.PHONY: help setup demo test test-slow test-s3 check format bench bench-model serve-mlflow clean
 
 help:           ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -45,6 +45,9 @@ format: $(READY)  ## put the code into shape
 
 bench: $(READY)  ## the benchmarks, each printing its ratios side by side
 	@for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python -m $$(basename $$bench .py | sed s/^/tests.bench./) 2>/dev/null || exit 1; done
+
+bench-model: $(READY)  ## the network against the published one written down plainly, eager and compiled
+	@$(BIN)/python -W ignore -m tests.bench.bench_model $(ARGS) 2>/dev/null
 
 serve-mlflow: $(READY)  ## MLflow's pages over the demo's database, on http://127.0.0.1:5000
 	$(BIN)/mlflow server --backend-store-uri sqlite:///$(abspath $(RUNS))/demo/mlflow.db --host 127.0.0.1 --port 5000

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer.exceptions import TyperException
@@ -25,7 +25,9 @@ app = typer.Typer(
     epilog="Add --debug to any command to see a failure's whole traceback. Start with: pixnerd run demo",
 )
 evaluate_app = typer.Typer(no_args_is_help=True, help="Score a checkpoint.", rich_markup_mode=None)
-checkpoint_app = typer.Typer(no_args_is_help=True, help="Look into checkpoints and fetch them.", rich_markup_mode=None)
+checkpoint_app = typer.Typer(
+    no_args_is_help=True, help="Look into checkpoints, and bring them in and out.", rich_markup_mode=None
+)
 data_app = typer.Typer(no_args_is_help=True, help="Look into prepared data and check it.", rich_markup_mode=None)
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(checkpoint_app, name="checkpoint")
@@ -118,21 +120,82 @@ def train(
 
 @app.command(epilog='Example: pixnerd sample champion "a photo of a red circle" --out pictures --seeds 0-3')
 def sample(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder.")],
-    prompts: Annotated[list[str], typer.Argument(help="What to draw; several prompts give several pictures.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            help="Folder for the pictures, sheet.png and index.json. A second call draws what is missing; pictures "
+            "of another call are never written over.",
+        ),
+    ],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(help='What to draw: prompts, or the numbers or names of classes; "" is the picture of nothing.'),
+    ] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="A .txt with a prompt a line, or a .jsonl of `prompt` and `seed` or `seeds`."),
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="The names of the classes, one a line, from class 0 on.")] = None,
     seeds: Annotated[str, typer.Option(help="One picture a seed: 0, 0-3, or 1,5,9.")] = "0",
-    steps: Annotated[int, typer.Option(min=1)] = 25,
-    guidance: Annotated[float, typer.Option(help="1: none.")] = 4.0,
-    solver: Annotated[str, typer.Option(help="euler, heun, adams2, adams3 or adams4.")] = "adams2",
-    shift: Annotated[float, typer.Option(help="Time shift of the schedule.")] = 3.0,
+    size: Annotated[
+        str | None,
+        typer.Option(help="512, or 768x1024: height, then width. [default: the size that it was trained at]"),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the solver. [default: 25; for classes: 50]")] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, heun, adams2, adams3 or adams4. [default: adams2]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="1: none. [default: 4; for classes: 3.5]")] = None,
+    interval: Annotated[
+        str | None, typer.Option(help="Times between which guidance applies. [default: 0,1; for classes: 0.1,1]")
+    ] = None,
+    shift: Annotated[
+        float | None, typer.Option(help="Time shift of the schedule. [default: 3; for classes: 1]")
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="fp32 or bf16, of the network's weights and activations. [default: as it was saved]"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or one GPU: cuda:1.")] = "auto",
+    batch: Annotated[int | None, typer.Option(help="Pictures at once. [default: 32]")] = None,
+    compile_: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Slow to start, then faster: for many pictures. [default: no]"),
+    ] = None,
+    save_steps: Annotated[
+        bool, typer.Option("--save-steps", help="Also write the picture after every step, in a folder for each.")
+    ] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Draw pictures with a checkpoint; the same call gives the same pixels."""
-    from orchestration.session import draw
+    """Draw pictures with a checkpoint; the same call gives the same pixels.
 
-    settings = {"steps": steps, "guidance": guidance, "solver": solver, "shift": shift}
-    draw(checkpoint, prompts, out, seeds, settings, as_json=json_)
+    What is not given is the checkpoint's own default (`sampling` in its config.json's extra), else the default below.
+    """
+    from orchestration.drawing import draw
+
+    given = {
+        "size": size,
+        "steps": steps,
+        "solver": solver,
+        "guidance": guidance,
+        "interval": interval,
+        "shift": shift,
+        "precision": precision,
+        "batch": batch,
+        "compile": compile_,
+    }
+    draw(
+        checkpoint,
+        out,
+        prompts or [],
+        prompts_file=prompts_file,
+        labels_file=labels,
+        seeds=seeds,
+        options={name: value for name, value in given.items() if value is not None},
+        device=device,
+        save_steps=save_steps,
+        as_json=json_,
+    )
 
 
 @evaluate_app.command(epilog="Example: pixnerd evaluate geneval champion --out scores")
@@ -151,12 +214,57 @@ def geneval(
 
 @checkpoint_app.command("show", epilog="Example: pixnerd checkpoint show champion")
 def checkpoint_show(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder.")], json_: JsonOption = False
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder, or a published checkpoint's file.")],
+    json_: JsonOption = False,
 ) -> None:
-    """Task, sizes, and parameters by part."""
-    from orchestration.session import show_checkpoint
+    """Task, sizes, parameters by part, and where it comes from; the weights are not read."""
+    from orchestration.checkpoints import show_checkpoint
 
     show_checkpoint(checkpoint, as_json=json_)
+
+
+@checkpoint_app.command("import", epilog="Example: pixnerd checkpoint import model.ckpt champion --trained-size 512")
+def checkpoint_import(
+    file: Annotated[Path, typer.Argument(help="A published checkpoint: .ckpt, .pt, or .safetensors.")],
+    folder: Annotated[Path, typer.Argument(help="The checkpoint's folder to make; new, or empty.")],
+    network: Annotated[
+        Literal["ema", "raw"] | None,
+        typer.Option(help="Which of its networks: the running mean (ema), or the weights as trained. [default: ema]"),
+    ] = None,
+    trained_size: Annotated[
+        int | None, typer.Option(help="Side of the images that it was trained on: the file does not tell it.")
+    ] = None,
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(help="Its text encoder: a published name, or a folder. [default: Qwen/Qwen3-1.7B, if that fits]"),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Make a checkpoint's folder of a published file; task and sizes are found in it."""
+    from orchestration.checkpoints import import_checkpoint
+
+    import_checkpoint(
+        file, folder, network=network, trained_size=trained_size, text_encoder=text_encoder, as_json=json_
+    )
+
+
+@checkpoint_app.command("export", epilog="Example: pixnerd checkpoint export champion model.ckpt")
+def checkpoint_export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder.")],
+    file: Annotated[Path, typer.Argument(help="The PyTorch file to write.")],
+    network: Annotated[
+        Literal["ema", "raw", "both"] | None,
+        typer.Option(
+            help="Under which network's names its weights are written: the running mean's (ema), those of the weights "
+            "as trained (raw), or both. [default: those that it was imported from, else ema]"
+        ),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Write a checkpoint as the published code's file; settings that this code does not know are refused."""
+    from orchestration.checkpoints import export_checkpoint
+
+    export_checkpoint(checkpoint, file, network=network, as_json=json_)
 
 
 @checkpoint_app.command("fetch", epilog="Example: pixnerd checkpoint fetch sft champion --store runs/demo")
@@ -167,7 +275,7 @@ def checkpoint_fetch(
     json_: JsonOption = False,
 ) -> None:
     """Bring a workflow's newest checkpoint of a stage out of the store, as an ordinary folder."""
-    from orchestration.session import fetch_checkpoint
+    from orchestration.checkpoints import fetch_checkpoint
 
     fetch_checkpoint(stage, folder, store, as_json=json_)
 

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from infra.cluster import ClusterSettings, connect, disconnect
 from infra.config import digest
-from infra.errors import CheckpointError, DataError, SettingsError
-from infra.records import CheckpointRecord, EvalReport, StageRecord, read_record
+from infra.errors import DataError
+from infra.records import EvalReport, StageRecord, read_record
 from infra.store import Store, open_store
 from infra.tracking import Tracker, TrackingSettings
 from orchestration import terminal, workflow
@@ -99,93 +99,6 @@ def _context(store: Store, name: str, address: str | None, quiet: bool) -> Itera
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-
-
-def draw(
-    checkpoint: str, prompts: Sequence[str], out: Path, seeds: str, settings: dict[str, Any], *, as_json: bool
-) -> None:
-    from PIL import Image
-
-    from infra.config import parse
-    from training.sampling import Artist, SampleSettings
-
-    parsed = parse(SampleSettings, settings)
-    numbers = parse_seeds(seeds)
-    artist = Artist.load(Path(checkpoint), _device())
-    each = [(prompt, seed) for prompt in prompts for seed in numbers]
-    with terminal.Screen(quiet=as_json) as screen:
-        pictures = artist.draw(
-            [prompt for prompt, _ in each],
-            [seed for _, seed in each],
-            parsed,
-            lambda done: screen.count("drawing", done, len(each)),
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    index = []
-    for number, ((prompt, seed), picture) in enumerate(zip(each, pictures, strict=True)):
-        path = out / f"{number // len(numbers):03d}-{seed}.png"
-        Image.fromarray(picture).save(path)
-        index.append({"file": str(path), "prompt": prompt, "seed": seed, **parsed.results()})
-    if as_json:
-        print_json(index)
-    else:
-        print(f"{len(index)} pictures in {out}")
-
-
-def parse_seeds(text: str) -> list[int]:
-    seeds: list[int] = []
-    try:
-        for part in text.split(","):
-            first, dash, last = part.partition("-")
-            seeds += range(int(first), int(last) + 1) if dash else [int(first)]
-    except ValueError:
-        seeds = []
-    if not seeds:
-        raise SettingsError(f"`{text}` names no seeds", remedy="write 0, 0-3, or 1,5,9")
-    return seeds
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def show_checkpoint(checkpoint: str, *, as_json: bool) -> None:
-    from training import model as models
-
-    net = models.load(checkpoint)
-    _, extra = models.read_config(checkpoint)
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in net.named_children()}
-    facts = {"settings": net.config.model_dump(mode="json"), "parameters": parts, "extra": extra}
-    if as_json:
-        print_json(facts)
-        return
-    print(f"PixNerd, {net.config.task} to image, {net.config.image_size} px, patches of {net.config.patch_size}")
-    terminal.table(["part", "parameters"], [[name, f"{count:,}"] for name, count in parts.items() if count])
-    print(f"in all {sum(parts.values()):,} parameters; text encoder: {extra.get('text_encoder', 'not said')}")
-
-
-def fetch_checkpoint(stage: str, folder: Path, store: str, *, as_json: bool) -> None:
-    from training import checkpoint as checkpoints
-
-    opened = open_store(store)
-    found = [r for r in stage_records(opened, "train") if r.stage == stage]
-    if not found:
-        known = sorted({r.stage for r in stage_records(opened, "train")})
-        raise CheckpointError(
-            f"{opened.url} holds no checkpoint of a stage `{stage}`",
-            remedy=f"it has {', '.join(known) or 'none at all'}",
-        )
-    if folder.exists() and any(folder.iterdir()):
-        raise SettingsError(f"the folder {folder} is not empty", remedy="name a new one")
-    newest = max(found, key=lambda record: record.started)
-    record = read_record(opened, newest.output["record"], CheckpointRecord)
-    checkpoints.fetch(opened, record, folder)
-    if as_json:
-        print_json(record.model_dump(mode="json"))
-    else:
-        print(f"step {record.step} of `{stage}` is in {folder}")
 
 
 def stage_records(store: Store, kind: str) -> list[StageRecord]:

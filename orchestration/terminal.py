@@ -10,7 +10,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -33,6 +40,8 @@ class Screen:
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
             console=self._console,
             transient=True,
             disable=quiet or not sys.stderr.isatty(),
@@ -57,7 +66,8 @@ class Screen:
     def progress(self, stage: str, so_far: StageProgress) -> None:
         self.count(f"{stage}: {so_far.text}", so_far.done, so_far.total)
 
-    def count(self, text: str, done: int, total: int) -> None:
+    def count(self, text: str, done: float, total: int) -> None:
+        """A part of a thing moves the bar on as well."""
         if not self._bars.disable:
             self._bars.update(self._task, description=text, completed=done, total=total or None, visible=True)
         elif time.monotonic() - self._last_line > _LINE_EVERY:

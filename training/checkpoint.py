@@ -29,6 +29,7 @@ from infra.records import CheckpointRecord, DataObject, Record, fetch_data, put_
 from infra.store import Store
 from training.ema import Ema
 from training.engine import Engine
+from training.model.fit import differences, refuse, shapes
 
 KEPT_STATES = 2  # the newest, and the one before it for whoever has begun to read it
 
@@ -168,17 +169,6 @@ def load_part(path: Path, module: torch.nn.Module, what: str) -> None:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{what} cannot be read from {path} ({error})", remedy="fetch it again") from None
-    wanted = module.state_dict()
-    problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
-    problems += [f"{name} is left over" for name in found.keys() - wanted.keys()]
-    problems += [
-        f"{name} is {list(found[name].shape)}, not {list(wanted[name].shape)}"
-        for name in wanted.keys() & found.keys()
-        if found[name].shape != wanted[name].shape
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{what} in {path} does not fit: {'; '.join(sorted(problems)[:3])}",
-            remedy="use the settings that it was trained with",
-        )
+    problems = differences(shapes(module.state_dict()), shapes(found))
+    refuse(problems, f"{what} in {path} does not fit", "use the settings that it was trained with")
     module.load_state_dict(found)

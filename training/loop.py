@@ -32,6 +32,7 @@ from infra.store import Store
 from infra.tracking import Run
 from training import checkpoint
 from training import model as models
+from training.compiled import compile_network
 from training.data import Batch, Batches, DataSettings, Reader
 from training.diffusion.repa import RepaHead
 from training.ema import Ema, EmaSettings
@@ -62,6 +63,7 @@ class TrainSettings(Settings):
     workers: int = operational(1, ge=1, description="ranks: GPUs, or processes on CPUs")
     micro_batch: int | None = operational(None, ge=1, description="images a rank takes at once; none: its whole share")
     zero: Literal[1, 2] = operational(1)
+    compile: bool = operational(False, description="let torch.compile build the network: minutes first, then faster")
     log_every: int = operational(20, ge=1)
     save_every: int = operational(500, ge=1, description="steps between committed states; a multiple of log_every")
     retries: int = operational(2, ge=0, description="restarts after a worker died")
@@ -78,6 +80,8 @@ class TrainSettings(Settings):
         network = self.network()
         if network.task != "text":
             raise ValueError("only text-to-image networks are trained here; this one draws from labels")
+        if network.image_size is None:
+            raise ValueError("model.image_size must be the size that is trained at")
         if self.objective.repa and self.objective.repa_block > network.blocks:
             raise ValueError(
                 f"objective.repa_block is {self.objective.repa_block}, but there are {network.blocks} blocks"
@@ -181,6 +185,8 @@ def _build(job: Job, folder: Path) -> Parts:
         head = RepaHead(net.config.hidden, vision.width)
         if inherited is not None and (inherited / "repa.safetensors").exists():
             checkpoint.load_part(inherited / "repa.safetensors", head, "the REPA head")
+    if settings.compile:
+        compile_network(net)
     trained = Trained(net, head, text if settings.train_text else None, settings.objective)
     return Parts(trained, text, text_folder, None if settings.train_text else text, vision)
 

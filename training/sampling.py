@@ -1,35 +1,55 @@
-"""A checkpoint's folder becomes something that draws: prompts and seeds in, pictures out, the same ones every time.
+"""A checkpoint's folder becomes something that draws: prompts or labels and seeds in, pictures out.
 
-Shapes: B images.
+One picture never depends on the others: its noise is its seed's, and each caption is encoded by itself. The batch size,
+the device and compiling only decide in which order sums are taken, so they move a pixel by one grey level at most,
+almost always by none; the same batches on the same machine give the same bytes.
+
+Shapes: B images, H height, W width, R captions, T text tokens, E text features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveInt, field_validator
+from torch import Tensor
 
-from infra.config import Settings, operational
+from infra.config import Settings, operational, parse
 from infra.errors import CheckpointError, SettingsError
 from training import model as models
-from training.diffusion.samplers import guided, noise_for, solver, timesteps, to_uint8
+from training.diffusion.samplers import Watch, guided, noise_for, solver, timesteps, to_uint8
 from training.encoders.text import TextEncoder
-from training.model.embed import Text
+from training.model.embed import Condition, Text
 from training.model.pixnerd import PixNerd
+from training.model.presets import ModelConfig
+
+Pictures = npt.NDArray[np.uint8]  # [B, H, W, 3]
+Size = tuple[int, int]  # height, width
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SAVED = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}  # safetensors' words for them
 
 
 class SampleSettings(Settings):
+    """The defaults are those of text to image; `defaults` knows each task's."""
+
     steps: int = Field(25, ge=1)
     solver: str = "adams2"
-    guidance: float = Field(4.0, ge=0, description="1: none")
+    guidance: float = Field(4.0, ge=0, allow_inf_nan=False, description="1: none")
     interval: tuple[float, float] = Field((0.0, 1.0), description="times between which guidance applies, both excluded")
-    shift: float = Field(3.0, gt=0, description="above 1: more of the steps on noisy images")
+    shift: float = Field(3.0, gt=0, allow_inf_nan=False, description="above 1: more of the steps on noisy images")
+    size: tuple[PositiveInt, PositiveInt] | None = Field(None, description="height, width; none: the trained size")
+    precision: Literal["fp32", "bf16"] | None = Field(
+        None, description="of the network's weights and activations; none: the checkpoint's own"
+    )
     batch: int = operational(32, ge=1, description="images at once")
+    compile: bool = operational(False, description="let torch.compile build the network: minutes first, then faster")
 
     @field_validator("solver")
     @classmethod
@@ -40,57 +60,205 @@ class SampleSettings(Settings):
             raise ValueError(str(error)) from None
         return name
 
+    @field_validator("interval")
+    @classmethod
+    def _ordered(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError("the interval must be two times between 0 and 1, the earlier one first")
+        return interval
+
+
+_DEFAULTS = {
+    "text": SampleSettings(),
+    "class": SampleSettings(steps=50, guidance=3.5, interval=(0.1, 1.0), shift=1.0),
+}
+
+
+def defaults(folder: Path, changes: Mapping[str, Any] | None = None) -> SampleSettings:
+    """How a checkpoint is drawn from: its task's defaults, then its own (extra's `sampling`), then the changes."""
+    config, extra = models.read_config(folder)
+    settings = _DEFAULTS[config.task].model_dump()
+    if "sampling" in extra:
+        try:
+            settings |= parse(SampleSettings, extra["sampling"]).model_dump(exclude_unset=True)
+        except SettingsError as error:
+            raise CheckpointError(
+                f"{folder}: extra.sampling of its config.json: {error.message}", remedy=error.remedy
+            ) from None
+    return parse(SampleSettings, settings | dict(changes or {}))
+
+
+def sized(config: ModelConfig, size: Size | None) -> tuple[ModelConfig, Size]:
+    """The network's settings with which it draws pictures of that size, and the size.
+
+    At another size than the trained one a network with a field keeps its grid and draws larger or smaller patches. A
+    network whose trained size nobody told takes a square's for it.
+    """
+    trained = config.image_size
+    if trained is None:
+        if size is None or size[0] != size[1]:
+            asked = "no size was asked for" if size is None else f"a {size[0]}x{size[1]} image needs it"
+            raise SettingsError(
+                f"the size that this checkpoint was trained at is not known, and {asked}",
+                remedy="import it again with --trained-size N, or ask for a square of that size",
+            )
+        config.check_size(*size)
+        trained = size[0]
+        config = config.model_copy(update={"image_size": trained})
+    size = size or (trained, trained)
+    if size != (trained, trained) and config.field_blocks:
+        config = config.model_copy(update={"fixed_grid": True})
+    config.check_size(*size)
+    return config, size
+
+
+def resolved(folder: Path, settings: SampleSettings) -> SampleSettings:
+    """The settings with nothing left to the checkpoint; none of its weights are read."""
+    config, _ = models.read_config(folder)
+    _, size = sized(config, settings.size)
+    saved = _SAVED[models.read_header(folder, config)["stem.weight"].dtype]
+    return settings.model_copy(update={"size": size, "precision": settings.precision or saved})
+
 
 class Artist:
-    """A network and its text encoder, ready to draw."""
+    """A network, and the text encoder of one that draws from prompts, ready to draw."""
 
-    def __init__(self, net: PixNerd, text: TextEncoder) -> None:
-        self.net, self.text = net.eval(), text.eval()
+    def __init__(self, net: PixNerd, text: TextEncoder | None = None) -> None:
+        assert (text is None) == (net.config.task == "class")
+        self.net, self.text = net.eval(), None if text is None else text.eval()
         self.device = next(net.parameters()).device
+        self._config = net.config  # as it was saved; the net's own follows the size that is drawn
+        self._encoded: dict[str, Text] = {}
+        self._most_images = self._most_texts = 0  # that a compiled network has met at once
 
     @classmethod
-    def load(cls, folder: Path, device: str | torch.device = "cpu") -> Artist:
+    def load(cls, folder: Path, device: str | torch.device = "cpu", settings: SampleSettings | None = None) -> Artist:
+        """Size, precision and compiling are the settings'; they may be left to the checkpoint."""
+        settings = settings or SampleSettings()
+        config, extra = models.read_config(folder)
+        source = encoder_source(folder, extra) if config.task == "text" else None
         net = models.load(folder, device=device)
-        if net.config.task != "text":
-            raise CheckpointError(f"{folder} draws from labels, not from prompts", remedy="name a text-to-image one")
-        _, extra = models.read_config(folder)
-        return cls(net, text_encoder(folder, extra, net.config.text_tokens).to(device))
+        if settings.precision is not None:
+            net.to(PRECISIONS[settings.precision])
+        text = None
+        if source is not None:
+            text = TextEncoder(source, config.text_tokens).to(device)
+            if text.width != config.text_dim:
+                raise CheckpointError(
+                    f"the text encoder {source} makes features of {text.width}, {folder} needs {config.text_dim}",
+                    remedy="name the encoder that it was trained with in config.json's extra",
+                )
+        artist = cls(net, text)
+        net.config, _ = sized(config, settings.size)
+        if settings.compile:
+            from training.compiled import compile_network
+
+            compile_network(net, replay=True)
+        return artist
+
+    def draw(self, subjects: Sequence[str | int], seeds: Sequence[int], settings: SampleSettings) -> Pictures:
+        """Picture i is prompt or label i from seed i, `settings.batch` of them at once."""
+        assert len(subjects) == len(seeds)
+        parts = [slice(start, start + settings.batch) for start in range(0, len(subjects), settings.batch)]
+        return np.concatenate([self.batch(subjects[part], seeds[part], settings) for part in parts])
 
     @torch.no_grad()
-    def draw(
+    def batch(
         self,
-        prompts: Sequence[str],
+        subjects: Sequence[str | int],
         seeds: Sequence[int],
         settings: SampleSettings,
-        show: Callable[[int], None] = lambda done: None,
-    ) -> npt.NDArray[np.uint8]:
-        """Picture i is prompt i from seed i: [B, H, W, 3]. What one looks like does not depend on the others."""
-        assert len(prompts) == len(seeds)
-        drawn = []
-        for start in range(0, len(prompts), settings.batch):
-            part = slice(start, start + settings.batch)
-            drawn.append(self._batch(prompts[part], seeds[part], settings))
-            show(start + len(prompts[part]))
-        return np.concatenate(drawn)
+        watch: Watch | None = None,
+    ) -> Pictures:
+        """All of them at once; `watch` sees the number and the state [B, 3, H, W] of every step, and keeps none."""
+        assert settings.precision is None or PRECISIONS[settings.precision] == self.net.stem.weight.dtype
+        config, (height, width) = sized(self._config, settings.size)
+        if config != self.net.config:  # a compiled network would be built again for another object
+            self.net.config = config
+        subjects, seeds, wanted = list(subjects), list(seeds), len(seeds)
+        if settings.compile:
+            # Another shape would be compiled anew, for minutes; so a small batch is filled up with its last picture.
+            self._most_images = max(self._most_images, wanted)
+            subjects += subjects[-1:] * (self._most_images - wanted)
+            seeds += seeds[-1:] * (self._most_images - wanted)
 
-    def _batch(self, prompts: Sequence[str], seeds: Sequence[int], settings: SampleSettings) -> npt.NDArray[np.uint8]:
-        side = self.net.config.image_size
-        x_BCHW = torch.stack([noise_for(seed, (3, side, side)) for seed in seeds]).to(self.device)
-        distinct = list(dict.fromkeys(prompts))
-        rows_B = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
-        words, nothing = self.text.encode(distinct), self.text.encode([""])
-        condition = Text(words.features_RTE, words.mask_RT, rows_B)
-        velocity = guided(self.net, condition, nothing, settings.guidance, settings.interval)
-        x_BCHW = solver(settings.solver)(velocity, x_BCHW, timesteps(settings.steps, settings.shift))
-        pictures: npt.NDArray[np.uint8] = to_uint8(x_BCHW).permute(0, 2, 3, 1).cpu().numpy()
-        return pictures
+        def watch_wanted(step: int, x_BCHW: Tensor) -> None:
+            if watch is not None:
+                watch(step, x_BCHW[:wanted])
+
+        with _enough_memory(len(seeds), height, width, self.device):
+            x_BCHW = torch.stack([noise_for(seed, (3, height, width)) for seed in seeds]).to(self.device)
+            condition, nothing = self._conditions(subjects, settings.compile)
+            velocity = guided(self.net, condition, nothing, settings.guidance, settings.interval)
+            x_BCHW = solver(settings.solver)(velocity, x_BCHW, timesteps(settings.steps, settings.shift), watch_wanted)
+        return pixels(x_BCHW[:wanted])
+
+    def _conditions(self, subjects: Sequence[str | int], fill: bool) -> tuple[Condition, Condition]:
+        """What the network is to draw, and nothing: the empty caption, or the label after the last class."""
+        if self.text is None:
+            if isinstance(subjects[0], str):
+                raise CheckpointError("this network draws from labels, not from prompts", remedy="name another one")
+            return (
+                torch.tensor(subjects, device=self.device),
+                torch.tensor([self._config.classes], device=self.device),
+            )
+        distinct = [str(prompt) for prompt in dict.fromkeys(subjects)]
+        # A prompt's pictures stand together, so what the last batch needed is all that may be needed again.
+        self._encoded = {prompt: self._encode(prompt) for prompt in {"", *distinct}}
+        if fill:
+            self._most_texts = max(self._most_texts, len(distinct))
+            distinct += distinct[-1:] * (self._most_texts - len(distinct))
+        texts_R = [self._encoded[prompt] for prompt in distinct]
+        features_RTE = torch.cat([text.features_RTE for text in texts_R])
+        masks_R1T = [text.mask_RT for text in texts_R if text.mask_RT is not None]
+        rows_B = torch.tensor([distinct.index(str(prompt)) for prompt in subjects], device=self.device)
+        return Text(features_RTE, torch.cat(masks_R1T) if masks_R1T else None, rows_B), self._encoded[""]
+
+    def _encode(self, prompt: str) -> Text:
+        """By itself: the captions beside it would move its last bits, and with them those of a resumed call."""
+        assert self.text is not None
+        return self._encoded[prompt] if prompt in self._encoded else self.text.encode([prompt])
+
+    def too_long(self, prompts: Sequence[str]) -> dict[str, int]:
+        """The prompts of which the network sees only the beginning, and how many tokens each has."""
+        if self.text is None or not prompts:
+            return {}
+        ids = self.text.tokenizer(list(prompts), verbose=False)["input_ids"]
+        return {prompt: len(row) for prompt, row in zip(prompts, ids, strict=True) if len(row) > self.text.tokens}
 
 
-def text_encoder(folder: Path, extra: dict[str, Any], tokens: int) -> TextEncoder:
+def pixels(x_BCHW: Tensor) -> Pictures:
+    """A solver's state as pictures."""
+    found: Pictures = to_uint8(x_BCHW).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return found
+
+
+def encoder_source(folder: Path, extra: Mapping[str, Any]) -> Path | str:
     """The encoder that belongs to a checkpoint: in its own folder if it was trained along, else a published one."""
     name = extra.get("text_encoder")
     if not isinstance(name, str):
         raise CheckpointError(
-            f"{folder} does not say which text encoder it needs", remedy="add it to config.json's extra"
+            f"{folder} does not say which text encoder it needs",
+            remedy="import it again with --text-encoder, or write `text_encoder` into config.json's extra",
         )
-    return TextEncoder(folder / "text" if name == "text" else name, tokens)
+    if name != "text":
+        return name
+    if not (folder / "text" / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} lacks its text encoder, the folder text", remedy="name the folder of a whole checkpoint"
+        )
+    return folder / "text"
+
+
+@contextmanager
+def _enough_memory(images: int, height: int, width: int, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of a CPU there is no error class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        smaller = f"a batch below {images}" if images > 1 else "a smaller size, or precision bf16"
+        raise SettingsError(
+            f"{device} has too little memory for {images} images of {height}x{width} at once",
+            remedy=f"ask for {smaller}",
+        ) from None

@@ -67,7 +67,7 @@ def _draw_chunk(
     """What a Ray worker does."""
     from PIL import Image
 
-    artist = _artist(store, checkpoint)
+    artist = _artist(store, checkpoint, settings)
     repeated = [prompt for prompt in prompts for _ in range(images)]
     pictures = artist.draw(repeated, list(range(images)) * len(prompts), settings)
     packed = io.BytesIO()
@@ -81,13 +81,13 @@ def _draw_chunk(
     return put_data(store, prefix, f"{first:05d}.tar", packed.getvalue())
 
 
-_loaded: dict[str, Artist] = {}  # a worker draws many chunks with one checkpoint
+_loaded: dict[tuple[str, SampleSettings], Artist] = {}  # a worker draws many chunks with one checkpoint
 
 
-def _artist(store: Store, checkpoint: CheckpointRecord) -> Artist:
+def _artist(store: Store, checkpoint: CheckpointRecord, settings: SampleSettings) -> Artist:
     import torch
 
-    name = checkpoint.digest()
+    name = checkpoint.digest(), settings
     if name in _loaded:
         return _loaded[name]
     _loaded.clear()
@@ -96,7 +96,7 @@ def _artist(store: Store, checkpoint: CheckpointRecord) -> Artist:
     if device == "cpu":
         torch.set_num_threads(1)  # a task is one CPU
     with tempfile.TemporaryDirectory(prefix=f"pixnerd-{os.getpid()}-") as folder:
-        _loaded[name] = Artist.load(checkpoints.fetch(store, checkpoint, Path(folder)), device)
+        _loaded[name] = Artist.load(checkpoints.fetch(store, checkpoint, Path(folder)), device, settings)
     return _loaded[name]
 
 

@@ -12,15 +12,15 @@ Side = Callable[[], object]
 
 
 def compare(sides: Mapping[str, Side], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round of each side; one more round, before them, warms up (and compiles)."""
+    """Seconds of each round of each side; two more, before them, warm up (and compile)."""
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for round_ in range(rounds + 1):
+    for round_ in range(rounds + 2):
         for name, side in sides.items():
             _wait()
             began = time.perf_counter()
             side()
             _wait()
-            if round_:
+            if round_ > 1:
                 times[name].append(time.perf_counter() - began)
     return times
 

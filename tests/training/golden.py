@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.model import PixNerd, reference
+from training.model import ModelConfig, PixNerd, reference
 
 FOLDER = Path(__file__).parents[1] / "golden"
 
@@ -26,10 +26,46 @@ def weights(arrays: dict[str, Any], prefix: str = "w/") -> dict[str, Tensor]:
 
 def network(name: str, *, fixed_grid: bool = False) -> PixNerd:
     arrays = load(name)
-    config = reference.config_of(arrays["cfg"], image_size=16, fixed_grid=fixed_grid)
+    config = config_of(arrays["cfg"], fixed_grid=fixed_grid)
     net = PixNerd(config)
     net.load_state_dict(reference.from_reference(weights(arrays), config, net.state_dict()))
     return net
+
+
+def config_of(cfg: dict[str, Any], *, fixed_grid: bool = False) -> ModelConfig:
+    """Settings from the reference's own arguments; the published networks' fixed choices go with their task."""
+    common = {
+        "image_size": 16,
+        "patch_size": cfg["patch_size"],
+        "hidden": cfg["hidden_size"],
+        "heads": cfg["num_groups"],
+        "fixed_grid": fixed_grid,
+    }
+    if "num_classes" in cfg:
+        return ModelConfig(
+            **common,
+            task="class",
+            classes=cfg["num_classes"],
+            blocks=cfg["num_cond_blocks"],
+            field_blocks=cfg["num_blocks"] - cfg["num_cond_blocks"],
+            field_channels=cfg["hidden_size_x"],
+            field_ratio=cfg["nerf_mlpratio"],
+            coordinate_code="dct",
+            field_norm="fc1_fc2_out",
+        )
+    return ModelConfig(
+        **common,
+        task="text",
+        text_dim=cfg["txt_embed_dim"],
+        text_tokens=cfg["txt_max_length"],
+        text_blocks=cfg["num_text_blocks"],
+        blocks=cfg["num_encoder_blocks"],
+        field_blocks=cfg["num_decoder_blocks"],
+        field_channels=cfg["decoder_hidden_size"],
+        field_ratio=cfg.get("nerf_mlpratio", 2),
+        coordinate_code="cosine",
+        field_norm="fc1",
+    )
 
 
 def error(found: Tensor, wanted: Tensor) -> float:

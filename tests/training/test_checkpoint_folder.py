@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from infra.errors import CheckpointError
 from tests.training import golden
-from training.model import ModelConfig, PixNerd, load, read_config, reference, save
+from training.model import PixNerd, load, read_config, save
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_named(net: PixNerd, tmp_path: Path):
         load(tmp_path)
     message = str(caught.value)
     assert "stem.bias is missing" in message
-    assert "time.fc1.bias is (3,) instead of (24,)" in message
+    assert "time.fc1.bias is [3] instead of [24]" in message
     assert "stem.scale is left over" in message
 
 
@@ -116,31 +116,3 @@ def test_settings_that_are_not_ours_are_refused(net: PixNerd, tmp_path: Path, ch
     config.write_text("{")
     with pytest.raises(CheckpointError, match="damaged"):
         load(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["t2i", "c2i"])
-def test_published_names_in_and_out_are_exact(name: str):
-    theirs = golden.weights(golden.load(name))
-    net = golden.network(name)
-    out = reference.to_reference(net.state_dict(), net.config)
-    assert out.keys() == theirs.keys()
-    assert all(torch.equal(out[key], theirs[key]) for key in theirs)
-
-
-def test_a_published_file_that_does_not_fit_is_refused_in_its_own_names():
-    theirs = golden.weights(golden.load("c2i"))
-    net = golden.network("c2i")
-    del theirs["blocks.0.mlp.w3.weight"]
-    theirs["blocks.1.mlp.w1.weight"] = torch.zeros(3, 24)
-    theirs["blocks.4.norm.weight"] = torch.zeros(16)
-    with pytest.raises(CheckpointError) as caught:
-        reference.from_reference(theirs, net.config, net.state_dict())
-    message = str(caught.value)
-    assert "blocks.0.mlp.w3.weight is missing" in message
-    assert "blocks.1.mlp.w1.weight is (3, 24) instead of (64, 24)" in message
-    assert "blocks.4.norm.weight is left over" in message
-
-
-def test_the_linear_head_has_no_published_layout():
-    with pytest.raises(CheckpointError, match="no published layout"):
-        reference.modules(ModelConfig(field_blocks=0))

@@ -122,6 +122,15 @@ def test_micro_batches_give_the_same_model(store: Store, make: Any, undisturbed:
     assert all(torch.allclose(whole[name], parts[name], atol=2e-4) for name in whole)
 
 
+def test_a_compiled_network_trains_to_the_same_model(
+    store: Store, make: Any, undisturbed: CheckpointRecord, tmp_path: Path
+):
+    eager = weights(store, undisturbed, tmp_path / "a")
+    compiled = weights(store, run(make("compiled", compile=True)), tmp_path / "b")
+    assert all(torch.allclose(eager[name], compiled[name], atol=2e-4) for name in eager)
+    assert any(not torch.equal(eager[name], compiled[name]) for name in eager)  # it was another program
+
+
 def test_the_average_without_memory_is_the_weights_and_with_it_lags(
     store: Store, make: Any, alone: None, tmp_path: Path
 ):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from infra.errors import SettingsError
+from tests.bench.bench_memory import peak
 from tests.training import golden
 from training.diffusion.samplers import (
     SOLVERS,
@@ -170,3 +171,9 @@ def test_eight_bits_are_rounded_and_clamped():
 def test_an_unknown_solver_names_the_nearest():
     with pytest.raises(SettingsError, match="adams2"):
         solver("adam2")
+
+
+def test_memory_does_not_grow_with_the_steps():
+    few, many = (peak("tiny", 512, steps) for steps in (8, 48))
+    frame = 3 * 512 * 512 * 4 / 2**20
+    assert many - few < 20 * frame  # a kept trajectory would be 80 frames: the states and the velocities

@@ -1,0 +1,55 @@
+"""The three operations that a compiler leaves slow: written for a GPU, and plainly for everything else.
+
+    field_product   x + SiLU(norm(x) W1) W2 with each patch's own W1 and W2
+    norm_modulate   norm(x) (1 + scale) + shift
+    norm_rotate     rotary positions of norm(q) and norm(k)
+
+Each takes the kernel for CUDA tensors of one type, and `plain`'s form of the same name for any others.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from training.kernels import plain
+
+__all__ = ["field_product", "norm_modulate", "norm_rotate"]
+
+_TRITON = importlib.util.find_spec("triton") is not None and torch.version.cuda is not None
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def field_product(x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool) -> Tensor:
+    if not _for_kernel(x_PKC, gain_C, w_PW):
+        return plain.field_product(x_PKC, gain_C, w_PW, normalise2)
+    from training.kernels import field
+
+    return field.field_product(x_PKC, gain_C, w_PW, normalise2)
+
+
+def norm_modulate(
+    x_BNH: Tensor, weight_H: Tensor, shift_B1H: Tensor, scale_B1H: Tensor, weight_in_fp32: bool
+) -> Tensor:
+    # A compiler fuses the plain form, and with its neighbours as well.
+    if torch.compiler.is_compiling() or not _for_kernel(x_BNH, weight_H, shift_B1H, scale_B1H):
+        return plain.norm_modulate(x_BNH, weight_H, shift_B1H, scale_B1H, weight_in_fp32)
+    from training.kernels import modulate
+
+    out_BNH: Tensor = modulate.norm_modulate(x_BNH, weight_H, shift_B1H, scale_B1H, weight_in_fp32)
+    return out_BNH
+
+
+def norm_rotate(x_BNhd: Tensor, weight_d: Tensor, cos_ND: Tensor, sin_ND: Tensor, weight_in_fp32: bool) -> Tensor:
+    if torch.compiler.is_compiling() or not _for_kernel(x_BNhd, weight_d):
+        return plain.norm_rotate(x_BNhd, weight_d, cos_ND, sin_ND, weight_in_fp32)
+    from training.kernels import rotary
+
+    out_BNhd: Tensor = rotary.norm_rotate(x_BNhd, weight_d, cos_ND, sin_ND, weight_in_fp32)
+    return out_BNhd
+
+
+def _for_kernel(x: Tensor, *others: Tensor) -> bool:
+    return _TRITON and x.is_cuda and x.dtype in _TYPES and all(other.dtype == x.dtype for other in others)

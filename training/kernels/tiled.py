@@ -49,10 +49,12 @@ def _backward(
         x, inverse = _normed(x_PKC[tile])
         a = torch.bmm(x, w1)
         g_a = torch.ops.aten.silu_backward(torch.bmm(g, w2.mT), a)
-        g_w2[tile] = _unit_backward(torch.bmm(F.silu(a, inplace=True).mT, g), w2, inverse2)
-        g_w1_tile = torch.bmm(x.mT, g_a)
-        g_gain += (g_w1_tile * unit1).sum((0, 2))
-        g_w1[tile] = _unit_backward(g_w1_tile.mul_(gain_C[:, None]), unit1, inverse1)
+        g_unit2 = torch.bmm(F.silu(a, inplace=True).mT, g, out=g_w2[tile])
+        if inverse2 is not None:
+            _unit_backward_(g_unit2, w2, inverse2)
+        g_unit1 = torch.bmm(x.mT, g_a, out=g_w1[tile])
+        g_gain += (g_unit1 * unit1).sum((0, 2))
+        _unit_backward_(g_unit1.mul_(gain_C[:, None]), unit1, inverse1)
         g_normed = torch.bmm(g_a, w1.mT)
         along = (g_normed * x).mean(-1, keepdim=True)
         torch.addcmul(g, g_normed.addcmul_(x, along, value=-1), inverse, out=g_x[tile])
@@ -104,8 +106,6 @@ def _unit(w: Tensor) -> tuple[Tensor, Tensor]:
     return w * inverse, inverse
 
 
-def _unit_backward(g: Tensor, unit: Tensor, inverse: Tensor | None) -> Tensor:
-    """The part of g across each column, over the column's length; g itself where nothing was normalised."""
-    if inverse is None:
-        return g
-    return g.addcmul_(unit, (g * unit).sum(-2, keepdim=True), value=-1).mul_(inverse)
+def _unit_backward_(g: Tensor, unit: Tensor, inverse: Tensor) -> None:
+    """In place: the part of g across each column, over the column's length."""
+    g.addcmul_(unit, (g * unit).sum(-2, keepdim=True), value=-1).mul_(inverse)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,13 +18,15 @@ from torch import Tensor
 from infra.config import parse
 from infra.errors import CheckpointError, SettingsError
 from training.model.embed import Condition, Text
+from training.model.fit import Shape, differences, refuse, shapes
 from training.model.pixnerd import PixNerd
 from training.model.presets import PRESETS, ModelConfig, preset
 
 __all__ = ["PRESETS", "Condition", "ModelConfig", "PixNerd", "Text", "load", "preset", "read_config", "save"]
 
 SCHEMA = 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, HEAD = "config.json", "model.safetensors", "repa.safetensors"
+_REMEDY = "use the config.json that belongs to these weights"
 
 
 def save(
@@ -40,7 +43,7 @@ def save(
     if (folder / CONFIG).exists():
         raise CheckpointError(f"{folder} holds a checkpoint already", remedy="name a new folder, or remove this one")
     state = net.state_dict() if weights is None else dict(weights)
-    _refuse(_differences(net.state_dict(), {name: tuple(t.shape) for name, t in state.items()}), "the weights to save")
+    refuse(differences(shapes(net.state_dict()), shapes(state)), "the weights to save do not fit the settings", _REMEDY)
     config = {"schema_version": SCHEMA, "model": net.config.model_dump(mode="json"), "extra": dict(extra or {})}
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,20 +60,51 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> PixNerd:
     """The network of a folder, in the dtypes that it was saved in; ready to be called as `net(x, t, condition)`."""
     folder = Path(folder)
     config, _ = read_config(folder)
-    with torch.device("meta"):
-        net = PixNerd(config)
-    path = folder / WEIGHTS
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        _refuse(_differences(net.state_dict(), shapes), str(path))
-        state = load_file(path, device=str(device))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} holds no {WEIGHTS}", remedy="name the folder of a whole checkpoint") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({error})", remedy="fetch or export the checkpoint again") from None
+    net = outline(config)
+    read_header(folder, config)
+    with _whole(folder / WEIGHTS):
+        state = load_file(folder / WEIGHTS, device=str(device))
     net.load_state_dict(state, assign=True)
     return net
+
+
+def outline(config: ModelConfig) -> PixNerd:
+    """The network's parts, names and shapes; there is no memory behind them."""
+    with torch.device("meta"):
+        return PixNerd(config)
+
+
+def read_header(folder: Path, config: ModelConfig) -> dict[str, Stored]:
+    """What the weights of a folder are, which must be what its settings say; no tensor is read."""
+    stored = header(folder / WEIGHTS)
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    problems = differences(shapes(outline(config).state_dict()), found)
+    refuse(problems, f"{folder / WEIGHTS} does not fit the settings", _REMEDY)
+    return stored
+
+
+class Stored(NamedTuple):
+    shape: Shape
+    dtype: str
+
+
+def header(path: Path) -> dict[str, Stored]:
+    """What a safetensors file holds; no tensor is read."""
+    with _whole(path), safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return {name: Stored(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent} holds no {path.name}", remedy="name the folder of a whole checkpoint"
+        ) from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error})", remedy="fetch or export the checkpoint again") from None
 
 
 def read_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -79,6 +113,8 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         version, model, extra = data["schema_version"], data["model"], data["extra"]
+        if not isinstance(extra, dict):
+            raise TypeError("extra is no mapping")
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"{folder} is no checkpoint: it holds no {CONFIG}", remedy=f"name a folder with {CONFIG} and {WEIGHTS}"
@@ -93,25 +129,6 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         return parse(ModelConfig, model), extra
     except SettingsError as error:
         raise CheckpointError(f"{path}: {error.message}", remedy=error.remedy) from None
-
-
-def _differences(expected: Mapping[str, Tensor], found: Mapping[str, tuple[int, ...]]) -> Iterable[str]:
-    for name, tensor in expected.items():
-        if name not in found:
-            yield f"{name} is missing"
-        elif found[name] != tuple(tensor.shape):
-            yield f"{name} is {found[name]} instead of {tuple(tensor.shape)}"
-    yield from (f"{name} is left over" for name in found if name not in expected)
-
-
-def _refuse(differences: Iterable[str], where: str) -> None:
-    problems = list(differences)
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise CheckpointError(
-            f"{where} do not fit the settings: {'; '.join(problems[:8])}{more}",
-            remedy="use the config.json that belongs to these weights",
-        )
 
 
 def _sync(path: Path) -> None:

@@ -9,6 +9,8 @@ from pydantic import Field, PositiveInt, model_validator
 from infra.config import Settings, nearest
 from infra.errors import SettingsError
 
+_TELL_SIZE = "import again with --trained-size N"  # a published file's names and shapes do not tell it
+
 
 class ModelConfig(Settings):
     """Everything that decides the tensors of a network and what it computes with them.
@@ -19,7 +21,9 @@ class ModelConfig(Settings):
     """
 
     task: Literal["text", "class"] = "text"
-    image_size: PositiveInt = Field(default=256, description="side of the square training images, in pixels")
+    image_size: PositiveInt | None = Field(
+        default=256, description="side of the square training images, in pixels; null: nobody told"
+    )
     patch_size: PositiveInt = 16
     hidden: PositiveInt = 1536
     heads: PositiveInt = 24
@@ -56,8 +60,10 @@ class ModelConfig(Settings):
             raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
         if self.head_dim % 4:
             raise ValueError(f"hidden / heads is {self.head_dim}; rotary positions need a multiple of 4")
-        if self.image_size % self.patch_size:
+        if self.image_size is not None and self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.fixed_grid and self.image_size is None:
+            raise ValueError(f"fixed_grid needs image_size, the size that it was trained at: {_TELL_SIZE}")
         if self.fixed_grid and not self.field_blocks:
             raise ValueError("fixed_grid needs a field (field_blocks > 0): a linear head has one patch size only")
         return self
@@ -82,6 +88,8 @@ class ModelConfig(Settings):
     @property
     def grid(self) -> int:
         """Patches a side at the training size."""
+        if self.image_size is None:
+            raise SettingsError("the size that this network was trained at is not known", remedy=_TELL_SIZE)
         return self.image_size // self.patch_size
 
     @property

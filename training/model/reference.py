@@ -1,4 +1,4 @@
-"""The published checkpoints' names and settings, in ours and back.
+"""The published networks' names in ours and back, and their settings from names and shapes alone.
 
 Every tensor of theirs is one of ours, with one exception: the class-to-image feed-forward part keeps its gate and value
 apart (`mlp.w1`, `mlp.w3`), while ours stand in one matrix. Joining and cutting copy values, so a round trip is exact.
@@ -6,13 +6,17 @@ apart (`mlp.w1`, `mlp.w3`), while ours stand in one matrix. Joining and cutting 
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from infra.errors import CheckpointError
+from infra.config import parse
+from infra.errors import CheckpointError, SettingsError
+from training.model.fit import Shape, differences, refuse, shapes
 from training.model.presets import ModelConfig
 
 # Our module -> theirs, or the two of theirs that ours joins.
@@ -92,66 +96,177 @@ def to_reference(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
 
 
 def from_reference(
-    theirs: Mapping[str, Tensor], config: ModelConfig, expected: Mapping[str, Tensor]
+    theirs: Mapping[str, Tensor], config: ModelConfig, expected: Mapping[str, Tensor], prefix: str = ""
 ) -> dict[str, Tensor]:
     """Our tensors; `expected` is the state of a network of these settings (its names and shapes, on any device).
 
-    A tensor that is missing, left over or of another shape is refused by the name that it has in the file.
+    What does not fit is refused by the name that it has in the file, where `prefix` stands before it.
     """
+    check_layout(shapes(theirs), config, shapes(expected), prefix)
     names = modules(config)
-    out: dict[str, Tensor] = {}
-    problems: list[str] = []
-    used: set[str] = set()
-    for ours, want in expected.items():
-        sources = _tensor_names(ours, names)
-        used.update(sources)
-        shape = (want.shape[0] // len(sources), *want.shape[1:])
-        missing = [name for name in sources if name not in theirs]
-        problems += [f"{name} is missing" for name in missing]
-        wrong = [name for name in sources if name in theirs and tuple(theirs[name].shape) != shape]
-        problems += [f"{name} is {tuple(theirs[name].shape)} instead of {shape}" for name in wrong]
-        if not missing and not wrong:
-            out[ours] = theirs[sources[0]] if len(sources) == 1 else torch.cat([theirs[name] for name in sources])
-    problems += [f"{name} is left over" for name in theirs if name not in used]
-    if problems:
+    sources = {ours: _tensor_names(ours, names) for ours in expected}
+    return {ours: _join([theirs[name] for name in some], some, prefix) for ours, some in sources.items()}
+
+
+def check_layout(
+    found: Mapping[str, Shape], config: ModelConfig, expected: Mapping[str, Shape], prefix: str = ""
+) -> None:
+    names = modules(config)
+    wanted: dict[str, Shape] = {}
+    for ours, shape in expected.items():
+        theirs = _tensor_names(ours, names)
+        wanted |= dict.fromkeys(theirs, (shape[0] // len(theirs), *shape[1:]))
+    refuse(differences(wanted, found, prefix), "this is not the published layout", _REMEDY)
+
+
+def _join(parts: list[Tensor], names: tuple[str, ...], prefix: str) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    if len({part.dtype for part in parts}) > 1:
+        each = " and ".join(f"{prefix}{name} {_plain(part.dtype)}" for name, part in zip(names, parts, strict=True))
         raise CheckpointError(
-            "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else ""),
-            remedy="import a file of the published layout, with the settings that it was trained with",
+            f"{each} are of different types, but stand in one tensor here", remedy="convert them to one type first"
         )
-    return out
+    return torch.cat(parts)
 
 
-def config_of(cfg: Mapping[str, Any], *, image_size: int, fixed_grid: bool = False) -> ModelConfig:
-    """Settings from the reference's own arguments; the published networks' fixed choices go with their task."""
-    common = {
-        "image_size": image_size,
-        "patch_size": cfg["patch_size"],
-        "hidden": cfg["hidden_size"],
-        "heads": cfg["num_groups"],
-        "fixed_grid": fixed_grid,
-    }
-    if "num_classes" in cfg:
-        return ModelConfig(
-            **common,
-            task="class",
-            classes=cfg["num_classes"],
-            blocks=cfg["num_cond_blocks"],
-            field_blocks=cfg["num_blocks"] - cfg["num_cond_blocks"],
-            field_channels=cfg["hidden_size_x"],
-            field_ratio=cfg["nerf_mlpratio"],
-            coordinate_code="dct",
-            field_norm="fc1_fc2_out",
-        )
-    return ModelConfig(
-        **common,
-        task="text",
-        text_dim=cfg["txt_embed_dim"],
-        text_tokens=cfg["txt_max_length"],
-        text_blocks=cfg["num_text_blocks"],
-        blocks=cfg["num_encoder_blocks"],
-        field_blocks=cfg["num_decoder_blocks"],
-        field_channels=cfg["decoder_hidden_size"],
-        field_ratio=cfg.get("nerf_mlpratio", 2),
-        coordinate_code="cosine",
-        field_norm="fc1",
-    )
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+# What nobody chose: the published code of each task computes it in one way only.
+_Fixed = dict[str, Literal["cosine", "dct", "fc1", "fc1_fc2_out"]]
+_FIXED: dict[str, _Fixed] = {
+    "text": {"coordinate_code": "cosine", "field_norm": "fc1"},
+    "class": {"coordinate_code": "dct", "field_norm": "fc1_fc2_out"},
+}
+_MOST_BLOCKS = 1000  # a file that claims more is not meant well
+_REMEDY = "import a whole and unchanged file of the published layout"
+
+
+def refuse_other_than_published(config: ModelConfig) -> None:
+    """The published code knows no settings for these: it would compute something else with the weights."""
+    wanted: dict[str, object] = {"prediction": "velocity", **_FIXED[config.task]}
+    if config.task == "text":
+        wanted["text_padding"] = "published"
+    problems = [
+        f"{name} is {getattr(config, name)}, the published code has {value}"
+        for name, value in wanted.items()
+        if getattr(config, name) != value
+    ]
+    if not config.field_blocks:
+        problems = ["field_blocks is 0, the published code has a field"]
+    refuse(problems, "this network has no published layout", "keep it in this project's own format")
+
+
+def find_config(found: Mapping[str, Shape], prefix: str = "") -> ModelConfig:
+    """The settings of a published network, by what its tensors are called and how large they are.
+
+    The size that it was trained at is not among them: neither names nor shapes tell it.
+
+    Enough is read to know every setting; whether all the rest agrees, `from_reference` says.
+    """
+    return _Finder(found, prefix).config()
+
+
+class _Finder:
+    def __init__(self, found: Mapping[str, Shape], prefix: str) -> None:
+        self.found, self.prefix = found, prefix
+
+    def config(self) -> ModelConfig:
+        task = self._task()
+        hidden, hidden_again = self._shape("t_embedder.mlp.2.weight", 2)
+        if hidden != hidden_again:
+            raise self._error("t_embedder.mlp.2.weight", f"is {[hidden, hidden_again]}, not square")
+        blocks, field = self._blocks("blocks"), self._field_blocks()
+        channels, _ = self._shape("x_embedder.embedder.0.weight", 2)
+        settings = {
+            "task": task,
+            "image_size": None,
+            "patch_size": self._patch_size(),
+            "hidden": hidden,
+            "heads": self._heads(hidden),
+            "blocks": blocks - field,
+            "field_blocks": field,
+            "field_channels": channels,
+            "field_ratio": self._ratio(f"blocks.{blocks - field}.param_generator1.0.bias", channels),
+            **_FIXED[task],
+        }
+        if task == "text":
+            settings["text_blocks"] = self._blocks("text_refine_blocks")
+            settings["text_dim"] = self._shape("y_embedder.proj.weight", 2)[1]
+            settings["text_tokens"] = self._shape("y_pos_embedding", 3)[1]
+        else:
+            settings["classes"] = self._classes()
+        try:
+            return parse(ModelConfig, settings)
+        except SettingsError as error:
+            raise CheckpointError(f"these are no network's sizes: {error.message}", remedy=_REMEDY) from None
+
+    def _error(self, name: str, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.prefix}{name} {problem}", remedy=_REMEDY)
+
+    def _shape(self, name: str, dimensions: int) -> Shape:
+        if name not in self.found:
+            raise self._error(name, "is missing")
+        shape = self.found[name]
+        if len(shape) != dimensions or 0 in shape:
+            raise self._error(name, f"is {list(shape)}, not {dimensions} sizes above 0")
+        return shape
+
+    def _task(self) -> Literal["text", "class"]:
+        if "y_embedder.proj.weight" in self.found:
+            return "text"
+        if "y_embedder.embedding_table.weight" in self.found:
+            return "class"
+        names = " nor ".join(f"{self.prefix}y_embedder.{name}.weight" for name in ("proj", "embedding_table"))
+        raise CheckpointError(f"there is neither {names}: this is no published network", remedy=_REMEDY)
+
+    def _patch_size(self) -> int:
+        name = "s_embedder.proj.weight"
+        values = self._shape(name, 2)[1]
+        side = math.isqrt(values // 3)
+        if 3 * side**2 != values:
+            raise self._error(name, f"takes {values} values, which is no square patch of three channels")
+        return side
+
+    def _heads(self, hidden: int) -> int:
+        name = "blocks.0.attn.q_norm.weight"
+        (size,) = self._shape(name, 1)
+        if hidden % size or size % 4:
+            raise self._error(name, f"has {size} values: a head's size is a multiple of 4 that divides {hidden}")
+        return hidden // size
+
+    def _ratio(self, name: str, channels: int) -> int:
+        (values,) = self._shape(name, 1)
+        if values % (2 * channels**2):
+            raise self._error(name, f"has {values} values, which is no multiple of 2 x {channels} x {channels}")
+        return values // (2 * channels**2)
+
+    def _classes(self) -> int:
+        name = "y_embedder.embedding_table.weight"
+        rows = self._shape(name, 2)[0]
+        if rows < 2:
+            raise self._error(name, "has one row: beside no class there is none")
+        return rows - 1
+
+    def _blocks(self, stack: str) -> int:
+        numbers = self._numbers(rf"{stack}\.(0|[1-9]\d{{0,5}})\.")
+        for number in range(max(numbers, default=-1) + 1):
+            if number not in numbers:
+                raise self._error(f"{stack}.{number}", "is missing")
+            if number == _MOST_BLOCKS:
+                raise self._error(f"{stack}.{number}", f"is one of more than {_MOST_BLOCKS} blocks")
+        return len(numbers)
+
+    def _field_blocks(self) -> int:
+        """They follow the trunk's in the same list."""
+        numbers = self._numbers(r"blocks\.(0|[1-9]\d{0,5})\.param_generator1\.")
+        if not numbers:
+            raise self._error("blocks.*.param_generator1.0.weight", "is missing: there is no neural field")
+        return self._blocks("blocks") - min(numbers)
+
+    def _numbers(self, pattern: str) -> set[int]:
+        return {int(match[1]) for match in map(re.compile(pattern).match, self.found) if match}

@@ -23,6 +23,7 @@ def constant_table(make: Callable[P, T]) -> Callable[P, T]:
     @torch.compiler.assume_constant_result
     @functools.wraps(make)
     def table(*args: P.args, **kwargs: P.kwargs) -> T:
-        return remembered(*args, **kwargs)
+        made: T = remembered(*args, **kwargs)
+        return made
 
     return table

@@ -1,0 +1,210 @@
+"""What the `pixnerd checkpoint` commands do: show, fetch, import and export."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from infra.errors import CheckpointError, SettingsError
+from orchestration import terminal
+from orchestration.terminal import print_json
+from training import exchange
+from training import model as models
+from training.model import published
+from training.model.fit import Shape
+from training.model.presets import PRESETS, ModelConfig
+
+# The first prefix that fits names a tensor's part.
+_PARTS = {
+    "stem.": "stem",
+    "time.": "time embedding",
+    "text.blocks.": "text-refine blocks",
+    "text.": "text projection",
+    "label.": "label embedding",
+    "trunk.": "trunk",
+    "field.": "field",
+    "head.": "linear head",
+}
+_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' words for them
+
+
+# ------------------------------------------------------------------------------------------------ show
+
+
+def show_checkpoint(checkpoint: Path, *, as_json: bool) -> None:
+    """A folder of ours, or a file of the published layout; no weights are read."""
+    if checkpoint.is_file():
+        _show_file(checkpoint, as_json=as_json)
+        return
+    config, extra = models.read_config(checkpoint)
+    stored = models.read_header(checkpoint, config)
+    head_path = checkpoint / models.HEAD
+    head = models.header(head_path) if head_path.exists() else {}
+    facts = {
+        **_facts(config, {name: tensor.shape for name, tensor in stored.items()}),
+        "repa_head": _count(tensor.shape for tensor in head.values()),
+        "dtypes": Counter(_TYPES.get(tensor.dtype, tensor.dtype) for tensor in stored.values()),
+        "extra": extra,
+    }
+    if as_json:
+        print_json(facts)
+        return
+    _print_facts(config, facts)
+    if config.task == "text":
+        encoder = extra.get("text_encoder", "not said: import again with --text-encoder")
+        print(f"text encoder: {'its own, in the folder text' if encoder == 'text' else encoder}")
+    if origin := exchange.provenance(extra):
+        print("provenance:")
+        for name, value in origin.items():
+            print(f"  {name.replace('_', ' ')}: {_words(value)}")
+
+
+def _show_file(path: Path, *, as_json: bool) -> None:
+    found = published.read(path)
+    configs = {name: found.config(name) for name in found.networks}
+    networks = {
+        name: {
+            **_facts(config, {n: tuple(t.shape) for n, t in models.outline(config).state_dict().items()}),
+            "repa_head": _count(tuple(tensor.shape) for tensor in found.head.values()),
+            "dtypes": Counter(published.plain(tensor.dtype) for tensor in found.networks[name].values()),
+        }
+        for name, config in configs.items()
+    }
+    if as_json:
+        print_json({"networks": networks, "skipped": found.skipped})
+        return
+    print(f"{path.name}: a file of the published layout; it holds {_either(found.networks)}")
+    for prefix, count in found.skipped.items():
+        print(f"not imported: {count} tensors of {prefix}")
+    for name, facts in networks.items():
+        print(f"\n{name}:")
+        _print_facts(configs[name], facts)
+
+
+def _either(networks: Iterable[str]) -> str:
+    names = list(networks)
+    return f"the network {names[0]}" if len(names) == 1 else f"the networks {' and '.join(names)}"
+
+
+def _facts(config: ModelConfig, found: Mapping[str, Shape]) -> dict[str, Any]:
+    parts: Counter[str] = Counter()
+    for name, shape in found.items():
+        parts[next(part for prefix, part in _PARTS.items() if name.startswith(prefix))] += _count([shape])
+    ordered = {part: parts[part] for part in _PARTS.values() if part in parts}
+    return {"preset": preset_of(config), "settings": config.model_dump(mode="json"), "parameters": ordered}
+
+
+def _count(shapes: Iterable[Shape]) -> int:
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def preset_of(config: ModelConfig) -> str | None:
+    """Sizes with a name; the trained size does not belong to them, and the grid is chosen at each use."""
+    same = {"image_size": None, "fixed_grid": False}
+    wanted = config.model_copy(update=same)
+    return next((name for name, known in PRESETS.items() if known.model_copy(update=same) == wanted), None)
+
+
+def _print_facts(config: ModelConfig, facts: Mapping[str, Any]) -> None:
+    named = f" ({facts['preset']})" if facts["preset"] else ""
+    print(f"PixNerd, {config.task} to image{named}")
+    print(f"trunk: {config.blocks} blocks of width {config.hidden} with {config.heads} heads")
+    if config.task == "text":
+        print(
+            f"text: {config.text_blocks} refine blocks over at most {config.text_tokens} tokens of {config.text_dim} "
+            f"features, pads {'seen like words' if config.text_padding == 'published' else 'masked'}"
+        )
+    else:
+        print(f"labels: {config.classes} classes")
+    size = config.patch_size
+    if config.field_blocks:
+        print(
+            f"patches of {size} x {size} pixels, each a field of {config.field_blocks} blocks of "
+            f"{config.field_channels} channels, ratio {config.field_ratio}; code {config.coordinate_code}, "
+            f"norms {config.field_norm}"
+        )
+    else:
+        print(f"patches of {size} x {size} pixels, drawn by a linear head")
+    side = config.image_size
+    print(f"trained size: {f'{side} x {side}' if side else 'not known: import again with --trained-size'}")
+    parts = facts["parameters"]
+    rows = [[part, f"{count:,}"] for part, count in [*parts.items(), ("in all", sum(parts.values()))]]
+    if facts["repa_head"]:
+        rows.append(["beside it, the REPA head", f"{facts['repa_head']:,}"])
+    terminal.table(["part", "parameters"], rows)
+    print(f"types: {_words(facts['dtypes'])}")
+
+
+def _words(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{count} tensors of {name}" for name, count in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "nothing"
+    return str(value)
+
+
+# ------------------------------------------------------------------------------------------------ in and out
+
+
+def fetch_checkpoint(stage: str, folder: Path, store: str, *, as_json: bool) -> None:
+    from infra.records import CheckpointRecord, read_record
+    from infra.store import open_store
+    from orchestration.session import stage_records
+    from training import checkpoint as checkpoints
+
+    opened = open_store(store)
+    found = [r for r in stage_records(opened, "train") if r.stage == stage]
+    if not found:
+        known = sorted({r.stage for r in stage_records(opened, "train")})
+        raise CheckpointError(
+            f"{opened.url} holds no checkpoint of a stage `{stage}`",
+            remedy=f"it has {', '.join(known) or 'none at all'}",
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise SettingsError(f"the folder {folder} is not empty", remedy="name a new one")
+    newest = max(found, key=lambda record: record.started)
+    record = read_record(opened, newest.output["record"], CheckpointRecord)
+    checkpoints.fetch(opened, record, folder)
+    if as_json:
+        print_json(record.model_dump(mode="json"))
+    else:
+        print(f"step {record.step} of `{stage}` is in {folder}")
+
+
+def import_checkpoint(
+    file: Path,
+    folder: Path,
+    *,
+    network: Literal["ema", "raw"] | None,
+    trained_size: int | None,
+    text_encoder: str | None,
+    as_json: bool,
+) -> None:
+    exchange.import_file(file, folder, network=network, trained_size=trained_size, text_encoder=text_encoder)
+    config, extra = models.read_config(folder)
+    if as_json:
+        print_json({"folder": str(folder), "settings": config.model_dump(mode="json"), "extra": extra})
+        return
+    origin = exchange.provenance(extra)
+    named = f" ({name})" if (name := preset_of(config)) else ""
+    print(f"{folder}: the network {origin['network']} of {file.name}, {config.task} to image{named}")
+    print(f"not imported: {_words(origin['skipped'])}")
+    if config.image_size is None:
+        print("its trained size is not known: without --trained-size N it draws squares of the size asked for only")
+    if config.task == "text" and "text_encoder" not in extra:
+        print("its text encoder is not known: without --text-encoder it cannot draw")
+
+
+def export_checkpoint(
+    checkpoint: Path, file: Path, *, network: Literal["ema", "raw", "both"] | None, as_json: bool
+) -> None:
+    facts = exchange.export_folder(checkpoint, file, network=network)
+    if as_json:
+        print_json(facts)
+        return
+    print(f"{file}: {facts['tensors']} tensors under {', '.join(facts['prefixes'])}")
+    if facts["left_out"]:
+        print("its own text encoder has no place in this layout, and stays in the folder text of the checkpoint")

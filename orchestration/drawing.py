@@ -1,0 +1,355 @@
+"""`pixnerd sample`: what is asked for becomes pictures, a contact sheet and an index.
+
+A picture's PNG carries everything that decided its pixels, so a folder explains itself: a second call draws only what
+is missing, and pictures that another call made are never written over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from infra.config import digest
+from infra.errors import DataError, SettingsError
+from orchestration import sheet, terminal
+from orchestration.pictures import facts_of, save, version, writing, written_whole
+from orchestration.subjects import Subject, parse_seeds, read_labels, subjects
+from training import model as models
+from training.model import ModelConfig
+from training.sampling import Artist, SampleSettings, defaults, encoder_source, pixels, resolved
+
+INDEX, SHEET = "index.json", "sheet.png"
+_PICTURE = re.compile(r"\d{3,}-\d+\.png")
+_SHEET = re.compile(r"sheet(-\d+)?\.png")
+_FAST = 1  # compression of the steps' frames, of which there are many
+
+
+class Picture(NamedTuple):
+    file: str
+    subject: Subject
+    seed: int
+    facts: dict[str, Any]  # what decided its pixels
+
+    def frame(self, step: int, steps: int) -> Path:
+        return Path(Path(self.file).stem) / f"step-{step:0{len(str(steps))}d}.png"
+
+
+def draw(
+    checkpoint: Path,
+    out: Path,
+    prompts: Sequence[str],
+    *,
+    prompts_file: Path | None,
+    labels_file: Path | None,
+    seeds: str,
+    options: Mapping[str, Any],
+    device: str,
+    save_steps: bool,
+    as_json: bool,
+) -> None:
+    """`options` are sampling settings as the command line has them, without those that were not given."""
+    numbers, changes = parse_seeds(seeds), _changes(options)
+    config, extra = models.read_config(checkpoint)
+    if config.task == "text" and labels_file is not None:
+        raise SettingsError(f"{checkpoint} draws from prompts, not from labels", remedy="leave --labels out")
+    labels = read_labels(checkpoint, config.classes, extra, labels_file) if config.task == "class" else None
+    wanted = subjects(prompts, prompts_file, numbers, labels)
+    settings = resolved(checkpoint, defaults(checkpoint, changes))
+    place = find_device(device)
+    pictures = _pictures(wanted, settings, _origin(checkpoint, config, extra))
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    _refuse_others(out, pictures)
+    todo = [p for p in pictures if not _there(out, p, settings.steps if save_steps else 0)]
+    began = time.monotonic()
+    if todo:
+        with terminal.Screen(quiet=as_json) as screen:
+            screen.count("loading", 0, len(todo))
+            artist = Artist.load(checkpoint, place, settings)
+            _warn_of_long_prompts(artist, todo)
+            _draw(artist, out, todo, settings, save_steps, screen)
+    seconds = time.monotonic() - began
+    index = _conclude(out, wanted, pictures, settings, save_steps)
+    if as_json:
+        terminal.print_json({"folder": str(out), **index})
+        return
+    assert settings.size is not None
+    height, width = settings.size
+    new = f"{len(todo)} drawn on {place} in {seconds:.1f} s" if todo else "there already"
+    many = "1 picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
+    print(f"{many} of {height}x{width} (height x width) in {out}, {new}; see {out / SHEET}")
+
+
+# ------------------------------------------------------------------------------------------------ what is asked for
+
+
+def _changes(options: Mapping[str, Any]) -> dict[str, Any]:
+    changes = dict(options)
+    if "size" in changes:
+        changes["size"] = parse_size(changes["size"])
+    if "interval" in changes:
+        changes["interval"] = parse_interval(changes["interval"])
+    return changes
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """512, or 768x1024: height, then width."""
+    sides = text.lower().replace("×", "x").split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and int(side) for side in sides):
+        raise SettingsError(f"`{text}` is no size", remedy="write 512, or 768x1024: height, then width")
+    return int(sides[0]), int(sides[-1])
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise SettingsError(
+            f"`{text}` is no interval", remedy="write two times between 0 and 1, such as 0.1,1"
+        ) from None
+    return low, high
+
+
+def find_device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise SettingsError(f"there is no device `{name}`", remedy="name auto, cpu, cuda, or one GPU: cuda:1")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return "cuda" if gpus else "cpu"
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= gpus:
+        found = ", ".join(f"cuda:{number}" for number in range(gpus)) or "no GPU that PyTorch can use"
+        raise SettingsError(f"the device {name} is not there: this machine has {found}", remedy="use --device auto")
+    return name
+
+
+def _pictures(wanted: Sequence[Subject], settings: SampleSettings, origin: dict[str, Any]) -> list[Picture]:
+    """A prompt's pictures stand together, so that its text is encoded once."""
+    found = []
+    for number, subject in enumerate(wanted):
+        what = {"prompt": subject.prompt} | ({} if subject.label is None else {"label": subject.label})
+        for seed in subject.seeds:
+            # Through JSON and back, so that they are equal to what is read from a file.
+            facts = {**what, "seed": seed, "settings": settings.results(), "checkpoint": origin, "pixnerd": version()}
+            found.append(Picture(f"{number:03d}-{seed}.png", subject, seed, json.loads(json.dumps(facts))))
+    return found
+
+
+def _origin(folder: Path, config: ModelConfig, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint by its content: pictures of other weights under the same name are others."""
+    origin = {"name": folder.resolve().name, "model": digest(config)}
+    if config.task == "text":
+        source = encoder_source(folder, extra)
+        if isinstance(source, Path):
+            files = sorted(path for path in source.rglob("*") if path.is_file())
+            source = digest({path.relative_to(source).as_posix(): _sha256(path) for path in files})
+        origin["text_encoder"] = source
+    return origin | {"weights": _sha256(folder / models.WEIGHTS)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ what is there
+
+
+def _refuse_others(out: Path, pictures: Sequence[Picture]) -> None:
+    """Whatever has the name of a file of ours must be one of this very call."""
+    wanted = {picture.file: picture.facts for picture in pictures}
+    for path in [*sorted(out.glob("*.png")), *sorted(out.glob("*/step-*.png"))]:
+        frame = path.parent != out
+        name = f"{path.parent.name}.png" if frame else path.name
+        if not _PICTURE.fullmatch(name) and not _SHEET.fullmatch(name):
+            continue
+        found = facts_of(path)
+        if found is None:
+            raise _another(out, f"{path.relative_to(out)} is not from this command")
+        if _PICTURE.fullmatch(name):
+            if name not in wanted:
+                raise _another(out, f"it holds {path.relative_to(out)}, which this one does not draw")
+            if difference := _difference(found, wanted[name]):
+                raise _another(out, f"{path.relative_to(out)} has {difference}")
+    if (out / INDEX).exists() and not _is_index(out / INDEX):
+        raise _another(out, f"{INDEX} is not from this command")
+
+
+def _another(out: Path, why: str) -> SettingsError:
+    return SettingsError(f"{out} holds the pictures of another call: {why}", remedy="name another --out, or clear it")
+
+
+def _difference(there: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str:
+    """The first fact of ours that a file has otherwise; facts that decide nothing are not asked for."""
+    for key, value in now.items():
+        found = there.get(key)
+        if isinstance(value, dict) and isinstance(found, dict):
+            if inner := _difference(found, value, f"{path}{key}."):
+                return inner
+        elif found != value:
+            return f"{path}{key} {json.dumps(found)}, not {json.dumps(value)}"
+    return ""
+
+
+def _is_index(path: Path) -> bool:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(data, dict) and {"pixnerd", "pictures"} <= data.keys()
+
+
+def _there(out: Path, picture: Picture, frames: int) -> bool:
+    """A picture is written after its frames, but perhaps by a call that kept none."""
+    files = [Path(picture.file), *(picture.frame(step, frames) for step in range(1, frames + 1))]
+    return all((out / file).exists() for file in files)
+
+
+# ------------------------------------------------------------------------------------------------ drawing
+
+
+def _warn_of_long_prompts(artist: Artist, todo: Sequence[Picture]) -> None:
+    if artist.text is None:
+        return
+    cut = artist.too_long(list(dict.fromkeys(picture.subject.prompt for picture in todo)))
+    if cut:
+        prompt, tokens = max(cut.items(), key=lambda item: item[1])
+        who = "a prompt is" if len(cut) == 1 else f"{len(cut)} prompts are"
+        print(
+            f"warning: {who} cut after {artist.text.tokens} tokens, all that the network reads; "
+            f"{'it' if len(cut) == 1 else 'the longest'} has {tokens}: {_short(prompt)}",
+            file=sys.stderr,
+        )
+
+
+def _short(text: str, most: int = 60) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _draw(
+    artist: Artist,
+    out: Path,
+    todo: Sequence[Picture],
+    settings: SampleSettings,
+    save_steps: bool,
+    screen: terminal.Screen,
+) -> None:
+    machine = {"device": _machine(artist.device), "torch": torch.__version__}
+    if settings.compile:
+        screen.count("compiling", 0, len(todo))
+    for start in range(0, len(todo), settings.batch):
+        part = todo[start : start + settings.batch]
+        watch = _watch(out, part, start, len(todo), settings.steps, save_steps, screen)
+        what = [p.subject.prompt if p.subject.label is None else p.subject.label for p in part]
+        drawn = artist.batch(what, [p.seed for p in part], settings, watch)
+        for picture, picture_HW3 in zip(part, drawn, strict=True):
+            facts = {**picture.facts, "machine": machine}
+            save(out / picture.file, Image.fromarray(picture_HW3), picture.subject.prompt, facts)
+
+
+def _machine(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _watch(
+    out: Path, part: Sequence[Picture], start: int, total: int, steps: int, save_steps: bool, screen: terminal.Screen
+) -> Callable[[int, Tensor], None]:
+    """Tells how far a batch is, and writes each step's frames at once, so that none has to be kept."""
+    which = f"{start + 1}-{start + len(part)}" if len(part) > 1 else f"{start + 1}"
+
+    def watch(step: int, x_BCHW: Tensor) -> None:
+        if save_steps:
+            for picture, frame_HW3 in zip(part, pixels(x_BCHW), strict=True):
+                path = out / picture.frame(step, steps)
+                with writing(path):
+                    path.parent.mkdir(exist_ok=True)
+                facts = {**picture.facts, "step": step}
+                save(path, Image.fromarray(frame_HW3), picture.subject.prompt, facts, level=_FAST)
+        text = f"drawing {which} of {total}, step {step} of {steps}"
+        screen.count(text, start + len(part) * step / steps, total)
+
+    return watch
+
+
+# ------------------------------------------------------------------------------------------------ sheet and index
+
+
+def _conclude(
+    out: Path, wanted: Sequence[Subject], pictures: Sequence[Picture], settings: SampleSettings, save_steps: bool
+) -> dict[str, Any]:
+    """Sheet and index tell of the files as they are, those of an earlier call included."""
+    entries = []
+    for picture in pictures:
+        facts = {k: v for k, v in (facts_of(out / picture.file) or {}).items() if k not in ("checkpoint", "pixnerd")}
+        entry = {"file": picture.file, **facts, **_measured(out / picture.file)}
+        entries.append(entry | ({"steps": Path(picture.file).stem} if save_steps else {}))
+    origin = pictures[0].facts["checkpoint"]
+    names = _write_sheets(out, wanted, pictures, settings, origin["name"])
+    index = {"pixnerd": version(), "checkpoint": origin, "sheets": names, "pictures": entries}
+    with written_whole(out / INDEX) as unfinished:
+        unfinished.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return index
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    """Size, and the sha256 of the pixels: rows from the top, 8-bit red, green and blue of each."""
+    try:
+        with Image.open(path) as image:
+            pixels_sha256 = hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
+            return {"height": image.height, "width": image.width, "pixels_sha256": pixels_sha256}
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"{path} is damaged ({error})", remedy="delete it, and draw again") from None
+
+
+def _write_sheets(
+    out: Path, wanted: Sequence[Subject], pictures: Sequence[Picture], settings: SampleSettings, name: str
+) -> list[str]:
+    files: dict[Subject, list[Picture]] = {subject: [] for subject in wanted}
+    for picture in pictures:
+        files[picture.subject].append(picture)
+    rows = [
+        sheet.Row(_caption(subject), [out / p.file for p in some], [f"seed {p.seed}" for p in some])
+        for subject, some in files.items()
+    ]
+    assert settings.size is not None
+    names: list[str] = []
+    for image in sheet.sheets(name, _about(settings), rows, settings.size):
+        names.append(f"sheet-{len(names) + 1}.png" if names else SHEET)
+        save(out / names[-1], image, f"contact sheet of {name}", {"sheet": len(names)})
+    for path in out.glob("sheet-*.png"):  # an earlier call's larger cells may have needed more sheets
+        if _SHEET.fullmatch(path.name) and path.name not in names:
+            path.unlink()
+    return names
+
+
+def _caption(subject: Subject) -> str:
+    if subject.label is None:
+        return subject.prompt or "(no prompt)"
+    if not subject.prompt:
+        return "(no class)"
+    return f"class {subject.label}" + (f": {subject.prompt}" if subject.prompt != str(subject.label) else "")
+
+
+def _about(settings: SampleSettings) -> str:
+    assert settings.size is not None
+    low, high = settings.interval
+    return " · ".join(
+        [
+            f"{settings.solver}, {settings.steps} steps",
+            f"guidance {settings.guidance:g} on ({low:g}, {high:g})",
+            f"shift {settings.shift:g}",
+            f"{settings.size[0]}x{settings.size[1]} (height x width)",
+            f"{settings.precision}",
+            f"pixnerd {version()}",
+        ]
+    )

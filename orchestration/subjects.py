@@ -1,0 +1,196 @@
+"""What `pixnerd sample` is asked to draw: prompts or classes, from the line and from a file, each with its seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from infra.config import nearest
+from infra.errors import CheckpointError, SettingsError
+
+MOST_SEEDS = 100_000  # more can only be a slip of the finger
+
+
+class Subject(NamedTuple):
+    """One prompt, or one class under its name, and the seeds that it is drawn from."""
+
+    prompt: str
+    label: int | None
+    seeds: tuple[int, ...]
+
+
+class Asked(NamedTuple):
+    text: str
+    seeds: tuple[int, ...] | None  # None: those of the call
+
+
+def subjects(
+    line: Sequence[str], file: Path | None, seeds: Sequence[int], labels: Labels | None = None
+) -> list[Subject]:
+    """Everything asked for; what is asked twice is there once, at its first place, with the seeds of both."""
+    asked = [Asked(prompt, None) for prompt in line] + (read_prompts(file) if file is not None else [])
+    if not asked:
+        raise SettingsError(
+            "there is nothing to draw", remedy='give a prompt (an empty one, "", is one too), or --prompts FILE'
+        )
+    found: dict[tuple[str, int | None], dict[int, None]] = {}
+    for text, own in asked:
+        _check_text(text)
+        name, label = (text, None) if labels is None else labels.find(text)
+        found.setdefault((name, label), {}).update(dict.fromkeys(seeds if own is None else own))
+    return [Subject(name, label, tuple(own)) for (name, label), own in found.items()]
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SettingsError(f"the prompt {text!r} is not valid text", remedy="write it in UTF-8") from None
+
+
+# ------------------------------------------------------------------------------------------------ seeds
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """0, 0-3, or 1,5,9; each once, in the order given."""
+    found: dict[int, None] = {}
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        numbers = [first, last] if dash else [first, first]
+        if not all(number.isascii() and number.isdigit() for number in numbers):
+            raise _no_seeds(text)
+        low, high = map(int, numbers)
+        if not low <= high < 2**64:
+            raise _no_seeds(text)
+        if high - low >= MOST_SEEDS:
+            raise SettingsError(f"`{text}` names more than {MOST_SEEDS:,} seeds", remedy="draw fewer in one call")
+        found.update(dict.fromkeys(range(low, high + 1)))
+    return tuple(found)
+
+
+def _no_seeds(text: str) -> SettingsError:
+    return SettingsError(f"`{text}` names no seeds", remedy="write 0, 0-3, or 1,5,9")
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def read_prompts(path: Path) -> list[Asked]:
+    """.txt: one prompt a line, # begins a comment; .jsonl: objects with `prompt` and perhaps `seed` or `seeds`."""
+    if path.suffix not in (".txt", ".jsonl"):
+        raise SettingsError(f"{path} is of no known kind of prompt file", remedy="name a .txt or a .jsonl file")
+    lines = [(number, line.strip()) for number, line in enumerate(_read(path).split("\n"), start=1)]
+    kept = [(number, line) for number, line in lines if line and not line.startswith("#")]
+    if path.suffix == ".txt":
+        asked = [Asked(line, None) for _, line in kept]
+    else:
+        asked = [_row(line, f"line {number} of {path}") for number, line in kept]
+    if not asked:
+        raise SettingsError(f"{path} holds no prompts", remedy="write one a line")
+    return asked
+
+
+def _row(line: str, where: str) -> Asked:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"{where} is not JSON ({error.msg})", remedy='write {"prompt": "..."}') from None
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    if isinstance(prompt, int) and not isinstance(prompt, bool):
+        prompt = str(prompt)
+    if not isinstance(prompt, str):
+        raise SettingsError(f"{where} has no `prompt`", remedy='write {"prompt": "...", "seeds": [0, 1]}')
+    if "seed" in row and "seeds" in row:
+        raise SettingsError(f"{where} has both `seed` and `seeds`", remedy="write one of them")
+    seeds = row.get("seeds", row.get("seed"))
+    if seeds is None:
+        return Asked(prompt, None)
+    text = ",".join(map(str, seeds)) if isinstance(seeds, list) else str(seeds)
+    try:
+        return Asked(prompt, parse_seeds(text))
+    except SettingsError as error:
+        raise SettingsError(f"{where}: {error.message}", remedy=error.remedy) from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise SettingsError(f"there is no file {path}", remedy="check the path") from None
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read ({error.strerror})", remedy="check the path") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} is not UTF-8 text (byte {error.start})", remedy="save it as UTF-8") from None
+
+
+# ------------------------------------------------------------------------------------------------ labels
+
+
+class Labels:
+    """The classes of a class-to-image checkpoint, by number and, where they have names, by name."""
+
+    def __init__(self, classes: int, names: Sequence[str] | None = None) -> None:
+        self.classes, self.names = classes, names
+        self._numbers: dict[str, list[int]] = {}  # a whole name, or one of several between commas, in small letters
+        for number, name in enumerate(names or []):
+            for part in dict.fromkeys([name, *name.split(",")]):
+                self._numbers.setdefault(part.strip().casefold(), []).append(number)
+
+    def find(self, text: str) -> tuple[str, int]:
+        """A class's name and number; the empty prompt is no class at all, for which a label of its own stands."""
+        text = text.strip()
+        if not text:
+            return "", self.classes
+        if text.removeprefix("-").isdecimal():
+            return self._numbered(int(text))
+        if not self.names:
+            raise SettingsError(
+                f"{text!r} is no label number, and this checkpoint's classes have no names",
+                remedy=f"give a number from 0 to {self.classes - 1}, or --labels FILE with a name a line",
+            )
+        # The name as a whole goes before one of its parts: `crane` may be a bird's only name and a machine's second.
+        whole = [number for number, name in enumerate(self.names) if name.strip().casefold() == text.casefold()]
+        numbers = whole or list(dict.fromkeys(self._numbers.get(text.casefold(), [])))
+        if len(numbers) > 1:
+            raise SettingsError(
+                f"{len(numbers)} classes are called {text!r}", remedy=f"give the number: {_either(numbers)}"
+            )
+        if not numbers:
+            near = nearest(text.casefold(), self._numbers)
+            hint = f"did you mean {near!r} ({_either(self._numbers[near])})?" if near else "give its number instead"
+            raise SettingsError(f"there is no class {text!r}", remedy=hint)
+        return self._numbered(numbers[0])
+
+    def _numbered(self, number: int) -> tuple[str, int]:
+        if not 0 <= number < self.classes:
+            raise SettingsError(
+                f"there is no class {number}",
+                remedy=f'give a number from 0 to {self.classes - 1}, or "" for a picture of no class',
+            )
+        return (self.names[number] if self.names else str(number)), number
+
+
+def _either(numbers: Iterable[int]) -> str:
+    return " or ".join(map(str, dict.fromkeys(numbers)))
+
+
+def read_labels(folder: Path, classes: int, extra: Mapping[str, Any], file: Path | None) -> Labels:
+    """The names come from a file of the caller's, else from the checkpoint's own settings, else there are none."""
+    if file is not None:
+        names = [line.strip() for line in _read(file).splitlines()]
+        if len(names) != classes:
+            raise SettingsError(
+                f"{file} has {len(names)} lines, {folder} has {classes} classes", remedy="write one name a line"
+            )
+        return Labels(classes, names)
+    own = extra.get("labels")
+    if own is None:
+        return Labels(classes)
+    if not isinstance(own, list) or len(own) != classes or not all(isinstance(name, str) for name in own):
+        raise CheckpointError(
+            f"{folder}: extra.labels of its config.json is not a list of {classes} names",
+            remedy="correct it, or take it out and give --labels FILE",
+        )
+    return Labels(classes, own)
