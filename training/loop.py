@@ -183,8 +183,8 @@ def _build(job: Job, folder: Path) -> Parts:
             where = checkpoint.fetch_files(job.store, where, folder / "vision")
         vision = VisionEncoder(where)
         head = RepaHead(net.config.hidden, vision.width)
-        if inherited is not None and (inherited / "repa.safetensors").exists():
-            checkpoint.load_part(inherited / "repa.safetensors", head, "the REPA head")
+        if inherited is not None and (inherited / models.HEAD).exists():
+            checkpoint.load_part(inherited / models.HEAD, head, "the REPA head")
     if settings.compile:
         compile_network(net)
     trained = Trained(net, head, text if settings.train_text else None, settings.objective)
@@ -276,7 +276,7 @@ def _publish(job: Job, parts: Parts, engine: Engine, ema: Ema, curve: list[dict[
             if own_text:
                 parts.text.save(folder / "text")
             if parts.trained.head is not None:
-                save_file(parts.trained.head.state_dict(), folder / "repa.safetensors")
+                save_file(parts.trained.head.state_dict(), folder / models.HEAD)
 
         checkpoint.publish(
             job.store,

@@ -8,7 +8,6 @@ time that the matrix products alone take at the rate given by --tflops.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.bench import plain_pixnerd as plain
-from tests.bench.sides import Side, compare, show
+from tests.bench.sides import Side, compare, show, show_floor
 from tests.training import golden
 from training.compiled import compile_network
 from training.diffusion.objective import velocity_loss
@@ -178,19 +177,14 @@ def on_gpu(options: argparse.Namespace) -> None:
             print(f"\ntraining step, {size} px, batch {batch}")
             times = bench.train(batch)
             show(times, _there(options.sides))
-            _floor(times, TRAIN_TFLOP[size] * batch / options.tflops)
+            show_floor(times, TRAIN_TFLOP[size] * batch / options.tflops)
         # Guided steps take two passes; with shift 3, seven of the 25 lie outside of the interval.
         passes = sum(2 if INTERVAL[0] < t < INTERVAL[1] else 1 for t in timesteps(25, 3.0)[:-1])
         for prompts, each in ((1, 1), (2, 4)) if "sample" in options.what else ():
             print(f"\nsampling, {size} px, {prompts} prompts x {each} images, 25 steps")
             times = bench.sample(prompts, each)
             show(times, _there(options.sides))
-            _floor(times, FORWARD_TFLOP[size] * passes * prompts * each / options.tflops)
-
-
-def _floor(times: dict[str, list[float]], seconds: float) -> None:
-    for name, found in times.items():
-        print(f"{name}: {statistics.median(found) / seconds:.2f} times the floor of {seconds * 1e3:.1f} ms")
+            show_floor(times, FORWARD_TFLOP[size] * passes * prompts * each / options.tflops)
 
 
 def _there(sides: list[str]) -> tuple[str, ...]:

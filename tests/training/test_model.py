@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from infra.errors import SettingsError
+from training.kernels import field_product, plain, tiled
 from training.model import PRESETS, ModelConfig, PixNerd, Text, preset
-from training.model.blocks import RMSNorm
-from training.model.field import FieldBlock, TiledFieldProduct, coordinates, field_product
+from training.model.field import Field, FieldBlock, coordinates
 
 SMALL = {
     "image_size": 16,
@@ -182,25 +182,31 @@ def test_image_prediction_still_gives_a_velocity():
 def test_gradients_of_the_field_product(normalise2: bool):
     torch.manual_seed(0)
     x, gain, w = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5, 4), (4,), (3, 64)))
-    assert torch.autograd.gradcheck(lambda *a: TiledFieldProduct.apply(*a, normalise2), (x, gain, w))
+    assert torch.autograd.gradcheck(lambda *a: field_product(*a, normalise2), (x, gain, w))
+
+
+@pytest.mark.parametrize("norm", ["fc1", "fc1_fc2", "fc1_fc2_out"])
+@pytest.mark.parametrize("task", ["text", "class"])
+def test_gradients_of_the_whole_field(norm: str, task: str):
+    torch.manual_seed(0)
+    field = Field(ModelConfig(**{**SMALL, "hidden": 8, "field_channels": 4, "field_norm": norm, "task": task})).double()
+    pixels, s = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 6, 3), (2, 8)))
+    assert torch.autograd.gradcheck(lambda *a: field(*a, 2, 3), (pixels, s))
 
 
 @pytest.mark.parametrize("normalise2", [False, True])
 def test_the_tiled_field_product_is_the_plain_one_over_several_tiles(normalise2: bool):
     torch.manual_seed(0)
-    norm = RMSNorm(16, weight_in_fp32=True)
-    torch.nn.init.normal_(norm.weight)
-    # 1,100 patches of 64 pixels x 32 values: more than one tile, and a last one that is not full
-    values = [torch.randn(1100, 64, 16), norm.weight.detach(), torch.randn(1100, 2 * 16 * 32)]
+    # 200 patches of 64 pixels x 32 values, 128 to a tile: the last one is not full
+    values = [torch.randn(200, 64, 16), torch.randn(16), torch.randn(200, 2 * 16 * 32)]
     results = []
-    for tiled in (True, False):
+    for product in (tiled.field_product, plain.field_product):
         x, gain, w = (value.clone().requires_grad_() for value in values)
-        norm.weight = torch.nn.Parameter(gain) if tiled else norm.weight
-        out = TiledFieldProduct.apply(x, gain, w, normalise2) if tiled else field_product(x, norm, w, normalise2)
+        out = product(x, gain, w, normalise2)
         out.square().sum().backward()
-        results.append((out, x.grad, gain.grad if tiled else norm.weight.grad, w.grad))
-    for tiled, plain in zip(*results, strict=True):
-        torch.testing.assert_close(tiled, plain, rtol=1e-4, atol=float(plain.detach().abs().max()) * 1e-5)
+        results.append((out, x.grad, gain.grad, w.grad))
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=float(slow.detach().abs().max()) * 1e-5)
 
 
 def test_field_weights_matter_only_by_their_columns_directions():

@@ -4,7 +4,8 @@
     norm_modulate   norm(x) (1 + scale) + shift
     norm_rotate     rotary positions of norm(q) and norm(k)
 
-Each takes the kernel for CUDA tensors of one type, and `plain`'s form of the same name for any others.
+Each takes the kernel for CUDA tensors of one type, and `plain`'s form of the same name for any others; the field has a
+form of its own for a CPU as well (`tiled`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from training.kernels import plain
+from training.kernels import plain, tiled
 
 __all__ = ["field_product", "norm_modulate", "norm_rotate"]
 
@@ -23,6 +24,9 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def field_product(x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool) -> Tensor:
+    if x_PKC.is_cpu and x_PKC.dtype in (torch.float32, torch.float64):
+        out_PKC: Tensor = tiled.field_product(x_PKC, gain_C, w_PW, normalise2)
+        return out_PKC
     if not _for_kernel(x_PKC, gain_C, w_PW):
         return plain.field_product(x_PKC, gain_C, w_PW, normalise2)
     from training.kernels import field

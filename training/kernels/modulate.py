@@ -125,6 +125,7 @@ def norm_modulate(
         **constants(hidden),
         WEIGHT_IN_FP32=weight_in_fp32,
         ROWS=ROWS["forward"],
+        enable_fp_fusion=True,
     )
     return out_BNH
 
@@ -151,6 +152,7 @@ def _backward(
         _image_stride(scale_B1H),
         **constants(hidden),
         ROWS=ROWS["backward"],
+        enable_fp_fusion=True,
     )
     g_shift, g_unit = sums_BS2H.sum(1).split(1, dim=1)
     g_scale, g_weight = g_unit * weight_H, (g_unit * (1 + scale_B1H.float())).sum((0, 1))

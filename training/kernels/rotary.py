@@ -142,6 +142,7 @@ def norm_rotate(x_BNhd: Tensor, weight_d: Tensor, cos_ND: Tensor, sin_ND: Tensor
         *x_BNhd.stride()[:3],
         **sizes,
         WEIGHT_IN_FP32=weight_in_fp32,
+        enable_fp_fusion=True,
     )
     return out_BNhd
 
@@ -168,6 +169,7 @@ def _backward(
         *x_BNhd.stride()[:3],
         *g_BNhd.stride()[:3],
         **sizes,
+        enable_fp_fusion=True,
     )
     return g_x, g_weight.sum(0).to(weight_d.dtype)
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.model.field import EPS
-from training.model.field import _matrices as matrices
+from training.kernels.plain import EPS, matrices
 
 TILE = 2**20  # bytes of the largest thing between in and out
 

@@ -51,6 +51,8 @@ def save(
         unfinished = Path(name)
         save_file({name: t.detach().contiguous().cpu() for name, t in state.items()}, unfinished / WEIGHTS)
         (unfinished / CONFIG).write_text(text, encoding="utf-8")
+        # safetensors lets nobody but the owner read; whoever may read the settings may read the weights.
+        (unfinished / WEIGHTS).chmod((unfinished / CONFIG).stat().st_mode)
         for file in (WEIGHTS, CONFIG):  # the settings come last: without them the folder is no checkpoint
             _sync(unfinished / file)
             (unfinished / file).replace(folder / file)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.kernels import norm_modulate, norm_rotate
+from training.kernels.plain import rms_norm
+
 if TYPE_CHECKING:
     from training.model.embed import RotaryTable, TextTokens
     from training.model.presets import ModelConfig
-
-
-EPS = 1e-6  # of every norm
 
 
 class RMSNorm(nn.Module):
@@ -28,18 +28,15 @@ class RMSNorm(nn.Module):
         self.weight_in_fp32 = weight_in_fp32
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        shape = self.weight.shape
-        if x.dtype == wide or self.weight_in_fp32:
-            return F.rms_norm(x.to(wide), shape, self.weight.to(wide), eps=EPS).to(x.dtype)
-        return F.rms_norm(x.to(wide), shape, eps=EPS).to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.weight_in_fp32)
 
+    def modulated(self, x_BNH: Tensor, shift_B1H: Tensor, scale_B1H: Tensor) -> Tensor:
+        return norm_modulate(x_BNH, self.weight, shift_B1H, scale_B1H, self.weight_in_fp32)
 
-def rotate(x_BNhd: Tensor, table: RotaryTable) -> Tensor:
-    """Rotary positions in real numbers: (a, b) -> (a cos - b sin, a sin + b cos) for each pair of a head."""
-    cos, sin = table.cos[:, None], table.sin[:, None]
-    a, b = x_BNhd.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x_BNhd.dtype)
+    def rotated(self, x_BNhd: Tensor, table: RotaryTable | None) -> Tensor:
+        if table is None:
+            return rms_norm(x_BNhd, self.weight, self.weight_in_fp32)
+        return norm_rotate(x_BNhd, self.weight, table.cos, table.sin, self.weight_in_fp32)
 
 
 class Attention(nn.Module):
@@ -59,9 +56,7 @@ class Attention(nn.Module):
         self, x_BNH: Tensor, rotary: RotaryTable | None, text: TextTokens | None, mask: Tensor | None
     ) -> Tensor:
         q, k, v = self.qkv(x_BNH).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k = self.q_norm.rotated(q, rotary), self.k_norm.rotated(k, rotary)
         if self.kv_text is not None and text is not None:
             k_text, v_text = self.kv_text(text.y_RTH).unflatten(-1, (2, -1, self.head_dim)).unbind(2)
             k_text = self.k_norm(k_text)
@@ -110,7 +105,7 @@ class Block(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond_BH)[:, None].chunk(6, dim=-1)
-        y = self.attn(torch.addcmul(shift1, self.norm1(x_BNH), 1 + scale1), rotary, text, mask)
+        y = self.attn(self.norm1.modulated(x_BNH, shift1, scale1), rotary, text, mask)
         x_BNH = torch.addcmul(x_BNH, gate1, y)
-        y = self.mlp(torch.addcmul(shift2, self.norm2(x_BNH), 1 + scale2))
+        y = self.mlp(self.norm2.modulated(x_BNH, shift2, scale2))
         return torch.addcmul(x_BNH, gate2, y)

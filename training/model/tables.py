@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
-P = ParamSpec("P")
-T = TypeVar("T")
+Make = TypeVar("Make", bound=Callable[..., Any])
 
 
-def constant_table(make: Callable[P, T]) -> Callable[P, T]:
+def constant_table(make: Make) -> Make:
     """Remember what was made of the same arguments; a compiler takes the result as it is and does not look inside."""
 
     @functools.lru_cache(maxsize=64)
-    def remembered(*args: P.args, **kwargs: P.kwargs) -> T:
+    def remembered(*args: Any) -> Any:
         with torch.inference_mode(False), torch.no_grad():  # or the first caller's mode would stick to the table
-            return make(*args, **kwargs)
+            return make(*args)
 
     @torch.compiler.assume_constant_result
     @functools.wraps(make)
-    def table(*args: P.args, **kwargs: P.kwargs) -> T:
-        made: T = remembered(*args, **kwargs)
-        return made
+    def table(*args: Any) -> Any:
+        return remembered(*args)
 
-    return table
+    return cast(Make, table)

@@ -1,0 +1,305 @@
+"""The field's product for a GPU: a program holds one patch's weights and walks over that patch's pixels.
+
+Nothing between in and out touches memory, and nothing is kept: backward works it out again. A patch's sums are one
+program's own and run in a fixed order, so results repeat bit for bit; the gain belongs to all patches, so each program
+writes its part of the gain's gradient, and the parts are summed afterwards.
+
+Shapes as in the twin, `plain.field_product`. BK, BC, BI: the powers of two that hold as many pixels, all channels, and
+as many inner values as a program handles at once. Where I is larger than BI, it is cut into chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.kernels.plain import EPS, matrices
+
+_EPS = tl.constexpr(EPS)
+
+
+@triton.jit
+def _tanh(a: tl.tensor, FAST: tl.constexpr) -> tl.tensor:
+    if FAST:
+        # One instruction, and closer than bf16 rounds. An exponential and a division are two on the same slow unit,
+        # which would then be as busy as the memory.
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [a], tl.float32, is_pure=True, pack=1)
+    return 2 * tl.sigmoid(2 * a) - 1
+
+
+@triton.jit
+def _places(
+    first: tl.tensor, CHANNELS: tl.constexpr, INNER: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr
+) -> tl.tensor:
+    """Where a patch has W1's columns from `first` on, and the rows of W2 that they meet; and what of it is there."""
+    c, i = tl.arange(0, BC), first + tl.arange(0, BI)
+    at1_CI = c[:, None] * INNER + i[None, :]
+    at2_IC = CHANNELS * INNER + i[:, None] * CHANNELS + c[None, :]
+    return (
+        at1_CI,
+        (c[:, None] < CHANNELS) & (i[None, :] < INNER),
+        at2_IC,
+        (i[:, None] < INNER) & (c[None, :] < CHANNELS),
+    )
+
+
+@triton.jit
+def _inverse(w: tl.tensor) -> tl.tensor:
+    """One over the length of each column, 1e12 at most."""
+    wide = w.to(tl.float32)
+    return tl.rsqrt(tl.maximum(tl.sum(wide * wide, 0), 1e-24))
+
+
+@triton.jit
+def _inverse_rms(x_KC: tl.tensor, CHANNELS: tl.constexpr) -> tl.tensor:
+    wide = x_KC.to(tl.float32)
+    return tl.rsqrt(tl.sum(wide * wide, 1) / CHANNELS + _EPS)[:, None]
+
+
+@triton.jit
+def _unit_weights(
+    w_ptr: tl.tensor,
+    gain_C: tl.tensor,
+    first: tl.tensor,
+    CHANNELS: tl.constexpr,
+    INNER: tl.constexpr,
+    NORMALISE2: tl.constexpr,
+    BC: tl.constexpr,
+    BI: tl.constexpr,
+) -> tl.tensor:
+    """A chunk of W1 and W2 with columns of unit length; the gain is in W1, which is smaller than what it meets."""
+    at1_CI, inside1, at2_IC, inside2 = _places(first, CHANNELS, INNER, BC, BI)
+    w1_CI = tl.load(w_ptr + at1_CI, mask=inside1, other=0.0)
+    w1_CI = (w1_CI.to(tl.float32) * _inverse(w1_CI)[None, :] * gain_C[:, None]).to(w1_CI.dtype)
+    w2_IC = tl.load(w_ptr + at2_IC, mask=inside2, other=0.0)
+    if NORMALISE2:
+        w2_IC = (w2_IC.to(tl.float32) * _inverse(w2_IC)[None, :]).to(w2_IC.dtype)
+    return w1_CI, w2_IC
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr: tl.tensor,
+    gain_ptr: tl.tensor,
+    w_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    K: tl.tensor,
+    CHANNELS: tl.constexpr,
+    INNER: tl.constexpr,
+    NORMALISE2: tl.constexpr,
+    FAST: tl.constexpr,
+    BK: tl.constexpr,
+    BC: tl.constexpr,
+    BI: tl.constexpr,
+) -> None:
+    patch = tl.program_id(0).to(tl.int64)
+    x_ptr += patch * K * CHANNELS
+    out_ptr += patch * K * CHANNELS
+    w_ptr += patch * 2 * CHANNELS * INNER
+    c = tl.arange(0, BC)
+    half_gain_C = 0.5 * tl.load(gain_ptr + c, mask=c < CHANNELS, other=0.0).to(tl.float32)
+    if INNER <= BI:
+        w1_CI, w2_IC = _unit_weights(w_ptr, half_gain_C, 0, CHANNELS, INNER, NORMALISE2, BC, BI)
+    for start in tl.range(0, K, BK, num_stages=2):
+        k = start + tl.arange(0, BK)
+        at_KC, inside = k[:, None] * CHANNELS + c[None, :], (k[:, None] < K) & (c[None, :] < CHANNELS)
+        x_KC = tl.load(x_ptr + at_KC, mask=inside, other=0.0)
+        unit_KC = (x_KC.to(tl.float32) * _inverse_rms(x_KC, CHANNELS)).to(x_KC.dtype)
+        y_KC = tl.zeros([BK, BC], tl.float32)
+        for first in tl.range(0, INNER, BI, num_stages=1):
+            if INNER > BI:
+                w1_CI, w2_IC = _unit_weights(w_ptr, half_gain_C, first, CHANNELS, INNER, NORMALISE2, BC, BI)
+            # With a = 2 half: SiLU(a) = half (1 + tanh(half)).
+            half_KI = tl.dot(unit_KC, w1_CI, input_precision="ieee")
+            h_KI = (half_KI + half_KI * _tanh(half_KI, FAST)).to(x_KC.dtype)
+            y_KC = tl.dot(h_KI, w2_IC, acc=y_KC, input_precision="ieee")
+        tl.store(out_ptr + at_KC, (x_KC.to(tl.float32) + y_KC).to(x_KC.dtype), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    x_ptr: tl.tensor,
+    gain_ptr: tl.tensor,
+    w_ptr: tl.tensor,
+    g_ptr: tl.tensor,
+    g_x_ptr: tl.tensor,
+    g_gain_ptr: tl.tensor,
+    g_w_ptr: tl.tensor,
+    K: tl.tensor,
+    CHANNELS: tl.constexpr,
+    INNER: tl.constexpr,
+    NORMALISE2: tl.constexpr,
+    FAST: tl.constexpr,
+    BK: tl.constexpr,
+    BC: tl.constexpr,
+    BI: tl.constexpr,
+) -> None:
+    """One patch and one chunk: the chunk's own part of g_w, and what it adds to the patch's g_x and to g_gain.
+
+    Inner values stand as [I, K], so that what leaves one product is the next one's left side, in registers. W is
+    multiplied as it lies in memory; the lengths of its columns, and the gain, go into what it meets.
+    """
+    patch, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    part = chunk * tl.num_programs(0) + patch
+    x_ptr += patch * K * CHANNELS
+    g_ptr += patch * K * CHANNELS
+    g_x_ptr += part * K * CHANNELS
+    w_ptr += patch * 2 * CHANNELS * INNER
+    g_w_ptr += patch * 2 * CHANNELS * INNER
+    c = tl.arange(0, BC)
+    gain_C = tl.load(gain_ptr + c, mask=c < CHANNELS, other=0.0).to(tl.float32)
+    at1_CI, inside1, at2_IC, inside2 = _places(chunk * BI, CHANNELS, INNER, BC, BI)
+    w1_CI = tl.load(w_ptr + at1_CI, mask=inside1, other=0.0)
+    w2_IC = tl.load(w_ptr + at2_IC, mask=inside2, other=0.0)
+    half_inverse1_I1 = 0.5 * _inverse(w1_CI)[:, None]
+    if NORMALISE2:
+        inverse2_C = _inverse(w2_IC)
+    g_gain_KC = tl.zeros([BK, BC], tl.float32)
+    g_w1_IC = tl.zeros([BI, BC], tl.float32)
+    g_w2_IC = tl.zeros([BI, BC], tl.float32)
+    for start in tl.range(0, K, BK, num_stages=2):
+        k = start + tl.arange(0, BK)
+        at_KC, inside = k[:, None] * CHANNELS + c[None, :], (k[:, None] < K) & (c[None, :] < CHANNELS)
+        x_KC = tl.load(x_ptr + at_KC, mask=inside, other=0.0)
+        g_KC = tl.load(g_ptr + at_KC, mask=inside, other=0.0)
+        inverse_K1 = _inverse_rms(x_KC, CHANNELS)
+        normed_KC = (x_KC.to(tl.float32) * inverse_K1 * gain_C[None, :]).to(x_KC.dtype)
+        g_y_KC = g_KC
+        if NORMALISE2:
+            g_y_KC = (g_KC.to(tl.float32) * inverse2_C[None, :]).to(x_KC.dtype)
+
+        # With a = 2 half and t = tanh(half): h = SiLU(a) = half (1 + t), and SiLU'(a) = (1 + h + t (1 - h)) / 2.
+        half_IK = tl.dot(tl.trans(w1_CI), tl.trans(normed_KC), input_precision="ieee")
+        g_h_IK = tl.dot(w2_IC, tl.trans(g_y_KC), input_precision="ieee")
+        half_IK *= half_inverse1_I1
+        t_IK = _tanh(half_IK, FAST)
+        h_IK = half_IK + half_IK * t_IK
+        g_a_IK = (g_h_IK * half_inverse1_I1 * (1 + h_IK + t_IK * (1 - h_IK))).to(x_KC.dtype)
+        g_w2_IC = tl.dot(h_IK.to(x_KC.dtype), g_y_KC, acc=g_w2_IC, input_precision="ieee")
+        g_w1_IC = tl.dot(g_a_IK, normed_KC, acc=g_w1_IC, input_precision="ieee")
+
+        g_normed_KC = tl.trans(tl.dot(w1_CI, g_a_IK, input_precision="ieee"))
+        unit_KC = x_KC.to(tl.float32) * inverse_K1
+        g_gain_KC += g_normed_KC * unit_KC
+        g_unit_KC = g_normed_KC * gain_C[None, :]
+        along_K1 = tl.sum(g_unit_KC * unit_KC, 1)[:, None] / CHANNELS
+        g_x_KC = (g_unit_KC - unit_KC * along_K1) * inverse_K1
+        if chunk == 0:
+            g_x_KC += g_KC.to(tl.float32)
+        tl.store(g_x_ptr + at_KC, g_x_KC.to(x_KC.dtype), mask=inside)
+    tl.store(g_gain_ptr + part * CHANNELS + c, tl.sum(g_gain_KC, 0), mask=c < CHANNELS)
+
+    # A column's length changes nothing, so the part of the gradient along the column is taken out.
+    w1_IC = tl.trans(tl.load(w_ptr + at1_CI, mask=inside1, other=0.0)).to(tl.float32)
+    along1_I1 = tl.sum(g_w1_IC * w1_IC, 1)[:, None] * (4 * half_inverse1_I1 * half_inverse1_I1)
+    g_w1_IC = (g_w1_IC - w1_IC * along1_I1).to(w1_CI.dtype)
+    tl.store(g_w_ptr + at1_CI, tl.trans(g_w1_IC), mask=inside1)
+    if NORMALISE2:
+        w2_IC = tl.load(w_ptr + at2_IC, mask=inside2, other=0.0)
+        along2_C = tl.sum(g_w2_IC * w2_IC.to(tl.float32), 0) * (inverse2_C * inverse2_C)
+        g_w2_IC -= w2_IC.to(tl.float32) * along2_C[None, :]
+    tl.store(g_w_ptr + at2_IC, g_w2_IC.to(w1_CI.dtype), mask=inside2)
+
+
+class Launch(NamedTuple):
+    """How a kernel is compiled: sizes that are constants in it, and warps and registers of a program."""
+
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+def launch(channels: int, inner: int, pixels: int, dtype: torch.dtype, normalise2: bool, *, backward: bool) -> Launch:
+    """Two (backward) or four programs fit a multiprocessor at once, so that one's loads hide behind another's work."""
+    wide = dtype == torch.float32
+    block_c = max(16, triton.next_power_of_2(channels))
+    block_i = min(max(16, triton.next_power_of_2(inner)), 2**13 // block_c)
+    block_k = 16 if wide else 32 if backward else 64
+    constants = {
+        "CHANNELS": channels,
+        "INNER": inner,
+        "NORMALISE2": normalise2,
+        "BK": min(block_k, max(16, triton.next_power_of_2(pixels))),
+        "BC": block_c,
+        "BI": block_i,
+    }
+    large = block_c * block_i == 2**13
+    whole = large and inner <= block_i and not wide
+    options = {
+        "num_warps": 8 if large and (backward or wide) else 4,
+        "maxnreg": 128 if whole else None,
+        "enable_fp_fusion": True,
+    }
+    return Launch(constants, options)
+
+
+@torch.library.custom_op("pixnerd::field_product", mutates_args=())
+def _field_product(x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool) -> Tensor:
+    x_PKC, gain_C, w_PW = x_PKC.contiguous(), gain_C.contiguous(), w_PW.contiguous()
+    patches, pixels, channels = x_PKC.shape
+    out_PKC = torch.empty_like(x_PKC)
+    inner = w_PW.shape[1] // (2 * channels)
+    constants, options = launch(channels, inner, pixels, x_PKC.dtype, normalise2, backward=False)
+    forward_kernel[(patches,)](x_PKC, gain_C, w_PW, out_PKC, pixels, **constants, FAST=_fast(x_PKC), **options)
+    return out_PKC
+
+
+@torch.library.custom_op("pixnerd::field_product_backward", mutates_args=())
+def _field_product_backward(
+    g_PKC: Tensor, x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    g_PKC, x_PKC, gain_C, w_PW = g_PKC.contiguous(), x_PKC.contiguous(), gain_C.contiguous(), w_PW.contiguous()
+    patches, pixels, channels = x_PKC.shape
+    inner = w_PW.shape[1] // (2 * channels)
+    constants, options = launch(channels, inner, pixels, x_PKC.dtype, normalise2, backward=True)
+    chunks = triton.cdiv(inner, constants["BI"])
+    g_x = x_PKC.new_empty(chunks, patches, pixels, channels)
+    g_gain = x_PKC.new_empty(chunks * patches, channels, dtype=torch.float32)
+    g_w = torch.empty_like(w_PW)
+    backward_kernel[(patches, chunks)](
+        x_PKC, gain_C, w_PW, g_PKC, g_x, g_gain, g_w, pixels, **constants, FAST=_fast(x_PKC), **options
+    )
+    return g_x.sum(0) if chunks > 1 else g_x[0], g_gain.sum(0).to(gain_C.dtype), g_w
+
+
+@_field_product.register_fake
+def _(x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool) -> Tensor:
+    return x_PKC.new_empty(x_PKC.shape)
+
+
+@_field_product_backward.register_fake
+def _(g_PKC: Tensor, x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return x_PKC.new_empty(x_PKC.shape), gain_C.new_empty(gain_C.shape), w_PW.new_empty(w_PW.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.normalise2 = inputs[3]
+
+
+def _gradients(ctx: Any, g_PKC: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *_field_product_backward(g_PKC, *ctx.saved_tensors, ctx.normalise2), None
+
+
+_field_product.register_autograd(_gradients, setup_context=_save)
+
+
+def _fast(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float32
+
+
+def field_product(x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool) -> Tensor:
+    channels = x_PKC.shape[-1]
+    if normalise2:
+        w1_PCI, w2_PIC = matrices(w_PW, channels)
+        constants, _ = launch(channels, w1_PCI.shape[-1], x_PKC.shape[1], x_PKC.dtype, normalise2, backward=True)
+        if w1_PCI.shape[-1] > constants["BI"]:
+            # W2's columns run through all chunks, of which a program sees one.
+            w_PW = torch.cat([w1_PCI.flatten(1), F.normalize(w2_PIC, dim=-2).flatten(1)], dim=1)
+            normalise2 = False
+    out_PKC: Tensor = _field_product(x_PKC, gain_C, w_PW, normalise2)
+    return out_PKC
