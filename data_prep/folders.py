@@ -1,14 +1,19 @@
 """Where a corpus lies: a local folder or a store, read by names that strangers chose.
 
-A name never leads out of its folder: not by "..", not by a leading slash, not by a symbolic link.
+A name never leads out of its folder: not by "..", not by a leading slash, not by a symbolic link. Only a file that the
+user names in the settings may lie elsewhere.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
@@ -17,12 +22,49 @@ from data_prep.rejections import Cause, Rejection
 from infra.errors import NotFound, SettingsError, StoreError
 from infra.store import Store, check_key, open_store
 
+BUFFER = 1 << 20
+EDGE = 64 << 10  # bytes at either end of a file that tell it from others
+
 
 class Folder(Protocol):
     def read(self, name: str, limit: int) -> bytes | Rejection: ...
-    def open(self, name: str) -> BinaryIO: ...
+    def open(self, name: str, buffer: int = BUFFER) -> BinaryIO:
+        """The file, to read at any place; of a store so many bytes are asked for at once."""
+
     def names(self) -> Iterator[tuple[str, int, Cause | None]]:
-        """Every file by name, with its size, and why it may not be read, if that is known."""
+        """Every file by name, with its size, and why it may not be read, if that is known; sorted by `text_of` name."""
+
+    def find(self, pattern: str) -> list[str]:
+        """The files that match: `*` and `?` within one part of a path, `**` for any number of parts; sorted."""
+
+
+def text_of(name: str) -> str:
+    """A name as text that can be stored: bytes of it that are no UTF-8 are written out."""
+    return name.encode("utf-8", "surrogateescape").decode(errors="backslashreplace")
+
+
+def matching(folder: Folder, patterns: Sequence[str], setting: str) -> list[str]:
+    """The files that a setting names, each once: a name as it is, a pattern as all that matches it, sorted."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        here = folder.find(pattern) if _is_pattern(pattern) else [pattern]
+        if not here:
+            there = ", ".join(text_of(name) for name, *_ in islice(folder.names(), 10)) or "none"
+            raise SettingsError(
+                f"no file matches `{pattern}`", remedy=f"correct `{setting}` or `url`; the first files there: {there}"
+            )
+        found.update(dict.fromkeys(here))
+    return list(found)
+
+
+def fingerprint(folder: Folder, name: str) -> tuple[int, str]:
+    """A large file's size, and a hash of its size, head and tail: enough to tell it from others at a glance."""
+    with folder.open(name, EDGE) as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        head = file.read(EDGE)
+        file.seek(max(0, size - EDGE))
+        return size, hashlib.sha256(f"{size}\n".encode() + head + file.read(EDGE)).hexdigest()
 
 
 def open_folder(url: str) -> Folder:
@@ -57,26 +99,67 @@ class LocalFolder:
         except (OSError, ValueError) as error:
             return Rejection(Cause.UNREADABLE, type(error).__name__)
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str, buffer: int = BUFFER) -> BinaryIO:
         path = Path(self.root, name)
         try:
+            if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+                raise SettingsError(f"{path} is not a regular file", remedy="name a file")
             return path.open("rb")
         except OSError as error:
-            raise SettingsError(f"{path} cannot be read ({error.strerror})", remedy="check `tables`") from None
+            raise SettingsError(f"{path} cannot be read ({error.strerror})", remedy="check its name") from None
 
     def names(self) -> Iterator[tuple[str, int, Cause | None]]:
-        for folder, subfolders, files in os.walk(self.root):
-            for name in [*files, *subfolders]:
-                path = os.path.join(folder, name)
-                linked = os.path.islink(path)
-                if name in subfolders and not linked:
-                    continue
-                where = os.path.realpath(path)
-                outside = os.path.commonpath((self.root, where)) != self.root
-                if name in subfolders and not outside:
-                    continue  # a link to a subfolder: its files are met where they lie
-                size = os.path.getsize(where) if os.path.exists(where) and not outside else 0
-                yield os.path.relpath(path, self.root), size, Cause.OUTSIDE_FOLDER if outside else None
+        for name, entry in self._walk(""):
+            if entry is None:
+                yield name, 0, Cause.UNREADABLE
+            elif not entry.is_symlink():
+                with suppress(FileNotFoundError):  # gone since it was seen
+                    yield name, entry.stat(follow_symlinks=False).st_size, None
+            elif not self._is_inside(entry.path):
+                yield name, 0, Cause.OUTSIDE_FOLDER
+            elif not os.path.isdir(entry.path):  # a linked subfolder's files are met where they lie
+                yield name, os.path.getsize(entry.path) if os.path.exists(entry.path) else 0, None
+
+    def find(self, pattern: str) -> list[str]:
+        found = []
+        for name, entry in self._walk(_fixed(pattern), None if "**" in pattern else pattern.count("/")):
+            if entry is None or not _matches(name.split("/"), pattern.split("/")) or not entry.is_file():
+                continue
+            if entry.is_symlink() and not self._is_inside(entry.path):
+                raise SettingsError(
+                    f"{entry.path} is a link that leads out of the folder",
+                    remedy="name the file itself instead of a pattern, if it is yours",
+                )
+            found.append(name)
+        return found
+
+    def _walk(self, base: str, deepest: int | None = None) -> Iterator[tuple[str, os.DirEntry[str] | None]]:
+        """What lies below, folders and links to them not entered twice; None for a folder that may not be read."""
+        open_folders = [self._entries(base)]
+        while open_folders:
+            name, entry = next(open_folders[-1], ("", None))
+            if not name:
+                open_folders.pop()
+            elif entry is None or not entry.is_dir(follow_symlinks=False):
+                yield name, entry
+            elif deepest is None or name.count("/") < deepest:
+                open_folders.append(self._entries(f"{name}/"))
+
+    def _entries(self, base: str) -> Iterator[tuple[str, os.DirEntry[str] | None]]:
+        """Sorted so that, walked in this order, whole names are sorted: a folder by its name with a slash."""
+        try:
+            with os.scandir(os.path.join(self.root, base)) as found:
+                here = [(text_of(e.name) + "/" * e.is_dir(follow_symlinks=False), e) for e in found]
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError:
+            yield base.rstrip("/") or ".", None
+            return
+        for _, entry in sorted(here, key=lambda pair: pair[0]):
+            yield base + entry.name, entry
+
+    def _is_inside(self, path: str) -> bool:
+        return os.path.commonpath((self.root, os.path.realpath(path))) == self.root
 
 
 class StoreFolder:
@@ -96,14 +179,18 @@ class StoreFolder:
             return Rejection(Cause.MISSING)
         return Rejection(Cause.TOO_MANY_BYTES) if len(data) > limit else data
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str, buffer: int = BUFFER) -> BinaryIO:
         size = self.store.size(name)
         if size is None:
-            raise SettingsError(f"there is no {self.store.url}/{name}", remedy="check `tables` and `url`")
-        return io.BufferedReader(_StoreFile(self.store, name, size), buffer_size=1 << 20)
+            raise SettingsError(f"there is no {self.store.url}/{name}", remedy="check its name and `url`")
+        return io.BufferedReader(_StoreFile(self.store, name, size), buffer_size=buffer)
 
     def names(self) -> Iterator[tuple[str, int, Cause | None]]:
         return ((entry.key, entry.size, None) for entry in self.store.list())
+
+    def find(self, pattern: str) -> list[str]:
+        parts = pattern.split("/")
+        return [entry.key for entry in self.store.list(_fixed(pattern)) if _matches(entry.key.split("/"), parts)]
 
 
 class _StoreFile(io.RawIOBase):
@@ -138,3 +225,23 @@ class _StoreFile(io.RawIOBase):
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def _is_pattern(name: str) -> bool:
+    return any(letter in name for letter in "*?[")
+
+
+def _fixed(pattern: str) -> str:
+    """The folders that a pattern names before anything in it may vary."""
+    parts = pattern.split("/")
+    first = next(number for number, part in enumerate(parts) if _is_pattern(part))
+    return "".join(f"{part}/" for part in parts[:first])
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern or not parts:
+        return not pattern and not parts
+    hidden = parts[0].startswith(".") and not pattern[0].startswith(".")
+    if pattern[0] == "**":
+        return (not hidden and _matches(parts[1:], pattern)) or _matches(parts, pattern[1:])
+    return not hidden and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])

@@ -1,5 +1,7 @@
 """`prepare`: sources -> shards in the store, as Ray tasks, one for each planned shard.
 
+    plan  ->  downloads, where a source is a list of URLs  ->  shards  ->  one summary
+
 A record in the store means that its shard is done. So a run that was killed is finished by running it again, a second
 run of finished work does nothing, and any number of runs at once agree. A file that kills its decoder is found and
 rejected; the shard, and the job, go on without it.
@@ -19,10 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from data_prep.plan import Plan, PlannedShard, PrepareSettings, make_plan
+from data_prep import originals
+from data_prep.fetch import FetchSettings
+from data_prep.originals import Work
+from data_prep.plan import KnownAs, Plan, PlannedShard, PrepareSettings, make_plan
+from data_prep.sources import Input, Range, UrlList, inputs, ranges
 from infra.errors import ClusterError, PixnerdError
 from infra.records import Record, ShardRecord, read_record, write_record
-from infra.shards import list_shards, shard_prefix
+from infra.shards import shard_prefix
 from infra.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -36,14 +42,16 @@ class SizeSummary(BaseModel):
     shards: str  # key prefix of the records
     count: int
     accepted: int
-    rejected: dict[str, int]
+    rejected: dict[str, int]  # an input whose download was tried again counts with what came of it last
 
 
 class PrepareSummary(Record):
     """What became of every input, at every size; the same whoever did the work."""
 
     plan: str
+    edition: str
     inputs: int
+    tried_again: dict[str, int]  # why downloads had failed that were tried again -> count
     sizes: dict[str, SizeSummary]
     versions: list[dict[str, str]]  # more than one if the decoders changed between runs
 
@@ -54,6 +62,8 @@ class Progress:
     planned_shards: int
     inputs: int
     planned_inputs: int
+    downloads: int  # inputs whose download has been tried
+    planned_downloads: int
     accepted: dict[str, int]  # size -> count
     rejected: dict[str, dict[str, int]]  # size -> cause -> count
     per_second: float  # inputs, in this run
@@ -69,95 +79,218 @@ def prepare(
     """Make every shard that is not there yet. Ray must be up (infra.cluster.connect)."""
     store = open_store(store) if isinstance(store, str) else store
     plan = make_plan(store, settings)
-    if store.exists(summary_key(plan.digest)):
-        return read_record(store, summary_key(plan.digest), PrepareSummary)
-    tally = _Tally(plan, [str(size) for size in settings.sizes])
-    for records in _done(store, plan.digest, tally.sizes).values():
-        tally.add(records)
-    tally.begin()
-    todo = [shard for shard in plan.shards if shard.number not in tally.done]
-    if todo:
+    key = summary_key(plan.digest, plan.edition)
+    if store.exists(key):
+        return read_record(store, key, PrepareSummary)
+    tally = _Tally(plan, _tried_again(store, settings, plan))
+    for shard, records in _done(store, plan):
+        tally.add(shard, records)
+    job = _Job(store, settings, plan, decoder, [shard for shard in plan.shards if shard.number not in tally.done])
+    tally.begin(sum(task.what.part.rows for task in job.downloads))
+    if job.missing:
         if progress:
             progress(tally.progress())
-        for records in _run(store, settings, plan.digest, todo, decoder):
-            tally.add(records)
+        for what, made in job.run():
+            if isinstance(what, PlannedShard):
+                tally.add(what, made)
+            else:
+                tally.downloads += what.part.rows
             if progress:
                 progress(tally.progress())
-    summary = tally.summary()
-    write_record(store, summary_key(plan.digest), summary)
-    return summary
+    write_record(store, key, tally.summary())
+    if not settings.keep_originals:
+        originals.drop(store, [work for works in job.originals.values() for work in works])
+    return read_record(store, key, PrepareSummary)
 
 
-def summary_key(plan: str) -> str:
-    return f"prepared/{plan}.json"
+def retry_failed(store: Store, settings: PrepareSettings) -> int:
+    """Let the next `prepare` download again what failed for causes that can pass; how many inputs that are."""
+    count = 0
+    for source in settings.sources:
+        if not isinstance(source, UrlList):
+            continue
+        for found in inputs(source, store):
+            parts = list(ranges(source, store, found, settings.rows))
+            if parts:
+                whole = parts[0]._replace(rows=sum(part.rows for part in parts))
+                count += originals.retry(store, source, found, whole, settings.fetch)
+    return count
 
 
-def _done(store: Store, plan: str, sizes: list[str]) -> dict[int, list[ShardRecord]]:
-    """The shards that have a record at every size."""
+def summary_key(plan: str, edition: str) -> str:
+    return f"prepared/{plan}/{edition}.json"
+
+
+def _tried_again(store: Store, settings: PrepareSettings, plan: Plan) -> Counter[str]:
+    """Why the downloads failed that a later generation of this plan has tried again."""
+    again: Counter[str] = Counter()
+    sources = {source.name: source for source in settings.sources}
+    for name, given, sha256, generation in plan.inputs:
+        source = sources[name]
+        if generation and isinstance(source, UrlList):
+            place = originals.place(source, Input(given, 0, sha256), settings.fetch)
+            again.update(originals.retries(store, place)[generation - 1].causes)
+    return again
+
+
+def _done(store: Store, plan: Plan) -> Iterator[tuple[PlannedShard, list[ShardRecord]]]:
+    """The planned shards all of whose records are there."""
     found: dict[int, list[ShardRecord]] = {}
-    for size in sizes:
-        for record in list_shards(store, shard_prefix(plan, size)):
-            found.setdefault(record.number, []).append(record)
-    return {number: records for number, records in sorted(found.items()) if len(records) == len(sizes)}
+    for size, each in plan.sizes.items():
+        for record in plan.records(store, size):
+            found.setdefault(record.number // each, []).append(record)
+    for shard in plan.shards:
+        records = found.get(shard.number, [])
+        if len(records) == sum(plan.sizes.values()):
+            yield shard, records
 
 
-def _run(
-    store: Store, settings: PrepareSettings, plan: str, todo: list[PlannedShard], decoder: Decoder | None
-) -> Iterator[list[ShardRecord]]:
-    """The records of each shard as it gets done, in no particular order; never more than `in_flight` tasks at once."""
-    import ray
+@dataclass(frozen=True)
+class _Task:
+    """Something that Ray works on. What kills its worker is tried once more: a shard then with its decoder guarded."""
 
-    task = ray.remote(num_cpus=1, max_calls=WORKER_LIFE, max_retries=1)(_shard_task)
-    limit = settings.in_flight or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
-    waiting = deque((shard, False) for shard in todo)
-    running: dict[Any, tuple[PlannedShard, bool]] = {}
-    with _sigterm() as stopped:
-        try:
-            while waiting or running:
-                while waiting and len(running) < limit:
-                    shard, guarded = waiting.popleft()
-                    running[task.remote(store, settings, plan, shard, decoder, guarded)] = shard, guarded
-                ready, _ = ray.wait(list(running), timeout=0.5)
-                if stopped.is_set():
-                    raise PixnerdError(
-                        f"stopped by SIGTERM with {len(waiting) + len(running)} shards left",
-                        remedy="run the same command again; it goes on from there",
-                    )
-                for ref in ready:
-                    shard, guarded = running.pop(ref)
-                    records = _result(ref, shard, guarded)
-                    if records is None:
-                        waiting.appendleft((shard, True))
-                    else:
-                        yield records
-        finally:
-            for ref in running:
-                ray.cancel(ref)
-            if running:
-                ray.wait(list(running), num_returns=len(running), timeout=10)
+    what: Work | PlannedShard
+    again: bool = False
 
 
-def _result(ref: Any, shard: PlannedShard, guarded: bool) -> list[ShardRecord] | None:
-    """None if the task's process died, twice, so that its items must be tried one by one."""
+class _Job:
+    """What is left to do. Downloads and shards are under way at the same time; a shard waits for its own downloads."""
+
+    def __init__(
+        self, store: Store, settings: PrepareSettings, plan: Plan, decoder: Decoder | None, todo: list[PlannedShard]
+    ) -> None:
+        self.store, self.settings, self.plan, self.decoder = store, settings, plan, decoder
+        self.sources = {source.name: source for source in settings.sources}
+        self.originals = _originals(settings, plan)
+        there = _downloaded(store, self.originals)
+        self.missing = {shard: {work for work in self._needs(shard) if work not in there} for shard in todo}
+        self.needed_by: dict[Work, list[PlannedShard]] = {}
+        for shard, works in self.missing.items():
+            for work in works:
+                self.needed_by.setdefault(work, []).append(shard)
+        self.downloads = deque(_Task(work) for work in sorted(self.needed_by, key=lambda work: work.key))
+        self.shards = deque(_Task(shard) for shard, works in self.missing.items() if not works)
+
+    def run(self) -> Iterator[tuple[Work | PlannedShard, list[ShardRecord]]]:
+        """What has been made, as it gets done, in no particular order."""
+        import ray
+
+        running: dict[Any, _Task] = {}
+        with _sigterm() as stopped:
+            try:
+                while self.downloads or self.shards or running:
+                    self._start(running)
+                    ready, _ = ray.wait(list(running), timeout=0.5)
+                    if stopped.is_set():
+                        left = sum(bool(works) for works in self.missing.values()) + len(self.shards) + len(running)
+                        raise PixnerdError(
+                            f"stopped by SIGTERM with {left} shards left",
+                            remedy="run the same command again; it goes on from there",
+                        )
+                    for ref in ready:
+                        task = running.pop(ref)
+                        made = _result(ref, task)
+                        if made is None:
+                            self._queue(task.what).appendleft(_Task(task.what, again=True))
+                        else:
+                            self._settle(task.what)
+                            yield task.what, made
+            finally:
+                for ref in running:
+                    ray.cancel(ref)
+                if running:
+                    ray.wait(list(running), num_returns=len(running), timeout=10)
+
+    def _start(self, running: dict[Any, _Task]) -> None:
+        import ray
+
+        cpus = int(ray.cluster_resources().get("CPU", 1))
+        limit = self.settings.in_flight or max(2, 2 * cpus)
+        # Downloading waits for the web most of the time, and should not keep a CPU from those that decode.
+        kinds = ((self.downloads, Work, _download, 0.1), (self.shards, PlannedShard, _make, 1))
+        for queue, kind, function, share in kinds:
+            task = ray.remote(num_cpus=share, max_calls=WORKER_LIFE, max_retries=1)(function)
+            free = limit - sum(isinstance(other.what, kind) for other in running.values())
+            while queue and free > 0:
+                following = queue.popleft()
+                running[task.remote(*self._orders(following))] = following
+                free -= 1
+
+    def _orders(self, task: _Task) -> tuple[Any, ...]:
+        what = task.what
+        if isinstance(what, Work):
+            return self.store, self.sources[what.source], self.settings.fetch, what
+        return self.store, self.settings, self.plan.without_shards(), what, self._needs(what), self.decoder, task.again
+
+    def _queue(self, what: Work | PlannedShard) -> deque[_Task]:
+        return self.downloads if isinstance(what, Work) else self.shards
+
+    def _needs(self, shard: PlannedShard) -> list[Work]:
+        works = self.originals.get(shard.known_as, [])
+        part = shard.part
+        return works[part.first // originals.ROWS : -(-(part.first + part.rows) // originals.ROWS)]
+
+    def _settle(self, what: Work | PlannedShard) -> None:
+        if isinstance(what, Work):
+            for shard in self.needed_by.pop(what):
+                self.missing[shard].discard(what)
+                if not self.missing[shard]:
+                    self.shards.append(_Task(shard))
+
+
+def _originals(settings: PrepareSettings, plan: Plan) -> dict[KnownAs, list[Work]]:
+    """All downloads of the plan's inputs."""
+    sources = {source.name: source for source in settings.sources}
+    whole: dict[KnownAs, Range] = {}
+    for shard in plan.shards:
+        if isinstance(sources[shard.source], UrlList):
+            whole[shard.known_as] = shard.part._replace(first=0, rows=shard.part.first + shard.part.rows)
+    found = {}
+    for known_as, part in whole.items():
+        source = sources[known_as.source]
+        assert isinstance(source, UrlList)
+        place = originals.place(source, Input(known_as.input, 0, known_as.sha256), settings.fetch)
+        found[known_as] = originals.works(source, place, known_as.generation, part)
+    return found
+
+
+def _downloaded(store: Store, works: dict[KnownAs, list[Work]]) -> set[Work]:
+    there = {entry.key for here in works.values() if here for entry in store.list(here[0].folder)}
+    return {work for here in works.values() for work in here if work.key in there}
+
+
+def _result(ref: Any, task: _Task) -> list[ShardRecord] | None:
+    """None if the task's process died, so that it must be tried once more, with care."""
     import ray
     from ray import exceptions
 
     try:
-        records: list[ShardRecord] = ray.get(ref)
+        made: list[ShardRecord] = ray.get(ref)
     except exceptions.RayTaskError as error:
         raise error.cause from None
     except (exceptions.WorkerCrashedError, exceptions.NodeDiedError, exceptions.OutOfMemoryError) as error:
-        if guarded:
+        if task.again:
             raise ClusterError(
-                f"shard {shard.number} kills its worker even with its decoder in a process of its own ({error})",
+                f"{task.what} kills its worker, with its decoder in a process of its own as well ({error})",
                 remedy="look for the out-of-memory killer in the node's log; give the cluster more memory per CPU",
             ) from None
         return None
-    return records
+    return made
 
 
-def _shard_task(
-    store: Store, settings: PrepareSettings, plan: str, shard: PlannedShard, decoder: Decoder | None, guarded: bool
+def _download(store: Store, source: UrlList, settings: FetchSettings, work: Work) -> list[ShardRecord]:
+    originals.make(store, source, settings, work)
+    return []  # no shard yet
+
+
+def _make(
+    store: Store,
+    settings: PrepareSettings,
+    plan: Plan,
+    shard: PlannedShard,
+    works: list[Work],
+    decoder: Decoder | None,
+    guarded: bool,
 ) -> list[ShardRecord]:
     """What a Ray worker does. torch is imported here, in the worker, not by whoever plans."""
     import torch
@@ -169,7 +302,7 @@ def _shard_task(
     outcomes = partial(
         quarantine.outcomes if guarded else make.plain_outcomes, settings=settings, decoder=decoder or decode
     )
-    return make.make_shard(store, settings, plan, shard, outcomes)
+    return make.make_shard(store, settings, plan, shard, works, outcomes)
 
 
 @contextmanager
@@ -189,50 +322,69 @@ def _sigterm() -> Iterator[threading.Event]:
 @dataclass
 class _Tally:
     plan: Plan
-    sizes: list[str]
+    tried_again: Counter[str]
     done: set[int] = field(default_factory=set)
     inputs: int = 0
+    downloads: int = 0
+    planned_downloads: int = 0
     accepted: Counter[str] = field(default_factory=Counter)
     rejected: dict[str, Counter[str]] = field(default_factory=dict)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
     began: float = 0.0
-    inputs_before: int = 0
+    expected_before: int = 0
+    expected: int = 0
 
-    def begin(self) -> None:
+    def begin(self, downloads: int) -> None:
         """From here on it is this run's speed."""
-        self.began, self.inputs_before = time.monotonic(), self.inputs
+        self.planned_downloads = downloads
+        self.began, self.expected_before = time.monotonic(), self.expected
 
-    def add(self, records: list[ShardRecord]) -> None:
-        self.done.add(records[0].number)
-        self.inputs += records[0].inputs
+    def add(self, shard: PlannedShard, records: list[ShardRecord]) -> None:
+        counts = {size: sum(r.inputs for r in records if r.size == size) for size in self.plan.sizes}
+        assert len(set(counts.values())) == 1, "the sizes of a shard have different inputs"
+        inputs = next(iter(counts.values()))
+        assert inputs == shard.expected or not shard.counted, "an input was lost or counted twice"
+        self.done.add(shard.number)
+        self.expected += shard.expected
+        self.inputs += inputs
         for record in records:
             self.accepted[record.size] += record.accepted
             self.rejected.setdefault(record.size, Counter()).update(record.rejected)
             self.versions[repr(sorted(record.versions.items()))] = record.versions
 
     def progress(self) -> Progress:
-        speed = (self.inputs - self.inputs_before) / max(time.monotonic() - self.began, 1e-9)
+        speed = (self.expected - self.expected_before) / max(time.monotonic() - self.began, 1e-9)
         return Progress(
             shards=len(self.done),
             planned_shards=len(self.plan.shards),
             inputs=self.inputs,
             planned_inputs=self.plan.rows,
+            downloads=self.downloads,
+            planned_downloads=self.planned_downloads,
             accepted=dict(self.accepted),
             rejected={size: dict(causes) for size, causes in self.rejected.items()},
             per_second=speed,
-            seconds_left=(self.plan.rows - self.inputs) / speed if speed else None,
+            seconds_left=(self.plan.rows - self.expected) / speed if speed else None,
         )
 
     def summary(self) -> PrepareSummary:
-        assert self.inputs == self.plan.rows, "an input was lost or counted twice"
-        sizes = {
-            size: SizeSummary(
+        again = self.tried_again.total()
+        sizes = {}
+        for size, each in self.plan.sizes.items():
+            rejected = self.rejected[size]
+            rejected.subtract(self.tried_again)
+            sizes[size] = SizeSummary(
                 shards=shard_prefix(self.plan.digest, size),
-                count=len(self.done),
+                count=each * len(self.done),
                 accepted=self.accepted[size],
-                rejected=dict(sorted(self.rejected[size].items())),
+                rejected={cause: count for cause, count in sorted(rejected.items()) if count},
             )
-            for size in self.sizes
-        }
-        versions = [self.versions[name] for name in sorted(self.versions)]
-        return PrepareSummary(plan=self.plan.digest, inputs=self.inputs, sizes=sizes, versions=versions)
+            assert sizes[size].accepted + sum(sizes[size].rejected.values()) == self.inputs - again
+        return PrepareSummary(
+            plan=self.plan.digest,
+            edition=self.plan.edition,
+            inputs=self.inputs - again,
+            tried_again=dict(sorted(self.tried_again.items())),
+            sizes=sizes,
+            versions=[self.versions[name] for name in sorted(self.versions)],
+        )

@@ -1,4 +1,4 @@
-"""Raw items -> one shard at every size: the work of one task, whole and repeatable.
+"""Raw items -> their shards at every size: the work of one task, whole and repeatable.
 
 Data goes to the store first, under names that hold its hash, and each size's record last. Nothing here depends on who
 does the work or when, so doing it twice gives the same bytes.
@@ -18,12 +18,15 @@ from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
-from data_prep import sources
-from data_prep.decode import Decoded, decode, decoder_versions
-from data_prep.plan import PlannedShard, PrepareSettings
+from data_prep import originals, sources
+from data_prep.decode import Decoded, Pixels_HW3, decode, decoder_versions
+from data_prep.originals import Work
+from data_prep.phash import phash
+from data_prep.plan import SUFFIXES, Plan, PlannedShard, PrepareSettings
 from data_prep.rejections import Rejection
-from data_prep.sources import RawItem
-from data_prep.transform import Box, encode_jpeg, square
+from data_prep.sizes import Size, size_name
+from data_prep.sources import Range, RawItem, Source, Url, UrlList
+from data_prep.transform import Box, encode, fitted
 from infra.records import ShardRecord, put_data, read_record, write_record
 from infra.shards import INDEX_SCHEMA, TarWriter, parquet_bytes, shard_key
 from infra.store import Store
@@ -36,6 +39,7 @@ class Made(NamedTuple):
 
     data: bytes
     pixels_sha256: bytes
+    phash: int | None
     width: int
     height: int
     box: Box  # of the original
@@ -58,16 +62,17 @@ def make_picture(data: bytes, settings: PrepareSettings, decoder: Decoder = deco
     if isinstance(decoded, Rejection):
         return decoded
     height, width, _ = decoded.pixels.shape
-    sizes: list[Made | Rejection] = []
-    for size in settings.sizes:
-        found = square(decoded.pixels, size)
-        if isinstance(found, Rejection):
-            sizes.append(found)
-            continue
-        pixels, box = found
-        encoded = encode_jpeg(pixels, settings.jpeg_quality, settings.jpeg_subsampling)
-        sizes.append(Made(encoded, hashlib.sha256(pixels.data).digest(), size, size, box))
-    return Picture(decoded.format, width, height, sizes)
+    return Picture(decoded.format, width, height, [_made(decoded.pixels, size, settings) for size in settings.sizes])
+
+
+def _made(pixels_HW3: Pixels_HW3, size: Size, settings: PrepareSettings) -> Made | Rejection:
+    found = fitted(pixels_HW3, size)
+    if isinstance(found, Rejection):
+        return found
+    pixels, box = found
+    encoded = encode(pixels, settings.format, settings.quality, settings.subsampling)
+    height, width, _ = pixels.shape
+    return Made(encoded, hashlib.sha256(pixels.data).digest(), phash(pixels), width, height, box)
 
 
 Outcomes = Callable[[Iterable[RawItem]], Iterator[tuple[RawItem, Outcome]]]
@@ -78,43 +83,95 @@ def plain_outcomes(
 ) -> Iterator[tuple[RawItem, Outcome]]:
     for item in items:
         found = item.image
+        assert not isinstance(found, Url), "it must be downloaded first"
         yield item, found if isinstance(found, Rejection) else make_picture(found, settings, decoder)
 
 
 def make_shard(
-    store: Store, settings: PrepareSettings, plan: str, shard: PlannedShard, outcomes: Outcomes
+    store: Store,
+    settings: PrepareSettings,
+    plan: Plan,
+    shard: PlannedShard,
+    downloads: list[Work],
+    outcomes: Outcomes,
 ) -> list[ShardRecord]:
-    """Make the shard at every size and return the records; `outcomes` is how items become pictures."""
+    """Make the shards that a planned one becomes and return their records; `outcomes` is how items become pictures."""
     source = next(source for source in settings.sources if source.name == shard.source)
     schema = pa.schema([*INDEX_SCHEMA, *sources.kept_fields(source, store, shard.part)])
     with ExitStack() as files:
-        # Files without a name: a worker that is killed leaves nothing on the disk.
-        writers = [_Writer(files.enter_context(tempfile.TemporaryFile()), source.name) for _ in settings.sizes]
-        for item, outcome in outcomes(sources.items(source, store, shard.part)):
-            for number, writer in enumerate(writers):
-                writer.add(item, outcome, number)
-        return [
-            writer.commit(store, plan, str(size), shard.number, schema)
-            for size, writer in zip(settings.sizes, writers, strict=True)
-        ]
+
+        def start() -> _Writer:
+            # A file without a name: a worker that is killed leaves nothing on the disk.
+            return _Writer(files.enter_context(tempfile.TemporaryFile()), source.name, SUFFIXES[settings.format])
+
+        series = []
+        for size in map(size_name, settings.sizes):
+            targets = [Target(store, plan.digest, size, number, schema) for number in plan.numbers(shard, size)]
+            series.append(_Series(start, targets, settings.rows))
+        for item, outcome in outcomes(_items(store, source, shard.part, downloads)):
+            for place, each in enumerate(series):
+                each.add(item, outcome, place)
+        return [record for each in series for record in each.finish()]
+
+
+def _items(store: Store, source: Source, part: Range, downloads: list[Work]) -> Iterator[RawItem]:
+    if isinstance(source, UrlList):
+        return originals.items(store, source, downloads, part)
+    return sources.items(source, store, part)
+
+
+class Target(NamedTuple):
+    """Where a shard goes."""
+
+    store: Store
+    plan: str
+    size: str
+    number: int
+    schema: pa.Schema
+
+
+class _Series:
+    """The shards at one size that a planned one becomes: rows are dealt out in order, and the last takes the rest."""
+
+    def __init__(self, start: Callable[[], _Writer], targets: list[Target], rows: int) -> None:
+        self._start, self._targets, self._rows = start, targets, -(-rows // len(targets))
+        self._writer = start()
+        self._records: list[ShardRecord] = []
+
+    def add(self, item: RawItem, outcome: Outcome, place: int) -> None:
+        if len(self._writer) == self._rows and len(self._records) < len(self._targets) - 1:
+            self._turn()
+        self._writer.add(item, outcome, place)
+
+    def finish(self) -> list[ShardRecord]:
+        while len(self._records) < len(self._targets):
+            self._turn()
+        return self._records
+
+    def _turn(self) -> None:
+        self._records.append(self._writer.commit(self._targets[len(self._records)]))
+        self._writer = self._start()
 
 
 class _Writer:
-    """One shard at one size, row by row."""
+    """One shard, row by row."""
 
-    def __init__(self, file: BinaryIO, source: str) -> None:
-        self._file = file
-        self._tar = TarWriter(file)
-        self._source = source
+    def __init__(self, file: BinaryIO, source: str, suffix: str) -> None:
+        self._file, self._tar = file, TarWriter(file)
+        self._source, self._suffix = source, suffix
         self._rows: list[dict[str, Any]] = []
         self._rejected: Counter[str] = Counter()
 
-    def add(self, item: RawItem, outcome: Outcome, size_number: int) -> None:
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, item: RawItem, outcome: Outcome, place: int) -> None:
         made: Made | Rejection
         row = {
             "key": item.key,
             "source": self._source,
             "licence": item.licence,
+            "origin": item.origin,
             "name": item.name,
             "row": item.row,
             "captions": item.captions,
@@ -122,7 +179,7 @@ class _Writer:
         }
         if isinstance(outcome, Picture):
             row |= {"format": outcome.format, "original_width": outcome.width, "original_height": outcome.height}
-            made = outcome.sizes[size_number]
+            made = outcome.sizes[place]
         else:
             made = outcome
         row["accepted"] = isinstance(made, Made)
@@ -136,7 +193,7 @@ class _Writer:
     def _put(self, item: RawItem, row: dict[str, Any], made: Made) -> dict[str, Any]:
         row = row | {f"crop_{side}": value for side, value in made.box._asdict().items()}
         row |= {"width": made.width, "height": made.height}
-        image = self._tar.add(f"{item.key}.jpg", made.data)
+        image = self._tar.add(f"{item.key}.{self._suffix}", made.data)
         said = {name: _json_value(value) for name, value in row.items() if name not in ("accepted", "row")}
         text = json.dumps(said, sort_keys=True, ensure_ascii=False, allow_nan=False)
         sidecar = self._tar.add(f"{item.key}.json", text.encode())
@@ -147,27 +204,29 @@ class _Writer:
             "json_length": sidecar.length,
             "image_sha256": hashlib.sha256(made.data).digest(),
             "pixels_sha256": made.pixels_sha256,
+            "phash": made.phash,
         }
 
-    def commit(self, store: Store, plan: str, size: str, number: int, schema: pa.Schema) -> ShardRecord:
+    def commit(self, to: Target) -> ShardRecord:
         self._tar.finish()
         self._file.flush()
         path = Path(f"/proc/self/fd/{self._file.fileno()}")
         accepted = len(self._rows) - self._rejected.total()
-        index = pa.Table.from_pylist(self._rows, schema=schema)
-        where, name = f"data/{size}", f"{number:05d}"
+        index = pa.Table.from_pylist(self._rows, schema=to.schema)
+        where, name = f"data/{to.size}", f"{to.number:05d}"
         record = ShardRecord(
-            plan=plan,
-            size=size,
-            number=number,
-            tar=put_data(store, where, f"{name}.tar", path) if accepted else None,
-            index=put_data(store, where, f"{name}.parquet", parquet_bytes(index)),
+            plan=to.plan,
+            size=to.size,
+            number=to.number,
+            tar=put_data(to.store, where, f"{name}.tar", path) if accepted else None,
+            index=put_data(to.store, where, f"{name}.parquet", parquet_bytes(index)),
             accepted=accepted,
             rejected=dict(sorted(self._rejected.items())),
             versions=decoder_versions(),
         )
-        key = shard_key(plan, size, number)
-        return record if write_record(store, key, record) else read_record(store, key, ShardRecord)
+        self._file.close()
+        key = shard_key(to.plan, to.size, to.number)
+        return record if write_record(to.store, key, record) else read_record(to.store, key, ShardRecord)
 
 
 def _json_value(value: Any) -> Any:

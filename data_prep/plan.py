@@ -1,32 +1,54 @@
-"""The plan: which shard is made of which rows, decided before any work and never changed.
+"""The plan: which shard is made of which rows, decided before any work, extended by new inputs and never changed.
 
-A shard is a row range of one input file, never across inputs. The plan's name is the digest of the inputs and of the
-settings that change results, so the same corpus and settings find the same plan, and anything else finds another.
+    plans/<digest>/00000.parquet     the shards of the inputs that were there first
+    plans/<digest>/00001.parquet     those of inputs that came later, and so on
+    plans/<digest>/<edition>.json    which inputs a run found: their shards are what it makes
+
+The digest is that of the settings that change results, so other settings are another place. A planned shard is a range
+of one input file, never across inputs; an input is known by its content, so one that changed is another input, and the
+shards of the old one stay where they are but are in no later edition.
+
+A planned shard becomes one tar at the size that holds most of its rows in 256 MiB, and several at larger sizes.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from data_prep.sources import Input, Range, Source, as_rows, inputs
-from infra.config import Settings, canonical_json, digest, operational
+from data_prep import originals
+from data_prep.fetch import FetchSettings
+from data_prep.originals import RetryRecord
+from data_prep.sizes import Buckets, Size, size_name
+from data_prep.sources import Input, Range, Sa1b, Source, UrlList, WebDataset, inputs, ranges
+from infra.config import Settings, digest, operational
 from infra.errors import DataError
-from infra.shards import parquet_bytes
+from infra.records import Record, ShardRecord, read_record, write_record
+from infra.shards import list_shards, parquet_bytes, shard_prefix
 from infra.store import Store
 
-FORMAT = 1  # of the shards: raised when the same input and settings would give other bytes
+FORMAT = 2  # of the shards: raised when the same input and settings would give other bytes
+
+SUFFIXES = {"jpeg": "jpg", "webp": "webp", "png": "png"}  # of a shard's images
+
+# Bytes of a photograph's pixel, encoded, by format, at the default quality; measured, and good for an aim.
+BYTES_PER_PIXEL = {"jpeg": 0.75, "webp": 0.45, "png": 2.0}
 
 PLAN_SCHEMA = pa.schema(
     [
         pa.field("number", pa.int32(), nullable=False),
         pa.field("source", pa.string(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),  # of the input
+        pa.field("generation", pa.int32(), nullable=False),
+        pa.field("expected", pa.int64(), nullable=False),
+        pa.field("counted", pa.bool_(), nullable=False),
         pa.field("input", pa.string(), nullable=False),
         pa.field("table", pa.string(), nullable=False),
         pa.field("in_store", pa.bool_(), nullable=False),
@@ -41,12 +63,16 @@ Level = Annotated[int, Field(ge=0, le=255)]
 
 class PrepareSettings(Settings):
     sources: list[Source] = Field(min_length=1)
-    sizes: list[int] = Field([256], min_length=1, description="sides of the square images, all made from one decode")
-    jpeg_quality: int = Field(95, ge=1, le=100)
-    jpeg_subsampling: Literal["444", "422", "420"] = "444"
+    sizes: list[Size] = Field([256], min_length=1, description="square sides and bucket sets, all from one decode")
+    format: Literal["jpeg", "webp", "png"] = "jpeg"
+    quality: int = Field(95, ge=1, le=100, description="of JPEG and WebP")
+    subsampling: Literal["444", "422", "420"] = Field("444", description="of JPEG's colours")
     matte: tuple[Level, Level, Level] = Field((255, 255, 255), description="the colour under transparency")
     max_pixels: int = Field(80_000_000, ge=1, description="larger pictures are refused before they are decoded")
-    rows_per_shard: int = Field(2048, ge=1)
+    shard_mib: int = Field(256, ge=1, description="what a shard's size is aimed at, by the pixels of an image")
+    rows_per_shard: int | None = Field(None, ge=1, description="of the smallest size, in place of the aim")
+    fetch: FetchSettings = FetchSettings()
+    keep_originals: bool = operational(True, description="of downloads, so that another size needs no second one")
     in_flight: int | None = operational(None, ge=1, description="tasks at once; none: twice the cluster's CPUs")
 
     @field_validator("sources")
@@ -59,67 +85,181 @@ class PrepareSettings(Settings):
 
     @field_validator("sizes")
     @classmethod
-    def _distinct_sizes(cls, found: list[int]) -> list[int]:
-        if len(set(found)) < len(found) or min(found) < 8:
-            raise ValueError("sizes are different from one another and at least 8")
+    def _distinct_sizes(cls, found: list[Size]) -> list[Size]:
+        if len(set(map(size_name, found))) < len(found):
+            raise ValueError("two sizes have the same name")
         return found
+
+    @property
+    def rows(self) -> int:
+        """Of a planned shard: what fills a shard of the smallest size."""
+        return self.rows_per_shard or max(1, self._aim // min(map(self._bytes, self.sizes)))
+
+    def shards_of(self, size: Size) -> int:
+        """How many shards of this size a planned one becomes, so that each is near the aim."""
+        return max(1, round(self.rows * self._bytes(size) / self._aim))
+
+    @property
+    def _aim(self) -> int:
+        return self.shard_mib * 2**20
+
+    def _bytes(self, size: Size) -> int:
+        side = size.side if isinstance(size, Buckets) else size
+        return max(1, int(side**2 * BYTES_PER_PIXEL[self.format]))
+
+
+class KnownAs(NamedTuple):
+    """An input's identity: that of its content, under its name."""
+
+    source: str
+    input: str
+    sha256: str
+    generation: int  # 0, and one more for each retry of its failed downloads
 
 
 class PlannedShard(NamedTuple):
     number: int
     source: str
+    sha256: str
+    generation: int
+    expected: int  # rows
+    counted: bool  # False for a range of a tar, whose members nobody has counted: then it is an estimate
     part: Range
+
+    @property
+    def known_as(self) -> KnownAs:
+        return KnownAs(self.source, self.part.input, self.sha256, self.generation)
+
+
+class Edition(Record):
+    """What a run found."""
+
+    inputs: list[KnownAs]
+    sizes: dict[str, int]  # name -> how many shards of it a planned one becomes
+    settings: dict[str, Any]  # those that change results
 
 
 @dataclass(frozen=True)
 class Plan:
     digest: str
+    edition: str
+    inputs: list[KnownAs]
     shards: list[PlannedShard]
-    settings: str  # canonical JSON of the settings that change results
+    planned: int  # shards in all editions
+    sizes: dict[str, int]
+    settings: dict[str, Any]
 
     @property
     def rows(self) -> int:
-        return sum(shard.part.rows for shard in self.shards)
+        return sum(shard.expected for shard in self.shards)
+
+    def numbers(self, shard: PlannedShard, size: str) -> range:
+        """Of the shards that a planned one becomes."""
+        each = self.sizes[size]
+        return range(shard.number * each, (shard.number + 1) * each)
+
+    def without_shards(self) -> Plan:
+        """For a task that makes one of them: 36,000 need not travel with it."""
+        return replace(self, shards=[])
+
+    def records(self, store: Store, size: str) -> Iterator[ShardRecord]:
+        """Those that are there, by number."""
+        wanted = {number for shard in self.shards for number in self.numbers(shard, size)}
+        return list_shards(store, shard_prefix(self.digest, size), wanted)
 
 
-def plan_key(plan: str) -> str:
-    return f"plans/{plan}.parquet"
+def edition_key(plan: str, edition: str) -> str:
+    return f"plans/{plan}/{edition}.json"
+
+
+class Given(NamedTuple):
+    """An input; or, in a later generation, those of its rows whose download is tried again."""
+
+    source: Source
+    input: Input
+    generation: int = 0
+    again: RetryRecord | None = None
+
+    @property
+    def known_as(self) -> KnownAs:
+        return KnownAs(self.source.name, self.input.name, self.input.sha256, self.generation)
 
 
 def make_plan(store: Store, settings: PrepareSettings) -> Plan:
-    """The plan for these settings; planned and stored if it is new, read back if it is not."""
-    found = [(source, inputs(source)) for source in settings.sources]
+    """The plan for these settings and for what the sources hold, extended by the inputs that it did not know."""
     results = settings.results()
-    work = {"format": FORMAT, "settings": results, "inputs": [[source.name, here] for source, here in found]}
-    name = digest(work)
-    if not store.exists(plan_key(name)):
-        shards = list(_shards(store, found, settings.rows_per_shard))
-        if not shards:
-            raise DataError("the sources hold no images", remedy="check each source's `url`, `tables` and suffixes")
-        store.create(plan_key(name), _to_parquet(shards, results))
-    return read_plan(store, name)
+    name = digest({"format": FORMAT, "settings": results})
+    while True:
+        extensions = [entry.key for entry in store.list(f"plans/{name}/") if entry.key.endswith(".parquet")]
+        planned = [shard for key in extensions for shard in _read(store, key)]
+        given = list(_given(store, settings, planned))
+        known = {shard.known_as for shard in planned}
+        fresh = list(_shards(store, settings, [new for new in given if new.known_as not in known], len(planned)))
+        if not fresh:
+            break
+        # Whoever extends it first has extended it for all; the next round reads what they wrote.
+        store.create(f"plans/{name}/{len(extensions):05d}.parquet", _to_parquet(fresh))
+    edition = Edition(
+        inputs=[here.known_as for here in given],
+        sizes={size_name(size): settings.shards_of(size) for size in settings.sizes},
+        settings=results,
+    )
+    plan = _plan(name, edition, planned)
+    if not plan.shards:
+        raise DataError("the sources hold no images", remedy="check each source's `url`, `tables` and suffixes")
+    write_record(store, edition_key(name, plan.edition), edition)
+    return plan
 
 
-def read_plan(store: Store, name: str) -> Plan:
-    table = pq.read_table(pa.BufferReader(store.get(plan_key(name))))
-    shards = [PlannedShard(row.pop("number"), row.pop("source"), Range(**row)) for row in table.to_pylist()]
-    return Plan(name, shards, table.schema.metadata[b"settings"].decode())
+def read_plan(store: Store, name: str, edition: str | None = None) -> Plan:
+    if edition is None:  # TODO(snapshot): temporary
+        edition = next(Path(entry.key).stem for entry in store.list(f"plans/{name}/") if entry.key.endswith(".json"))
+    found = read_record(store, edition_key(name, edition), Edition)
+    keys = [entry.key for entry in store.list(f"plans/{name}/") if entry.key.endswith(".parquet")]
+    return _plan(name, found, [shard for key in keys for shard in _read(store, key)])
 
 
-def _shards(store: Store, found: Sequence[tuple[Source, list[Input]]], size: int) -> Iterator[PlannedShard]:
-    number = 0
-    for source, here in found:
-        for planned in here:
-            rows = as_rows(source, store, planned.name)
-            if rows is None:
-                continue
-            for first in range(0, rows.rows, size):
-                part = Range(planned.name, rows.table, rows.in_store, first, min(size, rows.rows - first))
-                yield PlannedShard(number, source.name, part)
-                number += 1
+def _plan(name: str, edition: Edition, planned: list[PlannedShard]) -> Plan:
+    active = set(edition.inputs)
+    shards = [shard for shard in planned if shard.known_as in active]
+    return Plan(name, edition.digest(), edition.inputs, shards, len(planned), edition.sizes, edition.settings)
 
 
-def _to_parquet(shards: Sequence[PlannedShard], results: dict[str, Any]) -> bytes:
-    rows = [{"number": shard.number, "source": shard.source, **shard.part._asdict()} for shard in shards]
-    schema = PLAN_SCHEMA.with_metadata({"settings": canonical_json(results)})
-    return parquet_bytes(pa.Table.from_pylist(rows, schema=schema))
+def _given(store: Store, settings: PrepareSettings, planned: list[PlannedShard]) -> Iterator[Given]:
+    for source in settings.sources:
+        before = [shard.part for shard in planned if shard.source == source.name and not shard.generation]
+        for found in inputs(source, store, before):
+            yield Given(source, found)
+            if isinstance(source, UrlList):
+                place = originals.place(source, found, settings.fetch)
+                for generation, again in enumerate(originals.retries(store, place), start=1):
+                    yield Given(source, found, generation, again)
+
+
+def _shards(store: Store, settings: PrepareSettings, given: Sequence[Given], number: int) -> Iterator[PlannedShard]:
+    for here in given:
+        parts = list(_parts(store, settings, here))
+        for part in parts:
+            counted = not isinstance(here.source, WebDataset | Sa1b)
+            expected = part.rows if counted else max(1, round(settings.rows * part.rows / parts[0].rows))
+            yield PlannedShard(number, here.source.name, here.input.sha256, here.generation, expected, counted, part)
+            number += 1
+
+
+def _parts(store: Store, settings: PrepareSettings, here: Given) -> Iterator[Range]:
+    if here.again is None:
+        yield from ranges(here.source, store, here.input, settings.rows)
+        return
+    for first in range(0, here.again.rows, settings.rows):
+        rows = min(settings.rows, here.again.rows - first)
+        yield Range(here.input.name, here.again.table.key, True, first, rows)
+
+
+def _read(store: Store, key: str) -> Iterator[PlannedShard]:
+    for row in pq.read_table(pa.BufferReader(store.get(key))).to_pylist():
+        yield PlannedShard(**{name: row.pop(name) for name in PlannedShard._fields[:-1]}, part=Range(**row))
+
+
+def _to_parquet(shards: Sequence[PlannedShard]) -> bytes:
+    rows = [{**shard._asdict(), **shard.part._asdict()} for shard in shards]
+    return parquet_bytes(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA))

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, Pipe
 from data_prep.make import Decoder, Outcome, make_picture
 from data_prep.plan import PrepareSettings
 from data_prep.rejections import Cause, Rejection
-from data_prep.sources import RawItem
+from data_prep.sources import RawItem, Url
 
 ATTEMPTS = 2
 DEADLINE = 120.0  # seconds for one item, far beyond what any picture under the pixel limit takes
@@ -28,7 +28,9 @@ def outcomes(
     child = _Child(settings, decoder)
     try:
         for item in items:
-            yield item, item.image if isinstance(item.image, Rejection) else child.survive(item.image)
+            found = item.image
+            assert not isinstance(found, Url), "it must be downloaded first"
+            yield item, found if isinstance(found, Rejection) else child.survive(found)
     finally:
         child.stop()
 

@@ -15,6 +15,20 @@ class Cause(StrEnum):
     TOO_MANY_BYTES = "too_many_bytes"
     NO_CAPTION = "no_caption"
     BAD_CAPTION = "bad_caption"  # not text, control characters, or far too long
+    BAD_METADATA = "bad_metadata"  # a JSON beside the image that is huge, too deep, or not JSON
+    # the web
+    BAD_URL = "bad_url"  # not http or https, no host, a password in it, control characters
+    PRIVATE_ADDRESS = "private_address"  # it leads to loopback or into a private network
+    DNS = "dns"  # its host's name leads nowhere
+    CONNECTION = "connection"  # refused, reset, or cut off before the end
+    CERTIFICATE = "certificate"  # the host cannot show that it is who it says
+    TIMEOUT = "timeout"
+    RATE_LIMITED = "rate_limited"  # 429
+    SERVER_ERROR = "server_error"  # 5xx
+    GONE = "gone"  # 404 or 410
+    HTTP_ERROR = "http_error"  # any other answer that is not the file, or no HTTP at all
+    TOO_MANY_REDIRECTS = "too_many_redirects"
+    OPTED_OUT = "opted_out"  # the X-Robots-Tag asks that it be left alone
     # the file
     EMPTY = "empty"
     UNKNOWN_FORMAT = "unknown_format"
@@ -25,6 +39,12 @@ class Cause(StrEnum):
     DECODER_CRASH = "decoder_crash"  # it killed the process that decoded it, twice
     # the picture
     TOO_SMALL = "too_small"  # never enlarged
+
+
+# What can pass, so that trying again may help.
+TRANSIENT: frozenset[Cause] = frozenset(
+    {Cause.DNS, Cause.CONNECTION, Cause.TIMEOUT, Cause.RATE_LIMITED, Cause.SERVER_ERROR}
+)
 
 
 class Rejection(NamedTuple):

@@ -11,9 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import simplejpeg
+import pyarrow as pa
 
-from data_prep.plan import PlannedShard, read_plan
+from data_prep.decode import decode
+from data_prep.plan import SUFFIXES, PlannedShard, read_plan
+from data_prep.rejections import Rejection
 from infra.errors import PixnerdError
 from infra.records import DataObject, ShardRecord
 from infra.shards import list_shards, read_index, shard_prefix
@@ -27,32 +29,52 @@ class Verified(NamedTuple):
     problems: list[str]  # none: everything is as its record says
 
 
-def verify(store: Store, plan: str) -> Verified:
+def verify(store: Store, plan: str, edition: str) -> Verified:
     """Hashes, counts and order of every shard at every size; damage is listed, not raised."""
-    planned = read_plan(store, plan)
+    planned = read_plan(store, plan, edition)
+    suffix = SUFFIXES[planned.settings["format"]]
     problems: list[str] = []
     shards = inputs = images = 0
-    for size in json.loads(planned.settings)["sizes"]:
-        records = {record.number: record for record in list_shards(store, shard_prefix(plan, str(size)))}
+    for size in planned.sizes:
+        records = {record.number: record for record in list_shards(store, shard_prefix(plan, size))}
         for shard in planned.shards:
-            where = f"shard {shard.number} at {size}"
-            record = records.pop(shard.number, None)
-            if record is None:
-                problems.append(f"{where}: not prepared")
-                continue
-            shards, inputs, images = shards + 1, inputs + record.inputs, images + record.accepted
-            try:
-                problems += [f"{where}: {problem}" for problem in _problems(store, record, shard)]
-            except (PixnerdError, tarfile.TarError, ValueError, KeyError) as error:
-                problems.append(f"{where}: {error}")
-        problems += [f"shard {number} at {size}: in no plan" for number in records]
+            for number in planned.numbers(shard, size):
+                if number not in records:
+                    problems.append(f"shard {number} at {size}: not prepared")
+            here = [records[number] for number in planned.numbers(shard, size) if number in records]
+            shards, inputs = shards + len(here), inputs + sum(record.inputs for record in here)
+            images += sum(record.accepted for record in here)
+            problems += _problems(store, here, shard, suffix)
+        ends = planned.planned * planned.sizes[size]
+        problems += [f"shard {number} at {size}: in no plan" for number in records if number >= ends]
     return Verified(shards, inputs, images, problems)
 
 
-def _problems(store: Store, record: ShardRecord, shard: PlannedShard) -> Iterator[str]:
-    index = read_index(store, record)
-    if index["row"].to_pylist() != list(range(shard.part.first, shard.part.first + shard.part.rows)):
-        yield "its index does not hold exactly the planned rows, in order"
+def _problems(store: Store, records: list[ShardRecord], shard: PlannedShard, suffix: str) -> list[str]:
+    """Of the shards at one size that a planned one became."""
+    problems: list[str] = []
+    rows: list[int] = []
+    for record in records:
+        where = f"shard {record.number} at {record.size}"
+        try:
+            index = read_index(store, record)
+            rows += index["row"].to_pylist()
+            problems += [f"{where}: {problem}" for problem in _shard_problems(store, record, index, suffix)]
+        except (PixnerdError, tarfile.TarError, ValueError, KeyError) as error:
+            return [*problems, f"{where}: {error}"]
+    if records and not _as_planned(rows, shard):
+        problems.append(f"shard {records[0].number} at {records[0].size}: not exactly the planned rows, in order")
+    return problems
+
+
+def _as_planned(rows: list[int], shard: PlannedShard) -> bool:
+    if shard.generation:  # any rows of the input, each once
+        return len(rows) == shard.expected and rows == sorted(set(rows))
+    first = shard.part.first if shard.counted else rows[0] if rows else 0
+    return rows == list(range(first, first + (shard.expected if shard.counted else len(rows))))
+
+
+def _shard_problems(store: Store, record: ShardRecord, index: pa.Table, suffix: str) -> Iterator[str]:
     causes = Counter(cause for cause in index["cause"].to_pylist() if cause is not None)
     accepted = index.filter(index["accepted"]).to_pylist()
     if causes != record.rejected or len(accepted) != record.accepted:
@@ -66,16 +88,16 @@ def _problems(store: Store, record: ShardRecord, shard: PlannedShard) -> Iterato
     with TemporaryDirectory(prefix="pixnerd-verify-") as folder:
         path = Path(folder, "shard.tar")
         store.download(record.tar.key, path)
-        yield from _tar_problems(path, record.tar, accepted)
+        yield from _tar_problems(path, record.tar, accepted, suffix)
 
 
-def _tar_problems(path: Path, found: DataObject, accepted: list[dict[str, Any]]) -> Iterator[str]:
+def _tar_problems(path: Path, found: DataObject, accepted: list[dict[str, Any]], suffix: str) -> Iterator[str]:
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != found.sha256:
             yield "its tar does not have the hash in its name"
     with tarfile.open(path, "r:") as tar:
         members = tar.getmembers()
-        names = [name for row in accepted for name in (f"{row['key']}.jpg", f"{row['key']}.json")]
+        names = [name for row in accepted for name in (f"{row['key']}.{suffix}", f"{row['key']}.json")]
         if [member.name for member in members] != names:
             yield "its tar does not hold the accepted rows, in order"
             return
@@ -88,9 +110,10 @@ def _tar_problems(path: Path, found: DataObject, accepted: list[dict[str, Any]])
 
 def _image_problems(row: dict[str, Any], image: bytes, sidecar: bytes) -> Iterator[str]:
     if hashlib.sha256(image).digest() != row["image_sha256"]:
-        yield f"{row['key']}.jpg does not have the index's hash"
-    if simplejpeg.decode_jpeg_header(image)[:2] != (row["height"], row["width"]):
-        yield f"{row['key']}.jpg does not have the index's size"
+        yield f"the image of {row['key']} does not have the index's hash"
+    decoded = decode(image)
+    if isinstance(decoded, Rejection) or decoded.pixels.shape[:2] != (row["height"], row["width"]):
+        yield f"the image of {row['key']} does not have the index's size"
     said = json.loads(sidecar)
     if any(said.get(name) != row[name] for name in ("key", "source", "captions", "width", "height")):
         yield f"{row['key']}.json and the index disagree"

@@ -2,6 +2,7 @@
 
     StageRecord         one stage of a workflow is done: from what, with which settings, giving what
     ├── ShardRecord     one shard of prepared images: its tar, its index, and the count of every input's fate
+    ├── ScoreRecord     what one scorer says of one shard's images: scores or captions, in a table of their own
     ├── SnapshotRecord  a dataset version: the rows of which shards, after which filter, split how
     ├── CheckpointRecord  a trained network at a step, and the data and settings it came from
     └── EvalReport      scores with intervals, from which checkpoint, judge and prompts
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from infra.config import canonical_json, digest
 from infra.errors import DataError, RecordError
+from infra.files import sha256_of
 from infra.store import Store
 
 
@@ -60,14 +62,29 @@ class ShardRecord(Record):
         return self.accepted + sum(self.rejected.values())
 
 
+class ScoreRecord(Record):
+    plan: str
+    size: str
+    scorer: str  # digest of its settings and weights
+    number: int  # the shard's
+    table: DataObject  # `key` and the scorer's columns, one row for each accepted sample, in the index's order
+    rows: int
+    failures: dict[str, int]  # cause -> rows without a value
+    versions: dict[str, str]
+
+
 class SnapshotRecord(Record):
     shards: str  # key prefix of the shard records it was made from
     size: str
     selection: DataObject  # Parquet: one row per training sample
     held_out: DataObject  # the same, for the samples that training never sees
+    by_shard: DataObject  # Parquet: one row for every shard, source and bucket, with its counts
     rows: int
     held_out_rows: int
-    counts: list[tuple[str, int]]  # ("all", n), then (condition, rows left after it)
+    counts: list[tuple[str, int]]  # ("accepted", n), then (step, rows left after it); the last is rows + held_out_rows
+    by_source: dict[str, list[int]]  # source -> its part of each count
+    caption_shares: dict[str, float]  # kind or rule of the mix -> its part of what training draws
+    forgotten: list[str]  # the lists of forgotten items that may concern its shards
 
 
 class CheckpointRecord(Record):
@@ -123,8 +140,7 @@ def put_data(store: Store, prefix: str, name: str, data: bytes | Path) -> DataOb
     if isinstance(data, bytes):
         sha256, size = hashlib.sha256(data).hexdigest(), len(data)
     else:
-        with data.open("rb") as file:
-            sha256, size = hashlib.file_digest(file, "sha256").hexdigest(), data.stat().st_size
+        sha256, size = sha256_of(data), data.stat().st_size
     stem, dot, suffix = name.partition(".")
     found = DataObject(key=f"{prefix.rstrip('/')}/{stem}-{sha256}{dot}{suffix}", sha256=sha256, size=size)
     if store.size(found.key) != size:
@@ -144,9 +160,7 @@ def fetch_data(store: Store, data: DataObject, path: Path) -> None:
     """Download an object and hold its bytes against its name; what does not match never appears at `path`."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     store.download(data.key, partial)
-    with partial.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 != data.sha256:
+    if sha256_of(partial) != data.sha256:
         partial.unlink()
         raise _damaged(store, data)
     partial.replace(path)

@@ -1,7 +1,7 @@
 """The shard format, written and read.
 
     shards/<plan>/<size>/00012.json            ShardRecord, written last
-    data/<size>/00012-<sha256>.tar             <key>.jpg and <key>.json of every accepted input, in their order
+    data/<size>/00012-<sha256>.tar             <key>.jpg and <key>.json of every accepted input, in order
     data/<size>/00012-<sha256>.parquet         the index: one row for every input, accepted or rejected
     snapshots/<digest>.json                    SnapshotRecord
     data/snapshots/<digest>-<sha256>.parquet   the selection: one row for every training sample
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -37,6 +37,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("key", pa.string(), nullable=False),  # a hash: see sample_key
         pa.field("source", pa.string(), nullable=False),
         pa.field("licence", pa.string(), nullable=False),
+        pa.field("origin", pa.string(), nullable=False),  # a URL of the image, or what the corpus says of itself
         pa.field("name", pa.string(), nullable=False),  # what the corpus calls it
         pa.field("row", pa.int64(), nullable=False),  # its row in the planned input file
         pa.field("accepted", pa.bool_(), nullable=False),
@@ -57,6 +58,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("json_length", pa.int64()),
         pa.field("image_sha256", pa.binary(32)),  # of the encoded image
         pa.field("pixels_sha256", pa.binary(32)),  # of its pixels before encoding: equal for exact duplicates
+        pa.field("phash", pa.uint64()),  # nearly equal for near ones; null where there is too little in the picture
         pa.field("captions", CAPTIONS, nullable=False),
     ]
 )
@@ -71,6 +73,8 @@ SELECTION_SCHEMA = pa.schema(
         pa.field("height", pa.int32(), nullable=False),
         pa.field("captions", pa.list_(pa.string()), nullable=False),
         pa.field("caption_weights", pa.list_(pa.float32()), nullable=False),  # sum to 1
+        pa.field("source", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        pa.field("bucket", pa.dictionary(pa.int32(), pa.string()), nullable=False),  # "WIDTHxHEIGHT"
     ]
 )
 
@@ -135,26 +139,27 @@ def parquet_bytes(table: pa.Table) -> bytes:
 # Reading
 
 
-def list_shards(store: Store, prefix: str) -> Iterator[ShardRecord]:
-    """The records under a shard prefix, by number, read a few at a time."""
+def list_shards(store: Store, prefix: str, numbers: Container[int] | None = None) -> Iterator[ShardRecord]:
+    """The records under a shard prefix, by number, read a few at a time; of these numbers, if any are given."""
     keys = [entry.key for entry in store.list(prefix) if entry.key.endswith(".json")]
+    keys = [key for key in keys if numbers is None or shard_number(key) in numbers]
     with ThreadPoolExecutor(_READERS) as pool:
         for start in range(0, len(keys), 64 * _READERS):
             yield from pool.map(lambda key: read_record(store, key, ShardRecord), keys[start : start + 64 * _READERS])
 
 
 def read_index(store: Store, record: ShardRecord, columns: Sequence[str] | None = None) -> pa.Table:
-    return _read_parquet(store, record.index, columns)
+    return read_parquet(store, record.index, columns)
 
 
 def read_selection(
     store: Store, record: SnapshotRecord, *, held_out: bool = False, columns: Sequence[str] | None = None
 ) -> pa.Table:
     """The samples of a snapshot, in the order of shards and inputs (see SELECTION_SCHEMA)."""
-    return _read_parquet(store, record.held_out if held_out else record.selection, columns).unify_dictionaries()
+    return read_parquet(store, record.held_out if held_out else record.selection, columns).unify_dictionaries()
 
 
-def _read_parquet(store: Store, found: DataObject, columns: Sequence[str] | None) -> pa.Table:
+def read_parquet(store: Store, found: DataObject, columns: Sequence[str] | None) -> pa.Table:
     data = get_data(store, found)
     try:
         return pq.read_table(pa.BufferReader(data), columns=None if columns is None else list(columns))

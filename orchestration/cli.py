@@ -92,6 +92,10 @@ def prepare(
     store: StoreOption = None,
     set_: SetOption = None,
     on: OnOption = None,
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="Download again what failed for causes that can pass: timeouts, DNS, 5xx."),
+    ] = False,
     dry_run: DryRunOption = False,
     json_: JsonOption = False,
 ) -> None:
@@ -99,7 +103,14 @@ def prepare(
     from orchestration.session import run_workflow
 
     run_workflow(
-        config, store=store, assignments=set_ or [], address=on, dry_run=dry_run, as_json=json_, until="prepare"
+        config,
+        store=store,
+        assignments=set_ or [],
+        address=on,
+        dry_run=dry_run,
+        as_json=json_,
+        until="prepare",
+        retry_failed=retry_failed,
     )
 
 
@@ -280,24 +291,52 @@ def checkpoint_fetch(
     fetch_checkpoint(stage, folder, store, as_json=json_)
 
 
-@data_app.command("show", epilog="Example: pixnerd data show --store runs/demo")
-def data_show(
-    store: Annotated[str, typer.Option("--store", help="The store that holds the shards.")], json_: JsonOption = False
-) -> None:
-    """What was prepared: shards, sizes, and what became of every input."""
-    from orchestration.session import show_data
+StoreOfShards = Annotated[str, typer.Option("--store", help="The store that holds the shards.")]
 
-    show_data(store, as_json=json_)
+
+@data_app.command("show", epilog="Example: pixnerd data show --store runs/demo --out pictures")
+def data_show(
+    store: StoreOfShards,
+    size: Annotated[str | None, typer.Option(help="One of the sizes that were prepared. [default: all]")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="A column of numbers to look at as well; repeatable.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for drawings of it, and for a sheet of samples.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the samples that are drawn.")] = 0,
+    json_: JsonOption = False,
+) -> None:
+    """What was prepared: sources, sizes, captions, and what became of every input."""
+    from orchestration.data import show_data
+
+    show_data(store, size=size, columns=column or [], out=out, seed=seed, as_json=json_)
 
 
 @data_app.command("verify", epilog="Example: pixnerd data verify --store runs/demo")
-def data_verify(
-    store: Annotated[str, typer.Option("--store", help="The store that holds the shards.")], json_: JsonOption = False
-) -> None:
+def data_verify(store: StoreOfShards, json_: JsonOption = False) -> None:
     """Read every shard again and hold hashes, counts and order against the records."""
-    from orchestration.session import verify_data
+    from orchestration.data import verify_data
 
     verify_data(store, as_json=json_)
+
+
+@data_app.command("forget", epilog="Example: pixnerd data forget withdrawn.txt --store runs/demo --reason 'asked to'")
+def data_forget(
+    items: Annotated[
+        Path,
+        typer.Argument(help="A text file with an item a line, or Parquet: keys, names, URLs, or sha256 of images."),
+    ],
+    store: StoreOfShards,
+    reason: Annotated[str, typer.Option(help="Why; it is kept with the list.")],
+    twins: Annotated[bool, typer.Option(help="Forget what has the same pixels as well.")] = True,
+    dry_run: DryRunOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Take items out of every later snapshot, and say which snapshots and checkpoints have seen them."""
+    from orchestration.data import forget_data
+
+    forget_data(items, store, reason=reason, twins=twins, dry_run=dry_run, as_json=json_)
 
 
 @app.command(epilog="Example: pixnerd report demo --out page.html")

@@ -11,7 +11,7 @@ from typing import Literal
 
 from infra.cluster import ClusterSettings, connect, disconnect
 from infra.config import digest
-from infra.errors import DataError
+from infra.errors import DataError, SettingsError
 from infra.records import EvalReport, StageRecord, read_record
 from infra.store import Store, open_store
 from infra.tracking import Tracker, TrackingSettings
@@ -30,12 +30,15 @@ def run_workflow(
     dry_run: bool,
     as_json: bool,
     until: Literal["prepare", "train"] | None = None,
+    retry_failed: bool = False,
 ) -> None:
     recipe = recipes.load(name, assignments)
-    nodes = workflow.graph(recipe)
+    opened = _store(store, recipe.name)
+    if retry_failed:
+        _retry_failed(recipe, opened, dry_run=dry_run)
+    nodes = workflow.graph(recipe, opened)
     if until is not None:
         nodes = workflow.only(nodes, until)
-    opened = _store(store, recipe.name)
     if dry_run:
         plans = workflow.plan(nodes, opened)
         if as_json:
@@ -54,6 +57,19 @@ def run_workflow(
         print_json({name: record.model_dump(mode="json") for name, record in records.items()})
     else:
         terminal.show_result(records.values(), _reports(opened, records))
+
+
+def _retry_failed(recipe: recipes.Recipe, store: Store, *, dry_run: bool) -> None:
+    """Every prepare stage's failed downloads that may come this time become inputs of the run that follows."""
+    from data_prep.job import retry_failed
+    from data_prep.plan import PrepareSettings
+
+    if dry_run:
+        raise SettingsError("a retry is begun in the store", remedy="leave --dry-run out, or --retry-failed")
+    for node in workflow.graph(recipe, store):
+        if isinstance(node.settings, PrepareSettings):
+            count = retry_failed(store, node.settings)
+            print(f"{node.name}: {count:,} downloads are tried again", file=sys.stderr)
 
 
 def _reports(store: Store, records: dict[str, StageRecord]) -> dict[str, EvalReport]:
@@ -130,54 +146,12 @@ def evaluate_folder(
         terminal.show_scores({checkpoint: report})
 
 
-# ------------------------------------------------------------------------------------------------ data
-
-
-def show_data(store: str, *, as_json: bool) -> None:
-    outputs = [record.output for record in stage_records(open_store(store), "prepare")]
-    if not outputs:
-        raise DataError(f"nothing has been prepared in {store}", remedy="run `pixnerd prepare` first")
-    if as_json:
-        print_json(outputs)
-        return
-    for output in outputs:
-        print(f"plan {output['plan']}: {output['inputs']:,} inputs")
-        sizes = output["sizes"]
-        causes = sorted({cause for size in sizes.values() for cause in size["rejected"]})
-        rows = [["accepted", *(f"{size['accepted']:,}" for size in sizes.values())]]
-        rows += [[cause, *(f"{size['rejected'].get(cause, 0):,}" for size in sizes.values())] for cause in causes]
-        terminal.table(["", *(f"{name} px" for name in sizes)], rows)
-
-
-def verify_data(store: str, *, as_json: bool) -> None:
-    from data_prep.verify import verify
-
-    opened = open_store(store)
-    plans = sorted({record.output["plan"] for record in stage_records(opened, "prepare")})
-    if not plans:
-        raise DataError(f"nothing has been prepared in {store}", remedy="run `pixnerd prepare` first")
-    checked = {plan: verify(opened, plan) for plan in plans}
-    if as_json:
-        print_json({plan: result._asdict() for plan, result in checked.items()})
-    problems = [problem for result in checked.values() for problem in result.problems]
-    if not as_json:
-        for plan, result in checked.items():
-            print(f"plan {plan}: {result.shards} shards, {result.inputs:,} inputs, {result.images:,} images read again")
-        for problem in problems:
-            print(f"  {problem}")
-    if problems:
-        raise DataError(
-            f"{len(problems)} things in {store} are not as recorded",
-            remedy="delete the damaged objects and their shards' records, then run prepare again",
-        )
-
-
 def make_report(name: str, *, store: str | None, assignments: Sequence[str], out: Path, as_json: bool) -> None:
     from pipelines.report import build
 
     recipe = recipes.load(name, assignments)
     opened = _store(store, recipe.name)
-    nodes = [node for node in workflow.graph(recipe) if not node.kind.reads_all]
+    nodes = [node for node in workflow.graph(recipe, opened) if not node.kind.reads_all]
     records = [read_record(opened, node.key, StageRecord) for node in nodes if opened.exists(node.key)]
     if not records:
         raise DataError(f"no stage of `{name}` is done in {opened.url}", remedy=f"run `pixnerd run {name}` first")

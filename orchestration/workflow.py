@@ -45,8 +45,11 @@ class Plan:
     why: str
 
 
-def graph(recipe: Recipe) -> list[Node]:
-    """The recipe's stages in the order in which they can run; every setting is checked before any work begins."""
+def graph(recipe: Recipe, store: Store | None = None) -> list[Node]:
+    """The recipe's stages in the order in which they can run; every setting is checked before any work begins.
+
+    What stages read from outside counts as it is there now; of the store, if there is one.
+    """
     parsed = {name: _parse_stage(name, data) for name, data in recipe.stages.items()}
     nodes: dict[str, Node] = {}
 
@@ -68,7 +71,8 @@ def graph(recipe: Recipe) -> list[Node]:
                 )
             place(target, (*above, name))
         below = {field: nodes[target].digest for field, target in inputs.items()}
-        work = {"kind": kind.name, "settings": settings.results(), "inputs": below, "outside": kind.outside(settings)}
+        outside = kind.outside(settings, store)
+        work = {"kind": kind.name, "settings": settings.results(), "inputs": below, "outside": outside}
         of = digest(work)
         nodes[name] = Node(name, kind, settings, inputs, below, of)
 

@@ -1,6 +1,6 @@
 """The stages of a workflow: settings and records in, one record out. Each reads like the paragraph that describes it.
 
-    corpus -> prepare -> snapshot -> encoders -> train -> evaluate -> gate -> register -> report
+    corpus -> prepare -> score -> snapshot -> encoders -> train -> evaluate -> gate -> register -> report
 
 A stage's function gets its context, its settings, and the records of the stages that its settings name; what it returns
 becomes the `output` of its record, which is all that later stages know of it.
@@ -18,7 +18,9 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from data_prep.forget import LISTS
 from data_prep.plan import PrepareSettings
+from data_prep.score import ScoreSettings, scorer_digest
 from data_prep.snapshot import SnapshotSettings
 from infra.config import Settings
 from infra.errors import SettingsError, StageFailed
@@ -118,11 +120,19 @@ def source_references(settings: PrepareSettings) -> dict[str, str]:
     }
 
 
-def source_inputs(settings: PrepareSettings) -> Any:
-    """The user's own corpora by their files: another image in the folder is another input."""
-    from data_prep.sources import inputs
+def source_inputs(settings: PrepareSettings, store: Store | None) -> Any:
+    """The user's own corpora by their files, and the retries that were asked for: more of either is more to do."""
+    from data_prep import originals
+    from data_prep.sources import UrlList, inputs
 
-    return [list(inputs(source)) for source in settings.sources if not source.url.startswith(STAGE_URL)]
+    found: list[Any] = []
+    for source in settings.sources:
+        for given in () if source.url.startswith(STAGE_URL) else inputs(source):
+            again = []
+            if store is not None and isinstance(source, UrlList):
+                again = originals.retries(store, originals.place(source, given, settings.fetch))
+            found.append([source.name, given[:3], [record.digest() for record in again]])
+    return found
 
 
 def prepare(context: Context, settings: PrepareSettings, inputs: Inputs) -> Output:
@@ -136,8 +146,15 @@ def prepare(context: Context, settings: PrepareSettings, inputs: Inputs) -> Outp
         sources[number] = sources[number].model_copy(update={"url": record.output["folder"]})
 
     def show(so_far: Prepared) -> None:
-        text = f"{so_far.shards} of {so_far.planned_shards} shards, {so_far.per_second:.0f} images/s"
-        context.progress(text, so_far.shards, so_far.planned_shards)
+        rejected = Counter(next(iter(so_far.rejected.values()), {}))
+        worst = ", ".join(f"{count:,} {cause}" for cause, count in rejected.most_common(3))
+        parts = [
+            f"{so_far.shards} of {so_far.planned_shards} shards",
+            f"{so_far.downloads:,} of {so_far.planned_downloads:,} downloads" if so_far.planned_downloads else "",
+            f"{so_far.per_second:.0f} images/s" if so_far.per_second else "",
+            f"{rejected.total():,} rejected ({worst})" if rejected else "",
+        ]
+        context.progress(", ".join(filter(None, parts)), so_far.shards, so_far.planned_shards)
 
     summary = run(context.store, settings.model_copy(update={"sources": sources}), show)
     for size, counts in summary.sizes.items():
@@ -146,20 +163,54 @@ def prepare(context: Context, settings: PrepareSettings, inputs: Inputs) -> Outp
     return summary.model_dump(mode="json")
 
 
+class ScoreStage(ScoreSettings):
+    shards: str = stage_reference()
+    size: int | str = Field(256, description="one of the sizes that were prepared")
+
+
+def scorer_weights(settings: ScoreStage, store: Store | None) -> Any:
+    """Weights in local files count by their bytes."""
+    return scorer_digest(settings)
+
+
+def score(context: Context, settings: ScoreStage, inputs: Inputs) -> Output:
+    """Shards -> scores or captions of their images, in tables of their own."""
+    from data_prep.score import Progress as Scored
+    from data_prep.score import score as run
+
+    def show(so_far: Scored) -> None:
+        text = f"{so_far.shards} of {so_far.planned_shards} shards, {so_far.per_second:.1f} images/s"
+        failed = sum(so_far.failures.values())
+        context.progress(f"{text}, {failed:,} failed" if failed else text, so_far.shards, so_far.planned_shards)
+
+    plan = inputs["shards"].output["plan"]
+    summary = run(context.store, plan, str(settings.size), settings, show)
+    failures = {f"score/failed_{cause}": count for cause, count in summary.failures.items()}
+    context.run.metrics({"score/rows": summary.rows, **failures}, 0)
+    return summary.model_dump(mode="json")
+
+
 class SnapshotStage(SnapshotSettings):
     shards: str = stage_reference()
+    scored: list[str] = stage_reference([])
+
+
+def forgotten_lists(settings: SnapshotStage, store: Store | None) -> Any:
+    return [] if store is None else [entry.key for entry in store.list(LISTS)]
 
 
 def snapshot(context: Context, settings: SnapshotStage, inputs: Inputs) -> Output:
-    """Shards + filter + caption mix -> the rows that training reads."""
+    """Shards + scores + filter + caption mix -> the rows that training reads."""
     from data_prep.snapshot import snapshot as run
     from data_prep.snapshot import snapshot_key
 
-    plan = inputs["shards"].output["plan"]
-    plain = SnapshotSettings(**settings.model_dump(exclude={"shards"}))
-    record = run(context.store, plan, plain)
+    prepared = inputs["shards"].output
+    scores = [*settings.scores, *(inputs[f"scored.{n}"].output["scorer"] for n in range(len(settings.scored)))]
+    plain = SnapshotSettings(**settings.model_dump(exclude={"shards", "scored", "scores"}), scores=scores)
+    record = run(context.store, prepared["plan"], prepared["edition"], plain)
+    key = snapshot_key(prepared["plan"], prepared["edition"], plain, record.forgotten)
     context.run.metrics({"snapshot/rows": record.rows, "snapshot/held_out": record.held_out_rows}, 0)
-    return {"record": snapshot_key(plan, plain), **record.model_dump(mode="json", include={"rows", "counts", "size"})}
+    return {"record": key, **record.model_dump(mode="json", include={"rows", "counts", "size"})}
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -397,7 +448,8 @@ class StageKind:
     settings: type[Settings]
     work: Callable[[Context, Any, Inputs], Output]
     references: Callable[[Any], dict[str, str]] = references
-    outside: Callable[[Any], Any] = lambda settings: None  # what it reads that no setting or stage tells: files' hashes
+    # What it reads that no setting or stage tells: files' hashes.
+    outside: Callable[[Any, Store | None], Any] = lambda settings, store: None
     reads_all: bool = False  # it reads every other stage of the workflow, those that failed left out
 
 
@@ -406,10 +458,11 @@ KINDS = {
     for kind in (
         StageKind("corpus", CorpusStage, corpus),
         StageKind("prepare", PrepareSettings, prepare, source_references, outside=source_inputs),
-        StageKind("snapshot", SnapshotStage, snapshot),
+        StageKind("score", ScoreStage, score, outside=scorer_weights),
+        StageKind("snapshot", SnapshotStage, snapshot, outside=forgotten_lists),
         StageKind("encoders", EncodersStage, encoders),
         StageKind("train", TrainStage, train),
-        StageKind("evaluate", EvaluateStage, evaluate, outside=prompts_digest),
+        StageKind("evaluate", EvaluateStage, evaluate, outside=lambda settings, store: prompts_digest(settings)),
         StageKind("gate", GateStage, gate),
         StageKind("register", RegisterStage, register),
         StageKind("report", ReportStage, report, reads_all=True),

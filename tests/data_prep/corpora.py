@@ -67,7 +67,7 @@ def settings_for(folder: Path, **changes: Any) -> PrepareSettings:
 def prepare_here(store: Store, settings: PrepareSettings) -> Plan:
     plan = make_plan(store, settings)
     for shard in plan.shards:
-        make_shard(store, settings, plan.digest, shard, partial(plain_outcomes, settings=settings))
+        make_shard(store, settings, plan, shard, [], partial(plain_outcomes, settings=settings))
     return plan
 
 

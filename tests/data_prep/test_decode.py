@@ -1,16 +1,19 @@
 from __future__ import annotations
 
-import resource
+import io
+import itertools
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import simplejpeg
+from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
-from data_prep.decode import Decoded, decode, sniff
+from data_prep.decode import MAX_PROFILE, MAX_SCANS, Decoded, _read_jpeg, _Refused, decode, exif_orientation, sniff
 from data_prep.rejections import Cause, Rejection
 from tests.data_prep import zoo
 
@@ -41,7 +44,7 @@ def assert_same(found: zoo.Pixels, expected: object, tolerance: float = EXACT) -
 
 
 PICTURE = zoo.picture()
-LOSSLESS = {
+LOSSLESS: dict[str, dict[str, Any]] = {
     "png": {"kind": "PNG"},
     "webp": {"kind": "WEBP", "lossless": True},
     "bmp": {"kind": "BMP"},
@@ -95,8 +98,65 @@ def test_exif_is_put_upright(orientation: int) -> None:
     assert_same(pixels_of(zoo.saved(stored, "PNG", exif=tags)), PICTURE)
     assert_same(pixels_of(zoo.saved(stored, "WEBP", lossless=True, exif=tags)), PICTURE)
     assert_same(pixels_of(zoo.saved(stored, "JPEG", quality=100, subsampling=0, exif=tags)), PICTURE, CLOSE)
+    assert_same(pixels_of(zoo.saved(stored, "TIFF", exif=tags)), PICTURE)
+    assert_same(pixels_of(zoo.saved(stored, "TIFF", compression="tiff_lzw", exif=tags)), PICTURE)
+    assert_same(pixels_of(zoo.saved(stored, "AVIF", quality=100, subsampling="4:4:4", exif=tags)), PICTURE, 4)
     inks = Image.fromarray(stored).convert("CMYK")
-    assert_same(pixels_of(zoo.saved(inks, "JPEG", quality=100, exif=tags)), PICTURE, CLOSE)
+    assert_same(pixels_of(zoo.saved(inks, "JPEG", quality=100, exif=zoo.exif(orientation))), PICTURE, CLOSE)
+
+
+ENTRY = st.tuples(
+    st.sampled_from([0x0100, 0x010F, 0x0112, 0x0131, 0x8769]), st.integers(0, 14), st.integers(0, 2), st.integers(0, 10)
+)
+
+
+@given(
+    st.lists(ENTRY, max_size=6, unique_by=lambda entry: entry[0]),
+    st.sampled_from(["<", ">"]),
+    st.integers(8, 12),
+    st.integers(0, 40),
+    st.booleans(),
+)
+def test_the_orientation_is_the_one_that_pillow_reads(
+    entries: list[tuple[int, int, int, int]], order: str, at: int, cut: int, prefix: bool
+) -> None:
+    exif = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, at)
+    exif = exif.ljust(at, b"\0") + struct.pack(order + "H", len(entries))
+    for tag, kind, count, value in entries:
+        count = 1 if tag == 0x0112 else count
+        exif += struct.pack(order + "HHI", tag, kind, count)
+        exif += struct.pack(order + ("HH" if kind in (3, 8) else "I"), *([value, 0] if kind in (3, 8) else [value]))
+    exif = exif[: len(exif) - cut] if cut < 20 else exif + bytes(4)
+    exif = b"Exif\0\0" + exif if prefix else exif
+    theirs = Image.Exif()
+    try:
+        theirs.load(exif)
+        found = theirs.get(0x0112, 1)
+    except (SyntaxError, struct.error, OSError):
+        found = 1
+    known = any(tag == 0x0112 and kind in (3, 4, 8, 9) for tag, kind, _, _ in entries)
+    assert exif_orientation(exif) == (found if known and isinstance(found, int) and 1 <= found <= 8 else 1)
+
+
+@pytest.mark.parametrize("kind", range(14))
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_the_orientation_may_be_any_whole_number(kind: int, order: str) -> None:
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HIH", 42, 8, 1)
+    value = struct.pack(order + ("HH" if kind in (3, 8) else "I"), *([6, 0] if kind in (3, 8) else [6]))
+    exif = head + struct.pack(order + "HHI", 0x0112, kind, 1) + value + bytes(4)
+    assert exif_orientation(exif) == (6 if kind in (3, 4, 8, 9) else 1)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_some_orientation(data: bytes) -> None:
+    for start in (b"", b"II*\0", b"MM\0*\0\0\0\x08"):
+        assert exif_orientation(start + data) in range(1, 9)
+
+
+def test_only_exif_turns_a_picture() -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    assert_same(pixels_of(zoo.saved(PICTURE, "WEBP", lossless=True, xmp=xmp)), PICTURE)
+    assert_same(pixels_of(zoo.saved(PICTURE, "JPEG", quality=100, subsampling=0, xmp=xmp)), PICTURE, CLOSE)
 
 
 @pytest.mark.parametrize("broken", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"])
@@ -116,11 +176,42 @@ def test_cmyk() -> None:
     assert_same(pixels_of(zoo.saved(image, "TIFF")), wanted, 1)
 
 
-def test_a_wide_gamut_profile_is_taken_to_srgb() -> None:
+def without_adobe(data: bytes) -> bytes:
+    at = data.index(b"\xff\xee")
+    return data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
+
+
+def test_cmyk_means_inverted_inks_with_adobes_marker_and_without() -> None:
+    inks = np.concatenate([PICTURE, PICTURE[:, :, :1] // 3], -1)
+    wanted = (255.0 - inks[:, :, :3]) * (255.0 - inks[:, :, 3:]) / 255
+    plain = zoo.saved(Image.fromarray(inks, "CMYK"), "JPEG", quality=100)
+    assert_same(pixels_of(without_adobe(plain)), wanted, CLOSE + 1)
+    ycck = simplejpeg.encode_jpeg(np.ascontiguousarray(255 - inks), 100, "CMYK", "444")
+    assert simplejpeg.decode_jpeg_header(ycck)[2] == "YCCK"
+    assert_same(pixels_of(ycck), wanted, CLOSE + 1)
+
+
+@pytest.mark.parametrize("size", [100, 65519, 65520, 200_000])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_the_profile_and_orientation_in_a_jpeg_are_those_that_pillow_reads(size: int, progressive: bool) -> None:
+    profile = np.random.default_rng(size).bytes(size)
+    data = zoo.saved(PICTURE, "JPEG", icc_profile=profile, exif=zoo.exif(6), progressive=progressive)
+    assert Image.open(io.BytesIO(data)).info["icc_profile"] == profile
+    assert _read_jpeg(data) == (6, profile)
+    assert _read_jpeg(data[:2] + b"\xff" * 9 + data[2:]) == (6, profile), "fill bytes may stand before a marker"
+    lost = data.replace(b"ICC_PROFILE\0\x02", b"icc_profile\0\x02", 1)
+    assert _read_jpeg(lost)[1] == (profile if size <= 65519 else None)
+    assert Image.open(io.BytesIO(lost)).info.get("icc_profile") == _read_jpeg(lost)[1]
+
+
+@pytest.mark.parametrize(("primaries", "gamma"), [(zoo.ADOBE, 2.2), (zoo.DISPLAY_P3, 1.8)])
+def test_a_wide_gamut_profile_is_taken_to_srgb(primaries: np.ndarray, gamma: float) -> None:
     soft = (90 + PICTURE // 4).astype(np.uint8)  # inside of both gamuts
-    profile = zoo.matrix_profile(zoo.ADOBE, 2.2)
-    wanted = zoo.to_srgb(soft, zoo.ADOBE, 563 / 256)
+    profile = zoo.matrix_profile(primaries, gamma)
+    wanted = zoo.to_srgb(soft, primaries, round(gamma * 256) / 256)
     assert np.abs(wanted - soft).max() > 10, "the profile must matter for this test to mean anything"
+    assert_same(pixels_of(zoo.saved(soft, "TIFF", icc_profile=profile)), wanted, 2)
+    assert_same(pixels_of(zoo.saved(soft, "AVIF", quality=100, subsampling="4:4:4", icc_profile=profile)), wanted, 6)
     assert_same(pixels_of(zoo.saved(soft, "PNG", icc_profile=profile)), wanted, 2)
     assert_same(pixels_of(zoo.saved(soft, "WEBP", lossless=True, icc_profile=profile)), wanted, 2)
     jpeg = zoo.saved(soft, "JPEG", quality=100, subsampling=0, icc_profile=profile)
@@ -148,10 +239,100 @@ def test_a_grey_profile_is_taken_to_srgb() -> None:
 def test_a_profile_that_is_srgb_or_broken_or_of_other_colours_changes_nothing() -> None:
     for profile in (zoo.matrix_profile(zoo.SRGB, 2.2)[:200], b"not a profile", zoo.grey_profile(1.0)):
         assert_same(pixels_of(zoo.saved(PICTURE, "PNG", icc_profile=profile)), PICTURE)
-    from PIL import ImageCms
-
     real = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert_same(pixels_of(zoo.saved(PICTURE, "PNG", icc_profile=real)), PICTURE)
+
+
+def test_colours_are_the_same_in_a_picture_of_many_strips() -> None:
+    profile = zoo.matrix_profile(zoo.ADOBE, 2.2)
+    tall = (90 + zoo.picture(700, 2000) // 4).astype(np.uint8)  # more than one strip; the last one is not full
+    whole = zoo.saved(tall, "PNG", icc_profile=profile, compress_level=1)
+    first = zoo.saved(tall[:50], "PNG", icc_profile=profile)
+    last = zoo.saved(tall[-50:], "PNG", icc_profile=profile)
+    found = pixels_of(whole)
+    assert_same(found[:50], pixels_of(first))
+    assert_same(found[-50:], pixels_of(last))
+    jpeg = zoo.saved(tall, "JPEG", quality=100, subsampling=0, icc_profile=profile)
+    assert_same(pixels_of(jpeg), found, CLOSE + 5)
+
+
+def test_png_metadata_costs_neither_memory_nor_the_picture() -> None:
+    whole = zoo.saved(PICTURE, "PNG")
+    at = whole.index(b"IDAT") - 4
+    text = zoo.chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(3_000_000)))  # Pillow alone refuses such a picture
+    profile = zoo.chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(5_000_000)))
+    wrong = zoo.chunk(b"tEXt", b"a\0b")[:-1] + b"?"
+    for extra in (text, profile, wrong, zoo.chunk(b"iCCP", b""), zoo.chunk(b"eXIf", b"")):
+        assert_same(pixels_of(whole[:at] + extra + whole[at:]), PICTURE)
+    late = zoo.exif(3).tobytes().removeprefix(b"Exif\0\0")
+    end = whole.index(b"IEND") - 4
+    turned = whole[:end] + zoo.chunk(b"eXIf", late) + whole[end:]
+    assert_same(pixels_of(turned), PICTURE[::-1, ::-1])
+
+
+def test_a_tiled_tiff() -> None:
+    tiles = np.zeros((2, 3, 16, 16, 3), np.uint8)
+    for row, column in itertools.product(range(2), range(3)):
+        part = PICTURE[16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+        tiles[row, column, : part.shape[0], : part.shape[1]] = part
+    assert_same(pixels_of(zoo.tiff(40, 24, 3, tiles.reshape(6, -1), tile=(16, 16))), PICTURE)
+    assert_same(pixels_of(zoo.tiff(40, 24, 3, PICTURE.reshape(1, -1))), PICTURE)
+    assert cause_of(zoo.tiff(40, 24, 3, tiles.reshape(6, -1), tile=(1 << 16, 16 << 10))) is Cause.CORRUPT
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TIFF", "GIF"])
+def test_few_colours_and_one_bit(kind: str) -> None:
+    few = Image.fromarray(np.arange(960, dtype=np.uint8).reshape(24, 40) % 4, "P")
+    few.putpalette([9, 9, 9, 200, 0, 0, 0, 0, 200, 255, 255, 255])
+    assert_same(pixels_of(zoo.saved(few, kind)), np.asarray(few.convert("RGB")))
+    bits = PICTURE[:, :, 0] > 99
+    assert_same(pixels_of(zoo.saved(Image.fromarray(bits), kind)), np.where(bits[:, :, None], 255, 0).repeat(3, 2))
+
+
+def test_a_bmp_stored_from_the_top() -> None:
+    data = bytearray(zoo.saved(np.ascontiguousarray(PICTURE[::-1]), "BMP"))
+    data[22:26] = struct.pack("<i", -24)
+    assert_same(pixels_of(bytes(data)), PICTURE)
+
+
+def test_jpeg_of_twelve_bits_is_unsupported() -> None:
+    data = bytearray(FILES["jpeg"])
+    data[data.index(b"\xff\xc0") + 4] = 12
+    assert cause_of(bytes(data)) in (Cause.UNSUPPORTED, Cause.CORRUPT)
+
+
+def test_jpeg_of_many_scans() -> None:
+    """A scan of some bytes costs a pass over all of the picture: a small file could take minutes."""
+    data = zoo.saved(PICTURE, "JPEG", progressive=True)
+    at = data.rindex(b"\xff\xda")
+    scans = data.count(b"\xff\xda")
+    hidden = b"\xff\xfe\0\x06\xff\xda\xff\xd9" * 200  # comments that say what a scan and an end look like
+    assert_same(pixels_of(data[:2] + hidden + data[2:]), pixels_of(data))
+    for fill in (b"", hidden[:8], b"\xff\xff"):
+        many = data[:-2] + (fill + data[at:-2]) * (MAX_SCANS + 1 - scans) + data[-2:]
+        found = decode(many)
+        assert isinstance(found, Rejection)
+        assert found == (Cause.CORRUPT, f"JPEG of more than {MAX_SCANS} scans")
+    assert_same(pixels_of(data + data[at:-2] * 200), pixels_of(data))  # what follows the end is not looked at
+
+
+@pytest.mark.parametrize(("frame", "in_scan"), [(0xC0, 1), (0xC1, 2), (0xC2, 3)])
+def test_scans_are_counted_wherever_a_picture_may_have_many(frame: int, in_scan: int) -> None:
+    head = b"\xff\xd8\xff" + bytes([frame]) + b"\0\x11\x08\0\x08\0\x08\x03" + bytes(9)
+    scan = b"\xff\xda\0\x04" + bytes([in_scan, 0]) + b"\x11\xff\0\xff\xd0"
+    _read_jpeg(head + scan * MAX_SCANS + b"\xff\xd9")
+    with pytest.raises(_Refused):
+        _read_jpeg(head + scan * (MAX_SCANS + 1) + b"\xff\xd9")
+    _read_jpeg(head.replace(bytes([0xFF, frame]), b"\xff\xc0") + scan.replace(bytes([in_scan, 0]), b"\3\0") * 200)
+
+
+def test_a_profile_of_many_megabytes_is_not_used() -> None:
+    profile = zoo.matrix_profile(zoo.ADOBE, 2.2)
+    assert np.abs(pixels_of(zoo.saved(PICTURE, "WEBP", lossless=True, icc_profile=profile)) - PICTURE.astype(int)).max()
+    for kind in ("WEBP", "PNG"):
+        assert_same(
+            pixels_of(zoo.saved(PICTURE, kind, lossless=True, icc_profile=profile + bytes(MAX_PROFILE))), PICTURE
+        )
 
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
@@ -164,6 +345,10 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     assert_same(pixels_of(zoo.png(40, 24, 16, 2, deep)), PICTURE)
     alpha = np.full((24, 40, 1), 65535, ">u2")
     assert_same(pixels_of(zoo.png(40, 24, 16, 6, np.concatenate([deep, alpha], -1))), PICTURE)
+    half = np.concatenate([deep, alpha // 2], -1).astype(">u2")
+    assert_same(pixels_of(zoo.png(40, 24, 16, 6, half)), (PICTURE + 255.0) / 2, 1)
+    grey_alpha = np.concatenate([deep[:, :, :1], alpha // 2], -1).astype(">u2")
+    assert_same(pixels_of(zoo.png(40, 24, 16, 4, grey_alpha)), (PICTURE[:, :, :1].repeat(3, 2) + 255.0) / 2, 1)
 
 
 def test_values_without_a_range_are_unsupported() -> None:
@@ -202,48 +387,14 @@ def test_palette_with_alpha_and_keyed_colours() -> None:
     assert_same(pixels_of(zoo.saved(gif, "GIF", transparency=0)), shown[index])
 
 
-@pytest.mark.parametrize(("kind", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {}), ("AVIF", {})]
+)
 def test_animations_give_their_first_frame(kind: str, options: dict[str, bool]) -> None:
     colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
     first, *rest = (Image.new("RGB", (20, 10), colour) for colour in colours)
     found = pixels_of(zoo.saved(first, kind, save_all=True, append_images=rest, **options))
-    assert_same(found, np.broadcast_to(colours[0], (10, 20, 3)))
-
-
-def with_jpeg_size(data: bytes, width: int, height: int) -> bytes:
-    at = next(data.index(bytes([0xFF, marker])) for marker in (0xC0, 0xC2) if bytes([0xFF, marker]) in data)
-    return data[: at + 5] + struct.pack(">HH", height, width) + data[at + 9 :]
-
-
-def bombs() -> dict[str, bytes]:
-    webp = bytearray(zoo.saved(np.dstack([PICTURE, PICTURE[:, :, :1]]), "WEBP"))
-    assert webp[12:16] == b"VP8X"
-    webp[24:30] = b"\xff\x3f\0" * 2
-    gif = bytearray(zoo.saved(PICTURE, "GIF"))
-    gif[6:10] = b"\xff\xff" * 2
-    bmp = bytearray(zoo.saved(PICTURE, "BMP"))
-    bmp[18:26] = struct.pack("<ii", 60_000, 60_000)
-    tiff = bytearray(zoo.saved(PICTURE, "TIFF"))
-    for tag in (256, 257):  # width and height: one 32-bit value each
-        at = tiff.index(struct.pack("<HHI", tag, 4, 1))
-        tiff[at + 8 : at + 12] = struct.pack("<I", 60_000)
-    return {
-        "png": zoo.png(30_000, 30_000, 8, 2, bytes(4096)),
-        "jpeg": with_jpeg_size(zoo.saved(PICTURE, "JPEG"), 65_500, 65_500),
-        "webp": bytes(webp),
-        "gif": bytes(gif),
-        "bmp": bytes(bmp),
-        "tiff": bytes(tiff),
-    }
-
-
-def test_bombs_are_refused_from_the_header_before_any_memory_is_taken() -> None:
-    files = bombs()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for kind, data in files.items():
-        assert len(data) < 300_000, kind
-        assert cause_of(data) is Cause.TOO_MANY_PIXELS, kind
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KiB
+    assert_same(found, np.broadcast_to(colours[0], (10, 20, 3)), 6 if kind == "AVIF" else EXACT)
 
 
 def test_the_pixel_limit_is_exact() -> None:
@@ -287,35 +438,3 @@ def test_what_is_no_image_is_refused_by_its_bytes() -> None:
     for data in (b"<!DOCTYPE html>", b"%!PS-Adobe-3.0 EPSF", b"<svg/>", b"\0" * 100, b"%PDF-1.4", b"\xff\xd8"):
         assert cause_of(data) is Cause.UNKNOWN_FORMAT
     assert sniff(FILES["jpeg"]) == "JPEG"
-
-
-@st.composite
-def damaged(draw: st.DrawFn) -> bytes:
-    data = bytearray(FILES[draw(st.sampled_from(sorted(FILES)))])
-    for at, bits in draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(1, 255)), max_size=12)):
-        data[at] ^= bits
-    cut = draw(st.integers(0, len(data)))
-    if draw(st.booleans()):
-        del data[cut : cut + draw(st.integers(0, 400))]
-    if draw(st.booleans()):
-        data[cut:cut] = draw(st.binary(max_size=200))
-    return bytes(data)
-
-
-@st.composite
-def nonsense(draw: st.DrawFn) -> bytes:
-    start = FILES[draw(st.sampled_from(sorted(FILES)))][: draw(st.integers(0, 64))]
-    return start + draw(st.binary(max_size=300))
-
-
-@settings(max_examples=600)
-@given(damaged() | nonsense())
-def test_any_bytes_give_a_picture_or_a_typed_rejection(data: bytes) -> None:
-    decoded = decode(data, max_pixels=1_000_000)
-    if isinstance(decoded, Rejection):
-        assert isinstance(decoded.cause, Cause)
-    else:
-        height, width, channels = decoded.pixels.shape
-        assert channels == 3
-        assert 0 < height * width <= 1_000_000
-        assert decoded.pixels.dtype == np.uint8

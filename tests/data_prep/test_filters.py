@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.filters import LONGEST, apply, columns_in, parse_filter
+from data_prep.filters import LONGEST, columns_in, masks, parse_filter
 from infra.errors import SettingsError
 
 TABLE = pa.table(
@@ -23,10 +24,10 @@ TABLE = pa.table(
 
 
 def rows(text: str) -> list[int]:
-    table = TABLE
-    for condition in parse_filter(text, TABLE.schema):
-        table = apply(table, condition)
-    return list(table["row"].to_pylist())
+    passed = np.ones(TABLE.num_rows, bool)
+    for mask in masks(TABLE, parse_filter(text, TABLE.schema)):
+        passed &= mask
+    return list(TABLE["row"].to_numpy()[passed])
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def store(tmp_path: Path) -> Store:
 
 def assert_as_undisturbed(store: Store, undisturbed: dict[str, bytes], summary: PrepareSummary) -> None:
     found = contents(store)
-    assert json.loads(found.pop(summary_key(summary.plan))) == summary.model_dump(mode="json")
+    assert json.loads(found.pop(summary_key(summary.plan, summary.edition))) == summary.model_dump(mode="json")
     assert sorted(found) == sorted(undisturbed)
     assert found == undisturbed
 
@@ -76,9 +76,9 @@ def test_counts_add_up_and_a_second_run_does_nothing(corpus: Path, store: Store,
     assert (seen[0].inputs, seen[-1].inputs, seen[-1].shards) == (0, COUNT, 7)
     assert seen[-1].rejected == dict.fromkeys(("32", "16"), causes)
     assert seen[-1].seconds_left == 0
-    assert verify(store, summary.plan) == (14, 2 * COUNT, 2 * summary.sizes["32"].accepted, [])
+    assert verify(store, summary.plan, summary.edition) == (14, 2 * COUNT, 2 * summary.sizes["32"].accepted, [])
     assert prepare(store, settings_for(corpus), decoder=refuse) == summary
-    store.delete(summary_key(summary.plan))
+    store.delete(summary_key(summary.plan, summary.edition))
     assert prepare(store, settings_for(corpus), decoder=refuse) == summary
 
 
@@ -115,7 +115,7 @@ def test_a_driver_killed_half_way_is_finished_by_the_next(
     plan = make_plan(store, settings_for(corpus))
     done = sum(1 for _ in list_shards(store, f"shards/{plan.digest}/16/"))
     assert 2 <= done < len(plan.shards)
-    assert not store.exists(summary_key(plan.digest))
+    assert not store.exists(summary_key(plan.digest, plan.edition))
     assert_as_undisturbed(store, undisturbed, prepare(store, settings_for(corpus)))
 
 
@@ -155,7 +155,7 @@ def test_a_file_that_kills_its_decoder_is_rejected_and_nothing_else_is(store: St
         if row["cause"] == Cause.DECODER_CRASH
     ]
     assert crashed == [(18, "the decoder's process ended with -9")]
-    assert verify(store, summary.plan).problems == []
+    assert verify(store, summary.plan, summary.edition).problems == []
 
 
 def dies_once(marker: str, data: bytes, **options: Any) -> Decoded | Rejection:

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data_prep.plan import make_plan, plan_key, read_plan
+from data_prep.plan import Plan, PrepareSettings, make_plan, read_plan
 from infra.config import parse
 from infra.errors import DataError, SettingsError
 from infra.store import Store, open_store
-from tests.data_prep.corpora import settings_for, write_corpus
+from tests.data_prep.corpora import contents, settings_for, write_corpus
 
 
 @pytest.fixture
@@ -28,31 +32,96 @@ def test_shards_are_row_ranges_that_cover_the_input_once(corpus: Path, store: St
     assert [shard.number for shard in plan.shards] == [0, 1, 2]
     assert [(shard.part.first, shard.part.rows) for shard in plan.shards] == [(0, 8), (8, 8), (16, 4)]
     assert plan.rows == 20
-    assert read_plan(store, plan.digest) == plan
+    assert read_plan(store, plan.digest, plan.edition) == plan
 
 
 def test_a_plan_is_written_once(corpus: Path, store: Store) -> None:
     plan = make_plan(store, settings_for(corpus))
-    before = store.get(plan_key(plan.digest))
+    before = contents(store)
     assert make_plan(store, settings_for(corpus)) == plan
-    assert store.get(plan_key(plan.digest)) == before
+    assert contents(store) == before
 
 
 def test_what_changes_results_makes_another_plan_and_nothing_else_does(
     corpus: Path, store: Store, tmp_path: Path
 ) -> None:
-    first = make_plan(store, settings_for(corpus)).digest
+    first = make_plan(store, settings_for(corpus))
     shutil.copytree(corpus, tmp_path / "moved")
-    assert make_plan(store, settings_for(tmp_path / "moved")).digest == first
-    assert make_plan(store, settings_for(corpus, in_flight=1)).digest == first
+    assert make_plan(store, settings_for(tmp_path / "moved")) == first
+    assert make_plan(store, settings_for(corpus, in_flight=1)) == first
     others = [
         make_plan(store, settings_for(corpus, **changes)).digest
-        for changes in ({"sizes": [32]}, {"jpeg_quality": 90}, {"rows_per_shard": 9}, {"matte": (0, 0, 0)})
+        for changes in (
+            {"sizes": [32]},
+            {"quality": 90},
+            {"rows_per_shard": 9},
+            {"matte": (0, 0, 0)},
+            {"format": "png"},
+        )
     ]
-    with (corpus / "images" / "00001.png").open("ab") as file:
-        file.write(b"!")
-    others.append(make_plan(store, settings_for(corpus)).digest)
-    assert len({first, *others}) == 6
+    assert len({first.digest, *others}) == 6
+
+
+def test_an_input_that_comes_later_extends_the_plan(corpus: Path, store: Store) -> None:
+    first = make_plan(store, all_tables(corpus))
+    before = contents(store)
+    pq.write_table(pq.read_table(corpus / "table.parquet").slice(0, 9), corpus / "later.parquet")
+    second = make_plan(store, all_tables(corpus))
+    assert second.digest == first.digest
+    assert second.edition != first.edition
+    assert [shard for shard in second.shards if shard.part.input == "table.parquet"] == first.shards
+    assert [(s.number, s.part.first, s.part.rows) for s in second.shards if s.part.input == "later.parquet"] == [
+        (3, 0, 8),
+        (4, 8, 1),
+    ]
+    after = contents(store)
+    assert {key: after[key] for key in before} == before
+    assert read_plan(store, first.digest, first.edition) == replace(first, planned=5)
+
+
+def test_an_input_that_changed_is_another_one(corpus: Path, store: Store) -> None:
+    first = make_plan(store, settings_for(corpus))
+    picture = corpus / "images" / "00001.png"
+    kept = picture.read_bytes()
+    picture.write_bytes(kept + b"!")
+    second = make_plan(store, settings_for(corpus))
+    assert [shard.number for shard in second.shards] == [3, 4, 5]
+    picture.write_bytes(kept)
+    assert make_plan(store, settings_for(corpus)) == replace(first, planned=6)
+
+
+def test_two_that_extend_a_plan_at_once_agree(corpus: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = store.create
+    other: list[Plan] = []
+
+    def slower(key: str, data: bytes | Path) -> bool:
+        """Somebody else is first, with another input as well."""
+        if not other:
+            monkeypatch.setattr(store, "create", create)
+            table = pq.read_table(corpus / "table.parquet")
+            pq.write_table(table.slice(0, 3), corpus / "a-third.parquet")
+            other.append(make_plan(store, all_tables(corpus)))
+            (corpus / "a-third.parquet").unlink()
+        return create(key, data)
+
+    monkeypatch.setattr(store, "create", slower)
+    plan = make_plan(store, all_tables(corpus))
+    assert [shard.number for shard in other[0].shards] == [0, 1, 2, 3]
+    assert plan.shards == other[0].shards[1:]
+
+
+@given(aim=st.integers(1, 64), sides=st.sets(st.integers(16, 1024), min_size=1, max_size=4))
+def test_shards_are_near_what_they_are_aimed_at(aim: int, sides: set[int]) -> None:
+    settings = settings_for(Path("x"), sizes=sorted(sides), shard_mib=aim, rows_per_shard=None)
+    for side in sides:
+        mib = settings.rows / settings.shards_of(side) * side**2 * 0.75 / 2**20
+        assert mib <= aim * 1.5 + side**2 / 2**20
+        assert mib >= aim * 0.4 or side == min(sides)
+
+
+def all_tables(corpus: Path) -> PrepareSettings:
+    source = settings_for(corpus).sources[0].model_dump() | {"tables": ["*.parquet"]}
+    return settings_for(corpus, sources=[source])
 
 
 def test_an_empty_corpus_is_an_error(tmp_path: Path, store: Store) -> None:
@@ -66,10 +135,10 @@ def test_settings_that_cannot_be(corpus: Path) -> None:
     source = settings_for(corpus).sources[0].model_dump()
     for changes, message in [
         ({"sources": [source, source]}, "two sources are called `small`"),
-        ({"sizes": [32, 32]}, "different from one another"),
+        ({"sizes": [32, 32]}, "two sizes have the same name"),
         ({"sources": [source | {"kind": "tabel_folder"}]}, "kind"),
         ({"sources": [source | {"captoins": ["x"]}]}, "did you mean `captions`"),
-        ({"jpeg_qualty": 3}, "did you mean `jpeg_quality`"),
+        ({"qualty": 3}, "did you mean `quality`"),
     ]:
         with pytest.raises(SettingsError) as error:
             parse(type(settings_for(corpus)), settings_for(corpus).model_dump() | changes)

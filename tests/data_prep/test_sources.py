@@ -3,6 +3,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,6 @@ import pytest
 
 from data_prep import sources
 from data_prep.folders import LocalFolder, StoreFolder
-from data_prep.plan import PrepareSettings, make_plan
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import RawItem, TableFolder, TextFolder
 from infra.config import parse
@@ -31,10 +32,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "corpus"
 
 
-def all_items(store: Store, source: TableFolder | TextFolder, rows_per_shard: int = 100) -> list[RawItem]:
-    settings = PrepareSettings(sources=[source], rows_per_shard=rows_per_shard)
-    plan = make_plan(store, settings)
-    return [item for shard in plan.shards for item in sources.items(source, store, shard.part)]
+def all_items(store: Store, source: sources.Source, rows: int = 100) -> list[RawItem]:
+    return [item for part in all_ranges(store, source, rows) for item in sources.items(source, store, part)]
+
+
+def all_ranges(store: Store, source: sources.Source, rows: int = 100) -> list[sources.Range]:
+    found = sources.inputs(source, store)
+    return [part for each in found for part in sources.ranges(source, store, each, rows)]
 
 
 def table_folder(folder: Path, *tables: str, **changes: Any) -> TableFolder:
@@ -48,6 +52,10 @@ def text_folder(folder: Path, **changes: Any) -> TextFolder:
 
 def problem(item: RawItem) -> Cause | None:
     return item.image.cause if isinstance(item.image, Rejection) else None
+
+
+def said(item: RawItem) -> list[tuple[str, str]]:
+    return [(caption["kind"], caption["text"]) for caption in item.captions]
 
 
 ROWS = [
@@ -73,8 +81,7 @@ def test_parquet_jsonl_and_csv_give_the_same_items(three: Path, store: Store) ->
         writer.writeheader()
         writer.writerows(plain)
     found = [
-        all_items(store, table_folder(three, name, keep=["n"]), rows_per_shard=2)
-        for name in ("t.parquet", "t.jsonl", "t.csv")
+        all_items(store, table_folder(three, name, keep=["n"]), rows=2) for name in ("t.parquet", "t.jsonl", "t.csv")
     ]
     for items in found:
         assert [item.name for item in items] == ["a.jpg", "b.jpg", "c.jpg"]
@@ -104,11 +111,17 @@ def test_keys_do_not_depend_on_how_the_rows_are_cut(three: Path, store: Store) -
     assert keys[0] == keys[1] == keys[2]
 
 
-def test_licence_of_the_source_and_of_the_row(three: Path, store: Store) -> None:
-    rows = [{"image": "a.jpg", "caption": "x", "own": "MIT"}, {"image": "b.jpg", "caption": "x", "own": None}]
+def test_licence_and_origin_of_the_source_and_of_the_row(three: Path, store: Store) -> None:
+    rows = [
+        {"image": "a.jpg", "caption": "x", "own": "MIT", "from": "https://a.example/1"},
+        {"image": "b.jpg", "caption": "x", "own": None, "from": " "},
+        {"image": "c.jpg", "caption": "x", "own": "x" * 1_000_000, "from": None},
+    ]
     pq.write_table(pa.Table.from_pylist(rows), three / "t.parquet")
-    items = all_items(store, table_folder(three, "t.parquet", licence="CC0", licence_column="own"))
-    assert [item.licence for item in items] == ["MIT", "CC0"]
+    columns = {"licence": "CC0", "licence_column": "own", "origin": "the web", "origin_column": "from"}
+    items = all_items(store, table_folder(three, "t.parquet", **columns))
+    assert [item.licence for item in items] == ["MIT", "CC0", "x" * 8192]
+    assert [item.origin for item in items] == ["https://a.example/1", "the web", "the web"]
 
 
 def test_names_that_lead_out_of_the_folder_are_refused(folder: Path, store: Store, tmp_path: Path) -> None:
@@ -130,7 +143,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(folder: Path, store: Stor
         "": Cause.BAD_NAME,
         "sub": Cause.OUTSIDE_FOLDER,
         ".": Cause.UNREADABLE,
-        "x" * 5000: Cause.UNREADABLE,
+        "x" * 4000: Cause.UNREADABLE,
         "own.jpg": None,
         "alias.jpg": None,
     }
@@ -226,6 +239,7 @@ def test_a_corpus_in_a_store_gives_the_same_items_as_on_disk(three: Path, store:
     with there.open("t.parquet") as remote, here.open("t.parquet") as local:
         assert pq.read_table(remote).equals(pq.read_table(local))
     assert sources.inputs(source)[0].sha256 == sources.inputs(table_folder(three, "t.parquet", name="other"))[0].sha256
+    assert here.find("*.jpg") == there.find("*.jpg") == ["a.jpg", "b.jpg", "c.jpg"]
 
 
 def test_wrong_columns_are_named_with_the_nearest_right_one(three: Path, store: Store) -> None:
@@ -250,3 +264,137 @@ def test_damaged_tables_are_data_errors(three: Path, store: Store) -> None:
     for name in ("t.parquet", "t.jsonl"):
         with pytest.raises(DataError, match="not a readable"):
             all_items(store, table_folder(three, name))
+
+
+def test_a_damaged_line_is_a_row_of_nothing(three: Path, store: Store) -> None:
+    good = [json.dumps({"image": f"{name}.jpg", "caption": "fine", "n": 1}).encode() for name in "abc"]
+    bad = [
+        b'{"image": "a.jpg", "caption"',
+        b"[" * 100_000,
+        b"[1, 2]",
+        b'{"image": "' + b"x" * (5 << 20) + b'"}',
+        b'{"image": "\xff.jpg", "caption": "x"}',
+        b'{"image": "\\ud800.jpg", "caption": "x"}',
+        b'{"image": {"a": 1}, "caption": "x"}',
+    ]
+    (three / "t.jsonl").write_bytes(b"\n".join([good[0], *bad, b"", good[1], b"\r", good[2]]))
+    items = all_items(store, table_folder(three, "t.jsonl", keep=["n"]))
+    assert [problem(item) for item in items] == [None, *[Cause.BAD_NAME] * len(bad), None, None]
+    assert [item.row for item in items] == list(range(len(items)))
+    assert [item.kept["n"] for item in items] == [1, *[None] * len(bad), 1, 1]
+
+
+def test_a_damaged_line_of_a_csv_is_a_row_of_nothing(three: Path, store: Store) -> None:
+    text = (
+        b"\xef\xbb\xbfimage,caption,n\na.jpg,x,1\n\nb.jpg\nb.jpg,x,2,3\n\xff,x,3\n"
+        + b"y" * (5 << 20)
+        + b"\nc.jpg,\0,4\n"
+    )
+    (three / "t.csv").write_bytes(text + b'c.jpg,"never closed,5\n')
+    items = all_items(store, table_folder(three, "t.csv", keep=["n"]))
+    bad = Cause.BAD_NAME
+    assert [problem(item) for item in items] == [None, bad, bad, bad, bad, bad, Cause.BAD_CAPTION, bad]
+    assert [item.kept["n"] for item in items] == [1, None, None, 3, None, None, 4, None]
+
+
+def test_captions_of_jsonl_may_be_texts_lists_or_numbers(three: Path, store: Store) -> None:
+    values = ["one", ["two", None, "three"], 4, None, {"a": "b"}, "bell\x07", "x" * 1_000_000]
+    (three / "t.jsonl").write_text("\n".join(json.dumps({"image": "a.jpg", "caption": value}) for value in values))
+    items = all_items(store, table_folder(three, "t.jsonl"))
+    assert [[text for _, text in said(item)] for item in items] == [["one"], ["two", "three"], ["4"], [], [], [], []]
+    bad, none = Cause.BAD_CAPTION, Cause.NO_CAPTION
+    assert [problem(item) for item in items] == [None, None, None, none, none, bad, bad]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1, None, 3], [1, None, 3]),
+        ([1, 2.5, None], [1.0, 2.5, None]),
+        ([True, None, False], [True, None, False]),
+        (["a", None, "b"], ["a", None, "b"]),
+        ([1, "b", None], ["1", "b", None]),
+        ([1, True, None], ["1", "true", None]),
+        ([["a"], [], None], [["a"], [], None]),
+        ([1, [], {"x": 2}], ["1", "[]", '{"x": 2}']),
+        ([2**63, 1, -1], [str(2**63), "1", "-1"]),
+        ([10**400, 1.5, 2], [str(10**400), "1.5", "2"]),
+        ([None, None, None], [None, None, None]),
+        (["\ud800", "x", None], ["?", "x", None]),
+    ],
+)
+def test_a_kept_column_of_jsonl_has_one_type(three: Path, store: Store, values: list[Any], expected: list[Any]) -> None:
+    rows = [json.dumps({"image": f"{name}.jpg", "v": value}) for name, value in zip("abc", values, strict=True)]
+    (three / "t.jsonl").write_text("\n".join(rows))
+    source = table_folder(three, "t.jsonl", captions=[], keep=["v"])
+    part = all_ranges(store, source)[0]
+    found = [item.kept["v"] for item in sources.items(source, store, part)]
+    assert found == expected
+    assert [type(value) for value in found] == [type(value) for value in expected]
+    pa.array(found, sources.kept_fields(source, store, part)[0].type)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["1", "", "3"], [1, None, 3]),
+        (["1", "2.5", ""], [1.0, 2.5, None]),
+        (["true", "", "FALSE"], [True, None, False]),
+        (["1_000", "2", ""], ["1_000", "2", ""]),
+        (["1", "x", ""], ["1", "x", ""]),
+        (["", "", ""], ["", "", ""]),
+        (["2020-01-02", "", ""], ["2020-01-02", "", ""]),
+    ],
+)
+def test_a_kept_column_of_csv_has_one_type(three: Path, store: Store, values: list[str], expected: list[Any]) -> None:
+    (three / "t.csv").write_text("v,image\n" + "".join(f"{value},a.jpg\n" for value in values))
+    items = all_items(store, table_folder(three, "t.csv", captions=[], keep=["v"]))
+    assert [item.kept["v"] for item in items] == expected
+
+
+def test_types_do_not_depend_on_where_a_value_stands(three: Path, store: Store) -> None:
+    rows = [{"image": "a.jpg", "caption": "x", "v": 1}] * 20_000 + [{"image": "a.jpg", "caption": "x", "v": 0.5}]
+    (three / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = table_folder(three, "t.jsonl", keep=["v"])
+    parts = all_ranges(store, source, 15_000)
+    assert [(part.first, part.rows) for part in parts] == [(0, 15_000), (15_000, 5_001)]
+    assert [sources.kept_fields(source, store, part)[0].type for part in parts] == [pa.float64()] * 2
+
+
+MEASURE = """
+import resource, sys
+from data_prep import sources
+from data_prep.sources import UrlList
+from infra.store import open_store
+folder, store = sys.argv[1], open_store(sys.argv[2])
+source = UrlList(kind="url_list", name="s", url=folder, tables=["*.*"], captions=["a", "b"], keep=["n"])
+count = 0
+for found in sources.inputs(source, store):
+    for part in sources.ranges(source, store, found, 50_000):
+        read = sources.urls if part.first else sources.items
+        count += sum(1 for _ in read(source, store, part))
+print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+def test_memory_does_not_grow_with_a_table(tmp_path: Path) -> None:
+    used = {}
+    for count in (20_000, 200_000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        with (folder / "t.jsonl").open("w") as file:
+            for n in range(count):
+                row = {
+                    "url": f"https://host.example/{n}.jpg",
+                    "a": f"number {n} " * 10,
+                    "b": [f"{n}", "x" * 80],
+                    "n": n,
+                }
+                file.write(json.dumps(row) + "\n")
+        ran = subprocess.run(
+            [sys.executable, "-c", MEASURE, str(folder), str(tmp_path / "store")],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        found, used[count] = map(int, ran.stdout.split())
+        assert found == count
+    assert used[200_000] - used[20_000] < 40, used  # MiB; the table itself has 55, and more as Python objects

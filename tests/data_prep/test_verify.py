@@ -25,7 +25,7 @@ def first_shard(store: Store, plan: Plan) -> ShardRecord:
 
 def test_nothing_is_wrong_with_what_prepare_made(prepared: tuple[Store, Plan]) -> None:
     store, plan = prepared
-    found = verify(store, plan.digest)
+    found = verify(store, plan.digest, plan.edition)
     assert found.problems == []
     assert (found.shards, found.inputs) == (3, 20)
     assert 0 < found.images < 20
@@ -39,9 +39,9 @@ def test_one_wrong_bit_in_an_image_is_found(prepared: tuple[Store, Plan]) -> Non
     row = next(row for row in read_index(store, record).to_pylist() if row["accepted"])
     data[row["offset"] + row["length"] // 2] ^= 1
     store.put(record.tar.key, bytes(data))
-    assert verify(store, plan.digest).problems == [
+    assert verify(store, plan.digest, plan.edition).problems == [
         "shard 0 at 16: its tar does not have the hash in its name",
-        f"shard 0 at 16: {row['key']}.jpg does not have the index's hash",
+        f"shard 0 at 16: the image of {row['key']} does not have the index's hash",
     ]
 
 
@@ -59,7 +59,7 @@ def test_missing_and_damaged_parts_are_listed(prepared: tuple[Store, Plan]) -> N
     )
     store.delete(shard_key(plan.digest, "16", 1))
     store.put(shard_key(plan.digest, "16", 7), record.model_copy(update={"number": 7}).model_dump_json().encode())
-    problems = verify(store, plan.digest).problems
+    problems = verify(store, plan.digest, plan.edition).problems
     assert [problem.split(":")[0] for problem in problems] == [f"shard {number} at 16" for number in (0, 1, 2, 7)]
     assert "damaged" in problems[0]
     assert problems[1].endswith("not prepared")
@@ -72,6 +72,6 @@ def test_a_cut_tar_is_a_problem_not_a_crash(prepared: tuple[Store, Plan]) -> Non
     record = first_shard(store, plan)
     assert record.tar is not None
     store.put(record.tar.key, store.get(record.tar.key)[:3000])
-    assert len(verify(store, plan.digest).problems) >= 2
+    assert len(verify(store, plan.digest, plan.edition).problems) >= 2
     store.delete(record.tar.key)
-    assert "shard 0" in verify(store, plan.digest).problems[0]
+    assert "shard 0" in verify(store, plan.digest, plan.edition).problems[0]

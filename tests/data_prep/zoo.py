@@ -22,6 +22,24 @@ def picture(height: int = 24, width: int = 40) -> Pixels:
     return np.stack([red, green, blue], -1).round().astype(np.uint8)
 
 
+def photograph(seed: int, height: int, width: int) -> Pixels:
+    """Like a photograph in what a resize finds hard: light at every scale (1/f), hard edges, fine lines, grain."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    reach = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]) + 1 / max(height, width)
+    waves = rng.normal(size=(3, *reach.shape)) + 1j * rng.normal(size=(3, *reach.shape))
+    clouds = np.fft.irfft2(waves / reach**1.2, s=(height, width))
+    light = clouds.mean(0) + 0.4 * clouds
+    light = 128 + 40 * (light - light.mean()) / light.std()
+    for _ in range(12):  # flat things with hard edges
+        middle, radius = rng.uniform(0, [height, width]), rng.uniform(0.02, 0.15) * width
+        light[:, np.hypot(y - middle[0], x - middle[1]) < radius] = rng.choice([35, 60, 190, 220], (3, 1))
+    lines = (np.sin((x * np.cos(seed) + y * np.sin(seed)) * rng.uniform(0.5, 3)) > 0.6) & (x > 0.7 * width)
+    light[:, lines] = 40
+    light += rng.normal(scale=4, size=light.shape)
+    return np.ascontiguousarray(light.clip(10, 245).round().astype(np.uint8).transpose(1, 2, 0))
+
+
 def saved(image: Image.Image | npt.NDArray[Any], kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
@@ -49,8 +67,27 @@ def chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-# Primaries of Adobe RGB (1998), adapted to D50, by row: X, Y, Z of red, green, blue.
+def tiff(
+    width: int, height: int, channels: int, parts: npt.NDArray[np.uint8], tile: tuple[int, int] | None = None
+) -> bytes:
+    """A TIFF without compression; `parts` are its strips or its tiles, one in each row."""
+    at = [8 + number * parts.shape[1] for number in range(len(parts))]
+    lists = struct.pack(f"<{len(at)}I", *at) + struct.pack(f"<{len(at)}I", *[parts.shape[1]] * len(at))
+    lists_at, single = 8 + parts.size, len(at) == 1
+    where, lengths = (at[0], parts.shape[1]) if single else (lists_at, lists_at + 4 * len(at))
+    tags = {256: (width, 1), 257: (height, 1), 258: (8, 1), 259: (1, 1), 262: (2, 1), 277: (channels, 1)}
+    if tile is None:
+        tags |= {273: (where, len(at)), 278: (height, 1), 279: (lengths, len(at))}
+    else:
+        tags |= {322: (tile[0], 1), 323: (tile[1], 1), 324: (where, len(at)), 325: (lengths, len(at))}
+    entries = b"".join(struct.pack("<HHII", tag, 4, count, value) for tag, (value, count) in sorted(tags.items()))
+    head = b"II*\0" + struct.pack("<I", lists_at + len(lists))
+    return head + parts.tobytes() + lists + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+# Primaries of Adobe RGB (1998) and Display P3, adapted to D50, by row: X, Y, Z of red, green, blue.
 ADOBE = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]])
+DISPLAY_P3 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
 SRGB = np.array(
     [[0.4360747, 0.3850649, 0.1430804], [0.2225045, 0.7168786, 0.0606169], [0.0139322, 0.0971045, 0.7141733]]
 )

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from infra.store import open_store
-from tests.pipelines.small_story import make
 from training import model as models
 from training.encoders import text
 
@@ -137,13 +136,3 @@ def test_doctor_finds_this_machine_fit():
     findings = {finding["what"]: finding for finding in json.loads(result.stdout)}
     assert findings["torch"]["ok"]
     assert result.returncode == 0, [f for f in findings.values() if not f["ok"]]
-
-
-def test_what_was_prepared_is_shown(tmp_path: Path):
-    store = open_store(str(tmp_path / "store"))
-    for record in make(store).stages:
-        store.create(f"stages/{record.kind}/{record.digest_of_work}.json", record.model_dump_json().encode())
-    result = pixnerd("data", "show", "--store", tmp_path / "store")
-    assert result.returncode == 0, result.stderr
-    assert "accepted" in result.stdout
-    assert "too_many_pixels" in result.stdout

@@ -103,7 +103,9 @@ def _prepare(made: Made, files: int) -> None:
     sizes = {size: _shard(made, size, files) for size in ("16", "32")}
     summary = PrepareSummary(
         plan="plan",
+        edition="edition",
         inputs=files,
+        tried_again={},
         sizes={
             size: SizeSummary(shards=shard_prefix("plan", size), count=1, accepted=r.accepted, rejected=r.rejected)
             for size, r in sizes.items()
@@ -122,7 +124,8 @@ def _shard(made: Made, size: str, files: int) -> ShardRecord:
     for number in range(files):
         kind = kind_of(number, 0)
         key = sample_key("shapes", f"captions.parquet#{number}")
-        row = {"key": key, "source": "shapes", "licence": "", "name": f"images/{number:06d}.jpg", "row": number}
+        row = {"key": key, "source": "shapes", "licence": "", "origin": "", "row": number}
+        row |= {"name": f"images/{number:06d}.jpg"}
         row |= {"accepted": kind not in CAUSES, "cause": CAUSES.get(kind), "captions": []}
         if row["accepted"]:
             scene = sample_scene(random.Random(f"0/{number}"))
@@ -161,9 +164,13 @@ def _snapshot(made: Made, name: str, size: str) -> None:
         size=size,
         selection=_selection(made, f"{name}.parquet", unique[held_out:]),
         held_out=_selection(made, f"{name}-held-out.parquet", unique[:held_out]),
+        by_shard=put_data(made.store, "data/snapshots", f"{name}-by-shard.parquet", parquet_bytes(pa.table({}))),
         rows=len(unique) - held_out,
         held_out_rows=held_out,
         counts=[("accepted", len(accepted)), ("not duplicate", len(unique)), ("has a caption of the mix", len(unique))],
+        by_source={"shapes": [len(accepted), len(unique), len(unique)]},
+        caption_shares={"caption": 1.0},
+        forgotten=[],
     )
     output = {"record": made.put(name, record), "rows": record.rows, "counts": record.counts, "size": size}
     settings = {"size": int(size), "filter": "not duplicate", "name": name}
@@ -172,6 +179,7 @@ def _snapshot(made: Made, name: str, size: str) -> None:
 
 def _selection(made: Made, name: str, rows: list[dict[str, Any]]) -> DataObject:
     plain = {"tar": "a.tar", "offset": 0, "length": 1, "width": 1, "height": 1, "captions": [], "caption_weights": []}
+    plain |= {"source": "shapes", "bucket": "1x1"}
     table = pa.Table.from_pylist([plain | {"key": row["key"]} for row in rows], schema=SELECTION_SCHEMA)
     return put_data(made.store, "data/snapshots", name, parquet_bytes(table))
 

@@ -47,7 +47,7 @@ def write_data(folder: Path, store: Store, count: int = 60) -> SnapshotRecord:
     settings = settings_for(folder)
     sources = [settings.sources[0].model_copy(update=source)]
     plan = prepare_here(store, settings.model_copy(update={"sources": sources, "sizes": [16], "rows_per_shard": 20}))
-    return snapshot(store, plan.digest, SnapshotSettings(size=16))
+    return snapshot(store, plan.digest, plan.edition, SnapshotSettings(size=16))
 
 
 def write_encoders(folder: Path, store: Store) -> dict[str, dict[str, DataObject]]:

@@ -1,0 +1,473 @@
+"""URLs -> the bytes behind them, or a Rejection with its cause; as they come.
+
+An event loop in a thread of its own downloads; the generator feeds it URLs and hands out what it brings, so deadlines
+hold while the caller is busy elsewhere. What is under way and what waits to be taken is bounded.
+
+Everything on the other side is hostile: one deadline covers all that an item does on the network (a timeout for each
+read never ends a stream that drips), bodies are counted as they come, and every address is checked where it is
+connected to, after resolution and on every redirect, so that no name can mean something else a moment later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import re
+import ssl
+import threading
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from heapq import heappop, heappush
+from importlib.metadata import version
+from itertools import islice
+from queue import SimpleQueue
+from typing import NamedTuple
+from urllib.parse import urljoin
+
+import aiohttp
+from pydantic import Field
+from yarl import URL
+
+from data_prep.addresses import HttpUrl, Lookup, PrivateAddress, Resolver, any_socket, http_url, look_up, public_socket
+from data_prep.rejections import TRANSIENT, Cause, Rejection
+from infra.config import Settings, operational
+
+_log = logging.getLogger(__name__)
+
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})  # "none" is "noindex, nofollow"
+
+LOOK_AHEAD = 64  # URLs looked at together for each slot, so that those of other hosts overtake those of a full one
+
+
+class FetchSettings(Settings):
+    redirects: int = Field(5, ge=0, le=20)
+    opt_out: bool = Field(True, description="honour noai, noimageai and noindex in X-Robots-Tag")
+    allow_private: bool = Field(False, description="connect to loopback and private addresses too")
+    seconds: float = operational(60.0, gt=0, description="what an item may take on the network, all tries together")
+    connect_seconds: float = operational(10.0, gt=0, description="what one connection may take to stand")
+    retries: int = operational(2, ge=0, le=100, description="further tries, for causes that can pass")
+    backoff: float = operational(1.0, ge=0, description="seconds before the first retry; doubled for each after it")
+    at_once: int = operational(64, ge=1, description="downloads at once")
+    per_host: int = operational(8, ge=1, description="downloads at once from one host")
+    ahead_mib: int = operational(256, ge=1, description="finished downloads that wait to be written down")
+    user_agent: str = operational("pixnerd", pattern=r"^[A-Za-z0-9_-]+$", description="also answers to X-Robots-Tag")
+    contact: str = operational("", pattern=r"^[!-~]*$", description="a page or address where site owners can complain")
+
+
+class Fetched(NamedTuple):
+    number: int  # of its URL among those asked for
+    data: bytes | Rejection
+    url: str  # the last that was asked for; empty if none was
+    status: int | None  # of the last answer
+    content_type: str  # as the server says
+    tries: int
+
+
+def fetch(
+    urls: Iterable[str | Rejection], settings: FetchSettings, max_bytes: int, lookup: Lookup | None = None
+) -> Generator[Fetched, None, None]:
+    """One result for each URL, as it comes: a host that hangs holds up its own items only.
+
+    A Rejection among the URLs is handed through. Once `ahead_mib` of bodies are held nothing further is started, so
+    that no more than those and `at_once` bodies under way are ever in memory. `lookup` stands in for the system's
+    resolver.
+    """
+    downloads = _Downloads(settings, max_bytes, lookup or look_up)
+    try:
+        yield from downloads.results(iter(urls))
+    finally:
+        downloads.close()
+
+
+class _Item:
+    """One URL on its way through redirects and tries."""
+
+    __slots__ = ("at", "content_type", "hops", "index", "left", "status", "task", "timed_out", "tries", "url")
+
+    def __init__(self, index: int, url: HttpUrl, seconds: float) -> None:
+        self.index = index
+        self.url = url
+        self.at = url  # where the redirects have led
+        self.left = seconds  # of its time; what it waits for a free slot is not counted
+        self.hops = self.tries = 0
+        self.status: int | None = None
+        self.content_type = ""
+        self.timed_out = False
+        self.task: asyncio.Task[None] | None = None
+
+
+class _Failure(NamedTuple):
+    rejection: Rejection
+    wait: float = 0.0  # seconds that the server asks for before another try
+
+
+class _Downloads:
+    """Items wait in a heap by their number; each hop and each try is a turn of its own, with a slot of its own."""
+
+    def __init__(self, settings: FetchSettings, max_bytes: int, lookup: Lookup) -> None:
+        self._settings = settings
+        self._max_bytes = max_bytes
+        self._lookup = lookup
+        self._budget = settings.ahead_mib * 2**20
+        self._window = LOOK_AHEAD * settings.at_once
+        self._given = 0
+        self._held = 0  # bytes received and not yet known to be handed out
+        self._waiting: list[tuple[int, _Item]] = []
+        self._waiting_for_host: defaultdict[str, list[tuple[int, _Item]]] = defaultdict(list)
+        self._present: Counter[str] = Counter()  # unfinished items of a host
+        self._running: Counter[str] = Counter()  # and those of them that hold a slot
+        self._slots = settings.at_once  # free ones
+        self._later: dict[_Item, asyncio.TimerHandle] = {}
+        self._results: SimpleQueue[Fetched | BaseException] = SimpleQueue()
+        self._started: Future[asyncio.AbstractEventLoop] = Future()
+        self._thread = threading.Thread(target=self._serve, name="fetch", daemon=True)
+        self._thread.start()
+        self._loop = self._started.result()
+
+    # In the caller's thread.
+
+    def results(self, urls: Iterator[str | Rejection]) -> Iterator[Fetched]:
+        given = returned = freed = 0
+        while True:
+            room = self._window - (given - returned)
+            if self._results.empty() or 2 * room > self._window or 8 * freed > self._budget:
+                more = list(islice(urls, room))
+                given += len(more)
+                self._loop.call_soon_threadsafe(self._guard, self._go_on, more, freed)
+                freed = 0
+            if given == returned:
+                return
+            result = self._results.get()
+            if isinstance(result, BaseException):
+                raise result
+            returned += 1
+            freed += len(result.data) if isinstance(result.data, bytes) else 0
+            yield result
+
+    def close(self) -> None:
+        with suppress(RuntimeError):  # the loop has ended by itself, from an error
+            self._loop.call_soon_threadsafe(self._closed.set)
+        self._thread.join()
+
+    # In the loop's thread.
+
+    def _serve(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except BaseException as error:  # noqa: BLE001 - to be raised where someone is waiting
+            if not self._started.done():
+                self._started.set_exception(error)
+            self._results.put(error)
+
+    async def _main(self) -> None:
+        settings = self._settings
+        self._closed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        # What a broken TLS peer makes asyncio say belongs in no log of ours: it ends as a cause.
+        loop.set_exception_handler(lambda _, context: _log.debug(context["message"]))
+        connector = aiohttp.TCPConnector(
+            limit=0,  # slots are counted here
+            ssl=_tls(),
+            resolver=Resolver(self._lookup, settings.allow_private),
+            ttl_dns_cache=60,
+            dns_cache_max_size=10_000,
+            socket_factory=any_socket if settings.allow_private else public_socket,
+            keepalive_timeout=5,
+        )
+        agent = f"{settings.user_agent}/{version('pixnerd')}"
+        if settings.contact:
+            agent += f" (+{settings.contact})"
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"User-Agent": agent, "Accept-Encoding": "identity"},
+            auto_decompress=False,
+            timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_seconds, sock_connect=None),
+            trust_env=False,
+        )
+        async with self._session:
+            self._started.set_result(loop)
+            await self._closed.wait()
+            for timer in self._later.values():
+                timer.cancel()
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _go_on(self, urls: list[str | Rejection], freed: int) -> None:
+        self._held -= freed
+        for url in urls:
+            found = http_url(url) if isinstance(url, str) else url
+            if isinstance(found, Rejection):
+                self._results.put(Fetched(self._given, found, "", None, "", 0))
+            else:
+                item = _Item(self._given, found, self._settings.seconds)
+                self._present[found.host] += 1
+                heappush(self._waiting, (item.index, item))
+            self._given += 1
+        self._start()
+
+    def _start(self) -> None:
+        """Start what may start, the first ones first."""
+        while self._waiting and self._slots and self._held < self._budget:
+            index, item = heappop(self._waiting)
+            host = item.at.host
+            if self._running[host] >= self._settings.per_host:
+                heappush(self._waiting_for_host[host], (index, item))
+                continue
+            self._running[host] += 1
+            self._slots -= 1
+            item.task = asyncio.create_task(self._turn(item))
+            item.task.add_done_callback(self._check)
+
+    def _check(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            self._results.put(error)
+
+    def _guard(self, function: Callable[..., None], *arguments: object) -> None:
+        """Runs a callback of the loop, whose errors nobody would see, and for whose results somebody would wait."""
+        try:
+            function(*arguments)
+        except Exception as error:  # noqa: BLE001 - raised where the results are awaited
+            self._results.put(error)
+
+    async def _turn(self, item: _Item) -> None:
+        """One request of an item, and what follows from its answer."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        deadline = loop.call_later(item.left, _time_out, item)
+        host = item.at.host
+        try:
+            answer = await self._ask(item)
+        except asyncio.CancelledError:
+            if not item.timed_out:
+                raise
+            answer = _Failure(Rejection(Cause.TIMEOUT, f"not done within {self._settings.seconds:g} s"))
+        finally:
+            deadline.cancel()
+        item.left -= loop.time() - began
+        self._release(host)
+        self._follow(item, answer)
+        self._start()
+
+    def _release(self, host: str) -> None:
+        self._slots += 1
+        self._running[host] -= 1
+        if not self._running[host]:
+            del self._running[host]
+        if waiting := self._waiting_for_host.get(host):
+            heappush(self._waiting, heappop(waiting))
+            if not waiting:
+                del self._waiting_for_host[host]
+
+    def _follow(self, item: _Item, answer: bytes | HttpUrl | _Failure) -> None:
+        if isinstance(answer, HttpUrl):
+            if item.hops < self._settings.redirects:
+                item.hops += 1
+                self._move(item, answer)
+                heappush(self._waiting, (item.index, item))
+                return
+            answer = _Failure(Rejection(Cause.TOO_MANY_REDIRECTS, f"more than {self._settings.redirects}"))
+        if isinstance(answer, bytes):
+            self._finish(item, answer)
+            return
+        wait = max(answer.wait, self._settings.backoff * 2 ** (item.tries - 1) * random.uniform(0.5, 1.5))
+        again = answer.rejection.cause in TRANSIENT and item.tries <= self._settings.retries and wait < item.left
+        if not again:
+            self._finish(item, answer.rejection)
+            return
+        item.left -= wait
+        self._later[item] = asyncio.get_running_loop().call_later(wait, self._guard, self._try_again, item)
+
+    def _try_again(self, item: _Item) -> None:
+        del self._later[item]
+        item.hops = 0
+        self._move(item, item.url)
+        heappush(self._waiting, (item.index, item))
+        self._start()
+
+    def _move(self, item: _Item, url: HttpUrl) -> None:
+        self._leave(item.at.host)
+        item.at = url
+        self._present[url.host] += 1
+
+    def _leave(self, host: str) -> None:
+        self._present[host] -= 1
+        if not self._present[host]:
+            del self._present[host]
+
+    def _finish(self, item: _Item, data: bytes | Rejection) -> None:
+        self._leave(item.at.host)
+        self._results.put(Fetched(item.index, data, item.at.text, item.status, item.content_type, item.tries))
+
+    async def _ask(self, item: _Item) -> bytes | HttpUrl | _Failure:
+        """Ask once, follow nothing: the body, or where it is said to be, or why there is none."""
+        item.tries += not item.hops
+        item.status, item.content_type = None, ""
+        # The last of a host closes the door: thousands of hosts kept alive would use up the files a process may open.
+        headers = {"Connection": "close"} if self._present[item.at.host] == 1 else None
+        try:
+            url = URL(item.at.text, encoded=True)
+            async with self._session.get(url, headers=headers, allow_redirects=False) as response:
+                item.status = response.status
+                item.content_type = _plain(response.headers.get("Content-Type", ""), 100)
+                refused = self._refusal(response, item.at)
+                return refused if refused is not None else await self._read(response)
+        except PrivateAddress as error:
+            return _Failure(Rejection(Cause.PRIVATE_ADDRESS, str(error)))
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            return _Failure(_trouble(error))
+
+    def _refusal(self, response: aiohttp.ClientResponse, asked: HttpUrl) -> HttpUrl | _Failure | None:
+        """What the head of an answer already settles; none if the body is to be read."""
+        status, headers = response.status, response.headers
+        if status not in REDIRECTS and not (
+            200 <= status < 300 and status != 206
+        ):  # 206: a part, which nobody asked for
+            return _Failure(Rejection(_status_cause(status), str(status)), _retry_after(headers.get("Retry-After", "")))
+        if self._settings.opt_out:
+            tags = headers.getall("X-Robots-Tag", [])
+            if wish := next(filter(None, (opts_out(tag, self._settings.user_agent) for tag in tags)), None):
+                return _Failure(Rejection(Cause.OPTED_OUT, wish))
+        if status in REDIRECTS:
+            if not (location := headers.get("Location", "")):
+                return _Failure(Rejection(Cause.HTTP_ERROR, f"{status} that leads nowhere"))
+            found = _join(asked, location)
+            return _Failure(found) if isinstance(found, Rejection) else found
+        if (response.content_length or 0) > self._max_bytes:
+            return _Failure(Rejection(Cause.TOO_MANY_BYTES, f"{response.content_length} bytes"))
+        return None
+
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes | _Failure:
+        chunks: list[bytes] = []
+        size = 0
+        whole = False
+        try:
+            while chunk := await response.content.readany():
+                chunks.append(chunk)
+                size += len(chunk)
+                self._held += len(chunk)
+                if size > self._max_bytes:
+                    response.close()
+                    return _too_long(self._max_bytes)
+            data = b"".join(chunks)
+            if response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip"):
+                unpacked = _gunzip(data, self._max_bytes)
+                if unpacked is None:
+                    return _too_long(self._max_bytes)
+                self._held += len(unpacked) - size
+                size, data = len(unpacked), unpacked
+            whole = True
+            return data
+        finally:
+            if not whole:
+                self._held -= size
+
+
+def _time_out(item: _Item) -> None:
+    item.timed_out = True
+    assert item.task is not None
+    item.task.cancel()
+
+
+def _too_long(max_bytes: int) -> _Failure:
+    return _Failure(Rejection(Cause.TOO_MANY_BYTES, f"more than {max_bytes} bytes"))
+
+
+def _gunzip(data: bytes, max_bytes: int) -> bytes | None:
+    """Packed by a server that was asked not to; none if it is too long. What only claims to be packed is left alone."""
+    unpacker = zlib.decompressobj(wbits=31)
+    try:
+        unpacked = unpacker.decompress(data, max_bytes + 1)
+    except zlib.error:
+        return data
+    if len(unpacked) > max_bytes:
+        return None
+    return unpacked if unpacker.eof else data
+
+
+def _join(asked: HttpUrl, location: str) -> HttpUrl | Rejection:
+    try:
+        found = http_url(urljoin(asked.text, location.strip()))
+    except ValueError:
+        found = Rejection(Cause.BAD_URL, "not a URL")
+    return found._replace(detail=f"a redirect to it: {found.detail}") if isinstance(found, Rejection) else found
+
+
+def _status_cause(status: int) -> Cause:
+    if status == 429:
+        return Cause.RATE_LIMITED
+    if status == 408:
+        return Cause.TIMEOUT
+    if status in (404, 410):
+        return Cause.GONE
+    return Cause.SERVER_ERROR if 500 <= status < 600 else Cause.HTTP_ERROR
+
+
+def _retry_after(text: str) -> float:
+    """Seconds, from either form of the header; 0 where it says nothing sensible."""
+    if re.fullmatch("[0-9]{1,9}", text):
+        return float(text)
+    try:
+        when = parsedate_to_datetime(text)
+        return max(0.0, (when.astimezone(UTC) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+_VALUED = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
+
+
+def opts_out(tag: str, agent: str) -> str | None:
+    """The wish in one X-Robots-Tag that we leave its item alone: `noai`, `noindex, nofollow`, `pixnerd: noai`.
+
+    A name and a colon address all that follows it in the header to that agent alone.
+    """
+    ours = True
+    for part in tag.lower().split(","):
+        name, colon, rest = part.partition(":")
+        if colon and name.strip() not in _VALUED:
+            ours = name.strip() in (agent.lower(), "*")
+            part = rest
+        if ours and part.strip() in OPT_OUTS:
+            return part.strip()
+    return None
+
+
+def _trouble(error: Exception) -> Rejection:
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return Rejection(Cause.DNS, _said(error.os_error))
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return Rejection(Cause.CERTIFICATE, _said(error.certificate_error))
+    if isinstance(error, TimeoutError):
+        return Rejection(Cause.TIMEOUT, "no connection in time")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return Rejection(Cause.CONNECTION, _said(error.os_error))
+    if isinstance(error, aiohttp.ClientResponseError):
+        return Rejection(Cause.HTTP_ERROR, _plain(f"not HTTP: {error.message}", 200))
+    if isinstance(error, ValueError) and not isinstance(error, OSError):
+        return Rejection(Cause.BAD_URL, type(error).__name__)  # its text repeats the URL
+    return Rejection(Cause.CONNECTION, _said(error))
+
+
+def _said(error: BaseException) -> str:
+    return _plain(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}", 200)
+
+
+def _plain(text: str, length: int) -> str:
+    """A stranger's text, fit for a table and a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text[:length])
+
+
+def _tls() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context

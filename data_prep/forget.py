@@ -1,0 +1,324 @@
+"""Items taken out of every later snapshot, of whatever plan, and who has seen them already.
+
+    forgotten/<digest>.json                    ForgottenRecord: one list and why
+    data/forgotten/<digest>-<sha256>.parquet   its keys, and the hashes of their pixels at every size
+
+Lists add up; none is ever changed or taken back. An image that has the very pixels of a forgotten one goes with it, so
+that it does not slip in as the next survivor of its duplicates. Shards are left as they are: what they hold is still
+in the store, and so are earlier snapshots and checkpoints, which `forget` names.
+
+A key is made of a source's name and the item's own, so an item stays forgotten when its corpus is prepared anew. One
+that no plan in the store holds yet is unknown: prepare it, then forget it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict
+
+from data_prep.stream import in_order
+from infra.config import digest
+from infra.errors import DataError, SettingsError
+from infra.records import (
+    CheckpointRecord,
+    DataObject,
+    Record,
+    ShardRecord,
+    SnapshotRecord,
+    fetch_data,
+    get_data,
+    put_data,
+    read_record,
+    write_record,
+)
+from infra.shards import INDEX_SCHEMA, list_shards, parquet_bytes, read_index, shard_number
+from infra.store import Store
+
+LISTS = "forgotten/"
+CHECKPOINTS = ("training/", "imported/")
+NAMES = [name for name in ("key", "name", "origin") if name in INDEX_SCHEMA.names]  # what an item may be called by
+HASHES = ("image_sha256", "pixels_sha256")
+LIST_COLUMNS = ("key", "image_sha256", "pixels_sha256", "sha256", "origin", "url", "name")  # of a list in Parquet
+ITEMS = pa.schema([pa.field("key", pa.string(), nullable=False), pa.field("pixels_sha256", pa.binary(32))])
+
+Mask = npt.NDArray[np.bool_]
+Hit = tuple[str, bytes | None]  # the key of a row, and the hash of its pixels; none where it was rejected
+
+
+class Searched(BaseModel):
+    """What a list has to do with the shards under a prefix, as far as they were there when it was made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    shards: int  # every shard with a smaller number was looked through
+    rows: int  # accepted ones to be forgotten there
+
+
+class ForgottenRecord(Record):
+    reason: str
+    twins: bool  # whether images of the same pixels go as well
+    items: DataObject  # Parquet, see ITEMS
+    keys: int
+    searched: dict[str, Searched]  # prefix of shard records -> what was found
+
+
+class Holder(NamedTuple):
+    """A snapshot that was made before, with the items in it."""
+
+    snapshot: str  # key of its record
+    digest: str
+    training: int
+    held_out: int
+
+
+class Witness(NamedTuple):
+    """A checkpoint that has to do with the items."""
+
+    checkpoint: str  # key of its record
+    digest: str
+    step: int
+    how: str  # "trained": they were in its data; "inherited": so in a checkpoint that it began from; "held_out"
+    snapshot: str  # digest of the data it was itself trained on
+
+
+class Forgotten(NamedTuple):
+    record: str | None  # its key; none where nothing was written
+    keys: int  # samples asked for, in all plans
+    twins: int  # further samples that have their pixels
+    unknown: list[str]  # items that no plan in this store holds
+    snapshots: list[Holder]
+    checkpoints: list[Witness]
+
+
+def read_list(path: Path) -> list[str]:
+    """The items of a list: a line each, or a column of a Parquet file (LIST_COLUMNS, or the only one it has)."""
+    try:
+        if path.suffix == ".parquet":
+            return _column(path)
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise SettingsError(
+            f"the list {path} cannot be read ({type(error).__name__})", remedy="name a text file or a Parquet file"
+        ) from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _column(path: Path) -> list[str]:
+    file = pq.ParquetFile(path)
+    there = file.schema_arrow.names
+    names = [name for name in LIST_COLUMNS if name in there] or (there if len(there) == 1 else [])
+    if not names:
+        raise SettingsError(
+            f"{path} has none of the columns that name items", remedy=f"call one of them {', '.join(LIST_COLUMNS)}"
+        )
+    values = file.read(columns=names[:1])[names[0]].drop_null().to_pylist()
+    return [value.hex() if isinstance(value, bytes) else str(value) for value in values]
+
+
+def forget(store: Store, items: Sequence[str], reason: str, *, twins: bool = True, dry_run: bool = False) -> Forgotten:
+    """Forget items by key, by the corpus's name, by URL, or by the sha256 of their image or pixels in hex."""
+    wanted = _Wanted(items)
+    shards = {prefix: list(list_shards(store, prefix)) for prefix in _prefixes(store)}
+    hits = {prefix: _search(store, found, wanted) for prefix, found in shards.items()}
+    if not any(hits.values()):
+        raise DataError(
+            f"none of the {len(items)} items is in this store (the first is {items[0] if items else ''!a:.200})",
+            remedy="write them as keys, as names or URLs of the corpus, or as sha256 in hex; prepare the corpus first",
+        )
+    keys = {key for found in hits.values() for key, _ in found}
+    hashes = {value for found in hits.values() for _, value in found if value} if twins else set()
+    same = {prefix: _twins(store, found, hashes) if twins else set() for prefix, found in shards.items()}
+    searched = {
+        prefix: Searched(
+            shards=_without_gap(found),
+            rows=len(same[prefix] | {key for key, value in hits[prefix] if value}),
+        )
+        for prefix, found in shards.items()
+    }
+    gone = {prefix: keys | found for prefix, found in same.items()}
+    snapshots = list(_holders(store, gone, keys))
+    return Forgotten(
+        record=None if dry_run else _write(store, hits, reason, twins, searched),
+        keys=len(keys),
+        twins=len(set().union(*same.values()) - keys),
+        unknown=wanted.unknown(),
+        snapshots=snapshots,
+        checkpoints=_witnesses(store, snapshots),
+    )
+
+
+def _write(store: Store, hits: dict[str, set[Hit]], reason: str, twins: bool, searched: dict[str, Searched]) -> str:
+    pairs = sorted(set().union(*hits.values()), key=lambda pair: (pair[0], pair[1] or b""))
+    rows = pa.Table.from_pylist([dict(zip(ITEMS.names, pair, strict=True)) for pair in pairs], schema=ITEMS)
+    name = digest({"reason": reason, "twins": twins, "items": [[key, value and value.hex()] for key, value in pairs]})
+    record = ForgottenRecord(
+        reason=reason,
+        twins=twins,
+        items=put_data(store, "data/forgotten", f"{name}.parquet", parquet_bytes(rows)),
+        keys=len({key for key, _ in pairs}),
+        searched=searched,
+    )
+    key = f"{LISTS}{name}.json"
+    write_record(store, key, record)
+    return key
+
+
+# ------------------------------------------------------------------------------------------------ finding them
+
+
+class _Wanted:
+    def __init__(self, items: Sequence[str]) -> None:
+        self.items = list(dict.fromkeys(items))
+        self.names = frozenset(items)
+        self.hashes = frozenset(bytes.fromhex(item) for item in items if _is_sha256(item))
+        self._known: set[str | bytes] = set()
+
+    def mask(self, table: pa.Table) -> Mask:
+        """The rows that an item names, noting which items do."""
+        found = np.zeros(table.num_rows, bool)
+        for name in (*NAMES, *HASHES):
+            here = members(table[name], self.names if name in NAMES else self.hashes)
+            self._known.update(table[name].filter(pa.array(here)).to_pylist())
+            found |= here
+        return found
+
+    def unknown(self) -> list[str]:
+        return [item for item in self.items if not self._known & {item, _is_sha256(item) and bytes.fromhex(item)}]
+
+
+def _is_sha256(item: str) -> bool:
+    return len(item) == 64 and all(letter in "0123456789abcdefABCDEF" for letter in item)
+
+
+def members(column: pa.ChunkedArray, among: Collection[str | bytes]) -> Mask:
+    return np.fromiter((value in among for value in column.to_numpy(zero_copy_only=False)), bool, len(column))
+
+
+def _prefixes(store: Store) -> list[str]:
+    """Of the shard records of every plan and size."""
+    return sorted({entry.key.rpartition("/")[0] + "/" for entry in store.list("shards/") if _is_record(entry.key)})
+
+
+def _is_record(key: str) -> bool:
+    return key.endswith(".json")
+
+
+def _without_gap(shards: Sequence[ShardRecord]) -> int:
+    numbers = {shard.number for shard in shards}
+    return next(number for number in range(len(numbers) + 1) if number not in numbers)
+
+
+def _search(store: Store, shards: Sequence[ShardRecord], wanted: _Wanted) -> set[Hit]:
+    """The rows that items name. A key may have several pictures: one for each content that its input had."""
+    found: set[Hit] = set()
+    for table in _tables(store, shards, [*NAMES, *HASHES]):
+        rows = table.filter(pa.array(wanted.mask(table)))
+        found |= set(zip(rows["key"].to_pylist(), rows["pixels_sha256"].to_pylist(), strict=True))
+    return found
+
+
+def _twins(store: Store, shards: Sequence[ShardRecord], hashes: Collection[bytes]) -> set[str]:
+    """The keys of all rows that have one of these pixels."""
+    found: set[str] = set()
+    for table in _tables(store, shards, ["key", "pixels_sha256"]):
+        found |= set(table["key"].filter(pa.array(members(table["pixels_sha256"], hashes))).to_pylist())
+    return found
+
+
+def _tables(store: Store, shards: Sequence[ShardRecord], columns: list[str]) -> Iterator[pa.Table]:
+    return in_order(lambda shard: read_index(store, shard, columns), shards)
+
+
+# ------------------------------------------------------------------------------------------------ who has seen them
+
+
+def _holders(store: Store, gone: dict[str, set[str]], keys: set[str]) -> Iterator[Holder]:
+    for entry in store.list("snapshots/"):
+        if _is_record(entry.key):
+            record = read_record(store, entry.key, SnapshotRecord)
+            here = gone.get(record.shards, keys)
+            training, held_out = (_held(store, part, here) for part in (record.selection, record.held_out))
+            if training or held_out:
+                yield Holder(entry.key, record.digest(), training, held_out)
+
+
+def _held(store: Store, selection: DataObject, keys: set[str]) -> int:
+    """How many of the keys it lists; a selection may be larger than memory, so it is read from a file in parts."""
+    with TemporaryDirectory(prefix="pixnerd-forget-") as folder:
+        path = Path(folder, "selection.parquet")
+        fetch_data(store, selection, path)
+        found: set[str] = set()
+        for batch in pq.ParquetFile(path).iter_batches(columns=["key"]):
+            found |= keys.intersection(batch["key"].to_pylist())
+    return len(found)
+
+
+def _witnesses(store: Store, snapshots: Sequence[Holder]) -> list[Witness]:
+    training = {holder.digest for holder in snapshots if holder.training}
+    held_out = {holder.digest for holder in snapshots if holder.held_out}
+    records = dict(_checkpoints(store))
+    by_digest = {record.digest(): record for record in records.values()}
+
+    def how(record: CheckpointRecord | None) -> str | None:
+        own = "held_out" if record and record.snapshot in held_out else None
+        first = record
+        while record is not None:
+            if record.snapshot in training:
+                return "trained" if record is first else "inherited"
+            record = by_digest.get(record.start_from or "")
+        return own
+
+    found = [(key, record, how(record)) for key, record in records.items()]
+    return [Witness(key, record.digest(), record.step, how, record.snapshot) for key, record, how in found if how]
+
+
+def _checkpoints(store: Store) -> Iterator[tuple[str, CheckpointRecord]]:
+    for prefix in CHECKPOINTS:
+        for entry in store.list(prefix):
+            if entry.key.endswith("/checkpoint.json"):
+                yield entry.key, read_record(store, entry.key, CheckpointRecord)
+
+
+# ------------------------------------------------------------------------------------------------ what snapshots ask
+
+
+class Gone:
+    """All that is forgotten and may concern the shards under a prefix."""
+
+    def __init__(self, store: Store, prefix: str) -> None:
+        self.lists: list[str] = []
+        self.keys: set[str] = set()
+        self._with_twins: set[str] = set()
+        self._hashes: set[bytes] = set()
+        records = {entry.key: read_record(store, entry.key, ForgottenRecord) for entry in store.list(LISTS)}
+        shards = 1 + max((shard_number(entry.key) for entry in store.list(prefix)), default=-1) if records else 0
+        for key, record in records.items():
+            before = record.searched.get(prefix)
+            if before is not None and not before.rows and before.shards >= shards:
+                continue  # it was looked for in all of these shards and is in none
+            self.lists.append(Path(key).stem)
+            table = pq.read_table(pa.BufferReader(get_data(store, record.items)))
+            keys = set(table["key"].to_pylist())
+            self.keys |= keys
+            if record.twins:
+                self._with_twins |= keys
+                self._hashes |= set(table["pixels_sha256"].drop_null().to_pylist())
+
+    def __bool__(self) -> bool:
+        return bool(self.lists)
+
+    def learn(self, table: pa.Table) -> None:
+        """Note the pixels of forgotten rows: shards that were made since may hold them in another form."""
+        if self._with_twins:
+            rows = table.filter(pa.array(members(table["key"], self._with_twins)))
+            self._hashes |= set(rows["pixels_sha256"].drop_null().to_pylist())
+
+    def mask(self, table: pa.Table) -> Mask:
+        return members(table["key"], self.keys) | members(table["pixels_sha256"], self._hashes)

@@ -1,0 +1,356 @@
+"""`score`: prepared shards -> side tables of scores or captions, as a pool of Ray actors, one task for each shard.
+
+    scores/<plan>/<size>/<scorer>/00012.json       ScoreRecord, written last
+    data/scores/<scorer>/00012-<sha256>.parquet    `key` and the scorer's columns, a row for each accepted sample
+    scored/<plan>/<size>/<scorer>/<shards>.json    ScoreSummary, of the shards that there were
+
+Images are read and never rewritten: a snapshot joins the tables it names by key. <scorer> is the digest of the settings
+that change results and of the weights' bytes, so another head or prompt is another table beside the first. A shard's
+batches are its own, so its table is the same bytes whoever made it, on the same kind of machine with the same batch
+size: other sizes and devices round otherwise, in the last digits of a score.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.job import _sigterm
+from data_prep.scorers import Sample, Scorer
+from data_prep.scorers.settings import ClipSettings, EndpointSettings, ScorerSettings
+from infra.config import Settings, digest, operational
+from infra.errors import ClusterError, DataError, PixnerdError
+from infra.records import (
+    Record,
+    ScoreRecord,
+    ShardRecord,
+    fetch_data,
+    get_data,
+    put_data,
+    read_record,
+    write_record,
+)
+from infra.shards import parquet_bytes, read_index, shard_key, shard_number, shard_prefix
+from infra.store import Store, open_store
+
+FORMAT = 1  # raised when the same images, settings and weights would give other values
+TRIES = 2  # of a shard whose worker dies
+_READERS = 16  # small records read at once
+
+
+class ScoreSettings(Settings):
+    scorer: ScorerSettings
+    workers: int | None = operational(None, ge=1, description="none: as many as the cluster holds")
+    cpus: int = operational(1, ge=1, description="of each worker: they decode while the network works")
+    gpus: float = operational(0.0, ge=0, description="of each worker: 1, or a part of one; 0: it works on the CPU")
+
+
+class ScoreSummary(Record):
+    """What became of every accepted sample; the same whoever did the work."""
+
+    plan: str
+    size: str
+    scorer: str
+    settings: dict[str, Any]  # of the scorer: those that change results, with the sha256 of its weights
+    columns: list[str]
+    shards: int
+    rows: int
+    failures: dict[str, int]  # cause -> rows without a value
+    versions: list[dict[str, str]]  # more than one if libraries or machines changed between runs
+
+
+@dataclass(frozen=True)
+class Progress:
+    shards: int
+    planned_shards: int
+    rows: int
+    failures: dict[str, int]
+    per_second: float  # rows, in this run
+    seconds_left: float | None
+
+
+class Place(NamedTuple):
+    """Which images, and whose word on them."""
+
+    plan: str
+    size: str
+    scorer: str
+
+    @property
+    def prefix(self) -> str:
+        return f"scores/{self.plan}/{self.size}/{self.scorer}/"
+
+    def key(self, number: int) -> str:
+        return f"{self.prefix}{number:05d}.json"
+
+    def summary_key(self, numbers: list[int]) -> str:
+        return f"scored/{self.plan}/{self.size}/{self.scorer}/{digest(numbers)}.json"
+
+
+def scorer_digest(settings: ScoreSettings) -> str:
+    """The name of a scorer's tables. Local weights are read through for it."""
+    return digest({"format": FORMAT, "scorer": settings.scorer.identity()})
+
+
+def score(
+    store: Store | str,
+    plan: str,
+    size: str,
+    settings: ScoreSettings,
+    progress: Callable[[Progress], None] | None = None,
+) -> ScoreSummary:
+    """Score every prepared shard that is not scored yet. Ray must be up (infra.cluster.connect)."""
+    store = open_store(store) if isinstance(store, str) else store
+    place = Place(plan, size, scorer_digest(settings))
+    numbers = _numbers(store, shard_prefix(plan, size))
+    if not numbers:
+        raise DataError(f"plan {plan} has no shards of size {size}", remedy="prepare that size first")
+    if store.exists(place.summary_key(numbers)):
+        return read_record(store, place.summary_key(numbers), ScoreSummary)
+    done = set(_numbers(store, place.prefix))
+    tally = _Tally(len(numbers))
+    for record in _records(store, [place.key(number) for number in numbers if number in done]):
+        tally.add(record)
+    tally.begin()
+    todo = [number for number in numbers if number not in done]
+    if todo:
+        if progress:
+            progress(tally.progress())
+        for record in _run(store, settings, place, todo):
+            tally.add(record)
+            if progress:
+                progress(tally.progress())
+    summary = tally.summary(place, settings.scorer)
+    write_record(store, place.summary_key(numbers), summary)
+    return summary
+
+
+def read_scores(store: Store, plan: str, size: str, scorer: str, number: int) -> pa.Table:
+    """A shard's side table: `key` and the scorer's columns, a row for each accepted sample in the index's order."""
+    record = read_record(store, Place(plan, size, scorer).key(number), ScoreRecord)
+    return pq.read_table(pa.BufferReader(get_data(store, record.table)))
+
+
+def _numbers(store: Store, prefix: str) -> list[int]:
+    return [shard_number(entry.key) for entry in store.list(prefix) if entry.key.endswith(".json")]
+
+
+def _records(store: Store, keys: list[str]) -> Iterator[ScoreRecord]:
+    with ThreadPoolExecutor(_READERS) as pool:
+        yield from pool.map(lambda key: read_record(store, key, ScoreRecord), keys)
+
+
+# The pool
+
+
+def _run(store: Store, settings: ScoreSettings, place: Place, todo: list[int]) -> Iterator[ScoreRecord]:
+    """The record of each shard as it gets done, in no particular order."""
+    import ray
+
+    settings = settings.model_copy(update={"scorer": settings.scorer.located()})
+    make = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_restarts=0)(_Worker).remote
+    idle = [make(store, settings, place) for _ in range(min(_workers(settings), len(todo)))]
+    waiting = deque((number, 1) for number in todo)
+    running: dict[Any, tuple[Any, int, int]] = {}  # task -> its worker, shard and try
+    with _sigterm() as stopped:
+        try:
+            while waiting or running:
+                while waiting and idle:
+                    worker, (number, attempt) = idle.pop(), waiting.popleft()
+                    running[worker.score.remote(number)] = worker, number, attempt
+                while idle and not waiting:
+                    ray.kill(idle.pop())  # its place may be what another worker still waits for
+                ready, _ = ray.wait(list(running), timeout=0.5)
+                if stopped.is_set():
+                    raise PixnerdError(
+                        f"stopped by SIGTERM with {len(waiting) + len(running)} shards left",
+                        remedy="run the same command again; it goes on from there",
+                    )
+                for task in ready:
+                    worker, number, attempt = running[task]
+                    record = _result(task, number, attempt)
+                    del running[task]
+                    if record is None:
+                        waiting.appendleft((number, attempt + 1))
+                        idle.append(make(store, settings, place))
+                    else:
+                        idle.append(worker)
+                        yield record
+        finally:
+            for worker in [*idle, *(worker for worker, _, _ in running.values())]:
+                ray.kill(worker)
+
+
+def _workers(settings: ScoreSettings) -> int:
+    """As many as were asked for, but no more than the cluster holds: a worker without a place would wait for ever."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fits = sum(
+        min(int(node.get(kind, 0) // each) for kind, each in (("CPU", settings.cpus), ("GPU", settings.gpus)) if each)
+        for node in nodes
+    )
+    if not fits:
+        raise ClusterError(
+            f"the cluster holds no worker of {settings.cpus} CPUs and {settings.gpus:g} GPUs",
+            remedy="set the score's `cpus` and `gpus` to what one node has, or join a larger cluster",
+        )
+    return min(settings.workers or fits, fits)
+
+
+def _result(task: Any, number: int, attempt: int) -> ScoreRecord | None:
+    """None if the worker's process died, and the shard is worth another try."""
+    import ray
+    from ray import exceptions
+
+    try:
+        record: ScoreRecord = ray.get(task)
+    except exceptions.RayTaskError as error:
+        raise error.cause from None
+    except (exceptions.RayActorError, exceptions.NodeDiedError, exceptions.OutOfMemoryError) as error:
+        if attempt >= TRIES:
+            raise ClusterError(
+                f"shard {number} killed {attempt} workers ({str(error).splitlines()[0]})",
+                remedy="look for the out-of-memory killer in the node's log; have fewer workers or more memory",
+            ) from None
+        return None
+    return record
+
+
+class _Worker:
+    """A process with a scorer in it. Its weights are loaded by the first shard, whose error then reaches the caller."""
+
+    def __init__(self, store: Store, settings: ScoreSettings, place: Place) -> None:
+        self.store, self.settings, self.place = store, settings, place
+        self.scorer: Scorer | None = None
+
+    def score(self, number: int) -> ScoreRecord:
+        if self.scorer is None:
+            if scorer_digest(self.settings) != self.place.scorer:
+                raise DataError("the scorer's weights differ between machines", remedy="give every node the same files")
+            self.scorer = load(self.settings)
+        try:
+            return score_shard(self.store, self.scorer, self.place, number)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, by name: an endpoint's worker has no torch
+                raise
+            raise ClusterError(
+                f"the GPU has too little memory ({str(error).splitlines()[0]})",
+                remedy="lower the scorer's `batch_size`: it changes no table's name, so what is done stays done",
+            ) from None
+
+
+def load(settings: ScoreSettings) -> Scorer:
+    """The scorer with its weights, on the worker's device."""
+    device, wanted = "cuda" if settings.gpus else "cpu", settings.scorer
+    if isinstance(wanted, EndpointSettings):
+        from data_prep.scorers.endpoint import EndpointScorer
+
+        return EndpointScorer(wanted)
+    import torch
+
+    torch.set_num_threads(settings.cpus)
+    if isinstance(wanted, ClipSettings):
+        from data_prep.scorers.clip import ClipScorer
+
+        return ClipScorer(wanted, device, settings.cpus)
+    from data_prep.scorers.vlm import VlmScorer
+
+    return VlmScorer(wanted, device, settings.cpus)
+
+
+# One shard
+
+
+def score_shard(store: Store, scorer: Scorer, place: Place, number: int) -> ScoreRecord:
+    """The work of one task, whole and repeatable: the table first, its record last."""
+    key = place.key(number)
+    if store.exists(key):
+        return read_record(store, key, ScoreRecord)
+    shard = read_record(store, shard_key(place.plan, place.size, number), ShardRecord)
+    keys: list[str] = []
+    rows: list[dict[str, Any]] = []
+
+    def noted() -> Iterator[Sample]:
+        for sample in samples(store, shard):
+            keys.append(sample.key)
+            yield sample
+
+    rows.extend(scorer.rows(noted()))
+    failure = scorer.fields[-1].name
+    schema = pa.schema([pa.field("key", pa.string(), nullable=False), *scorer.fields])
+    table = pa.Table.from_pylist([{"key": key} | row for key, row in zip(keys, rows, strict=True)], schema=schema)
+    assert table.num_rows == shard.accepted, "a sample was lost or counted twice"
+    record = ScoreRecord(
+        **place._asdict(),
+        number=number,
+        table=put_data(store, f"data/scores/{place.scorer}", f"{number:05d}.parquet", parquet_bytes(table)),
+        rows=table.num_rows,
+        failures=dict(sorted(Counter(row[failure] for row in rows if row.get(failure)).items())),
+        versions=scorer.versions(),
+    )
+    return record if write_record(store, key, record) else read_record(store, key, ScoreRecord)
+
+
+def samples(store: Store, shard: ShardRecord) -> Iterator[Sample]:
+    """The shard's accepted samples, in order, out of one download of its tar."""
+    if shard.tar is None:
+        return
+    index = read_index(store, shard, ["key", "accepted", "captions", "offset", "length"])
+    with TemporaryDirectory(prefix="pixnerd-score-") as folder:
+        path = Path(folder, "shard.tar")
+        fetch_data(store, shard.tar, path)
+        file = path.open("rb")
+    with file:  # it has no name any more: a worker that is killed leaves nothing on the disk
+        for batch in index.filter(index["accepted"]).to_batches(max_chunksize=1024):
+            for row in batch.to_pylist():
+                file.seek(row["offset"])
+                yield Sample(row["key"], row["captions"], file.read(row["length"]))
+
+
+@dataclass
+class _Tally:
+    planned: int
+    shards: int = 0
+    rows: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    versions: dict[str, dict[str, str]] = field(default_factory=dict)
+    began: float = 0.0
+    before: tuple[int, int] = (0, 0)
+
+    def begin(self) -> None:
+        """From here on it is this run's speed."""
+        self.began, self.before = time.monotonic(), (self.shards, self.rows)
+
+    def add(self, record: ScoreRecord) -> None:
+        self.shards += 1
+        self.rows += record.rows
+        self.failures.update(record.failures)
+        self.versions[repr(sorted(record.versions.items()))] = record.versions
+
+    def progress(self) -> Progress:
+        passed = max(time.monotonic() - self.began, 1e-9)
+        shards, rows = self.shards - self.before[0], self.rows - self.before[1]
+        left = (self.planned - self.shards) * passed / shards if shards else None
+        return Progress(self.shards, self.planned, self.rows, dict(self.failures), rows / passed, left)
+
+    def summary(self, place: Place, scorer: ScorerSettings) -> ScoreSummary:
+        assert self.shards == self.planned, "a shard was lost or counted twice"
+        return ScoreSummary(
+            **place._asdict(),
+            settings=scorer.identity(),
+            columns=scorer.columns(),
+            shards=self.shards,
+            rows=self.rows,
+            failures=dict(sorted(self.failures.items())),
+            versions=[self.versions[name] for name in sorted(self.versions)],
+        )

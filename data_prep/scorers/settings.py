@@ -1,0 +1,227 @@
+"""What a scorer is told, and whose work a side table is: settings and the sha256 of the weights, not where they lie."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from infra.config import Fraction, Secret, Settings, digest, operational
+from infra.errors import CheckpointError
+from infra.shards import INDEX_SCHEMA
+
+# A column's name stands in filters, so it is a word.
+Column = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,62}$")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+# The files of a model's folder that change what it computes.
+_MODEL_FILES = (".json", ".safetensors", ".bin", ".pt", ".pth", ".npz", ".txt", ".model", ".jinja")
+
+
+class _ScorerSettings(Settings):
+    joined: ClassVar[frozenset[str]] = frozenset()  # the index's columns that the side table's are put together with
+
+    name: Column
+
+    def columns(self) -> list[str]:
+        """The side table's columns, without `key`."""
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that change results, with a local file's bytes in place of its path."""
+        return self.results()
+
+    def located(self) -> Self:
+        """The same with absolute paths, for workers that stand in another folder."""
+        return self
+
+    @property
+    def failure(self) -> str:
+        """The column of causes. It has the scorer's name, so that several side tables can stand beside each other."""
+        return f"{self.name}_failure"
+
+    @model_validator(mode="after")
+    def _own_columns(self) -> _ScorerSettings:
+        taken = [*INDEX_SCHEMA.names, "duplicate"]
+        for name in self.columns():
+            if name in taken and name not in self.joined:
+                raise ValueError(f"the column `{name}` occurs twice, or is one of the index's: give another name")
+            taken.append(name)
+        return self
+
+
+class Head(Settings):
+    """A linear layer, or a chain of them, on CLIP's image features, one value an image."""
+
+    name: Column = Field(description="the column")
+    file: str = Field(description="safetensors or .pt/.pth: a state dict of linear layers, in the order of their names")
+    normalise: bool = Field(True, description="features of length 1, as LAION's predictors were trained on")
+    between: Literal["none", "relu", "gelu"] = Field("none", description="what stands between two layers")
+    output: Literal["none", "sigmoid", "softmax"] = "none"
+    index: int = Field(0, ge=0, description="which of the last layer's values")
+
+    @property
+    def path(self) -> Path:
+        return Path(self.file).expanduser().absolute()
+
+
+class ClipSettings(_ScorerSettings):
+    """`NAME_score`: the cosine of the image and its best caption; `NAME_score_KIND`: its best caption of that kind."""
+
+    kind: Literal["clip"] = "clip"
+    name: Column = "clip"
+    model: str = Field(
+        "ViT-B-32", description="open_clip's name, hf-hub:owner/name, or a folder with open_clip_config.json"
+    )
+    pretrained: str | None = Field(None, description="open_clip's tag or a checkpoint file, for a model by name")
+    kinds: list[Column] = Field([], description="kinds of captions, each with a column of its own; none: all, in one")
+    heads: list[Head] = Field([], description="further columns, from the same look at the image")
+    dtype: Dtype = "float32"
+    batch_size: int = operational(32, ge=1)
+
+    def columns(self) -> list[str]:
+        kinds = [f"{self.name}_score_{kind}" for kind in self.kinds]
+        return [f"{self.name}_score", *kinds, *(head.name for head in self.heads), self.failure]
+
+    @property
+    def folder(self) -> Path | None:
+        return local_folder(self.model.removeprefix("local-dir:"))
+
+    @model_validator(mode="after")
+    def _weights_are_named(self) -> ClipSettings:
+        whole = self.model.startswith(("local-dir:", "hf-hub:")) or self.folder is not None
+        if whole == (self.pretrained is not None):
+            raise ValueError("`pretrained` names the weights of a model by name; a folder or hub model has its own")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        found = self.results()
+        if self.folder is not None:
+            found["model"] = {"sha256": folder_sha256(self.folder)}
+        if self._checkpoint is not None:
+            found["pretrained"] = {"sha256": file_sha256(self._checkpoint)}
+        for head, settings in zip(found["heads"], self.heads, strict=True):
+            head["file"] = {"sha256": file_sha256(settings.path)}
+        return found
+
+    def located(self) -> Self:
+        changes: dict[str, Any] = {"heads": [head.model_copy(update={"file": str(head.path)}) for head in self.heads]}
+        if self.folder is not None:
+            changes["model"] = str(self.folder)
+        if self._checkpoint is not None:
+            changes["pretrained"] = str(self._checkpoint)
+        return self.model_copy(update=changes)
+
+    @property
+    def _checkpoint(self) -> Path | None:
+        file = Path(self.pretrained or "").expanduser()
+        return file.absolute() if file.is_file() else None
+
+
+class Ask(Settings):
+    """One caption of every image."""
+
+    kind: str = Field(min_length=1, max_length=64, pattern=r"^[ -~]+$", description="the caption's kind")
+    prompt: str = Field(min_length=1, max_length=20_000)
+    max_tokens: int = Field(256, ge=1, le=8192)
+
+
+class _CaptionerSettings(_ScorerSettings):
+    joined = frozenset({"captions"})
+
+    name: Column = "captioner"
+    asks: list[Ask] = Field(min_length=1, description="several, for captions of several lengths")
+
+    def columns(self) -> list[str]:
+        return ["captions", self.failure]
+
+    @field_validator("asks")
+    @classmethod
+    def _distinct_kinds(cls, asks: list[Ask]) -> list[Ask]:
+        if len({ask.kind for ask in asks}) < len(asks):
+            raise ValueError("two captions have one kind: the caption mix could not tell them apart")
+        return asks
+
+
+class VlmSettings(_CaptionerSettings):
+    """Captions by a model of transformers' format, Qwen2.5-VL or Qwen3-VL above all; the likeliest token each time."""
+
+    kind: Literal["vlm"] = "vlm"
+    model: str = Field(description="a hub model's name, or a folder with its files")
+    revision: str | None = Field(None, description="of a hub model: a commit, so that tomorrow's is the same")
+    dtype: Dtype = "bfloat16"
+    max_pixels: int | None = Field(None, ge=1024, description="larger images are made smaller; none: as the model says")
+    batch_size: int = operational(8, ge=1)
+
+    def identity(self) -> dict[str, Any]:
+        folder = local_folder(self.model)
+        return self.results() | ({"model": {"sha256": folder_sha256(folder)}} if folder else {})
+
+    def located(self) -> Self:
+        folder = local_folder(self.model)
+        return self.model_copy(update={"model": str(folder)}) if folder else self
+
+
+class EndpointSettings(_CaptionerSettings):
+    """Captions by a server that speaks OpenAI's protocol (vLLM, SGLang, ...): POST URL/chat/completions."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # a URL may hold a password by mistake
+
+    kind: Literal["endpoint"] = "endpoint"
+    url: str = operational(..., description="http://host:8000/v1: where it runs changes no result")
+    model: str = Field(min_length=1)
+    temperature: float = Field(0.0, ge=0, le=2)
+    seed: int = 0
+    api_key: Secret | None = operational(None, description="env:NAME or file:PATH, read where the workers run")
+    concurrency: int = operational(16, ge=1, description="requests at once, of each worker")
+    retries: int = operational(4, ge=0, description="of timeouts, 429, 5xx, and of servers that are not there")
+    backoff: float = operational(1.0, ge=0, description="seconds before the first retry; doubled for each one after")
+    timeout: float = operational(60.0, gt=0, description="seconds, of one try")
+    deadline: float = operational(180.0, gt=0, description="seconds, of one answer with all its tries")
+    tolerated: Fraction = operational(
+        0.05, description="a shard with more failed answers is not recorded: the server is broken, not the images"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _plain_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError("an endpoint is written http://host:port/v1")
+        if "@" in parts.netloc:
+            raise ValueError("an endpoint holds no user and password; use api_key")
+        return value.rstrip("/")
+
+
+ScorerSettings = Annotated[ClipSettings | VlmSettings | EndpointSettings, Field(discriminator="kind")]
+
+
+def local_folder(model: str) -> Path | None:
+    folder = Path(model).expanduser()
+    return (
+        folder.absolute() if (folder / "config.json").exists() or (folder / "open_clip_config.json").exists() else None
+    )
+
+
+def folder_sha256(folder: Path) -> str:
+    """Of the files that a model is loaded from, by name; what else lies there, a README for one, does not count."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in _MODEL_FILES and path.is_file())
+    return digest({path.name: file_sha256(path) for path in files})
+
+
+def file_sha256(path: Path) -> str:
+    try:
+        found = path.stat()
+        return _sha256(path, found.st_size, found.st_mtime_ns)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})", remedy="check the scorer's paths") from None
+
+
+@lru_cache(maxsize=256)
+def _sha256(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

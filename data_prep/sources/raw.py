@@ -1,0 +1,83 @@
+"""The nouns of the sources: what every kind of corpus is made into, and the settings that all of them share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
+
+from data_prep.rejections import Rejection
+from infra.config import Settings, nearest, operational
+from infra.errors import SettingsError
+from infra.shards import INDEX_SCHEMA
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+TABLES = "data/tables"  # listings, and inputs that were turned into Parquet
+ROW = "pixnerd_row"  # in a table of selected rows: which row of the input each one is
+
+SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+class Corpus(Settings):
+    name: SourceName  # a sample's key and its `source` column come from it
+    # Where the bytes lie is no part of what they are: the inputs' hashes are. A corpus may be moved.
+    url: str = operational(description="a folder, or a store URL such as s3://bucket/prefix")
+    licence: str = ""
+    origin: str = Field("", description="where the corpus comes from: the URL of its page, its name")
+    max_bytes: int = Field(64 * 2**20, ge=1, description="larger files are refused")
+    max_caption: int = Field(20_000, ge=1, description="inputs with a longer caption are refused (characters)")
+
+
+class Input(NamedTuple):
+    """One input of a source: a table, a tar, or the listing of a folder (then `size` is its rows)."""
+
+    name: str
+    size: int
+    sha256: str  # identity of the content
+    table: str = ""  # where a listing was put in the store: no part of the identity
+
+
+class Range(NamedTuple):
+    """A planned shard's part of an input: rows of a table, or bytes of a tar.
+
+    Of a tar it means the samples whose first header starts in [first, first + rows).
+    """
+
+    input: str
+    table: str
+    in_store: bool
+    first: int
+    rows: int
+
+
+class Url(str):
+    """An image that must be downloaded first."""
+
+    __slots__ = ()
+
+
+class RawItem(NamedTuple):
+    row: int  # in the input: of a tar, the sample's place in the whole tar
+    key: str
+    name: str  # for people: what the corpus calls it
+    image: bytes | Url | Rejection
+    captions: list[dict[str, str]]  # {"kind", "text"}
+    licence: str
+    origin: str
+    kept: dict[str, Any]
+
+
+def check_kept(name: str) -> None:
+    """A kept column stands in the index beside the index's own."""
+    if name in INDEX_SCHEMA.names or name == ROW:
+        raise SettingsError(
+            f"the index has its own column `{name}`", remedy="keep the corpus's under another name, or not at all"
+        )
+
+
+def missing_column(table: str, column: str, known: list[str]) -> SettingsError:
+    near = nearest(column, known)
+    return SettingsError(
+        f"{table} has no column `{column}`",
+        remedy=f"did you mean `{near}`?" if near else f"its columns are {', '.join(known[:50])}",
+    )

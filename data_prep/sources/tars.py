@@ -1,0 +1,249 @@
+"""Corpora of tars, as hubs ship them: an image and its sidecars are neighbours under one name.
+
+Which members make a sample is the webdataset package's rule: neighbours whose names are equal up to the first dot of
+the file's name; what follows that dot is the extension, in any case. A sample's image is the member whose extension
+comes first in `images`. Where none is exact, `photo.v2.jpg` and `photo.v2.txt` are an image and its caption, called
+photo.v2. What stands beside an image under other extensions (masks, classes) is part of the sample and left alone.
+
+Every sample with an image ends as an item, also where the image is refused, and so does every file that looks like an
+image and belongs to no sample; captions without an image and other files (README) are no inputs. If the archive breaks
+off, what stands before is read and the rest is one item.
+
+A tar's identity is its name, its size, and a hash of its first and last 64 KiB: corpora of 10 TB are not read to be
+planned. A range is a range of bytes, cut by the mean size of the first samples; its samples are those that begin in it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import BinaryIO, NamedTuple
+
+from pydantic import Field
+
+from data_prep.folders import fingerprint, matching, open_folder, text_of
+from data_prep.rejections import Cause, Rejection
+from data_prep.sources import words
+from data_prep.sources.raw import IMAGE_SUFFIXES, Corpus, Input, Range
+from data_prep.sources.tarwalk import Broken, Member, members
+from infra.errors import DataError
+from infra.shards import sample_key
+
+READERS = 16  # tars fingerprinted at once
+PLANNING = 512 << 10  # bytes asked for at once to measure the first samples
+MEASURED, MEASURED_BYTES = 64, 2 << 20  # samples, and bytes of the tar, that are enough to know their mean size
+READING = 8 << 20  # bytes asked for at once: in a store, skipping less costs more time than reading it
+MOST_MEMBERS = 100  # images and sidecars of one sample; what follows is another sample
+MOST_HELD = 16 << 20  # bytes of a sample that are read in passing; larger members are read when they are wanted
+
+IMAGE_EXTENSIONS = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
+
+
+class Tars(Corpus):
+    tars: list[str] = Field(["*.tar"], min_length=1, description="paths in the folder, or patterns")
+    images: list[str] = Field(
+        list(IMAGE_EXTENSIONS), min_length=1, description="extensions of the image, the likeliest first"
+    )
+
+
+def inputs(source: Tars) -> list[Input]:
+    folder = open_folder(source.url)
+    names = matching(folder, source.tars, "tars")
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(lambda name: Input(name, *fingerprint(folder, name)), names))
+
+
+def ranges(source: Tars, found: Input, rows: int) -> Iterator[tuple[int, int]]:
+    """Equal pieces of about `rows` samples, the first byte and the bytes of each."""
+    with open_folder(source.url).open(found.name, PLANNING) as file:
+        mean = _mean_bytes(source, file)
+    size = max(1, found.size)  # an empty file is an input too, and refused
+    pieces = max(1, round(size / (rows * mean))) if mean else 1
+    for number in range(min(pieces, size)):
+        first = size * number // pieces
+        yield first, size * (number + 1) // pieces - first
+
+
+def _mean_bytes(source: Tars, file: BinaryIO) -> float:
+    """Of the first samples; 0 if there are none."""
+    count, last = 0, 0
+    for sample in samples(file, source.images, (), range(0)):
+        if isinstance(sample, Broken):
+            break
+        count += 1
+        last = sample.first
+        if count > MEASURED or last > MEASURED_BYTES:
+            return last / (count - 1) if count > 1 else last
+    return file.seek(0, io.SEEK_END) / max(1, count)
+
+
+# Samples
+
+
+@dataclass
+class Sample:
+    """Neighbours of one name, an image among them."""
+
+    first: int  # where its first header is
+    base: str
+    members: dict[str, Member] = field(default_factory=dict)  # by extension; images and sidecars only
+    strays: list[Member] = field(default_factory=list)  # met on the way: files like images, without a name to group by
+    data: dict[str, bytes] = field(default_factory=dict)  # what was read in passing
+
+
+class Picture(NamedTuple):
+    """One image of a sample, and how its sidecars' extensions begin."""
+
+    name: str
+    found: Member | Rejection
+    extension: str
+    prefix: str
+
+
+def samples(file: BinaryIO, images: Sequence[str], sidecars: Sequence[str], wanted: range) -> Iterator[Sample | Broken]:
+    """The samples of the whole tar, in order; of those that begin in `wanted`, the data that can be held."""
+    of_interest = {extension.rpartition(".")[2] for extension in (*IMAGE_EXTENSIONS, *images, *sidecars)}
+    sample = None
+    for member in members(file):
+        if isinstance(member, Broken):
+            yield from _complete(sample, images)
+            yield member
+            return
+        base, extension = split_name(member.name)
+        if base is None:
+            if member.name.lower().endswith(IMAGE_SUFFIXES):
+                sample = sample or Sample(member.offset, "")
+                sample.strays.append(member)
+        elif sample is None or sample.base != base or _is_full(sample, extension):
+            yield from _complete(sample, images)
+            sample = Sample(member.offset, base)
+        if base is not None and sample is not None and extension.rpartition(".")[2] in of_interest:
+            sample.members[extension] = member
+            if sample.first in wanted:
+                _read_in_passing(file, sample, extension, member)
+    yield from _complete(sample, images)
+
+
+def split_name(name: str) -> tuple[str, str] | tuple[None, str]:
+    """The part before and behind the first dot; (None, "") for files that belong to no sample."""
+    from webdataset.tariterators import base_plus_ext  # brings torch along, which planning a table can do without
+
+    last = name.rpartition("/")[2]
+    if last.startswith(".") or "." not in last or len(name) > words.LONGEST_NAME:
+        return None, ""  # the package would put all hidden files of a folder into one sample
+    base, extension = base_plus_ext(name)
+    return (None, "") if base is None else (base, extension.lower())
+
+
+def _is_full(sample: Sample, extension: str) -> bool:
+    return extension in sample.members or len(sample.members) + len(sample.strays) >= MOST_MEMBERS
+
+
+def _read_in_passing(file: BinaryIO, sample: Sample, extension: str, member: Member) -> None:
+    """So that nothing is read twice. One image and its sidecars are held, whatever else the sample is made of."""
+    if member.size <= MOST_HELD - sum(map(len, sample.data.values())):
+        file.seek(member.data)
+        sample.data[extension] = file.read(member.size)
+
+
+def _complete(sample: Sample | None, images: Sequence[str]) -> Iterator[Sample]:
+    if sample and (sample.strays or any(_like_image(extension, images) for extension in sample.members)):
+        yield sample
+
+
+def _like_image(extension: str, images: Sequence[str]) -> bool:
+    return extension in images or extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+
+
+def pictures(sample: Sample, images: Sequence[str]) -> Iterator[Picture]:
+    """The images of a sample that end as items: nearly always one."""
+    exact = next((extension for extension in images if extension in sample.members), None)
+    compound = [extension for extension in sample.members if extension.rpartition(".")[2] in images]
+    if exact:
+        yield Picture(sample.base, sample.members[exact], exact, "")
+    elif compound:
+        for extension in compound:
+            prefix = extension.rpartition(".")[0]
+            yield Picture(f"{sample.base}.{prefix}", sample.members[extension], extension, f"{prefix}.")
+    elif sample.members and any(_like_image(extension, images) for extension in sample.members):
+        yield Picture(sample.base, Rejection(Cause.MISSING, f"no member ends in .{images[0]}"), images[0], "")
+    for stray in sample.strays:
+        yield Picture(stray.name, Rejection(Cause.BAD_NAME, "it belongs to no sample"), "", "")
+
+
+def content(file: BinaryIO, sample: Sample, extension: str, limit: int) -> bytes | Rejection:
+    member = sample.members[extension]
+    if refused := _refusal(member):
+        return refused
+    if member.size > limit:
+        return Rejection(Cause.TOO_MANY_BYTES, f"{member.size} bytes")
+    data = sample.data.get(extension)
+    if data is None:
+        file.seek(member.data)
+        data = file.read(member.size)
+    return data if len(data) == member.size else Rejection(Cause.TRUNCATED)
+
+
+def _refusal(member: Member) -> Rejection | None:
+    if member.odd:
+        return Rejection(Cause.UNREADABLE, member.odd)
+    if "\0" in member.name or text_of(member.name) != member.name:
+        return Rejection(Cause.BAD_NAME, "NUL, or not UTF-8")
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return Rejection(Cause.OUTSIDE_FOLDER)
+    return None
+
+
+# Items
+
+
+class Found(NamedTuple):
+    """A picture of the tar, before its words are read; or, with an empty sample, the rest that cannot be read."""
+
+    row: int
+    key: str
+    shown: str
+    image: bytes | Rejection
+    sample: Sample
+    prefix: str = ""  # of its sidecars' extensions
+
+
+def found(source: Tars, part: Range, file: BinaryIO, sidecars: Sequence[str]) -> Iterator[Found]:
+    """The samples of a range, in order, and the rest of an archive that breaks off in it."""
+    if part.first + part.rows > max(1, file.seek(0, io.SEEK_END)):
+        raise DataError(f"{part.input} has become shorter since it was planned", remedy="run prepare again")
+    row, wanted, seen = 0, range(part.first, part.first + part.rows), set[str]()
+    for sample in samples(file, source.images, sidecars, wanted):
+        if sample.first >= wanted.stop:
+            return
+        if isinstance(sample, Broken):
+            if sample.first in wanted:
+                key = sample_key(source.name, f"{part.input}\0{row}")
+                yield Found(row, key, words.shown(part.input), sample.why, Sample(sample.first, ""))
+            return
+        for picture in pictures(sample, source.images):
+            key = _key(source, part.input, picture.name, row, seen)
+            if sample.first in wanted:
+                if isinstance(picture.found, Rejection):
+                    image: bytes | Rejection = picture.found
+                else:
+                    image = content(file, sample, picture.extension, source.max_bytes)
+                yield Found(row, key, _shown(part.input, picture), image, sample, picture.prefix)
+            row += 1
+
+
+def _key(source: Tars, tar: str, name: str, row: int, seen: set[str]) -> str:
+    """By the sample's name in the tar; a name that comes again is told from the first by its place."""
+    place = f"{tar}/{text_of(name)}"
+    key = sample_key(source.name, place)
+    if key in seen:
+        return sample_key(source.name, f"{place}\0{row}")
+    seen.add(key)
+    return key
+
+
+def _shown(tar: str, picture: Picture) -> str:
+    suffix = picture.extension.removeprefix(picture.prefix)
+    return words.shown(f"{tar}/{text_of(picture.name)}" + (f".{suffix}" if suffix else ""))

@@ -1,0 +1,193 @@
+"""A tar that a stranger made, walked from header to header: names, places and what is wrong with a member.
+
+Nothing is extracted and no member's data is read here, so a walk costs headers alone. A tar is always walked from its
+start: whoever begins in the middle would have to guess where a header is, and a tar within a tar is full of wrong ones.
+One header is parsed by the standard library; what surrounds it (pax and GNU headers, of any number and size) is read
+here, since the library reads such a header whole, however large it says it is, and calls itself for each.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from data_prep.rejections import Cause, Rejection
+
+BLOCK = tarfile.BLOCKSIZE
+MOST_HEADER = 1 << 20  # bytes that stand before a member's data: long names, pax records, maps of sparse files
+LOOK_BEHIND = 64 << 10  # bytes behind the end of an archive that must be zeros
+
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_LONG = {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
+_PAX = {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE}
+_KINDS = {
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    tarfile.FIFOTYPE: "a pipe",
+    tarfile.GNUTYPE_SPARSE: "a sparse file",
+}
+
+
+class Member(NamedTuple):
+    offset: int  # of its first header
+    name: str  # bytes that are no UTF-8 as surrogates
+    data: int  # where its bytes begin
+    size: int
+    odd: str  # what it is instead of a plain file
+
+
+class Broken(NamedTuple):
+    """From here on the archive cannot be read."""
+
+    first: int
+    why: Rejection
+
+
+class _Damaged(Exception):
+    def __init__(self, detail: str, cause: Cause = Cause.CORRUPT) -> None:
+        super().__init__(detail)
+        self.why = Rejection(cause, detail)
+
+
+def members(file: BinaryIO) -> Iterator[Member | Broken]:
+    """Every member but folders, then what is left where the archive breaks off."""
+    size = file.seek(0, io.SEEK_END)
+    at = 0
+    while True:
+        try:
+            found = _member(file, at, size)
+        except _Damaged as error:
+            yield Broken(at, _packed(file, at) or error.why)
+            return
+        if found is None:
+            break
+        member, folder, at = found
+        if not folder:
+            yield member
+    if at < size and any(_read(file, at, LOOK_BEHIND)):
+        yield Broken(at, Rejection(Cause.CORRUPT, "more behind the end of the archive"))
+    elif not size:
+        yield Broken(0, Rejection(Cause.EMPTY))
+
+
+def _packed(file: BinaryIO, at: int) -> Rejection | None:
+    head = _read(file, 0, BLOCK) if at == 0 else b""
+    for magic, kind in _PACKED.items():
+        if head.startswith(magic):
+            return Rejection(Cause.UNKNOWN_FORMAT, f"packed with {kind}: unpack it, a tar is read from any place")
+    return None
+
+
+def _read(file: BinaryIO, at: int, count: int) -> bytes:
+    file.seek(at)
+    return file.read(count)
+
+
+def _member(file: BinaryIO, start: int, size: int) -> tuple[Member, bool, int] | None:
+    """The member whose headers begin here, whether it is a folder, and where the next one begins."""
+    at, long_name, pax = start, None, dict[bytes, bytes]()
+    while True:
+        if at - start > MOST_HEADER:
+            raise _Damaged(f"more than {MOST_HEADER} bytes of headers for one member")
+        block = _read(file, at, BLOCK)
+        if not block or not any(block):
+            if at > start:
+                raise _Damaged("a header is announced that is not there", Cause.TRUNCATED)
+            return None
+        info = _parsed(block)
+        at += BLOCK
+        if info.type not in _LONG | _PAX:
+            break
+        data = _header_data(file, at, info.size, size)
+        at += _padded(info.size)
+        if info.type == tarfile.GNUTYPE_LONGNAME:
+            long_name = data.partition(b"\0")[0]
+        elif info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+            pax |= _pax_records(data)  # global ones are comments, whatever they claim
+    if info.type == tarfile.GNUTYPE_SPARSE:
+        at = _behind_map(file, block, at, start)
+    return _finished(info, start, at, size, long_name, pax)
+
+
+def _parsed(block: bytes) -> tarfile.TarInfo:
+    if len(block) < BLOCK:
+        raise _Damaged("half a header", Cause.TRUNCATED)
+    try:
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, ValueError) as error:
+        raise _Damaged(str(error)) from None
+    if info.size < 0:
+        raise _Damaged("a negative size")
+    return info
+
+
+def _finished(
+    info: tarfile.TarInfo, start: int, at: int, size: int, long_name: bytes | None, pax: dict[bytes, bytes]
+) -> tuple[Member, bool, int]:
+    name = info.name
+    if (whole := pax.get(b"path", long_name)) is not None:
+        name = whole.decode("utf-8", "surrogateescape")
+    length = info.size
+    if b"size" in pax:
+        if not re.fullmatch(rb"[0-9]{1,19}", pax[b"size"]):
+            raise _Damaged("a size that is no number")
+        length = int(pax[b"size"])
+    odd = _KINDS.get(info.type, "")
+    if any(key.startswith(b"GNU.sparse") for key in pax):
+        odd = _KINDS[tarfile.GNUTYPE_SPARSE]
+    # Links, devices and folders have no data, whatever size they declare.
+    stored = length if info.isreg() or info.type not in tarfile.SUPPORTED_TYPES else 0
+    if at + stored > size:
+        raise _Damaged(f"{_shown(name)}: {stored} bytes that reach past the end", Cause.TRUNCATED)
+    return Member(start, name, at, stored, odd), info.isdir(), at + _padded(stored)
+
+
+def _shown(name: str) -> str:
+    return name[:200].encode(errors="backslashreplace").decode()
+
+
+def _padded(size: int) -> int:
+    return size + -size % BLOCK
+
+
+def _header_data(file: BinaryIO, at: int, length: int, size: int) -> bytes:
+    if length > MOST_HEADER:
+        raise _Damaged(f"a header of {length} bytes")
+    if at + length > size:
+        raise _Damaged("a header that reaches past the end", Cause.TRUNCATED)
+    return _read(file, at, length)
+
+
+_RECORD = re.compile(rb"([0-9]{1,7}) ([^=\n]{1,1000})=")
+
+
+def _pax_records(data: bytes) -> dict[bytes, bytes]:
+    """`30 path=name\\n`: the length of the whole record, a key and a value."""
+    found: dict[bytes, bytes] = {}
+    at = 0
+    while at < len(data) and data[at]:
+        match = _RECORD.match(data, at)
+        end = at + int(match[1]) if match else 0
+        if not match or not match.end() < end <= len(data) or data[end - 1] != ord("\n"):
+            raise _Damaged("a pax header that cannot be read")
+        found[match[2]] = data[match.end() : end - 1]
+        at = end
+    return found
+
+
+def _behind_map(file: BinaryIO, block: bytes, at: int, start: int) -> int:
+    """The old GNU format goes on with blocks of its map of holes."""
+    more = block[482]
+    while more:
+        if at - start > MOST_HEADER:
+            raise _Damaged("an endless map of a sparse file")
+        block = _read(file, at, BLOCK)
+        if len(block) < BLOCK:
+            raise _Damaged("a map that reaches past the end", Cause.TRUNCATED)
+        at, more = at + BLOCK, block[504]
+    return at

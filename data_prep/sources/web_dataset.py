@@ -1,0 +1,177 @@
+"""Tars in which each image stands beside its captions, in texts or in the fields of a JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO, Literal
+
+import pyarrow as pa
+from pydantic import Field, field_validator, model_validator
+
+from data_prep.folders import open_folder
+from data_prep.rejections import Cause, Rejection
+from data_prep.sources import tars, words
+from data_prep.sources.raw import Input, Range, RawItem, check_kept
+from infra.errors import SettingsError
+from infra.store import Store
+
+MOST_JSON = 1 << 20  # bytes
+
+Kept = Literal["int", "float", "text", "bool"]
+
+_TYPES = {"int": pa.int64(), "float": pa.float64(), "text": pa.string(), "bool": pa.bool_()}
+
+
+class WebDataset(tars.Tars):
+    kind: Literal["webdataset"]
+    captions: list[str] = Field(
+        ["txt"],
+        description="texts by their extension (txt) and fields of the JSON (json.prompt, json.turns.1.value); "
+        "a caption's kind is the extension or the field (txt, prompt, turns.1.value); none: images alone",
+    )
+    json_extension: str = Field("json", pattern=r"^\w+$")
+    keep: dict[str, Kept] = Field(
+        {}, description="fields of the JSON to carry into the index; a value of another type becomes null"
+    )
+    fields: dict[str, str] = Field({}, description="kept column -> its field of the JSON, where that has another name")
+    licence_field: str | None = None
+    origin_field: str | None = None
+
+    @field_validator("keep")
+    @classmethod
+    def _free_names(cls, given: dict[str, Kept]) -> dict[str, Kept]:
+        for name in given:
+            try:
+                check_kept(name)
+            except SettingsError as error:
+                raise ValueError(f"{error.message}: keep it as another, and say in `fields` what it is") from None
+        return given
+
+    @model_validator(mode="after")
+    def _known_fields(self) -> WebDataset:
+        for caption in self.captions:
+            extension, dot, _ = caption.partition(".")
+            if dot and extension != self.json_extension:
+                raise ValueError(f"`{caption}` is no field of the JSON; write {self.json_extension}.name")
+        for column in self.fields:
+            if column not in self.keep:
+                raise ValueError(f"`fields` names the column `{column}`, which is not kept")
+        return self
+
+    def sidecars(self) -> list[str]:
+        """The extensions that are read."""
+        fields = [*self.keep, *filter(None, (self.licence_field, self.origin_field))]
+        extensions = [caption.partition(".")[0] for caption in self.captions] + [self.json_extension] * bool(fields)
+        return list(dict.fromkeys(extensions))
+
+
+def inputs(source: WebDataset, store: Store | None, planned: Sequence[Range] = ()) -> list[Input]:
+    return tars.inputs(source)
+
+
+def ranges(source: WebDataset, store: Store, found: Input, rows: int) -> Iterator[Range]:
+    for first, size in tars.ranges(source, found, rows):
+        yield Range(found.name, found.name, False, first, size)
+
+
+def kept_fields(source: WebDataset, store: Store, part: Range) -> list[pa.Field]:
+    return [pa.field(name, _TYPES[kind]) for name, kind in source.keep.items()]
+
+
+def items(source: WebDataset, store: Store, part: Range) -> Iterator[RawItem]:
+    with open_folder(source.url).open(part.input, tars.READING) as file:
+        for found in tars.found(source, part, file, source.sidecars()):
+            yield _item(source, file, found)
+
+
+def _item(source: WebDataset, file: BinaryIO, found: tars.Found) -> RawItem:
+    said = _metadata(source, file, found)
+    fields = {} if isinstance(said, Rejection) else said
+    captions = said if isinstance(said, Rejection) else _captions(source, file, found, said)
+    image = found.image
+    if not isinstance(image, Rejection):
+        if isinstance(captions, Rejection):
+            image = captions
+        elif source.captions and not captions:
+            image = Rejection(Cause.NO_CAPTION)
+    licence = _field(fields, source.licence_field) if source.licence_field else None
+    origin = _field(fields, source.origin_field) if source.origin_field else None
+    return RawItem(
+        row=found.row,
+        key=found.key,
+        name=found.shown,
+        image=image,
+        captions=[] if isinstance(captions, Rejection) else captions,
+        licence=words.or_else(licence, source.licence),
+        origin=words.or_else(origin, source.origin),
+        kept={name: _typed(_field(fields, source.fields.get(name, name)), kind) for name, kind in source.keep.items()},
+    )
+
+
+def _captions(
+    source: WebDataset, file: BinaryIO, found: tars.Found, fields: dict[str, Any]
+) -> list[dict[str, str]] | Rejection:
+    values: list[tuple[str, Any]] = []
+    for caption in source.captions:
+        extension, dot, path = caption.partition(".")
+        if dot:
+            values.append((path, _field(fields, path)))
+            continue
+        data = _beside(file, found, extension, 4 * source.max_caption)
+        if isinstance(data, Rejection):
+            return Rejection(Cause.BAD_CAPTION, f".{extension}: {data.cause}")
+        values.append((extension, data))
+    return words.captions(values, source.max_caption)
+
+
+def _beside(file: BinaryIO, found: tars.Found, extension: str, limit: int) -> bytes | Rejection | None:
+    for name in (found.prefix + extension, extension):
+        if name in found.sample.members:
+            return tars.content(file, found.sample, name, limit)
+    return None
+
+
+def _metadata(source: WebDataset, file: BinaryIO, found: tars.Found) -> dict[str, Any] | Rejection:
+    """The JSON beside the image; empty where none is there or wanted."""
+    if source.json_extension not in source.sidecars():
+        return {}
+    data = _beside(file, found, source.json_extension, MOST_JSON)
+    if data is None:
+        return {}
+    if isinstance(data, Rejection):
+        return Rejection(Cause.BAD_METADATA, f".{source.json_extension}: {data.cause}")
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        return Rejection(Cause.BAD_METADATA, f".{source.json_extension}: {type(error).__name__}")
+    if not isinstance(value, dict):
+        return Rejection(Cause.BAD_METADATA, f".{source.json_extension}: {type(value).__name__}, not an object")
+    return value
+
+
+def _field(value: Any, path: str) -> Any:
+    """`turns.1.value`: fields of objects and places in lists; None where there is nothing."""
+    if isinstance(value, dict) and path in value:
+        return value[path]
+    for part in path.split("."):
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and re.fullmatch("[0-9]{1,6}", part) and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+def _typed(value: Any, kind: Kept) -> Any:
+    if kind == "bool":
+        return value if isinstance(value, bool) else None
+    if kind == "text":
+        return words.kept(value) if isinstance(value, str) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if kind == "int":
+        return value if isinstance(value, int) and -(2**63) <= value < 2**63 else None
+    return float(value) if abs(value) < 1e308 or isinstance(value, float) else None

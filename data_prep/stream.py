@@ -1,0 +1,29 @@
+"""Many small objects read ahead by a few threads and handed on in their order, so that memory holds a few at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+READERS = 8  # requests under way at once: indexes wait for the store, and tables are worked on outside of Python's lock
+
+
+def in_order(work: Callable[[T], R], items: Iterable[T], threads: int = READERS) -> Iterator[R]:
+    """`work` of each item, in the order of the items, whoever is done first; few are done ahead of need."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="in-order") as pool:
+        ahead: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                ahead.append(pool.submit(work, item))
+                if len(ahead) > 2 * threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()

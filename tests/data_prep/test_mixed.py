@@ -1,0 +1,72 @@
+"""One prepare over every kind of source with every kind of bad input: each item ends as its writer says it must."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from data_prep.job import PrepareSummary
+from data_prep.rejections import Cause
+from data_prep.verify import verify
+from infra.shards import list_shards, read_index, shard_prefix
+from infra.store import Store, open_store
+from tests.data_prep.mixed import SHARES, SIZES, Corpus, Verdict, mixed_corpus
+
+
+def prepare_apart(address: str, store: Store, corpus: Corpus) -> PrepareSummary:
+    """In a process whose workers hold this machine for a part of the web; a crash is its exit code."""
+    command = [sys.executable, "-m", "tests.data_prep.mixed", address, store.url, json.dumps(corpus.settings)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return PrepareSummary.model_validate_json(done.stdout)
+
+
+def found_verdicts(store: Store, summary: PrepareSummary) -> dict[str, list[Verdict]]:
+    """What became of each source's items, in the order in which they are planned."""
+    found: dict[str, list[list[Cause | None]]] = {source: [] for source in SHARES}
+    for size in SIZES:
+        here: dict[str, list[Cause | None]] = {source: [] for source in SHARES}
+        for record in list_shards(store, shard_prefix(summary.plan, str(size))):
+            for row in read_index(store, record).select(["source", "cause"]).to_pylist():
+                here[row["source"]].append(row["cause"] and Cause(row["cause"]))
+        for source, causes in here.items():
+            found[source].append(causes)
+    return {source: [Verdict(*pair) for pair in zip(*causes, strict=True)] for source, causes in found.items()}
+
+
+def check(address: str, folder: Path, count: int, rows_per_shard: int) -> None:
+    store = open_store(str(folder / "store"))
+    with mixed_corpus(folder, count, rows_per_shard=rows_per_shard) as corpus:
+        summary = prepare_apart(address, store, corpus)
+        asked = len(corpus.web.requests)
+        assert prepare_apart(address, store, corpus) == summary
+        assert len(corpus.web.requests) == asked
+    found = found_verdicts(store, summary)
+    for source, verdicts in corpus.verdicts.items():
+        wrong = [(place, *pair) for place, pair in enumerate(zip(verdicts, found[source])) if pair[0] != pair[1]]
+        assert not wrong, f"{source}: item, expected, found: {wrong[:5]}"
+        assert len(found[source]) == len(verdicts)
+    assert summary.inputs == count == sum(map(len, corpus.verdicts.values()))
+    for place, size in enumerate(map(str, SIZES)):
+        counted = Counter(verdict[place] for verdicts in corpus.verdicts.values() for verdict in verdicts)
+        assert summary.sizes[size].accepted == counted.pop(None)
+        assert summary.sizes[size].rejected == {cause: counted[cause] for cause in sorted(counted)}
+        assert set(counted) == set(Cause)  # nothing that can be wrong is left out
+    verified = verify(store, summary.plan, summary.edition)
+    assert verified.problems == []
+    assert verified.inputs == 2 * count
+    assert verified.images == sum(size.accepted for size in summary.sizes.values())
+
+
+def test_four_hundred_items_end_as_they_must(ray_cluster: str, tmp_path: Path) -> None:
+    check(ray_cluster, tmp_path, 400, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_twenty_thousand_items_end_as_they_must(ray_cluster: str, tmp_path: Path) -> None:
+    check(ray_cluster, tmp_path, 20_000, 500)

@@ -1,0 +1,303 @@
+"""Tables of URLs, tables that hold their images, and what a table's identity is made of."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_prep import sources
+from data_prep.rejections import Cause, Rejection
+from data_prep.sources import ROW, ParquetImages, RawItem, Url, UrlList
+from data_prep.sources.tables import _cuts
+from infra.config import parse
+from infra.errors import DataError, SettingsError
+from infra.shards import sample_key
+from infra.store import Store, open_store
+from tests.data_prep.test_sources import all_items, all_ranges, problem, said, table_folder
+
+quick = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "corpus").mkdir()
+    return tmp_path / "corpus"
+
+
+def url_list(folder: Path, *tables: str, **changes: Any) -> UrlList:
+    return parse(UrlList, {"kind": "url_list", "name": "s", "url": str(folder), "tables": list(tables)} | changes)
+
+
+def parquet_images(folder: Path, *tables: str, **changes: Any) -> ParquetImages:
+    plain = {"kind": "parquet_images", "name": "s", "url": str(folder), "tables": list(tables)}
+    return parse(ParquetImages, plain | changes)
+
+
+# Lists of URLs
+
+URLS = [
+    {
+        "link": f"https://host.example/{n}.jpg",
+        "short": f"s{n}",
+        "long": None if n else [f"l{n}", "m"],
+        "own": "MIT",
+        "n": n,
+    }
+    for n in range(4)
+]
+
+
+def test_a_list_of_urls(folder: Path, store: Store) -> None:
+    (folder / "deep").mkdir()
+    pq.write_table(pa.Table.from_pylist(URLS), folder / "deep" / "t.parquet", row_group_size=3)
+    (folder / "deep" / "t.jsonl").write_text("\n".join(map(json.dumps, URLS)))
+    changes = {"image": "link", "captions": ["short", "long"], "keep": ["n"], "licence_column": "own"}
+    source = url_list(folder, "**/*.parquet", "*/*.jsonl", **changes)
+    items = all_items(store, source, rows=3)
+    assert [found.name for found in sources.inputs(source)] == ["deep/t.parquet", "deep/t.jsonl"]
+    assert all(isinstance(item.image, Url) for item in items)
+    assert [item.image for item in items] == [row["link"] for row in URLS] * 2
+    assert [item.origin for item in items] == [row["link"] for row in URLS] * 2
+    assert said(items[0]) == said(items[4]) == [("short", "s0"), ("long", "l0"), ("long", "m")]
+    assert [(item.row, item.kept, item.licence) for item in items] == [(n, {"n": n}, "MIT") for n in range(4)] * 2
+    assert len({item.key for item in items}) == 8
+
+
+def test_bad_urls_are_refused(folder: Path, store: Store) -> None:
+    urls = [
+        "https://host.example/a.jpg ",
+        f"https://host.example/{'x' * 7900}",
+        None,
+        "",
+        " \t",
+        "file:///etc/passwd",
+        "/etc/passwd",
+        "ftp://host.example/a.jpg",
+        "data:image/png;base64,xxxx",
+        "https://",
+        "https://host.example/a\x00b.jpg",
+        "https://host.example/a\nb.jpg",
+        "https://me:secret@host.example/a.jpg",
+        "https://host.example/" + "x" * 1_000_000,
+        b"\xff\xfe",
+    ]
+    raw = [url.encode() if isinstance(url, str) else url for url in urls]
+    column = pa.Array.from_buffers(pa.utf8(), len(raw), pa.array(raw, pa.binary()).buffers())
+    pq.write_table(pa.table({"url": column, "caption": ["x"] * len(raw)}), folder / "t.parquet")
+    source = url_list(folder, "t.parquet")
+    items = all_items(store, source)
+    assert [problem(item) for item in items] == [None, None] + [Cause.BAD_URL] * (len(urls) - 2)
+    assert items[0].image == "https://host.example/a.jpg"
+    assert items[1].image == items[1].origin == urls[1]
+    assert max(len(item.name) + len(item.origin) for item in items) < 17_000
+    assert not any("secret" in item.image.detail for item in items if isinstance(item.image, Rejection))
+    part = all_ranges(store, source)[0]
+    assert list(sources.urls(source, store, part)) == [(item.row, item.image) for item in items]
+
+
+def test_a_caption_that_is_refused_needs_no_download(folder: Path, store: Store) -> None:
+    rows = [{"url": "https://host.example/a.jpg", "caption": said} for said in ("x", None, "bell\x07")]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "t.parquet")
+    items = all_items(store, url_list(folder, "t.parquet"))
+    assert [problem(item) for item in items] == [None, Cause.NO_CAPTION, Cause.BAD_CAPTION]
+
+
+def test_selected_rows_keep_their_numbers_and_keys(folder: Path, store: Store) -> None:
+    rows = [{"url": f"https://host.example/{n}.jpg", "caption": f"c{n}", "n": n} for n in range(10)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "t.parquet")
+    source = url_list(folder, "t.parquet", keep=["n"])
+    whole = all_items(store, source)
+    again = pa.Table.from_pylist([{**rows[n], ROW: n} for n in (2, 3, 7)])
+    pq.write_table(again, folder.parent / "store.parquet")
+    store.put("data/retry.parquet", folder.parent / "store.parquet")
+    part = sources.Range("t.parquet", "data/retry.parquet", True, 1, 2)
+    assert list(sources.items(source, store, part)) == [whole[3], whole[7]]
+    assert list(sources.urls(source, store, part)) == [(3, rows[3]["url"]), (7, rows[7]["url"])]
+    assert whole[7].key == sample_key("s", "t.parquet#7")
+    # In the corpus it is a column like any other.
+    pq.write_table(again, folder / "own.parquet")
+    assert [item.row for item in all_items(store, url_list(folder, "own.parquet"))] == [0, 1, 2]
+    with pytest.raises(SettingsError, match="its own column"):
+        all_items(store, url_list(folder, "own.parquet", keep=[ROW]))
+
+
+# Images in tables
+
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view(), STRUCT])
+def test_images_in_a_column(folder: Path, store: Store, kind: pa.DataType) -> None:
+    images: list[Any] = [b"one", b"", None, b"far too large", b"five"]
+    if kind == STRUCT:
+        images = [{"bytes": image, "path": f"{n}.png"} for n, image in enumerate(images)]
+        images[4]["path"] = None
+    columns = {"image": pa.array(images, kind), "caption": ["a", "b", "c", "d", None], "n": range(5)}
+    pq.write_table(pa.table(columns), folder / "t.parquet", row_group_size=2)
+    items = all_items(store, parquet_images(folder, "*.parquet", keep=["n"], max_bytes=10), rows=2)
+    expected = [None, None, Cause.MISSING, Cause.TOO_MANY_BYTES, Cause.NO_CAPTION]
+    assert [problem(item) for item in items] == expected
+    assert [item.image for item in items[:2]] == [b"one", b""]
+    names = [f"{n}.png" for n in range(4)] if kind == STRUCT else [f"t.parquet#{n}" for n in range(4)]
+    assert [item.name for item in items] == [*names, "t.parquet#4"]
+    assert [item.kept for item in items] == [{"n": n} for n in range(5)]
+
+
+def test_columns_that_are_no_images(folder: Path, store: Store) -> None:
+    pq.write_table(pa.table({"image": ["text"], "caption": ["x"]}), folder / "t.parquet")
+    with pytest.raises(SettingsError, match="name a column of bytes"):
+        all_items(store, parquet_images(folder, "t.parquet"))
+    (folder / "t.jsonl").write_text('{"image": "x", "caption": "x"}')
+    with pytest.raises(SettingsError, match=r"no Parquet file"):
+        all_items(store, parquet_images(folder, "t.jsonl"))
+
+
+def test_few_images_are_in_memory_at_once(folder: Path, store: Store) -> None:
+    images = [bytes(100_000) for _ in range(400)]
+    pq.write_table(
+        pa.table({"image": images, "caption": ["x"] * 400}),
+        folder / "t.parquet",
+        row_group_size=100,
+        use_dictionary=False,
+    )
+    part = all_ranges(store, parquet_images(folder, "t.parquet"), 400)[0]
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in sources.items(parquet_images(folder, "t.parquet"), store, part):
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 25 << 20  # of 40 MB, in row groups of 10: two pages of the file, and a batch
+
+
+@given(groups=st.lists(st.integers(0, 20)), rows=st.integers(1, 8))
+def test_cuts_cover_all_rows_in_pieces_of_at_most_so_many(groups: list[int], rows: int) -> None:
+    cuts = list(_cuts(groups, rows))
+    assert [row for first, count in cuts for row in range(first, first + count)] == list(range(sum(groups)))
+    assert all(0 < count <= rows for _, count in cuts)
+
+
+def test_cuts_of_images_lie_between_row_groups(folder: Path, store: Store) -> None:
+    pq.write_table(pa.table({"image": [b"x"] * 20, "caption": ["x"] * 20}), folder / "t.parquet", row_group_size=3)
+    parts = all_ranges(store, parquet_images(folder, "t.parquet"), 8)
+    assert [(part.first, part.rows) for part in parts] == [(0, 6), (6, 6), (12, 8)]
+
+
+@quick
+@given(cuts=st.lists(st.integers(0, 40)), groups=st.integers(1, 15))
+def test_any_range_is_its_rows(tmp_path: Path, cuts: list[int], groups: int) -> None:
+    (tmp_path / "any").mkdir(exist_ok=True)
+    table = pa.table({"image": [b"%d" % n for n in range(40)], "caption": [f"c{n}" for n in range(40)]})
+    pq.write_table(table, tmp_path / "any" / "t.parquet", row_group_size=groups)
+    source, store = parquet_images(tmp_path / "any", "t.parquet"), open_store(str(tmp_path))
+    edges = sorted({0, 40, *cuts})
+    found: list[RawItem] = []
+    for a, b in pairwise(edges):
+        found += sources.items(source, store, sources.Range("t.parquet", "t.parquet", False, a, b - a))
+    assert [item.image for item in found] == [b"%d" % n for n in range(40)]
+    assert [item.row for item in found] == list(range(40))
+
+
+def test_a_table_that_became_shorter_is_noticed(folder: Path, store: Store) -> None:
+    pq.write_table(pa.Table.from_pylist(URLS), folder / "t.parquet")
+    source = url_list(folder, "t.parquet", image="link", captions=["short"])
+    part = all_ranges(store, source)[0]
+    pq.write_table(pa.Table.from_pylist(URLS[:2]), folder / "t.parquet")
+    with pytest.raises(DataError, match="has become shorter"):
+        list(sources.items(source, store, part))
+
+
+def test_damage_within_a_table_is_a_data_error(folder: Path, store: Store) -> None:
+    pq.write_table(pa.table({"url": [f"https://h.example/{n:06d}" * 20 for n in range(2000)]}), folder / "t.parquet")
+    source = url_list(folder, "t.parquet", captions=[])
+    part = all_ranges(store, source, 5000)[0]
+    data = bytearray((folder / "t.parquet").read_bytes())
+    data[10:2000] = b"\xff" * 1990
+    (folder / "t.parquet").write_bytes(data)
+    with pytest.raises(DataError, match="not a readable Parquet"):
+        list(sources.items(source, store, part))
+
+
+# Names and patterns
+
+
+def test_patterns(folder: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "x/c.jsonl", "x/y/d.jsonl", ".hidden.jsonl", "x/.h/e.jsonl", "f[1].jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+
+    def names(*tables: str) -> list[str]:
+        return [found.name for found in sources.inputs(url_list(folder, *tables))]
+
+    assert names("*.jsonl") == ["a.jsonl", "b.jsonl", "f[1].jsonl"]
+    assert names("b.jsonl", "?.jsonl") == ["b.jsonl", "a.jsonl"]
+    assert names("x/*.jsonl") == ["x/c.jsonl"]
+    assert names("x/**/*.jsonl") == ["x/c.jsonl", "x/y/d.jsonl"]
+    assert names("**/[cd].jsonl") == ["x/c.jsonl", "x/y/d.jsonl"]
+    assert names("f[[]1].jsonl") == ["f[1].jsonl"]
+    with pytest.raises(SettingsError, match=r"no file matches `\*.parquet`.*a.jsonl"):
+        names("*.parquet")
+
+
+def test_patterns_follow_no_link_out_of_the_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.jsonl").write_text("{}")
+    (folder / "own.jsonl").write_text("{}")
+    (folder / "loop").symlink_to(folder)
+    (folder / "alias.jsonl").symlink_to("own.jsonl")
+    assert [found.name for found in sources.inputs(url_list(folder, "**/*.jsonl"))] == ["alias.jsonl", "own.jsonl"]
+    (folder / "out.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    with pytest.raises(SettingsError, match="leads out of the folder"):
+        sources.inputs(url_list(folder, "*.jsonl"))
+    assert len(sources.inputs(url_list(folder, "out.jsonl"))) == 1  # named by the user
+
+
+# Identity
+
+
+def test_an_image_that_comes_goes_or_changes_its_size_makes_another_table(folder: Path) -> None:
+    for table, names in {"one": "abx", "two": "cd"}.items():
+        rows = [{"image": f"./{table}/{name}.jpg", "caption": "x"} for name in names]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{table}.parquet")
+        (folder / f"{table}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (folder / table).mkdir()
+        for name in names:
+            (folder / table / f"{name}.jpg").write_bytes(b"image")
+
+    def identities() -> list[str]:
+        source = table_folder(folder, "one.parquet", "one.jsonl", "two.parquet", "two.jsonl")
+        return [found.sha256 for found in sources.inputs(source)]
+
+    first = identities()
+    assert identities() == first
+    (folder / "one" / "unnamed.jpg").write_bytes(b"no table names it")
+    assert identities() == first
+    for change in (
+        lambda path: path.write_bytes(b"larger image"),
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(b""),
+    ):
+        change(folder / "one" / "x.jpg")
+        now = identities()
+        assert now[0] != first[0] and now[1] != first[1] and now[2:] == first[2:]
+    (folder / "one" / "x.jpg").write_bytes(b"image")
+    assert identities() == first
+    (folder / "two.jsonl").write_text((folder / "two.jsonl").read_text() + "\n")
+    assert identities()[:3] == first[:3] and identities()[3] != first[3]
+
+
+def test_a_folder_without_images_has_an_identity(folder: Path) -> None:
+    pq.write_table(pa.table({"image": ["a.jpg"], "caption": ["x"]}), folder / "t.parquet")
+    (folder.parent / "bare").mkdir()
+    (folder / "t.parquet").rename(folder.parent / "t.parquet")
+    source = table_folder(folder, str(folder.parent / "t.parquet"))
+    assert len(sources.inputs(source)) == 1
