@@ -9,12 +9,9 @@ rejected; the shard, and the job, go on without it.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,6 +23,7 @@ from data_prep.fetch import FetchSettings
 from data_prep.originals import Work
 from data_prep.plan import KnownAs, Plan, PlannedShard, PrepareSettings, make_plan
 from data_prep.sources import Input, Range, UrlList, inputs, ranges
+from infra.cluster import sigterm
 from infra.errors import ClusterError, PixnerdError
 from infra.records import Record, ShardRecord, read_record, write_record
 from infra.shards import shard_prefix
@@ -176,7 +174,7 @@ class _Job:
         import ray
 
         running: dict[Any, _Task] = {}
-        with _sigterm() as stopped:
+        with sigterm() as stopped:
             try:
                 while self.downloads or self.shards or running:
                     self._start(running)
@@ -303,20 +301,6 @@ def _make(
         quarantine.outcomes if guarded else make.plain_outcomes, settings=settings, decoder=decoder or decode
     )
     return make.make_shard(store, settings, plan, shard, works, outcomes)
-
-
-@contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, in place of the end of the process."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # signals are the main thread's business
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass

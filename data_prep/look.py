@@ -352,17 +352,21 @@ def _bars(ax: Axes, counts: Mapping[str, tuple[int, int]], total: int) -> None:
         ax.text(0.5, 0.5, "none", ha="center", va="center", color=MUTED, transform=ax.transAxes)
         ax.set_axis_off()
         return
-    places = list(range(len(shown)))
     good, bad = (np.array([count[k] for _, count in shown]) for k in (0, 1))
-    ax.barh(places, good, color=GOOD, height=0.7)
-    ax.barh(places, bad, left=good, color=BAD, height=0.7)
-    for place, count in zip(places, good + bad, strict=True):
-        ax.text(count, place, f" {count:,} ({count / max(total, 1):.1%})", va="center", color=INK, fontsize=8)
-    ax.set_yticks(places, [_short(name or "(none)", 28) for name, _ in shown])
+    places = np.arange(len(shown)) + 0.2
+    ax.barh(places, good, color=GOOD, height=0.42)
+    ax.barh(places, bad, left=good, color=BAD, height=0.42)
+    most = max(int((good + bad).max()), 1)
+    for place, (name, (first, second)) in enumerate(shown):
+        # Inside of the panel, so that no name, however long, takes room from it.
+        label = _short(name, 40) or "(none)"
+        ax.text(0, place - 0.2, label, va="center", color=INK, fontsize=8.5, clip_on=True)
+        count = first + second
+        said = f"{count:,} ({count / max(total, 1):.1%})"
+        ax.text(most, place - 0.2, said, ha="right", va="center", color=MUTED, fontsize=8.5)
     ax.set_ylim(max(len(shown), 4) - 0.4, -0.6)
-    ax.set_xlim(0, 1.35 * max(int((good + bad).max()), 1))
-    ax.set_xticks([])
-    ax.spines["bottom"].set_visible(False)
+    ax.set_xlim(0, most)
+    ax.set_axis_off()
 
 
 def _histogram(ax: Axes, histogram: Histogram, base: int | None = None) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -29,7 +28,7 @@ from data_prep.originals import RetryRecord
 from data_prep.sizes import Buckets, Size, size_name
 from data_prep.sources import Input, Range, Sa1b, Source, UrlList, WebDataset, inputs, ranges
 from infra.config import Settings, digest, operational
-from infra.errors import DataError
+from infra.errors import DataError, SettingsError
 from infra.records import Record, ShardRecord, read_record, write_record
 from infra.shards import list_shards, parquet_bytes, shard_prefix
 from infra.store import Store
@@ -204,6 +203,7 @@ def make_plan(store: Store, settings: PrepareSettings) -> Plan:
         sizes={size_name(size): settings.shards_of(size) for size in settings.sizes},
         settings=results,
     )
+    _check_captions(store, settings, name, edition, planned)
     plan = _plan(name, edition, planned)
     if not plan.shards:
         raise DataError("the sources hold no images", remedy="check each source's `url`, `tables` and suffixes")
@@ -211,9 +211,7 @@ def make_plan(store: Store, settings: PrepareSettings) -> Plan:
     return plan
 
 
-def read_plan(store: Store, name: str, edition: str | None = None) -> Plan:
-    if edition is None:  # TODO(snapshot): temporary
-        edition = next(Path(entry.key).stem for entry in store.list(f"plans/{name}/") if entry.key.endswith(".json"))
+def read_plan(store: Store, name: str, edition: str) -> Plan:
     found = read_record(store, edition_key(name, edition), Edition)
     keys = [entry.key for entry in store.list(f"plans/{name}/") if entry.key.endswith(".parquet")]
     return _plan(name, found, [shard for key in keys for shard in _read(store, key)])
@@ -223,6 +221,23 @@ def _plan(name: str, edition: Edition, planned: list[PlannedShard]) -> Plan:
     active = set(edition.inputs)
     shards = [shard for shard in planned if shard.known_as in active]
     return Plan(name, edition.digest(), edition.inputs, shards, len(planned), edition.sizes, edition.settings)
+
+
+def _check_captions(
+    store: Store, settings: PrepareSettings, name: str, edition: Edition, planned: list[PlannedShard]
+) -> None:
+    """Tables of captions may be added to tars that are planned already; one that changed would go unnoticed."""
+    joined = {source.name for source in settings.sources if isinstance(source, Sa1b)}
+    tars = {(shard.source, shard.part.input) for shard in planned}
+    now = {given[:2]: given.sha256 for given in edition.inputs if given.source in joined and given[:2] not in tars}
+    for entry in store.list(f"plans/{name}/") if now else ():
+        if entry.key.endswith(".json"):
+            for given in read_record(store, entry.key, Edition).inputs:
+                if now.get(given[:2], given.sha256) != given.sha256:
+                    raise SettingsError(
+                        f"`{given.input}` of the source `{given.source}` has changed since it was planned",
+                        remedy="give the source another name: then all of it is prepared with the captions of now",
+                    )
 
 
 def _given(store: Store, settings: PrepareSettings, planned: list[PlannedShard]) -> Iterator[Given]:

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.job import _sigterm
 from data_prep.scorers import Sample, Scorer
 from data_prep.scorers.settings import ClipSettings, EndpointSettings, ScorerSettings
+from infra.cluster import sigterm
 from infra.config import Settings, digest, operational
 from infra.errors import ClusterError, DataError, PixnerdError
 from infra.records import (
@@ -161,7 +161,7 @@ def _run(store: Store, settings: ScoreSettings, place: Place, todo: list[int]) -
     idle = [make(store, settings, place) for _ in range(min(_workers(settings), len(todo)))]
     waiting = deque((number, 1) for number in todo)
     running: dict[Any, tuple[Any, int, int]] = {}  # task -> its worker, shard and try
-    with _sigterm() as stopped:
+    with sigterm() as stopped:
         try:
             while waiting or running:
                 while waiting and idle:

@@ -7,6 +7,7 @@ the machine's memory for objects that this system never puts there (image bytes 
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -129,3 +130,17 @@ class _Mailbox:
     def take(self) -> list[dict[str, Any]]:
         messages, self._messages = self._messages, []
         return messages
+
+
+@contextmanager
+def sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, in place of the end of the process."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # signals are the main thread's business
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -10,6 +10,7 @@ is one integer, the number of samples consumed.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import simplejpeg
 import torch
+from PIL import Image
 from pydantic import Field
 
 from infra.config import Settings, operational
@@ -95,6 +97,15 @@ def _generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
+def _decoded(data: bytes) -> np.ndarray:
+    """A shard's image, which prepare wrote in one of three formats: it is RGB, upright and of its size."""
+    if data.startswith(b"\xff\xd8"):
+        image_HWC: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGB")
+        return image_HWC
+    with Image.open(io.BytesIO(data), formats=["PNG", "WEBP"]) as image:
+        return np.array(image.convert("RGB"))
+
+
 class Reader:
     """Rows of a selection as images and captions. Tars are fetched whole once and then read in ranges."""
 
@@ -122,11 +133,10 @@ class Reader:
         file.seek(int(self.offsets[row]))
         data = file.read(int(self.lengths[row]))
         try:
-            image_HWC: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGB")
-        except ValueError as error:
+            return _decoded(data)
+        except (ValueError, OSError) as error:
             tar = self.tar_names[int(self.tar_of_row[row])]
-            raise DataError(f"row {row} of {tar} is not a JPEG ({error})", remedy="run `pixnerd data verify`") from None
-        return image_HWC
+            raise DataError(f"row {row} of {tar} is no image ({error})", remedy="run `pixnerd data verify`") from None
 
     def caption(self, row: int, position: int) -> str:
         """One of the row's captions, drawn by weight anew for every position."""
@@ -161,7 +171,12 @@ class Batches:
     def read(self, position: int) -> Batch:
         positions = np.arange(position + self.rank, position + self.batch, self.ranks)
         rows = [self.order.row(int(p)) for p in positions]
-        images_BHWC = np.stack([self.reader.image(row) for row in rows])
+        images = [self.reader.image(row) for row in rows]
+        if len({image.shape for image in images}) > 1:
+            raise DataError(
+                "the snapshot's images are of several sizes", remedy="train on a square size, not on buckets"
+            )
+        images_BHWC = np.stack(images)
         captions = [self.reader.caption(row, int(p)) for row, p in zip(rows, positions, strict=True)]
         images_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).contiguous()
         return Batch(images_BCHW, captions, positions)

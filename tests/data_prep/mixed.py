@@ -87,9 +87,8 @@ def _jpeg_of(width: int, height: int) -> bytes:
     return bytes(data)
 
 
-def _half(kind: str) -> bytes:
-    data = zoo.saved(shaded(0, 40), kind)
-    return data[: len(data) // 2]
+def _cut(kind: str) -> bytes:
+    return zoo.saved(shaded(0, 40), kind)[:-100]
 
 
 def _flipped() -> bytes:
@@ -106,8 +105,8 @@ BAD_FILES: list[tuple[bytes, Verdict]] = [
     (zoo.png(60_000, 60_000, 8, 2, b"small"), both(Cause.TOO_MANY_PIXELS)),
     (_jpeg_of(65_000, 65_000), both(Cause.TOO_MANY_PIXELS)),
     (b"GIF89a" + b"\xff\xff\xff\xff" + zoo.saved(shaded(0, 40), "GIF")[10:], both(Cause.TOO_MANY_PIXELS)),
-    (_half("JPEG"), both(Cause.TRUNCATED)),
-    (_half("PNG"), both(Cause.TRUNCATED)),
+    (_cut("JPEG"), both(Cause.TRUNCATED)),
+    (_cut("PNG"), both(Cause.TRUNCATED)),
     (_flipped(), both(Cause.CORRUPT)),
     (zoo.png(0, 40, 8, 2, b""), both(Cause.CORRUPT)),
     (zoo.saved(Image.new("F", (40, 40)), "TIFF"), both(Cause.UNSUPPORTED)),
@@ -267,7 +266,8 @@ def _texts(folder: Path, count: int) -> list[Verdict]:
     bad = [Kind(pair(data), verdict) for data, verdict in BAD_FILES]
     bad += [Kind(pair(None, caption), both(cause)) for caption, cause in BAD_CAPTIONS]
     bad += [
-        Kind(linked(".txt", "/etc/passwd"), both(Cause.BAD_CAPTION)),
+        Kind(linked(".txt", "nowhere"), both(Cause.NO_CAPTION)),
+        Kind(linked(".txt", "."), both(Cause.BAD_CAPTION)),
         Kind(linked(".png", "../outside.png"), both(Cause.OUTSIDE_FOLDER)),
         Kind(linked(".png", "nowhere"), both(Cause.MISSING)),
         Kind(linked(".png", "{}.png"), both(Cause.UNREADABLE)),  # a link to itself
@@ -340,8 +340,7 @@ def _end_of_members(whole: bytes) -> int:
     if not whole:
         return 0
     with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
-        for last in tar:
-            pass
+        last = tar.getmembers()[-1]
     return last.offset_data + -(-last.size // 512) * 512 * last.isreg()
 
 
@@ -501,7 +500,9 @@ def main() -> None:
     from infra.config import parse
 
     address, store, settings = sys.argv[1:]
-    ray.init(address=address, runtime_env={"worker_process_setup_hook": at_home}, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address=address, runtime_env={"worker_process_setup_hook": at_home}, log_to_driver=False, logging_level="ERROR"
+    )
     summary = prepare(store, parse(PrepareSettings, json.loads(settings)), decoder=deadly)
     print(summary.model_dump_json())
 

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from infra.config import parse
 from infra.errors import DataError, SettingsError
 from infra.store import Store, open_store
 from tests.data_prep.corpora import contents, settings_for, write_corpus
+from tests.data_prep.test_sources_sa1b import write_tar
 
 
 @pytest.fixture
@@ -77,6 +79,25 @@ def test_an_input_that_comes_later_extends_the_plan(corpus: Path, store: Store) 
     after = contents(store)
     assert {key: after[key] for key in before} == before
     assert read_plan(store, first.digest, first.edition) == replace(first, planned=5)
+
+
+def test_captions_of_planned_tars_may_be_added_but_not_changed(tmp_path: Path, store: Store) -> None:
+    def write_captions(name: str, ids: list[int], word: str) -> None:
+        table = pa.table({"image_id": ids, "caption": [f"{word} {n}" for n in ids]})
+        pq.write_table(table, tmp_path / "sa" / f"{name}.parquet")
+
+    (tmp_path / "sa").mkdir()
+    write_tar(tmp_path / "sa", "one.tar", 1, 2)
+    write_captions("one", [1, 2], "first")
+    source = {"kind": "sa1b", "name": "sa", "url": str(tmp_path / "sa"), "tables": ["*.parquet"]}
+    settings = settings_for(tmp_path, sources=[source])
+    first = make_plan(store, settings)
+    write_tar(tmp_path / "sa", "two.tar", 3, 4)
+    write_captions("two", [3, 4], "first")
+    assert make_plan(store, settings).shards[: len(first.shards)] == first.shards
+    write_captions("two", [3, 4], "other")
+    with pytest.raises(SettingsError, match=r"`two.parquet` of the source `sa` has changed since it was planned"):
+        make_plan(store, settings)
 
 
 def test_an_input_that_changed_is_another_one(corpus: Path, store: Store) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import simplejpeg
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from infra.errors import DataError
 from infra.shards import SELECTION_SCHEMA, TarWriter
@@ -62,6 +62,16 @@ def test_an_empty_snapshot_is_refused():
 
 @pytest.fixture
 def reader(tmp_path: Path) -> Reader:
+    return reader_of(tmp_path, "JPEG", [8] * 12)
+
+
+def saved(image: np.ndarray, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, kind, lossless=True)
+    return buffer.getvalue()
+
+
+def reader_of(tmp_path: Path, kind: str, sides: list[int]) -> Reader:
     """Twelve grey images in three tars; the image's brightness and its caption both tell its row."""
     store = open_store(str(tmp_path / "store"))
     columns: dict[str, list] = {name: [] for name in SELECTION_SCHEMA.names}
@@ -69,9 +79,10 @@ def reader(tmp_path: Path) -> Reader:
         packed = io.BytesIO()
         tar = TarWriter(packed)
         for row in range(4 * shard, 4 * shard + 4):
-            image = np.full((8, 8, 3), 20 * row, np.uint8)
-            member = tar.add(f"{row}.jpg", simplejpeg.encode_jpeg(image, quality=95, colorsubsampling="444"))
-            values = (str(row), f"t/{shard}.tar", *member, 8, 8, [f"row {row}", f"long row {row}"], [0.25, 0.75])
+            side = sides[row]
+            member = tar.add(f"{row}.x", saved(np.full((side, side, 3), 20 * row, np.uint8), kind))
+            values = (str(row), f"t/{shard}.tar", *member, side, side, [f"row {row}", f"long row {row}"], [0.25, 0.75])
+            values = (*values, "source", f"{side}x{side}")
             for name, value in zip(SELECTION_SCHEMA.names, values, strict=True):
                 columns[name].append(value)
         tar.finish()
@@ -94,9 +105,17 @@ def test_any_number_of_ranks_reads_the_same_batches(reader: Reader, ranks: int):
     assert together == dict(zip(whole.positions.tolist(), whole.captions, strict=True))
 
 
-def test_images_belong_to_their_captions(reader: Reader):
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
+def test_images_belong_to_their_captions(tmp_path: Path, kind: str):
+    reader = reader_of(tmp_path, kind, [8] * 12)
     batch = Batches(reader, DataSettings(lanes=4), batch=12).read(0)
     assert [round(float(i.float().mean()) / 20) for i in batch.images_BCHW] == [row_of(c) for c in batch.captions]
+
+
+def test_buckets_are_refused_until_a_batch_knows_of_them(tmp_path: Path):
+    reader = reader_of(tmp_path, "PNG", [8] * 11 + [16])
+    with pytest.raises(DataError, match="several sizes"):
+        Batches(reader, DataSettings(lanes=4), batch=12).read(0)
 
 
 def test_captions_are_drawn_by_weight_and_anew_at_each_position(reader: Reader):
