@@ -82,9 +82,8 @@ def _funnel(story: Story, number: int) -> Html:
     body: list[list[Child]] = []
     before = begun
     for label, count in record.counts:
-        body.append(
-            [label, f"{count:,}", _bar(begun, (count, QUIET)), f"−{before - count:,}" if count != before else ""]
-        )
+        change = f"{count - before:+,}".replace("-", "−") if count != before else ""  # weights may repeat samples
+        body.append([label, f"{count:,}", _bar(begun, (count, QUIET)), change])
         before = count
     for label, count in (("→ training", record.rows), ("→ held out", record.held_out_rows)):
         body.append([tag("b", label), tag("b", f"{count:,}"), _bar(begun, (count, GOOD)), ""])

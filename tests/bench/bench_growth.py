@@ -1,4 +1,4 @@
-"""How listing, resuming, dedup and snapshots grow with a corpus: 0.45 M, 4.5 M and, with --full, 45 M rows.
+"""How planning, listing, resuming, dedup and snapshots grow with a corpus: 0.45 M, 4.5 M and, with --full, 45 M rows.
 
 The corpus is made up and has no images: indexes, shard records and a plan, written as `prepare` would leave them. Each
 step runs in a process of its own, so that its peak memory is its own too. The scratch folder is removed at the end.
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_prep import dedup, plan
 from data_prep.sources import Range
@@ -40,6 +41,7 @@ SIDES = np.array([(512, 512), (448, 576), (576, 448), (640, 384)], np.int32)
 PLACES = [f"in {where} at {when}" for where in ("the garden", "a street", "the hills") for when in ("dawn", "noon")]
 SHORT = [f"{what} {place}" for what in ("a dog", "two cats", "a red bicycle", "an old house") for place in PLACES]
 LONG = [f"{text}, {how}, seen from {where}" for text in SHORT for how in ("soft light", "rain") for where in ("afar",)]
+LISTS, LIST_ROWS = "lists", 10**6
 HOT = 100  # hashes that one row in a hundred shares
 
 
@@ -87,6 +89,20 @@ def write_shard(root: Path, rows: int, number: int) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(value)
     return len(data)
+
+
+def write_lists(folder: Path, rows: int) -> None:
+    """URL lists of a million rows, and one that comes later; all are copies of the first, which a plan cannot know."""
+    folder.mkdir()
+    first = folder / "00000.parquet"
+    count = min(rows, LIST_ROWS)
+    urls = pa.array([f"https://example.org/{number:08d}/a-photograph.jpg" for number in range(count)])
+    pq.write_table(
+        pa.table({"url": urls, "caption": pa.array(LONG).take(pa.array(np.arange(count) % len(LONG)))}), first
+    )
+    for number in range(1, -(-rows // count)):
+        shutil.copyfile(first, folder / f"{number:05d}.parquet")
+    shutil.copyfile(first, folder / "later")
 
 
 def source_of(number: int) -> str:
@@ -191,6 +207,28 @@ def deduplicated(store: Store, distance: int | None) -> str:
     return f"{int(rows.duplicates().sum()):,} duplicates"
 
 
+def planning(store: Store) -> str:
+    """A plan from lists of URLs, the same again, and the same with another list."""
+    from infra.config import parse
+
+    lists = Path(store.url.removeprefix("file://"), LISTS)
+    source = {"kind": "url_list", "name": "web", "url": str(lists), "tables": ["*.parquet"]}
+    settings = parse(plan.PrepareSettings, {"sources": [source]})
+    seconds, plans = [], []
+    for again in range(3):
+        if again == 2:
+            (lists / "later").rename(lists / "later.parquet")
+        began = time.perf_counter()
+        plans.append(plan.make_plan(store, settings))
+        seconds.append(time.perf_counter() - began)
+    assert plans[1] == plans[0] and plans[2].digest == plans[0].digest
+    (lists / "later.parquet").rename(lists / "later")
+    return (
+        f"{plans[0].rows:,} rows in {len(plans[0].shards):,} shards in {seconds[0]:.1f} s; "
+        f"again {seconds[1]:.1f} s; {len(plans[2].shards) - len(plans[0].shards)} shards more {seconds[2]:.1f} s"
+    )
+
+
 def plain_snapshot(store: Store) -> str:
     return selected(store, filter="width >= 512 and clip_score > 0.26")
 
@@ -241,6 +279,7 @@ def forgetting(store: Store) -> str:
 # A step is given the store and says in a line what it found.
 STEPS: dict[str, Callable[[Store], str]] = {
     "import": nothing,
+    "plan": planning,
     "list": listing,
     "resume": resuming,
     "dedup-exact": exact,
@@ -289,6 +328,7 @@ def main() -> None:
 def measure(folder: Path, shards: int, rows: int, steps: list[str]) -> None:
     began = time.perf_counter()
     size = write_corpus(folder, shards, rows)
+    write_lists(folder / LISTS, shards * rows)
     took = time.perf_counter() - began
     print(
         f"{shards * rows / 1e6:.2f} M rows, {shards:,} shards, indexes of {size / 1e6:,.0f} MB (made in {took:.0f} s)"
