@@ -22,9 +22,9 @@ from data_prep import originals, sources
 from data_prep.decode import Decoded, Pixels_HW3, decode, decoder_versions
 from data_prep.originals import Work
 from data_prep.phash import phash
-from data_prep.plan import SUFFIXES, Plan, PlannedShard, PrepareSettings
+from data_prep.plan import Plan, PlannedShard, PrepareSettings
 from data_prep.rejections import Rejection
-from data_prep.sizes import Size, size_name
+from data_prep.sizes import SUFFIX, Size, size_name
 from data_prep.sources import Range, RawItem, Source, Url, UrlList
 from data_prep.transform import Box, encode, fitted
 from infra.records import ShardRecord, put_data, read_record, write_record
@@ -102,7 +102,7 @@ def make_shard(
 
         def start() -> _Writer:
             # A file without a name: a worker that is killed leaves nothing on the disk.
-            return _Writer(files.enter_context(tempfile.TemporaryFile()), source.name, SUFFIXES[settings.format])
+            return _Writer(files.enter_context(tempfile.TemporaryFile()), source.name, SUFFIX[settings.format])
 
         series = []
         for size in map(size_name, settings.sizes):

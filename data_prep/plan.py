@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +25,7 @@ from pydantic import Field, field_validator
 from data_prep import originals
 from data_prep.fetch import FetchSettings
 from data_prep.originals import RetryRecord
-from data_prep.sizes import Buckets, Size, size_name
+from data_prep.sizes import Buckets, Format, Size, Subsampling, size_name
 from data_prep.sources import Input, Range, Sa1b, Source, UrlList, WebDataset, inputs, ranges
 from infra.config import Settings, digest, operational
 from infra.errors import DataError, SettingsError
@@ -34,8 +34,6 @@ from infra.shards import list_shards, parquet_bytes, shard_prefix
 from infra.store import Store
 
 FORMAT = 2  # of the shards: raised when the same input and settings would give other bytes
-
-SUFFIXES = {"jpeg": "jpg", "webp": "webp", "png": "png"}  # of a shard's images
 
 # Bytes of a photograph's pixel, encoded, by format, at the default quality; measured, and good for an aim.
 BYTES_PER_PIXEL = {"jpeg": 0.75, "webp": 0.45, "png": 2.0}
@@ -63,9 +61,9 @@ Level = Annotated[int, Field(ge=0, le=255)]
 class PrepareSettings(Settings):
     sources: list[Source] = Field(min_length=1)
     sizes: list[Size] = Field([256], min_length=1, description="square sides and bucket sets, all from one decode")
-    format: Literal["jpeg", "webp", "png"] = "jpeg"
+    format: Format = "jpeg"
     quality: int = Field(95, ge=1, le=100, description="of JPEG and WebP")
-    subsampling: Literal["444", "422", "420"] = Field("444", description="of JPEG's colours")
+    subsampling: Subsampling = Field("444", description="of JPEG's colours")
     matte: tuple[Level, Level, Level] = Field((255, 255, 255), description="the colour under transparency")
     max_pixels: int = Field(80_000_000, ge=1, description="larger pictures are refused before they are decoded")
     shard_mib: int = Field(256, ge=1, description="what a shard's size is aimed at, by the pixels of an image")

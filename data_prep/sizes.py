@@ -1,4 +1,4 @@
-"""What the training images may measure: a square of one side, or a set of buckets of about as many pixels.
+"""What the training images are: a square of one side, or one of a set of buckets of about as many pixels; the file.
 
 A bucket keeps more of a tall or wide picture than a square does. The set is computed from four numbers, so that it is
 the same wherever it is needed and a plan's digest says all of it.
@@ -7,11 +7,15 @@ the same wherever it is needed and a plan's digest says all of it.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from infra.config import Settings
+
+Format = Literal["jpeg", "webp", "png"]
+Subsampling = Literal["444", "422", "420"]
+SUFFIX: dict[Format, str] = {"jpeg": "jpg", "webp": "webp", "png": "png"}
 
 PATCH = 16  # of the network: it takes whole patches only
 

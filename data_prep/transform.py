@@ -8,7 +8,7 @@ small size out of a larger one would round twice.
 from __future__ import annotations
 
 import io
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -17,11 +17,7 @@ from PIL import Image
 
 from data_prep.decode import Pixels_HW3
 from data_prep.rejections import Cause, Rejection
-from data_prep.sizes import Bucket, Size
-
-Format = Literal["jpeg", "webp", "png"]
-Subsampling = Literal["444", "422", "420"]
-SUFFIX: dict[Format, str] = {"jpeg": "jpg", "webp": "webp", "png": "png"}
+from data_prep.sizes import Bucket, Format, Size, Subsampling
 
 
 class Box(NamedTuple):
@@ -82,11 +78,3 @@ def encode(pixels_HW3: Pixels_HW3, format: Format, quality: int = 95, subsamplin
     else:
         image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def square(pixels_HW3: Pixels_HW3, size: int) -> tuple[Pixels_HW3, Box] | Rejection:
-    return fitted(pixels_HW3, size)
-
-
-def encode_jpeg(pixels_HW3: Pixels_HW3, quality: int, subsampling: Subsampling) -> bytes:
-    return encode(pixels_HW3, "jpeg", quality, subsampling)

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from data_prep.decode import decode
-from data_prep.plan import SUFFIXES, PlannedShard, read_plan
+from data_prep.plan import PlannedShard, read_plan
 from data_prep.rejections import Rejection
+from data_prep.sizes import SUFFIX
 from infra.errors import PixnerdError
 from infra.records import DataObject, ShardRecord
 from infra.shards import list_shards, read_index, shard_prefix
@@ -32,7 +33,7 @@ class Verified(NamedTuple):
 def verify(store: Store, plan: str, edition: str) -> Verified:
     """Hashes, counts and order of every shard at every size; damage is listed, not raised."""
     planned = read_plan(store, plan, edition)
-    suffix = SUFFIXES[planned.settings["format"]]
+    suffix = SUFFIX[planned.settings["format"]]
     problems: list[str] = []
     shards = inputs = images = 0
     for size in planned.sizes:
