@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUNS ?= runs
 
-.PHONY: help setup demo test test-slow test-s3 check format bench bench-model serve-mlflow clean
+.PHONY: help setup demo test test-slow test-s3 check format bench bench-model bench-data serve-mlflow clean
 
 help:           ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -30,8 +30,8 @@ test: $(READY)   ## the test suite
 test-slow: $(READY)  ## the whole workflow, killed at every stage and resumed
 	$(BIN)/python -m pytest -m slow --timeout 1500 $(ARGS)
 
-test-s3: $(READY)    ## the storage tests against a real radosgw
-	$(BIN)/python -m tests.infra.radosgw -- $(BIN)/python -m pytest tests/infra/test_store.py $(ARGS)
+test-s3: $(READY)    ## the tests that want object storage, against a real radosgw
+	$(BIN)/python -m tests.infra.radosgw -- $(BIN)/python -m pytest tests/infra/test_store.py tests/data_prep/test_prepare_s3.py $(ARGS)
 
 check: $(READY)  ## lint, types, architecture
 	$(BIN)/ruff check .
@@ -44,10 +44,20 @@ format: $(READY)  ## put the code into shape
 	$(BIN)/ruff format .
 
 bench: $(READY)  ## the benchmarks, each printing its ratios side by side
-	@for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python -m $$(basename $$bench .py | sed s/^/tests.bench./) 2>/dev/null || exit 1; done
+	@for bench in $(filter-out %/bench_data.py,$(wildcard tests/bench/bench_*.py)); do echo "== $$bench"; $(BIN)/python -W ignore -m $$(basename $$bench .py | sed s/^/tests.bench./) || exit 1; done
 
 bench-model: $(READY)  ## the network against the published one written down plainly, eager and compiled
-	@$(BIN)/python -W ignore -m tests.bench.bench_model $(ARGS) 2>/dev/null
+	@$(BIN)/python -W ignore -m tests.bench.bench_model $(ARGS)
+
+IMG2DATASET := build/img2dataset
+
+bench-data: $(READY) $(IMG2DATASET)/.ready  ## prepare against img2dataset: make bench-data ARGS='--photos FOLDER'
+	@$(BIN)/python -m tests.bench.bench_data --img2dataset $(IMG2DATASET)/bin/python $(ARGS)
+
+$(IMG2DATASET)/.ready:
+	$(PYTHON) -m venv $(IMG2DATASET)
+	$(IMG2DATASET)/bin/python -m pip install --quiet --disable-pip-version-check img2dataset==1.47.0
+	@touch $@
 
 serve-mlflow: $(READY)  ## MLflow's pages over the demo's database, on http://127.0.0.1:5000
 	$(BIN)/mlflow server --backend-store-uri sqlite:///$(abspath $(RUNS))/demo/mlflow.db --host 127.0.0.1 --port 5000

@@ -14,7 +14,7 @@ from orchestration.terminal import print_json
 from training import exchange
 from training import model as models
 from training.model import published
-from training.model.fit import Shape
+from training.model.fit import Shape, plain
 from training.model.presets import PRESETS, ModelConfig
 
 # The first prefix that fits names a tensor's part.
@@ -69,7 +69,7 @@ def _show_file(path: Path, *, as_json: bool) -> None:
         name: {
             **_facts(config, {n: tuple(t.shape) for n, t in models.outline(config).state_dict().items()}),
             "repa_head": _count(tuple(tensor.shape) for tensor in found.head.values()),
-            "dtypes": Counter(published.plain(tensor.dtype) for tensor in found.networks[name].values()),
+            "dtypes": Counter(plain(tensor.dtype) for tensor in found.networks[name].values()),
         }
         for name, config in configs.items()
     }
@@ -150,6 +150,7 @@ def _words(value: object) -> str:
 
 
 def fetch_checkpoint(stage: str, folder: Path, store: str, *, as_json: bool) -> None:
+    # A workflow's parts take a second to load, for which the other commands need not wait.
     from infra.records import CheckpointRecord, read_record
     from infra.store import open_store
     from orchestration.session import stage_records

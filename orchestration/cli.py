@@ -165,7 +165,9 @@ def sample(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="fp32 or bf16, of the network's weights and activations. [default: as it was saved]"),
+        typer.Option(
+            help="fp32 or bf16, of the network's weights and activations. [default: bf16 if saved so, else fp32]"
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, or one GPU: cuda:1.")] = "auto",
     batch: Annotated[int | None, typer.Option(help="Pictures at once. [default: 32]")] = None,

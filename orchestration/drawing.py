@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +21,13 @@ from torch import Tensor
 
 from infra.config import digest
 from infra.errors import DataError, SettingsError
+from infra.files import sha256_of
 from orchestration import sheet, terminal
-from orchestration.pictures import facts_of, save, version, writing, written_whole
-from orchestration.subjects import Subject, parse_seeds, read_labels, subjects
+from orchestration.pictures import facts_of, save, version, written_whole
+from orchestration.subjects import Subject, parse_seeds, read_labels, short, subjects
 from training import model as models
 from training.model import ModelConfig
-from training.sampling import Artist, SampleSettings, defaults, encoder_source, pixels, resolved
+from training.sampling import Artist, SampleSettings, check_finite, defaults, encoder_source, pixels, resolved
 
 INDEX, SHEET = "index.json", "sheet.png"
 _PICTURE = re.compile(r"\d{3,}-\d+\.png")
@@ -39,6 +40,11 @@ class Picture(NamedTuple):
     subject: Subject
     seed: int
     facts: dict[str, Any]  # what decided its pixels
+
+    @property
+    def what(self) -> str | int:
+        """The prompt or the label that is drawn."""
+        return self.subject.prompt if self.subject.label is None else self.subject.label
 
     def frame(self, step: int, steps: int) -> Path:
         return Path(Path(self.file).stem) / f"step-{step:0{len(str(steps))}d}.png"
@@ -67,19 +73,24 @@ def draw(
     settings = resolved(checkpoint, defaults(checkpoint, changes))
     place = find_device(device)
     pictures = _pictures(wanted, settings, _origin(checkpoint, config, extra))
-    with writing(out):
+    assumed = _assumed_size(checkpoint, config, settings)
+    try:
         out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"{out} cannot be written ({error.strerror or error})", remedy="name another --out"
+        ) from None
     _refuse_others(out, pictures)
-    todo = [p for p in pictures if not _there(out, p, settings.steps if save_steps else 0)]
+    todo = {p.file for p in pictures if not _there(out, p, settings.steps if save_steps else 0)}
     began = time.monotonic()
     if todo:
         with terminal.Screen(quiet=as_json) as screen:
             screen.count("loading", 0, len(todo))
             artist = Artist.load(checkpoint, place, settings)
-            _warn_of_long_prompts(artist, todo)
-            _draw(artist, out, todo, settings, save_steps, screen)
+            _warn_of_long_prompts(artist, [p for p in pictures if p.file in todo])
+            _draw(artist, out, pictures, todo, settings, save_steps, screen)
     seconds = time.monotonic() - began
-    index = _conclude(out, wanted, pictures, settings, save_steps)
+    index = _conclude(out, wanted, pictures, settings, save_steps, assumed)
     if as_json:
         terminal.print_json({"folder": str(out), **index})
         return
@@ -105,8 +116,8 @@ def _changes(options: Mapping[str, Any]) -> dict[str, Any]:
 def parse_size(text: str) -> tuple[int, int]:
     """512, or 768x1024: height, then width."""
     sides = text.lower().replace("×", "x").split("x")
-    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and int(side) for side in sides):
-        raise SettingsError(f"`{text}` is no size", remedy="write 512, or 768x1024: height, then width")
+    if len(sides) > 2 or not all(re.fullmatch(r"0{0,9}[1-9]\d{0,5}", side, re.ASCII) for side in sides):
+        raise SettingsError(f"`{short(text)}` is no size", remedy="write 512, or 768x1024: height, then width")
     return int(sides[0]), int(sides[-1])
 
 
@@ -121,7 +132,7 @@ def parse_interval(text: str) -> tuple[float, float]:
 
 
 def find_device(name: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", name, re.ASCII):
         raise SettingsError(f"there is no device `{name}`", remedy="name auto, cpu, cuda, or one GPU: cuda:1")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
@@ -144,21 +155,38 @@ def _pictures(wanted: Sequence[Subject], settings: SampleSettings, origin: dict[
     return found
 
 
+def _assumed_size(folder: Path, config: ModelConfig, settings: SampleSettings) -> int | None:
+    """The trained size that the size asked for is taken for, where nobody told it."""
+    assert settings.size is not None
+    side = settings.size[0] if config.image_size is None else None
+    if side is not None:
+        print(
+            f"warning: the size that {folder} was trained at is not known: it is taken to be {side}x{side}; if it was "
+            "another, import it again with --trained-size N",
+            file=sys.stderr,
+        )
+    return side
+
+
 def _origin(folder: Path, config: ModelConfig, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint by its content: pictures of other weights under the same name are others."""
+    """The checkpoint by its content, wherever it lies; its name is told, and decides nothing."""
     origin = {"name": folder.resolve().name, "model": digest(config)}
     if config.task == "text":
         source = encoder_source(folder, extra)
-        if isinstance(source, Path):
-            files = sorted(path for path in source.rglob("*") if path.is_file())
-            source = digest({path.relative_to(source).as_posix(): _sha256(path) for path in files})
-        origin["text_encoder"] = source
-    return origin | {"weights": _sha256(folder / models.WEIGHTS)}
+        origin["text_encoder"] = _content(Path(source)) if Path(source).is_dir() else str(source)
+    return origin | {"weights": sha256_of(folder / models.WEIGHTS)}
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _content(folder: Path) -> str:
+    """Of all files but hidden ones, in which download tools keep dates."""
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return digest(
+        {
+            name.as_posix(): sha256_of(path)
+            for name, path in files.items()
+            if not any(part.startswith(".") for part in name.parts)
+        }
+    )
 
 
 # ------------------------------------------------------------------------------------------------ what is there
@@ -191,6 +219,8 @@ def _another(out: Path, why: str) -> SettingsError:
 def _difference(there: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str:
     """The first fact of ours that a file has otherwise; facts that decide nothing are not asked for."""
     for key, value in now.items():
+        if f"{path}{key}" == "checkpoint.name":
+            continue
         found = there.get(key)
         if isinstance(value, dict) and isinstance(found, dict):
             if inner := _difference(found, value, f"{path}{key}."):
@@ -226,35 +256,36 @@ def _warn_of_long_prompts(artist: Artist, todo: Sequence[Picture]) -> None:
         who = "a prompt is" if len(cut) == 1 else f"{len(cut)} prompts are"
         print(
             f"warning: {who} cut after {artist.text.tokens} tokens, all that the network reads; "
-            f"{'it' if len(cut) == 1 else 'the longest'} has {tokens}: {_short(prompt)}",
+            f"{'it' if len(cut) == 1 else 'the longest'} has {tokens}: {short(prompt)}",
             file=sys.stderr,
         )
-
-
-def _short(text: str, most: int = 60) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _draw(
     artist: Artist,
     out: Path,
-    todo: Sequence[Picture],
+    pictures: Sequence[Picture],
+    todo: Collection[str],
     settings: SampleSettings,
     save_steps: bool,
     screen: terminal.Screen,
 ) -> None:
+    """A batch of which some are there is drawn whole: in another one a picture could differ by a grey level."""
     machine = {"device": _machine(artist.device), "torch": torch.__version__}
+    parts = [pictures[start : start + settings.batch] for start in range(0, len(pictures), settings.batch)]
+    artist.expect([[p.what for p in part] for part in parts])
+    parts = [part for part in parts if any(p.file in todo for p in part)]
+    done, total = 0, sum(map(len, parts))
     if settings.compile:
-        screen.count("compiling", 0, len(todo))
-    for start in range(0, len(todo), settings.batch):
-        part = todo[start : start + settings.batch]
-        watch = _watch(out, part, start, len(todo), settings.steps, save_steps, screen)
-        what = [p.subject.prompt if p.subject.label is None else p.subject.label for p in part]
-        drawn = artist.batch(what, [p.seed for p in part], settings, watch)
+        screen.count("compiling", 0, total)
+    for part in parts:
+        watch = _watch(out, part, todo if save_steps else (), done, total, settings.steps, screen)
+        drawn = artist.batch([p.what for p in part], [p.seed for p in part], settings, watch)
         for picture, picture_HW3 in zip(part, drawn, strict=True):
-            facts = {**picture.facts, "machine": machine}
-            save(out / picture.file, Image.fromarray(picture_HW3), picture.subject.prompt, facts)
+            if picture.file in todo:
+                facts = {**picture.facts, "machine": machine}
+                save(out / picture.file, Image.fromarray(picture_HW3), picture.subject.prompt, facts)
+        done += len(part)
 
 
 def _machine(device: torch.device) -> str:
@@ -262,19 +293,25 @@ def _machine(device: torch.device) -> str:
 
 
 def _watch(
-    out: Path, part: Sequence[Picture], start: int, total: int, steps: int, save_steps: bool, screen: terminal.Screen
+    out: Path,
+    part: Sequence[Picture],
+    framed: Collection[str],
+    start: int,
+    total: int,
+    steps: int,
+    screen: terminal.Screen,
 ) -> Callable[[int, Tensor], None]:
     """Tells how far a batch is, and writes each step's frames at once, so that none has to be kept."""
     which = f"{start + 1}-{start + len(part)}" if len(part) > 1 else f"{start + 1}"
 
     def watch(step: int, x_BCHW: Tensor) -> None:
-        if save_steps:
+        if framed:
+            check_finite(x_BCHW, [p.what for p in part], [p.seed for p in part])
             for picture, frame_HW3 in zip(part, pixels(x_BCHW), strict=True):
-                path = out / picture.frame(step, steps)
-                with writing(path):
-                    path.parent.mkdir(exist_ok=True)
-                facts = {**picture.facts, "step": step}
-                save(path, Image.fromarray(frame_HW3), picture.subject.prompt, facts, level=_FAST)
+                if picture.file in framed:
+                    facts = {**picture.facts, "step": step}
+                    path = out / picture.frame(step, steps)
+                    save(path, Image.fromarray(frame_HW3), picture.subject.prompt, facts, level=_FAST)
         text = f"drawing {which} of {total}, step {step} of {steps}"
         screen.count(text, start + len(part) * step / steps, total)
 
@@ -285,7 +322,12 @@ def _watch(
 
 
 def _conclude(
-    out: Path, wanted: Sequence[Subject], pictures: Sequence[Picture], settings: SampleSettings, save_steps: bool
+    out: Path,
+    wanted: Sequence[Subject],
+    pictures: Sequence[Picture],
+    settings: SampleSettings,
+    save_steps: bool,
+    assumed: int | None,
 ) -> dict[str, Any]:
     """Sheet and index tell of the files as they are, those of an earlier call included."""
     entries = []
@@ -294,6 +336,8 @@ def _conclude(
         entry = {"file": picture.file, **facts, **_measured(out / picture.file)}
         entries.append(entry | ({"steps": Path(picture.file).stem} if save_steps else {}))
     origin = pictures[0].facts["checkpoint"]
+    if assumed is not None:
+        origin = {**origin, "assumed_trained_size": assumed}
     names = _write_sheets(out, wanted, pictures, settings, origin["name"])
     index = {"pixnerd": version(), "checkpoint": origin, "sheets": names, "pictures": entries}
     with written_whole(out / INDEX) as unfinished:
@@ -309,6 +353,8 @@ def _measured(path: Path) -> dict[str, Any]:
             return {"height": image.height, "width": image.width, "pixels_sha256": pixels_sha256}
     except (OSError, SyntaxError) as error:
         raise DataError(f"{path} is damaged ({error})", remedy="delete it, and draw again") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path} is too large to be read ({error})", remedy="delete it, and draw it smaller") from None
 
 
 def _write_sheets(

@@ -12,7 +12,8 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from infra.errors import SettingsError
+from infra.errors import DataError
+from infra.files import appearing
 
 KEY = "pixnerd"
 
@@ -33,20 +34,15 @@ def save(path: Path, image: Image.Image, words: str, facts: Mapping[str, Any], *
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A file to write into, which takes its name only when all of it is there."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with writing(path):
-        yield unfinished
-        unfinished.replace(path)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
+    """A file to write into, which takes its name only when all of it is there; its folder is made if need be."""
     try:
-        yield
+        path.parent.mkdir(exist_ok=True)
+        with appearing(path) as unfinished:
+            yield unfinished
     except OSError as error:
-        raise SettingsError(
-            f"{path} cannot be written ({error.strerror or error})", remedy="make room there, or name another --out"
+        raise DataError(
+            f"{path} cannot be written ({error.strerror or error})",
+            remedy="make room there: the same command goes on from here",
         ) from None
 
 
@@ -55,6 +51,6 @@ def facts_of(path: Path) -> dict[str, Any] | None:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             facts = json.loads(image.info[KEY])  # it stands before the pixels, which are not read
-    except (OSError, SyntaxError, KeyError, ValueError):
+    except (OSError, SyntaxError, KeyError, ValueError, Image.DecompressionBombError):
         return None
     return facts if isinstance(facts, dict) else None

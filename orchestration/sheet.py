@@ -18,6 +18,7 @@ SMALL = 192  # up to which smaller pictures are enlarged, by whole factors, so t
 NARROWEST = 640  # room for words
 TALLEST = 9000  # of a sheet; what does not fit goes on the next one
 LINES = 3  # of a caption
+NAME, BELOW = 24, 14  # pixels for a picture's name, and below a row
 
 
 class Row(NamedTuple):
@@ -58,12 +59,21 @@ def sheets(title: str, about: str, rows: Sequence[Row], size: tuple[int, int]) -
     layout = Layout.of(rows, size)
     head = _Head(title, about, layout)
     page: list[_Band] = []
-    for band in (_Band(row, layout) for row in rows):
+    for band in (_Band(part, layout) for row in rows for part in _split(row, layout, TALLEST - head.height)):
         if page and head.height + sum(b.height for b in page) + band.height > TALLEST:
             yield _drawn(head, page, layout)
             page = []
         page.append(band)
     yield _drawn(head, page, layout)
+
+
+def _split(row: Row, layout: Layout, height: int) -> Iterator[Row]:
+    """A row that would be taller, as several with the same caption."""
+    lines = (height - _Band(row, layout).words - BELOW) // (layout.cell[1] + NAME)
+    most = max(1, lines) * layout.columns
+    for start in range(0, len(row.pictures), most):
+        part = slice(start, start + most)
+        yield Row(row.caption, row.pictures[part], row.names[part])
 
 
 def _drawn(head: _Head, bands: Sequence[_Band], layout: Layout) -> Image.Image:
@@ -99,7 +109,7 @@ class _Band:
         self.caption = _wrap(row.caption, _font(18), layout.width - 2 * MARGIN, lines=LINES)
         self.words = 14 + 25 * len(self.caption) + 8
         lines = _shared(len(row.pictures), layout.columns)
-        self.height = self.words + lines * (layout.cell[1] + 24) + 14
+        self.height = self.words + lines * (layout.cell[1] + NAME) + BELOW
 
     def draw(self, image: Image.Image, pen: ImageDraw.ImageDraw, top: int) -> None:
         pen.line((MARGIN, top, self.layout.width - MARGIN, top), RULE)
@@ -107,7 +117,7 @@ class _Band:
         width, height = self.layout.cell
         for number, (path, name) in enumerate(zip(self.row.pictures, self.row.names, strict=True)):
             line, column = divmod(number, self.layout.columns)
-            x, y = MARGIN + column * (width + GAP), top + self.words + line * (height + 24)
+            x, y = MARGIN + column * (width + GAP), top + self.words + line * (height + NAME)
             with Image.open(path) as picture:
                 larger = width >= picture.width
                 how = Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from infra.config import nearest
 from infra.errors import CheckpointError, SettingsError
 
 MOST_SEEDS = 100_000  # more can only be a slip of the finger
+_NUMBER = r"\d{1,99}"  # Python reads 4,300 digits at most
+_KEYS = ("prompt", "seed", "seeds")  # of a .jsonl's rows
 
 
 class Subject(NamedTuple):
@@ -59,19 +62,26 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, dash, last = (piece.strip() for piece in part.partition("-"))
         numbers = [first, last] if dash else [first, first]
-        if not all(number.isascii() and number.isdigit() for number in numbers):
+        if not all(re.fullmatch(_NUMBER, number, re.ASCII) for number in numbers):
             raise _no_seeds(text)
         low, high = map(int, numbers)
         if not low <= high < 2**64:
             raise _no_seeds(text)
         if high - low >= MOST_SEEDS:
-            raise SettingsError(f"`{text}` names more than {MOST_SEEDS:,} seeds", remedy="draw fewer in one call")
+            raise SettingsError(
+                f"`{short(text)}` names more than {MOST_SEEDS:,} seeds", remedy="draw fewer in one call"
+            )
         found.update(dict.fromkeys(range(low, high + 1)))
     return tuple(found)
 
 
 def _no_seeds(text: str) -> SettingsError:
-    return SettingsError(f"`{text}` names no seeds", remedy="write 0, 0-3, or 1,5,9")
+    return SettingsError(f"`{short(text)}` names no seeds", remedy="write 0, 0-3, or 1,5,9")
+
+
+def short(text: str, most: int = 60) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -95,8 +105,9 @@ def read_prompts(path: Path) -> list[Asked]:
 def _row(line: str, where: str) -> Asked:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise SettingsError(f"{where} is not JSON ({error.msg})", remedy='write {"prompt": "..."}') from None
+    except (ValueError, RecursionError) as error:
+        why = error.msg if isinstance(error, json.JSONDecodeError) else "too deep, or a number too long"
+        raise SettingsError(f"{where} is not JSON ({why})", remedy='write {"prompt": "..."}') from None
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if isinstance(prompt, int) and not isinstance(prompt, bool):
         prompt = str(prompt)
@@ -104,6 +115,9 @@ def _row(line: str, where: str) -> Asked:
         raise SettingsError(f"{where} has no `prompt`", remedy='write {"prompt": "...", "seeds": [0, 1]}')
     if "seed" in row and "seeds" in row:
         raise SettingsError(f"{where} has both `seed` and `seeds`", remedy="write one of them")
+    for key in row.keys() - _KEYS:  # what else describes a prompt may stay: evaluation's files have tags
+        if near := nearest(key, _KEYS):
+            raise SettingsError(f"{where} has `{short(key)}`", remedy=f"did you mean `{near}`?")
     seeds = row.get("seeds", row.get("seed"))
     if seeds is None:
         return Asked(prompt, None)
@@ -143,7 +157,9 @@ class Labels:
         text = text.strip()
         if not text:
             return "", self.classes
-        if text.removeprefix("-").isdecimal():
+        if re.fullmatch(r"-?\d+", text):
+            if not re.fullmatch(f"-?{_NUMBER}", text):
+                raise self._no_class(short(text))
             return self._numbered(int(text))
         if not self.names:
             raise SettingsError(
@@ -165,11 +181,14 @@ class Labels:
 
     def _numbered(self, number: int) -> tuple[str, int]:
         if not 0 <= number < self.classes:
-            raise SettingsError(
-                f"there is no class {number}",
-                remedy=f'give a number from 0 to {self.classes - 1}, or "" for a picture of no class',
-            )
+            raise self._no_class(str(number))
         return (self.names[number] if self.names else str(number)), number
+
+    def _no_class(self, number: str) -> SettingsError:
+        return SettingsError(
+            f"there is no class {number}",
+            remedy=f'give a number from 0 to {self.classes - 1}, or "" for a picture of no class',
+        )
 
 
 def _either(numbers: Iterable[int]) -> str:

@@ -10,7 +10,6 @@ Any number of ranks can resume from a state: ranges of flat vectors are cut anew
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,8 +24,10 @@ from safetensors.torch import save_file
 
 from infra.config import digest
 from infra.errors import CheckpointError, NotFound
+from infra.files import sha256_of
 from infra.records import CheckpointRecord, DataObject, Record, fetch_data, put_data, read_record, write_record
 from infra.store import Store
+from training import model as models
 from training.ema import Ema
 from training.engine import Engine
 from training.model.fit import differences, refuse, shapes
@@ -130,10 +131,10 @@ def publish(store: Store, prefix: str, write: Callable[[Path], None], **facts: A
 
 def publish_folder(store: Store, folder: Path) -> CheckpointRecord:
     """A checkpoint folder of this machine as a record in a store; the same folder gives the same record."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds no config.json", remedy="name the folder of a checkpoint")
+    if not (folder / models.CONFIG).is_file():
+        raise CheckpointError(f"{folder} holds no {models.CONFIG}", remedy="name the folder of a checkpoint")
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    hashes = {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    hashes = {p.relative_to(folder).as_posix(): sha256_of(p) for p in files}
     name = digest(hashes)
     copy = partial(shutil.copytree, folder, dirs_exist_ok=True)
     facts = {"run": name, "step": 0, "position": 0, "snapshot": "", "start_from": None, "parameters": 0}

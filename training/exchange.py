@@ -1,16 +1,13 @@
 """Published checkpoints in and out: files of the reference's layout <-> checkpoint folders.
 
-Each tensor keeps its type, and a file that went in comes out bit for bit. What does not fit is refused before anything
-is written, and what is written appears whole.
+Each tensor keeps its type, and every one that was taken comes out bit for bit. What does not fit is refused before
+anything is written, and what is written appears whole.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from infra.errors import CheckpointError, SettingsError
+from infra.files import appearing, sha256_of
 from training import model as models
 from training.model import reference
-from training.model.fit import refuse
+from training.model.fit import REMEDY, plain, refuse
 from training.model.presets import ModelConfig
-from training.model.published import HEAD, PREFIXES, REMEDY, Network, head_differences, naming, plain, read
+from training.model.published import HEAD, PREFIXES, Network, Published, check_sums, head_differences, naming, read
 
 TEXT_ENCODERS = {2048: "Qwen/Qwen3-1.7B"}  # by the width of their features
 
@@ -50,25 +48,36 @@ def import_file(
     prefix = PREFIXES.get(chosen, "")
     tensors, head = published.networks[chosen], published.head
     with naming(path):
+        check_sums(path)
         refuse(_not_finite(tensors, prefix) + _not_finite(head, HEAD), "not every weight is a number", REMEDY)
         net = models.outline(config)
         weights = reference.from_reference(tensors, config, net.state_dict(), prefix)
-    left = {PREFIXES[name]: len(others) for name, others in published.networks.items() if name != chosen}
     extra: dict[str, Any] = {"text_encoder": encoder} if encoder else {}
     extra["provenance"] = {
         "imported_from": path.name,
-        "sha256": _sha256(path),
+        "sha256": sha256_of(path),
         "network": chosen,
         "dtypes": dict(Counter(plain(tensor.dtype) for tensor in tensors.values())),
-        "skipped": [f"{name} ({count} tensors)" for name, count in {**left, **published.skipped}.items()],
+        "skipped": _left_out(published, chosen),
         "pixnerd": importlib.metadata.version("pixnerd"),
     }
-    with _appears_whole(folder) as unfinished:
+    with _written(folder) as unfinished:
         models.save(unfinished, net, extra, _unshared(weights))
         if head:
             save_file({name: tensor.contiguous() for name, tensor in _unshared(head).items()}, unfinished / models.HEAD)
-            _sync(unfinished / models.HEAD)
     return extra
+
+
+def _left_out(published: Published, chosen: str) -> list[str]:
+    found = []
+    for name in published.networks.keys() - {chosen}:
+        try:
+            published.config(name)
+            whole = ""
+        except CheckpointError:
+            whole = ", which are no whole network"
+        found.append(f"{PREFIXES[name]} ({len(published.networks[name])} tensors{whole})")
+    return found + [f"{name} ({count} tensors)" for name, count in published.skipped.items()]
 
 
 def _trained_at(config: ModelConfig, size: int | None) -> ModelConfig:
@@ -127,32 +136,25 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @contextmanager
-def _appears_whole(path: Path) -> Iterator[Path]:
-    """What is written at the path given takes its real place in one step, and only if nothing stands there."""
+def _written(path: Path) -> Iterator[Path]:
+    """Where to write what shall stand at `path`; it gets there whole, and only if nothing else has by then."""
     path = path.absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as holder:
-            unfinished = Path(holder) / path.name
+        with appearing(path, replace=False) as unfinished:
             yield unfinished
-            if path.is_file():
-                raise FileExistsError("it is there by now")
-            unfinished.rename(path)  # a folder onto an empty one at most
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} cannot be written ({error})", remedy="make room there, or name another place"
         ) from None
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _save(state: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        torch.save({"state_dict": state}, path)
+    except RuntimeError as error:  # so PyTorch reports a full disk
+        raise OSError(str(error)) from None
 
 
 # ------------------------------------------------------------------------------------------------ export
@@ -178,9 +180,8 @@ def export_folder(folder: Path, file: Path, *, network: Literal["ema", "raw", "b
     state = {f"{prefix}{name}": tensor for prefix in prefixes for name, tensor in theirs.items()}
     head = _own_head(folder, config)
     state |= {f"{HEAD}{name}": tensor for name, tensor in head.items()}
-    with _appears_whole(file) as unfinished:
-        torch.save({"state_dict": state}, unfinished)
-        _sync(unfinished)
+    with _written(file) as unfinished:
+        _save(state, unfinished)
     return {
         "file": str(file),
         "prefixes": prefixes + ([HEAD] if head else []),

@@ -160,7 +160,7 @@ def _build(job: Job, folder: Path) -> Parts:
     inherited = None
     if job.start_from is not None:
         inherited = checkpoint.fetch(job.store, job.start_from, folder / "start")
-        checkpoint.load_part(inherited / "model.safetensors", net, "the network")
+        checkpoint.load_part(inherited / models.WEIGHTS, net, "the network")
         if (inherited / "text").exists():
             source = str(inherited / "text")
     text_folder = None
@@ -168,7 +168,12 @@ def _build(job: Job, folder: Path) -> Parts:
         text_folder = checkpoint.fetch_files(job.store, source, folder / "text")
     elif Path(source).exists():
         text_folder = Path(source)
-    text = TextEncoder(text_folder or str(source), net.config.text_tokens, train_layers=settings.train_text)
+    text = TextEncoder(
+        text_folder or str(source),
+        net.config.text_tokens,
+        train_layers=settings.train_text,
+        rounded=net.config.round_text,
+    )
     if text.width != net.config.text_dim:
         raise SettingsError(
             f"the text encoder's features are {text.width} wide, the network expects {net.config.text_dim}",

@@ -9,7 +9,7 @@ Shapes: B images, H height, W width, R captions, T text tokens, E text features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from torch import Tensor
 from infra.config import Settings, operational, parse
 from infra.errors import CheckpointError, SettingsError
 from training import model as models
+from training.compiled import compile_network
 from training.diffusion.samplers import Watch, guided, noise_for, solver, timesteps, to_uint8
 from training.encoders.text import TextEncoder
 from training.model.embed import Condition, Text
@@ -32,8 +33,8 @@ from training.model.presets import ModelConfig
 Pictures = npt.NDArray[np.uint8]  # [B, H, W, 3]
 Size = tuple[int, int]  # height, width
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SAVED = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}  # safetensors' words for them
+Precision = Literal["fp32", "bf16"]
+PRECISIONS: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class SampleSettings(Settings):
@@ -45,8 +46,8 @@ class SampleSettings(Settings):
     interval: tuple[float, float] = Field((0.0, 1.0), description="times between which guidance applies, both excluded")
     shift: float = Field(3.0, gt=0, allow_inf_nan=False, description="above 1: more of the steps on noisy images")
     size: tuple[PositiveInt, PositiveInt] | None = Field(None, description="height, width; none: the trained size")
-    precision: Literal["fp32", "bf16"] | None = Field(
-        None, description="of the network's weights and activations; none: the checkpoint's own"
+    precision: Precision | None = Field(
+        None, description="of the network's weights and activations; none: bf16 if the checkpoint is, else fp32"
     )
     batch: int = operational(32, ge=1, description="images at once")
     compile: bool = operational(False, description="let torch.compile build the network: minutes first, then faster")
@@ -116,8 +117,14 @@ def resolved(folder: Path, settings: SampleSettings) -> SampleSettings:
     """The settings with nothing left to the checkpoint; none of its weights are read."""
     config, _ = models.read_config(folder)
     _, size = sized(config, settings.size)
-    saved = _SAVED[models.read_header(folder, config)["stem.weight"].dtype]
-    return settings.model_copy(update={"size": size, "precision": settings.precision or saved})
+    precision = settings.precision or _saved_precision(folder, config)
+    return settings.model_copy(update={"size": size, "precision": precision})
+
+
+def _saved_precision(folder: Path, config: ModelConfig) -> Precision:
+    """fp32 holds the weights of every type but float64, and no network is so fine; fp16 is slow or missing on a CPU."""
+    dtypes = {stored.dtype for stored in models.read_header(folder, config).values()}
+    return "bf16" if dtypes == {"BF16"} else "fp32"
 
 
 class Artist:
@@ -129,7 +136,7 @@ class Artist:
         self.device = next(net.parameters()).device
         self._config = net.config  # as it was saved; the net's own follows the size that is drawn
         self._encoded: dict[str, Text] = {}
-        self._most_images = self._most_texts = 0  # that a compiled network has met at once
+        self._most_images = self._most_texts = 0  # of a batch that a compiled network has met or will meet
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu", settings: SampleSettings | None = None) -> Artist:
@@ -138,11 +145,10 @@ class Artist:
         config, extra = models.read_config(folder)
         source = encoder_source(folder, extra) if config.task == "text" else None
         net = models.load(folder, device=device)
-        if settings.precision is not None:
-            net.to(PRECISIONS[settings.precision])
+        net.to(PRECISIONS[settings.precision or _saved_precision(folder, config)])
         text = None
         if source is not None:
-            text = TextEncoder(source, config.text_tokens).to(device)
+            text = TextEncoder(source, config.text_tokens, rounded=config.round_text).to(device)
             if text.width != config.text_dim:
                 raise CheckpointError(
                     f"the text encoder {source} makes features of {text.width}, {folder} needs {config.text_dim}",
@@ -151,8 +157,6 @@ class Artist:
         artist = cls(net, text)
         net.config, _ = sized(config, settings.size)
         if settings.compile:
-            from training.compiled import compile_network
-
             compile_network(net, replay=True)
         return artist
 
@@ -160,7 +164,14 @@ class Artist:
         """Picture i is prompt or label i from seed i, `settings.batch` of them at once."""
         assert len(subjects) == len(seeds)
         parts = [slice(start, start + settings.batch) for start in range(0, len(subjects), settings.batch)]
+        self.expect([subjects[part] for part in parts])
         return np.concatenate([self.batch(subjects[part], seeds[part], settings) for part in parts])
+
+    def expect(self, batches: Iterable[Sequence[str | int]]) -> None:
+        """A compiled network draws each batch as if it were the largest of these, whichever of them are drawn."""
+        for subjects in batches:
+            self._most_images = max(self._most_images, len(subjects))
+            self._most_texts = max(self._most_texts, len(set(subjects)))
 
     @torch.no_grad()
     def batch(
@@ -178,7 +189,7 @@ class Artist:
         subjects, seeds, wanted = list(subjects), list(seeds), len(seeds)
         if settings.compile:
             # Another shape would be compiled anew, for minutes; so a small batch is filled up with its last picture.
-            self._most_images = max(self._most_images, wanted)
+            self.expect([subjects])
             subjects += subjects[-1:] * (self._most_images - wanted)
             seeds += seeds[-1:] * (self._most_images - wanted)
 
@@ -191,6 +202,7 @@ class Artist:
             condition, nothing = self._conditions(subjects, settings.compile)
             velocity = guided(self.net, condition, nothing, settings.guidance, settings.interval)
             x_BCHW = solver(settings.solver)(velocity, x_BCHW, timesteps(settings.steps, settings.shift), watch_wanted)
+        check_finite(x_BCHW[:wanted], subjects, seeds)
         return pixels(x_BCHW[:wanted])
 
     def _conditions(self, subjects: Sequence[str | int], fill: bool) -> tuple[Condition, Condition]:
@@ -206,7 +218,6 @@ class Artist:
         # A prompt's pictures stand together, so what the last batch needed is all that may be needed again.
         self._encoded = {prompt: self._encode(prompt) for prompt in {"", *distinct}}
         if fill:
-            self._most_texts = max(self._most_texts, len(distinct))
             distinct += distinct[-1:] * (self._most_texts - len(distinct))
         texts_R = [self._encoded[prompt] for prompt in distinct]
         features_RTE = torch.cat([text.features_RTE for text in texts_R])
@@ -225,6 +236,17 @@ class Artist:
             return {}
         ids = self.text.tokenizer(list(prompts), verbose=False)["input_ids"]
         return {prompt: len(row) for prompt, row in zip(prompts, ids, strict=True) if len(row) > self.text.tokens}
+
+
+def check_finite(x_BCHW: Tensor, subjects: Sequence[str | int], seeds: Sequence[int]) -> None:
+    """Eight bits would turn NaN into black."""
+    for index, finite in enumerate(x_BCHW.isfinite().flatten(1).all(1).tolist()):
+        if not finite:
+            raise CheckpointError(
+                f"{subjects[index]!r} from seed {seeds[index]} came out as NaN or infinity, which is no picture",
+                remedy="use shift, guidance and steps nearer to the defaults, or precision fp32; "
+                "if that does not help, the weights are damaged",
+            )
 
 
 def pixels(x_BCHW: Tensor) -> Pictures:

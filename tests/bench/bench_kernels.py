@@ -90,7 +90,8 @@ def main() -> None:
     parser.add_argument("--tb-per-second", type=float, default=4.8, help="what the GPU's memory carries")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("bench_kernels: there is no GPU here")
+        print("skipped: there is no GPU here")
+        return
     print(f"{torch.cuda.get_device_name()}, bf16, {IMAGES} images of {TOKENS} tokens")
     for name, make in (("field", field), ("norm and modulation", modulate), ("norm and rotary", rotate)):
         bench(name, make, options)

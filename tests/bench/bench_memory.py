@@ -18,6 +18,7 @@ from tests.bench.bench_model import SMALL
 from training.diffusion.samplers import guided, noise_for, solver, timesteps
 from training.model import PRESETS, PixNerd, Text
 
+SIZE, STEPS = 1024, (5, 25, 100)
 NETWORKS = {"tiny": PRESETS["tiny"], "small": SMALL}  # small: 41 M parameters, trained at 128 px
 
 
@@ -61,10 +62,17 @@ def main() -> None:
         print(_draw(name, int(size), int(steps), options.keep))
         return
     for name in NETWORKS:
-        print(f"{name}, 1024 x 1024, peak memory of the process")
+        print(f"{name}, {SIZE} x {SIZE}, peak memory of the process")
         print("steps      ours    keeping the trajectory")
-        for steps in (5, 25, 100):
-            print(f"{steps:5}  {peak(name, 1024, steps):6.0f} MiB {peak(name, 1024, steps, keep=True):12.0f} MiB")
+        found = []
+        for steps in STEPS:
+            found.append((peak(name, SIZE, steps), peak(name, SIZE, steps, keep=True)))
+            print(f"{steps:5}  {found[-1][0]:6.0f} MiB {found[-1][1]:12.0f} MiB", flush=True)
+        ours, keeping = (last - first for first, last in zip(found[0], found[-1], strict=True))
+        state = 3 * SIZE**2 * 4 / 2**20
+        print(
+            f"from {STEPS[0]} to {STEPS[-1]} steps: {ours:+.0f} MiB, and {keeping:+.0f} MiB; a state is {state:.0f} MiB"
+        )
 
 
 if __name__ == "__main__":

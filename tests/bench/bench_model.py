@@ -8,6 +8,7 @@ time that the matrix products alone take at the rate given by --tflops.
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -201,6 +202,7 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=790, help="what the GPU reaches in a large matrix product")
     parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
     options = parser.parse_args()
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses a GPU where CUDA is installed
     check()
     torch.set_float32_matmul_precision("highest")
     if torch.cuda.is_available() and not options.cpu:

@@ -37,10 +37,6 @@ def show(times: Mapping[str, list[float]], against: tuple[str, ...]) -> None:
         print(line.rstrip())
 
 
-def ratio(times: Mapping[str, list[float]], slower: str, faster: str) -> float:
-    return statistics.median(a / b for a, b in zip(times[slower], times[faster], strict=True))
-
-
 def show_floor(times: Mapping[str, list[float]], seconds: float) -> None:
     for name, found in times.items():
         print(f"{name}: {statistics.median(found) / seconds:.2f} times the floor of {seconds * 1e3:.2f} ms")

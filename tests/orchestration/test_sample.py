@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import pty
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +26,7 @@ from orchestration.drawing import parse_size
 from orchestration.pictures import facts_of
 from orchestration.subjects import Labels, parse_seeds
 from tests.training import small_checkpoint
-from training.sampling import _DEFAULTS
+from training.sampling import _DEFAULTS, Artist
 
 FEW = ("--steps", "3")
 RED, BLUE = "a red circle", "two blue squares"
@@ -77,15 +79,24 @@ def command(*arguments: str | Path, errors: int = subprocess.PIPE) -> subprocess
 
 
 def on_a_terminal(*arguments: str | Path) -> tuple[subprocess.CompletedProcess[str], str]:
-    """What the terminal showed is returned as well; it is less than a terminal holds unread."""
+    """What the terminal showed is returned as well; a slow machine shows more than one holds unread."""
     ours, theirs = pty.openpty()
+    shown = bytearray()
+
+    def listen() -> None:
+        with contextlib.suppress(OSError):  # nobody holds the other end any more
+            while data := os.read(ours, 1 << 16):
+                shown.extend(data)
+
+    listener = threading.Thread(target=listen)
+    listener.start()
     try:
         result = command(*arguments, errors=theirs)
-        os.set_blocking(ours, False)
-        return result, os.read(ours, 1 << 20).decode()
     finally:
-        os.close(ours)
         os.close(theirs)
+        listener.join()
+        os.close(ours)
+    return result, shown.decode()
 
 
 def read(path: Path) -> np.ndarray[Any, Any]:
@@ -267,6 +278,90 @@ def test_what_a_killed_call_left_is_gone_on_from_by_the_same_call_only(text: Pat
     assert contents(tmp_path / "o") == before
 
 
+def test_a_batch_is_drawn_whole_again_so_that_no_pixel_moves(
+    text: Path, sample: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked = (text, RED, BLUE, "", "--seeds", "0-7", "--steps", "4", "--out", "o", "--batch", "7")
+    assert sample(*asked).code == 0
+    before = contents(tmp_path / "o")
+    names = sorted(name for name in before if name[0] == "0")
+    for name in [names[3], *names[15:]]:
+        (tmp_path / "o" / name).unlink()
+    batches: list[tuple[Any, ...]] = []
+    batch = Artist.batch
+
+    def seen(self: Artist, what: Any, seeds: Any, *rest: Any) -> Any:
+        batches.append((*zip(what, seeds, strict=True),))
+        return batch(self, what, seeds, *rest)
+
+    monkeypatch.setattr(Artist, "batch", seen)
+    assert "10 drawn" in sample(*asked).out
+    every = [(prompt, seed) for prompt in (RED, BLUE, "") for seed in range(8)]
+    assert batches == [tuple(every[:7]), tuple(every[14:21]), tuple(every[21:])]
+    assert contents(tmp_path / "o") == before
+
+
+def test_a_checkpoint_counts_by_its_content_wherever_it_lies(sample: Call, tmp_path: Path):
+    net = small_checkpoint.write_text(tmp_path / "net")
+    (net / "text").rename(tmp_path / "encoder")
+    config = net / "config.json"
+
+    def encoder_at(place: str) -> None:
+        settings = json.loads(config.read_text())
+        settings["extra"]["text_encoder"] = str(tmp_path / place)
+        config.write_text(json.dumps(settings))
+
+    encoder_at("encoder")
+    assert sample(net, RED, *FEW, "--out", "o").code == 0
+    assert (facts_of(tmp_path / "o" / "000-0.png") or {})["checkpoint"]["name"] == "net"
+    assert str(tmp_path).encode() not in b"".join(contents(tmp_path / "o").values())
+    net.rename(tmp_path / "other"), (tmp_path / "encoder").rename(tmp_path / "elsewhere")
+    net, config = tmp_path / "other", tmp_path / "other" / "config.json"
+    encoder_at("elsewhere")
+    (tmp_path / "elsewhere" / ".cache").write_text("when it was fetched")
+    assert "there already" in sample(net, RED, *FEW, "--out", "o").out
+    weights = tmp_path / "elsewhere" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    result = sample(net, RED, *FEW, "--out", "o")
+    assert result.code == 2 and "checkpoint.text_encoder" in result.err
+
+
+def test_a_full_disk_is_no_bad_usage_and_leaves_no_part(
+    text: Path, sample: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    left, sync = [2], os.fsync
+
+    def full(file: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        sync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        result = sample(text, RED, *FEW, "--out", "o", "--seeds", "0-3")
+    assert result.code == 1
+    assert "000-2.png cannot be written (No space left on device): make room there" in result.err
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["000-0.png", "000-1.png"]
+    assert "2 drawn" in sample(text, RED, *FEW, "--out", "o", "--seeds", "0-3").out
+
+
+def test_a_picture_too_large_to_read_is_one_line(
+    classes: Path, sample: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    result = sample(classes, "1", *FEW, "--out", "o")
+    assert result.code == 1 and "000-0.png is too large to be read" in result.err
+    result = sample(classes, "1", *FEW, "--out", "o")
+    assert result.code == 2 and "000-0.png is not from this command" in result.err
+
+
+def test_what_is_no_number_is_no_picture(classes: Path, sample: Call, tmp_path: Path):
+    result = sample(classes, "1", "--steps", "3", "--shift", "1e300", "--out", "o", "--save-steps")
+    assert result.code == 1 and "1 from seed 0 came out as NaN" in result.err.splitlines()[-1]
+    assert not (tmp_path / "o" / "000-0.png").exists()
+
+
 def test_another_checkpoint_under_the_same_name_is_another(sample: Call, tmp_path: Path):
     for place, channels in (("a", 8), ("b", 16)):
         small_checkpoint.write_class(tmp_path / place / "net", field_channels=channels)
@@ -343,8 +438,11 @@ def test_the_help_tells_the_defaults(sample: Call):
     assert ours.batch == theirs.batch and f"[default: {ours.batch}]" in words
 
 
+LONG = "9" * 5000  # Python reads no number of more than 4,300 digits
+
+
 def _wrong(*arguments: str, says: str) -> Any:
-    return pytest.param(arguments, says, id=" ".join(arguments))
+    return pytest.param(arguments, says, id=" ".join(arguments)[:60])
 
 
 @pytest.mark.parametrize(
@@ -357,6 +455,12 @@ def _wrong(*arguments: str, says: str) -> Any:
         _wrong("TEXT", "--prompts", "p.csv", says="name a .txt or a .jsonl"),
         _wrong("TEXT", "--prompts", "bad.jsonl", says="line 2 of bad.jsonl is not JSON"),
         _wrong("TEXT", "--prompts", "seeds.jsonl", says="line 1 of seeds.jsonl: `x` names no seeds"),
+        _wrong("TEXT", "--prompts", "long.jsonl", says="line 1 of long.jsonl is not JSON (too deep, or a number"),
+        _wrong("TEXT", "--prompts", "deep.jsonl", says="line 1 of deep.jsonl is not JSON (too deep, or a number"),
+        _wrong("TEXT", "--prompts", "sede.jsonl", says="line 1 of sede.jsonl has `sede`: did you mean `seed`?"),
+        _wrong("TEXT", "a", "--seeds", LONG, says="9…` names no seeds"),
+        _wrong("TEXT", "a", "--size", LONG, says="9…` is no size"),
+        _wrong("CLASS", LONG, says="there is no class 999"),
         _wrong("TEXT", "a", "--solver", "adam2", says="did you mean 'adams2'?"),
         _wrong("TEXT", "a", "--interval", "0.1", says="`0.1` is no interval"),
         _wrong("TEXT", "a", "--interval", "0.9,0.1", says="the earlier one first"),
@@ -384,6 +488,9 @@ def test_a_mistake_is_one_line_and_code_2(
     (tmp_path / "latin.txt").write_bytes(b"gr\xfcn\n")
     (tmp_path / "p.csv").write_text("prompt\n")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"}\n')
+    (tmp_path / "long.jsonl").write_text(f'{{"prompt": "a", "seed": {LONG}}}\n')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    (tmp_path / "sede.jsonl").write_text('{"prompt": "a", "tag": "counting", "sede": 3}\n')
     (tmp_path / "seeds.jsonl").write_text('{"prompt": "a", "seeds": "x"}\n')
     if arguments[0] == "NAMELESS":
         small_checkpoint.write_class(tmp_path / "nameless")
@@ -413,7 +520,10 @@ def test_a_checkpoint_whose_trained_size_nobody_told(sample: Call, tmp_path: Pat
     path.write_text(path.read_text().replace('"image_size": 16', '"image_size": null'))
     result = sample(folder, "1", *FEW, "--out", "o")
     assert result.code == 2 and "import it again with --trained-size N" in result.err
-    assert "1 picture of 16x16" in sample(folder, "1", *FEW, "--out", "o", "--size", "16").out
+    result = sample(folder, "1", *FEW, "--out", "o", "--size", "16", "--json")
+    (line,) = result.err.splitlines()
+    assert "trained at is not known: it is taken to be 16x16" in line and "--trained-size N" in line
+    assert json.loads(result.out)["checkpoint"]["assumed_trained_size"] == 16
 
 
 # ------------------------------------------------------------------------------------------------ the sheet
@@ -458,6 +568,15 @@ def test_many_prompts_go_on_the_next_sheet(grey: Callable[[int, int, int], Path]
     found = list(sheet.sheets("t", "a", rows, (512, 512)))
     assert len(found) > 1 and all(image.height <= sheet.TALLEST + sheet.MARGIN for image in found)
     assert sum((np.asarray(image) == 5).all(-1).sum() for image in found) == 80 * 384 * 384
+
+
+def test_many_seeds_of_one_prompt_go_on_the_next_sheet(grey: Callable[[int, int, int], Path]):
+    seeds = 2000
+    row = sheet.Row("a caption", [grey(8, 8, 5)] * seeds, ["seed"] * seeds)
+    found = list(sheet.sheets("t", "a", [row], (8, 8)))
+    assert len(found) > 1 and all(image.height <= sheet.TALLEST + sheet.MARGIN for image in found)
+    cell = sheet.Layout.of([row], (8, 8)).cell
+    assert sum((np.asarray(image) == 5).all(-1).sum() for image in found) == seeds * cell[0] * cell[1]
 
 
 @given(st.text(alphabet=st.sampled_from("ab W,mi\n"), max_size=200), st.integers(30, 300))

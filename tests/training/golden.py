@@ -65,6 +65,7 @@ def config_of(cfg: dict[str, Any], *, fixed_grid: bool = False) -> ModelConfig:
         field_ratio=cfg.get("nerf_mlpratio", 2),
         coordinate_code="cosine",
         field_norm="fc1",
+        round_text=True,  # of no effect on features that are given
     )
 
 

@@ -77,9 +77,9 @@ def test_sampling_compiles_two_graphs_whatever_the_steps_seeds_and_prompts():
 
 def test_names_and_weights_stay_as_they_are():
     net = network()
-    before = net.state_dict()
+    names, tensors = list(net.state_dict()), list(net.parameters())
+    before = [tensor.clone() for tensor in tensors]
     compile_network(net)
-    assert list(net.state_dict()) == list(before)
-    assert all(
-        net.state_dict()[name] is not None and torch.equal(net.state_dict()[name], before[name]) for name in before
-    )
+    assert list(net.state_dict()) == names
+    assert all(one is other for one, other in zip(net.parameters(), tensors, strict=True)), "an optimiser holds these"
+    assert all(torch.equal(one, other) for one, other in zip(net.parameters(), before, strict=True))

@@ -71,6 +71,14 @@ def test_as_many_layers_learn_as_were_asked_for(text_folder: Path, layers: int, 
         assert (parameter.grad is not None) == name.startswith(trained), name
 
 
+def test_rounded_features_still_teach_the_encoder(text_folder: Path):
+    encoder = TextEncoder(text_folder, 6, train_layers=1, rounded=True)
+    features = encoder.encode(["a red dog"]).features_RTE
+    assert torch.equal(features, features.bfloat16().float())
+    features.square().sum().backward()
+    assert encoder.model.norm.weight.grad is not None
+
+
 def test_a_saved_encoder_is_loaded_by_the_same_code(text_folder: Path, tmp_path: Path):
     encoder = TextEncoder(text_folder, 6)
     encoder.save(tmp_path)

@@ -1,4 +1,4 @@
-"""Figures from the published implementation: max |error| / max |out| within 2e-5, 1e-4 for Adams-4."""
+"""Figures from the published implementation: max |error| / max |out| within 5e-6 for a forward pass."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from tests.training import golden
 from training.diffusion.objective import velocity_loss
 from training.diffusion.path import lognormal_time
 from training.diffusion.repa import RepaHead, alignment_loss
-from training.diffusion.samplers import guided, solver, timesteps
+from training.diffusion.samplers import adams, guided, solver, timesteps
 
-LIMIT = 2e-5
+LIMIT = 5e-6
+SAMPLING = {"adams4": 1e-4}  # whose coefficients the reference has in fp32, off by as much
 
 
 @pytest.mark.parametrize(
@@ -33,8 +34,10 @@ def test_samplers(name: str):
     cfg = g["cfg"]
     net = golden.network("t2i")
     velocity = guided(net, g["in/cond"], g["in/uncond"], cfg["guidance"], tuple(cfg["interval"]))
-    x = solver(name)(velocity, g["in/noise"], timesteps(cfg["num_steps"], cfg["timeshift"]))
-    assert golden.error(x, g["out/x"]) < (1e-4 if name == "adams4" else LIMIT)
+    noise, times = g["in/noise"], timesteps(cfg["num_steps"], cfg["timeshift"])
+    # Of order 1 there is no solver with a name: it is Euler's.
+    x = adams(velocity, noise, times, order=1) if name == "adams1" else solver(name)(velocity, noise, times)
+    assert golden.error(x, g["out/x"]) < SAMPLING.get(name, 2e-5)
 
 
 def test_objective_with_representation_alignment():

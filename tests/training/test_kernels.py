@@ -13,6 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -130,9 +131,10 @@ def hold_to_the_twin(make: Callable[..., Case], sizes: tuple[Any, ...], dtype: t
     truth = _result_and_gradients(twin, leaves, torch.float64)
     by_twin = _result_and_gradients(twin, leaves, dtype)
     by_kernel = _result_and_gradients(kernel, leaves, dtype)
-    for what, ours, theirs, true in zip(range(4), by_kernel, by_twin, truth, strict=False):
+    for what, (ours, theirs, true) in enumerate(zip(by_kernel, by_twin, truth, strict=True)):
         assert ours.dtype == dtype
-        bound = 2e-6 if dtype == FP32 else 1.5 * error(theirs, true) + 2e-3
+        # A few roundings of 2^-9 lie between in and out; of a single pixel the twin's may happen to cancel.
+        bound = 2e-6 if dtype == FP32 else 1.5 * error(theirs, true) + 2**-7
         assert error(ours, true) <= bound, (sizes, dtype, what, error(ours, true), error(theirs, true))
 
 
@@ -314,7 +316,8 @@ def test_a_gpu_takes_the_kernels_and_a_compiler_the_field_alone(dtype: torch.dty
 def test_anything_else_takes_the_twins():
     kernel_names = {"field_product", "norm_modulate", "norm_rotate"}
     with FakeTensorMode():
-        for dtype, device in ((torch.float64, "cuda"), (BF16, "cpu"), (FP32, "cpu"), (FP32, "meta")):
+        others = ((torch.float64, "cuda"), (torch.float16, "cuda"), (BF16, "cpu"), (FP32, "cpu"), (FP32, "meta"))
+        for dtype, device in others:
             for call in _calls(dtype, device).values():
                 assert not _operators(call, compiled=False) & kernel_names
 
@@ -350,7 +353,16 @@ def for_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[dict[st
         get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
     )
     monkeypatch.setattr(driver, "_active", gpu)
-    monkeypatch.setattr(field, "_fast", lambda x: x.dtype != FP32)  # as if x were there
+    monkeypatch.setattr(field, "_fast", lambda x: x.dtype == BF16)  # as if x were there
+    devices: list[Tensor] = []  # whose device is the current one
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        devices.append(x)
+        yield
+        devices.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
     for module in (field, modulate, rotary):
         for kernel in (module.forward_kernel, module.backward_kernel):
             monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
@@ -358,6 +370,7 @@ def for_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[dict[st
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        assert devices and devices[-1] is args[0], "Triton would launch it on another GPU"
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         file = tmp_path / "kernel.cubin"
         file.write_bytes(kernel.asm["cubin"])

@@ -141,9 +141,30 @@ def test_text_that_images_share_is_worth_the_same_as_text_of_their_own(padding: 
     x, _, y = inputs(6, 16, 16, "text")
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
     t = torch.tensor([0.2, 0.2, 0.2, 0.7, 0.7, 0.7])
-    shared = Text(y[:2], mask).shared_by(3)
+    shared = Text(y[:2], mask, torch.tensor([0, 0, 0, 1, 1, 1]))
     own = Text(y[:2].repeat_interleave(3, 0), mask.repeat_interleave(3, 0))
     torch.testing.assert_close(net(x, t, shared), net(x, t, own), rtol=1e-4, atol=1e-5)
+
+
+def test_images_that_share_text_but_not_their_time_are_refused():
+    net = network()
+    x, t, y = inputs(3, 16, 16, "text")
+    rows = torch.tensor([0, 1, 0])
+    with pytest.raises(ValueError, match="must have the same time"):
+        net(x, t, Text(y[:2], None, rows))
+    with pytest.raises(ValueError, match="must have the same time"):
+        net(x, t, net.embed(Text(y[:2], None, rows)))
+    net(x, t[[0, 1, 0]], Text(y[:2], None, rows))
+
+
+@pytest.mark.parametrize("task", ["text", "class"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_of_nothing_is_nothing(task: str, dtype: torch.dtype):
+    x, t, y = inputs(2, 16, 24, task)
+    net = network(task=task).to(dtype).requires_grad_(True)
+    v = net(x[:0], t[:0], y[:0])
+    assert v.shape == (0, 3, 16, 24)
+    v.sum().backward()
 
 
 def test_shared_text_gives_the_gradients_of_text_of_its_own():
@@ -151,7 +172,7 @@ def test_shared_text_gives_the_gradients_of_text_of_its_own():
     x, _, y = inputs(4, 16, 16, "text")
     t = torch.full((4,), 0.4)
     grads = []
-    for condition in (Text(y[:1]).shared_by(4), Text(y[:1].expand(4, -1, -1))):
+    for condition in (Text(y[:1], None, torch.zeros(4, dtype=torch.long)), Text(y[:1].expand(4, -1, -1))):
         net.zero_grad()
         net(x, t, condition).square().sum().backward()
         grads.append([p.grad.clone() for p in net.time.parameters() if p.grad is not None])

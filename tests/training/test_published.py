@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import os
-import resource
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from training.model import PRESETS, ModelConfig, PixNerd, reference
 from training.model.fit import shapes
 from training.model.published import read
 
-LIMIT = 2e-5
+LIMIT = 5e-6
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -73,7 +72,7 @@ def configs(draw: Callable[..., Any]) -> ModelConfig:
     if task == "class":
         return ModelConfig(task="class", classes=few(7), **sizes)
     sizes |= {"text_blocks": few(3) - 1, "text_dim": few(9), "text_tokens": few(5)}
-    return ModelConfig(coordinate_code="cosine", field_norm="fc1", **sizes)
+    return ModelConfig(coordinate_code="cosine", field_norm="fc1", round_text=True, **sizes)
 
 
 @given(config=configs())
@@ -391,9 +390,7 @@ def test_a_file_that_would_run_a_command_does_not(tmp_path: Path, place: str):
 def test_calls_that_fill_the_memory_are_not_made(tmp_path: Path, call: Call, why: str):
     """PyTorch takes them for weights."""
     torch.save({"state_dict": state("t2i"), "beside": call}, tmp_path / "model.ckpt")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused(tmp_path / "model.ckpt", f"more than weights .*{why}")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
 
 
 def test_objects_beside_the_weights_are_refused_too(tmp_path: Path):
@@ -431,6 +428,22 @@ def test_records_are_as_long_as_their_tensors_and_not_compressed(tmp_path: Path)
         _packed(path, lambda name, data: data[:-4] if name.endswith("data/9") else data), "longer than their record"
     )
     refused(_packed(path, lambda name, data: data[:-40] if name.endswith("data.pkl") else data), "damaged|no whole")
+
+
+def test_wrong_bytes_in_a_tensor_are_told_by_their_check_sum(tmp_path: Path):
+    path = write(tmp_path / "model.ckpt", state("t2i"))
+    data = bytearray(path.read_bytes())
+    at = data.index(state("t2i")["ema_denoiser.y_pos_embedding"].numpy().tobytes())
+    data[at] ^= 1  # still a number, of the same size
+    path.write_bytes(data)
+    refused(path, r"the file is damaged: .*/data/\d+ is not what was saved")
+
+
+def test_a_broken_network_beside_the_one_that_is_taken_is_called_so(tmp_path: Path):
+    theirs = state("t2i")
+    del theirs["denoiser.y_pos_embedding"]
+    extra = import_file(write(tmp_path / "model.ckpt", theirs), tmp_path / "out")
+    assert extra["provenance"]["skipped"] == ["denoiser. (54 tensors, which are no whole network)"]
 
 
 @pytest.fixture(scope="module")
@@ -495,6 +508,31 @@ def test_what_dies_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     assert sorted(tmp_path.iterdir()) == there
 
 
+def test_a_mistake_in_pytorch_is_not_taken_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write(tmp_path / "model.ckpt", state("t2i"))
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("sizes do not match")
+
+    monkeypatch.setattr(models, "save_file", fail)
+    with pytest.raises(RuntimeError, match="sizes do not match"):
+        import_file(path, tmp_path / "out")
+    monkeypatch.undo()
+    import_file(path, tmp_path / "out")
+    monkeypatch.setattr(torch, "save", fail)  # as it reports one
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        export_folder(tmp_path / "out", tmp_path / "again.ckpt")
+
+
+def test_settings_from_before_a_setting_was_there_are_read(tmp_path: Path):
+    import_file(write(tmp_path / "model.ckpt", state("t2i")), tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["model"].pop("round_text") is True
+    path.write_text(json.dumps(config))
+    assert models.load(tmp_path / "out").config.round_text is False
+
+
 def test_export_never_writes_over_a_file(tmp_path: Path):
     import_file(write(tmp_path / "model.ckpt", state("t2i")), tmp_path / "out")
     with pytest.raises(SettingsError, match="is there already"):
@@ -511,6 +549,7 @@ def test_export_never_writes_over_a_file(tmp_path: Path):
         ({"coordinate_code": "dct"}, "coordinate_code is dct, the published code has cosine"),
         ({"field_norm": "fc1_fc2"}, "field_norm is fc1_fc2, the published code has fc1"),
         ({"text_padding": "masked"}, "text_padding is masked, the published code has published"),
+        ({"round_text": False}, "round_text is False, the published code has True"),
         ({"prediction": "image"}, "prediction is image, the published code has velocity"),
         ({"field_blocks": 0}, "field_blocks is 0"),
         ({"task": "class"}, "field_norm is fc1, the published code has fc1_fc2_out"),
@@ -520,6 +559,7 @@ def test_export_never_writes_over_a_file(tmp_path: Path):
 def test_what_the_published_code_would_compute_otherwise_is_not_exported(tmp_path: Path, change: Any, why: str):
     sizes = {"hidden": 8, "heads": 1, "blocks": 1, "text_blocks": 1, "text_dim": 4, "text_tokens": 3, "classes": 3}
     sizes |= {"patch_size": 4, "field_channels": 4, "coordinate_code": "cosine", "field_norm": "fc1"}
+    sizes |= {"round_text": True}
     models.save(tmp_path / "mine", PixNerd(ModelConfig(**sizes | change)))
     with pytest.raises(CheckpointError, match=why):
         export_folder(tmp_path / "mine", tmp_path / "file.ckpt")

@@ -99,7 +99,7 @@ def test_both_passes_in_one_call_are_the_two_passes(kind: str):
         condition, nothing = torch.cat([g["in/cond"]] * 2), g["in/uncond"][:1]
         v_c, v_u = net(x, t, condition), net(x, t, nothing.expand(4, -1, -1))
     else:
-        condition, nothing = Text(g["in/cond"]).shared_by(2), Text(g["in/uncond"][:1])
+        condition, nothing = Text(g["in/cond"], None, torch.tensor([0, 0, 1, 1])), Text(g["in/uncond"][:1])
         v_c = net(x, t, g["in/cond"].repeat_interleave(2, 0))
         v_u = net(x, t, g["in/uncond"][:1].expand(4, -1, -1))
     found = guided(net, condition, nothing, 3.0)(x, 0.3)
@@ -153,6 +153,11 @@ def test_timesteps():
     assert timesteps(4) == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert timesteps(2, 3.0) == pytest.approx([0.0, 0.25, 1.0])
     assert 0.1 in timesteps(50)  # exactly: a strict interval from 0.1 leaves this step unguided
+
+
+@pytest.mark.filterwarnings("error")
+def test_times_that_coincide_are_found_in_the_result_and_not_told_by_numpy():
+    assert not all(map(math.isfinite, adams_weights([0.0, 1e-300, 2e-300], 2e-300, 3e-300)))
 
 
 def test_noise_belongs_to_its_seed():

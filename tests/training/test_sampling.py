@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from infra.errors import CheckpointError, SettingsError
 from tests.training import small_checkpoint
@@ -111,26 +110,80 @@ def test_a_checkpoint_keeps_its_own_precision(text: Path, tmp_path: Path):
     assert np.array_equal(own, asked)
 
 
-def test_compiling_is_done_once_and_to_the_network_as_it_will_draw(text: Path, monkeypatch: pytest.MonkeyPatch):
-    compiled: list[tuple[models.PixNerd, bool]] = []
-    module = types.ModuleType("training.compiled")
-    module.compile_network = (  # type: ignore[attr-defined]
-        lambda net, replay: compiled.append((net, net.config.fixed_grid))
+@pytest.mark.parametrize(
+    ("types", "precision"),
+    [
+        ((torch.float64, torch.float64), "fp32"),
+        ((torch.float16, torch.float16), "fp32"),
+        ((torch.bfloat16, torch.bfloat16), "bf16"),
+        ((torch.bfloat16, torch.float32), "fp32"),
+        ((torch.float32, torch.bfloat16), "fp32"),
+        ((torch.bfloat16, torch.float16), "fp32"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_any_types_is_drawn(classes: Path, tmp_path: Path, types: tuple[Any, Any], precision: str):
+    net = models.load(classes).to(types[1])
+    net.stem.to(types[0])
+    models.save(tmp_path, net)
+    assert resolved(tmp_path, FEW).precision == precision
+    own, asked = (
+        Artist.load(tmp_path, settings=settings).draw([1, 2], [0, 1], settings)
+        for settings in (FEW, few(precision=precision))
     )
-    monkeypatch.setitem(sys.modules, "training.compiled", module)
+    assert np.array_equal(own, asked)
+
+
+def test_features_are_rounded_if_the_network_learnt_them_so(text: Path, tmp_path: Path):
+    plain, rounded = (
+        Artist.load(small_checkpoint.write_text(tmp_path / str(value), round_text=value)) for value in (False, True)
+    )
+    assert plain.text is not None and rounded.text is not None
+    ours, theirs = plain.text.encode(PROMPTS).features_RTE, rounded.text.encode(PROMPTS).features_RTE
+    assert theirs.dtype == torch.float32
+    assert not torch.equal(ours, theirs) and torch.equal(ours.bfloat16().float(), theirs)
+
+
+def test_what_is_no_number_is_no_picture(classes: Path):
+    artist = Artist.load(classes)
+    with pytest.raises(CheckpointError, match=r"^1 from seed 7 came out as NaN.*: use shift"):
+        artist.draw([1], [7], few(shift=1e300))
+    with torch.no_grad():
+        artist.net.label.weight[2] = float("nan")
+    with pytest.raises(CheckpointError, match=r"^2 from seed 8 "):
+        artist.draw([1, 2, 3], [7, 8, 9], FEW)
+
+
+def test_two_graphs_are_compiled_whatever_the_batches(tmp_path: Path):
+    text = small_checkpoint.write_text(tmp_path, blocks=1, text_blocks=0)
+    torch._dynamo.reset()
+    counters.clear()
     settings = few(compile=True, size=(24, 40), batch=4)
     artist = Artist.load(text, settings=settings)
-    config = artist.net.config
-    shapes: set[tuple[int, int]] = set()
-    artist.net.register_forward_pre_hook(lambda module, args: shapes.add((len(args[0]), len(args[2].y_RTH))))
-    frames: list[int] = []
     drawn = artist.draw(PROMPTS, SEEDS, settings)
-    assert compiled == [(artist.net, True)]
-    assert artist.net.config is config, "another object would be compiled again"
-    assert shapes == {(4, 3), (8, 4)}, "the smaller second batch must not be compiled again"
+    assert counters["stats"]["unique_graphs"] == 2, "guided and not; the smaller second batch is filled up"
     assert apart(drawn, Artist.load(text).draw(PROMPTS, SEEDS, few(size=(24, 40)))) <= 1
+    frames: list[int] = []
     artist.batch(PROMPTS[:1], [0], settings, lambda step, x: frames.append(len(x)))
     assert frames == [1, 1, 1]
+    assert counters["stats"]["unique_graphs"] == 2
+    torch._dynamo.reset()
+
+
+def test_a_compiled_batch_is_filled_up_to_what_will_come(text: Path, monkeypatch: pytest.MonkeyPatch):
+    """So that whoever draws only the last one draws it as if all had been."""
+    monkeypatch.setattr("training.sampling.compile_network", lambda net, replay: None)
+    settings = few(compile=True, batch=4)
+    artist = Artist.load(text, settings=settings)
+    shapes: set[tuple[int, int]] = set()
+    artist.net.register_forward_pre_hook(lambda module, args: shapes.add((len(args[0]), len(args[2].y_RTH))))
+    artist.expect([PROMPTS[:4], PROMPTS[4:]])
+    artist.batch(PROMPTS[4:], SEEDS[4:], settings)
+    assert shapes == {(4, 3), (8, 4)}
+    artist.batch(PROMPTS, SEEDS, settings)  # nobody said that more would come
+    shapes.clear()
+    artist.batch(PROMPTS[4:], SEEDS[4:], settings)
+    assert shapes == {(6, 3), (12, 4)}
 
 
 # ------------------------------------------------------------------------------------------------ sizes
@@ -203,6 +256,7 @@ def test_a_checkpoints_own_defaults_go_before_its_tasks_and_the_callers_before_b
         {"steps": 0},
         {"size": (0, 16)},
         {"precision": "fp8"},
+        {"precision": "fp16"},
         {"batch": 0},
     ],
     ids=str,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.diffusion.path import interpolate, lognormal_time, velocity
-from training.model.embed import Condition, Text, as_text, shown
+from training.model.embed import Condition
 
 # What a sample's random numbers are for: each has counters of its own, so one more use changes none of the others.
 _NOISE, _TIME, _DROP = range(3)
@@ -69,22 +69,6 @@ def _aim(philox: np.random.Philox, seed: int, position: int, stream: int) -> Non
         "has_uint32": 0,
         "uinteger": 0,
     }
-
-
-def drop_condition(condition: Condition, nothing: Condition, drop_B: Tensor) -> Condition:
-    """The condition with `nothing` where it is dropped: the label of no class, or the empty caption's features."""
-    if isinstance(condition, Text) or condition.is_floating_point():
-        return _drop_text(as_text(condition), as_text(nothing), drop_B)
-    assert isinstance(nothing, Tensor)
-    return torch.where(drop_B, nothing.to(condition), condition)
-
-
-def _drop_text(text: Text, nothing: Text, drop_B: Tensor) -> Text:
-    assert text.rows_B is None, "a row of text that several images share cannot be dropped for one of them"
-    features = torch.where(drop_B[:, None, None], nothing.features_RTE.to(text.features_RTE), text.features_RTE)
-    if text.mask_RT is None and nothing.mask_RT is None:
-        return Text(features)
-    return Text(features, torch.where(drop_B[:, None], shown(nothing), shown(text)))
 
 
 class Loss(NamedTuple):

@@ -32,11 +32,6 @@ def velocity_of_image(image: Tensor, x_t: Tensor, t_B: Tensor) -> Tensor:
     return (image.float() - x_t.float()) / (1 - spread(t_B.float(), x_t)).clamp(min=LEAST_NOISE)
 
 
-def image_of_velocity(v: Tensor, x_t: Tensor, t_B: Tensor) -> Tensor:
-    """The image to which the velocity at x_t points: x_t + (1 - t) v."""
-    return x_t + (1 - spread(t_B, x_t)) * v
-
-
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """t / (t + (1 - t) shift): above 1, more of the work goes to noisy images."""
     return t / (t + (1 - t) * shift)

@@ -23,10 +23,17 @@ class TextEncoder(nn.Module):
     """The last hidden state, after the final norm, of captions cut or padded on the right to T tokens.
 
     `train_layers` counts the trainable layers from the last; with all of them, the token embeddings learn as well.
+    `rounded` features have bf16's values, whatever type they are of.
     """
 
     def __init__(
-        self, source: str | Path, tokens: int, *, dtype: torch.dtype = torch.float32, train_layers: int = 0
+        self,
+        source: str | Path,
+        tokens: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        train_layers: int = 0,
+        rounded: bool = False,
     ) -> None:
         super().__init__()
         from transformers import AutoTokenizer
@@ -38,7 +45,7 @@ class TextEncoder(nn.Module):
             raise unusable(source, error) from None
         self.tokens = tokens
         self._known: dict[str, list[int]] = {}  # a corpus says the same things over and over
-        self.trains = train_layers > 0
+        self.trains, self.rounded = train_layers > 0, rounded
         _unfreeze(self.model, train_layers)
 
     @property
@@ -67,6 +74,8 @@ class TextEncoder(nn.Module):
         seen_BT = torch.where(mask_BT.any(1, keepdim=True), mask_BT, 1)
         with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
             features_BTE = self.model(input_ids=ids_BT, attention_mask=seen_BT, use_cache=False).last_hidden_state
+        if self.rounded:
+            features_BTE = features_BTE.bfloat16().to(features_BTE.dtype)
         # All pads of an empty caption are alike, so its first one stands for it where pads are masked.
         first_T = torch.arange(ids_BT.shape[1], device=ids_BT.device) == 0
         return Text(features_BTE, mask_BT.bool() | first_T)

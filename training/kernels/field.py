@@ -35,7 +35,7 @@ def _tanh(a: tl.tensor, FAST: tl.constexpr) -> tl.tensor:
 @triton.jit
 def _places(
     first: tl.tensor, CHANNELS: tl.constexpr, INNER: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr
-) -> tl.tensor:
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Where a patch has W1's columns from `first` on, and the rows of W2 that they meet; and what of it is there."""
     c, i = tl.arange(0, BC), first + tl.arange(0, BI)
     at1_CI = c[:, None] * INNER + i[None, :]
@@ -71,7 +71,7 @@ def _unit_weights(
     NORMALISE2: tl.constexpr,
     BC: tl.constexpr,
     BI: tl.constexpr,
-) -> tl.tensor:
+) -> tuple[tl.tensor, tl.tensor]:
     """A chunk of W1 and W2 with columns of unit length; the gain is in W1, which is smaller than what it meets."""
     at1_CI, inside1, at2_IC, inside2 = _places(first, CHANNELS, INNER, BC, BI)
     w1_CI = tl.load(w_ptr + at1_CI, mask=inside1, other=0.0)
@@ -213,11 +213,16 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
+def blocks(channels: int, inner: int) -> tuple[int, int]:
+    """How many channels and inner values a program holds at once: BC and BI."""
+    block_c = max(16, triton.next_power_of_2(channels))
+    return block_c, min(max(16, triton.next_power_of_2(inner)), 2**13 // block_c)
+
+
 def launch(channels: int, inner: int, pixels: int, dtype: torch.dtype, normalise2: bool, *, backward: bool) -> Launch:
     """Two (backward) or four programs fit a multiprocessor at once, so that one's loads hide behind another's work."""
     wide = dtype == torch.float32
-    block_c = max(16, triton.next_power_of_2(channels))
-    block_i = min(max(16, triton.next_power_of_2(inner)), 2**13 // block_c)
+    block_c, block_i = blocks(channels, inner)
     block_k = 16 if wide else 32 if backward else 64
     constants = {
         "CHANNELS": channels,
@@ -244,7 +249,8 @@ def _field_product(x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool
     out_PKC = torch.empty_like(x_PKC)
     inner = w_PW.shape[1] // (2 * channels)
     constants, options = launch(channels, inner, pixels, x_PKC.dtype, normalise2, backward=False)
-    forward_kernel[(patches,)](x_PKC, gain_C, w_PW, out_PKC, pixels, **constants, FAST=_fast(x_PKC), **options)
+    with torch.cuda.device_of(x_PKC):  # Triton launches on the current device, which may be another
+        forward_kernel[(patches,)](x_PKC, gain_C, w_PW, out_PKC, pixels, **constants, FAST=_fast(x_PKC), **options)
     return out_PKC
 
 
@@ -260,9 +266,10 @@ def _field_product_backward(
     g_x = x_PKC.new_empty(chunks, patches, pixels, channels)
     g_gain = x_PKC.new_empty(chunks * patches, channels, dtype=torch.float32)
     g_w = torch.empty_like(w_PW)
-    backward_kernel[(patches, chunks)](
-        x_PKC, gain_C, w_PW, g_PKC, g_x, g_gain, g_w, pixels, **constants, FAST=_fast(x_PKC), **options
-    )
+    with torch.cuda.device_of(x_PKC):
+        backward_kernel[(patches, chunks)](
+            x_PKC, gain_C, w_PW, g_PKC, g_x, g_gain, g_w, pixels, **constants, FAST=_fast(x_PKC), **options
+        )
     return g_x.sum(0) if chunks > 1 else g_x[0], g_gain.sum(0).to(gain_C.dtype), g_w
 
 
@@ -289,15 +296,16 @@ _field_product.register_autograd(_gradients, setup_context=_save)
 
 
 def _fast(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float32
+    """The interpreter, whose tensors are on the CPU, knows no assembly."""
+    return x.is_cuda and x.dtype == torch.bfloat16
 
 
 def field_product(x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool) -> Tensor:
     channels = x_PKC.shape[-1]
     if normalise2:
         w1_PCI, w2_PIC = matrices(w_PW, channels)
-        constants, _ = launch(channels, w1_PCI.shape[-1], x_PKC.shape[1], x_PKC.dtype, normalise2, backward=True)
-        if w1_PCI.shape[-1] > constants["BI"]:
+        inner = w1_PCI.shape[-1]
+        if inner > blocks(channels, inner)[1]:
             # W2's columns run through all chunks, of which a program sees one.
             w_PW = torch.cat([w1_PCI.flatten(1), F.normalize(w2_PIC, dim=-2).flatten(1)], dim=1)
             normalise2 = False

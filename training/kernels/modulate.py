@@ -19,7 +19,10 @@ from torch import Tensor
 from training.kernels.plain import EPS
 
 _EPS = tl.constexpr(EPS)
-ROWS = {"forward": 8, "backward": 32}  # of a program: their parts of the sums are then a few percent of x itself
+_PROGRAM_ROWS = {
+    "forward": 8,
+    "backward": 32,
+}  # of a program: their parts of the sums are then a few percent of x itself
 
 
 @triton.jit
@@ -111,22 +114,23 @@ def norm_modulate(
     x_BNH, shift_B1H, scale_B1H = _whole_rows(x_BNH), _whole_rows(shift_B1H), _whole_rows(scale_B1H)
     images, tokens, hidden = x_BNH.shape
     out_BNH = x_BNH.new_empty(x_BNH.shape)
-    forward_kernel[(triton.cdiv(tokens, ROWS["forward"]), images)](
-        x_BNH,
-        weight_H.contiguous(),
-        shift_B1H,
-        scale_B1H,
-        out_BNH,
-        tokens,
-        x_BNH.stride(0),
-        x_BNH.stride(1),
-        _image_stride(shift_B1H),
-        _image_stride(scale_B1H),
-        **constants(hidden),
-        WEIGHT_IN_FP32=weight_in_fp32,
-        ROWS=ROWS["forward"],
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(x_BNH):  # Triton launches on the current device, which may be another
+        forward_kernel[(triton.cdiv(tokens, _PROGRAM_ROWS["forward"]), images)](
+            x_BNH,
+            weight_H.contiguous(),
+            shift_B1H,
+            scale_B1H,
+            out_BNH,
+            tokens,
+            x_BNH.stride(0),
+            x_BNH.stride(1),
+            _image_stride(shift_B1H),
+            _image_stride(scale_B1H),
+            **constants(hidden),
+            WEIGHT_IN_FP32=weight_in_fp32,
+            ROWS=_PROGRAM_ROWS["forward"],
+            enable_fp_fusion=True,
+        )
     return out_BNH
 
 
@@ -136,24 +140,25 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g_BNH, x_BNH, scale_B1H = g_BNH.contiguous(), _whole_rows(x_BNH), _whole_rows(scale_B1H)
     images, tokens, hidden = x_BNH.shape
-    programs = triton.cdiv(tokens, ROWS["backward"])
+    programs = triton.cdiv(tokens, _PROGRAM_ROWS["backward"])
     g_x = x_BNH.new_empty(x_BNH.shape)
     sums_BS2H = x_BNH.new_empty(images, programs, 2, hidden, dtype=torch.float32)
-    backward_kernel[(programs, images)](
-        x_BNH,
-        weight_H.contiguous(),
-        scale_B1H,
-        g_BNH,
-        g_x,
-        sums_BS2H,
-        tokens,
-        x_BNH.stride(0),
-        x_BNH.stride(1),
-        _image_stride(scale_B1H),
-        **constants(hidden),
-        ROWS=ROWS["backward"],
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(x_BNH):
+        backward_kernel[(programs, images)](
+            x_BNH,
+            weight_H.contiguous(),
+            scale_B1H,
+            g_BNH,
+            g_x,
+            sums_BS2H,
+            tokens,
+            x_BNH.stride(0),
+            x_BNH.stride(1),
+            _image_stride(scale_B1H),
+            **constants(hidden),
+            ROWS=_PROGRAM_ROWS["backward"],
+            enable_fp_fusion=True,
+        )
     g_shift, g_unit = sums_BS2H.sum(1).split(1, dim=1)
     g_scale, g_weight = g_unit * weight_H, (g_unit * (1 + scale_B1H.float())).sum((0, 1))
     return g_x, g_weight.to(weight_H.dtype), _for_images(g_shift, shift_B1H), _for_images(g_scale, scale_B1H)

@@ -22,7 +22,9 @@ _EPS = tl.constexpr(EPS)
 
 
 @triton.jit
-def _rows(N: tl.tensor, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr) -> tl.tensor:
+def _rows(
+    N: tl.tensor, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr
+) -> tuple[tl.tensor, ...]:
     """Token and head of each row, the values of a head, where a row's cos and sin lie; and what of it is there."""
     row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token_R, head_R = row_R // HEADS, row_R % HEADS
@@ -132,18 +134,19 @@ def norm_rotate(x_BNhd: Tensor, weight_d: Tensor, cos_ND: Tensor, sin_ND: Tensor
     images, tokens, heads, head_dim = x_BNhd.shape
     sizes = constants(heads, head_dim)
     out_BNhd = x_BNhd.new_empty(x_BNhd.shape)
-    forward_kernel[(triton.cdiv(tokens * heads, sizes["ROWS"]), images)](
-        x_BNhd,
-        weight_d.contiguous(),
-        cos_ND.contiguous(),
-        sin_ND.contiguous(),
-        out_BNhd,
-        tokens,
-        *x_BNhd.stride()[:3],
-        **sizes,
-        WEIGHT_IN_FP32=weight_in_fp32,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(x_BNhd):  # Triton launches on the current device, which may be another
+        forward_kernel[(triton.cdiv(tokens * heads, sizes["ROWS"]), images)](
+            x_BNhd,
+            weight_d.contiguous(),
+            cos_ND.contiguous(),
+            sin_ND.contiguous(),
+            out_BNhd,
+            tokens,
+            *x_BNhd.stride()[:3],
+            **sizes,
+            WEIGHT_IN_FP32=weight_in_fp32,
+            enable_fp_fusion=True,
+        )
     return out_BNhd
 
 
@@ -157,20 +160,21 @@ def _backward(
     programs = triton.cdiv(tokens * heads, sizes["ROWS"])
     g_x = x_BNhd.new_empty(x_BNhd.shape)
     g_weight = weight_d.new_empty(images * programs, head_dim, dtype=torch.float32)
-    backward_kernel[(programs, images)](
-        x_BNhd,
-        weight_d.contiguous(),
-        cos_ND.contiguous(),
-        sin_ND.contiguous(),
-        g_BNhd,
-        g_x,
-        g_weight,
-        tokens,
-        *x_BNhd.stride()[:3],
-        *g_BNhd.stride()[:3],
-        **sizes,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(x_BNhd):
+        backward_kernel[(programs, images)](
+            x_BNhd,
+            weight_d.contiguous(),
+            cos_ND.contiguous(),
+            sin_ND.contiguous(),
+            g_BNhd,
+            g_x,
+            g_weight,
+            tokens,
+            *x_BNhd.stride()[:3],
+            *g_BNhd.stride()[:3],
+            **sizes,
+            enable_fp_fusion=True,
+        )
     return g_x, g_weight.sum(0).to(weight_d.dtype)
 
 

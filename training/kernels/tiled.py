@@ -87,7 +87,7 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _tiles(x_PKC: Tensor, w1_PCI: Tensor) -> Iterator[slice]:
-    per_patch = max(x_PKC.shape[1] * w1_PCI.shape[2], w1_PCI[0].numel()) * x_PKC.element_size()
+    per_patch = max(x_PKC.shape[1], w1_PCI.shape[1]) * w1_PCI.shape[2] * x_PKC.element_size()
     size = max(1, TILE // per_patch)
     return (slice(start, start + size) for start in range(0, len(x_PKC), size))
 

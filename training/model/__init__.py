@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +15,30 @@ from torch import Tensor
 
 from infra.config import parse
 from infra.errors import CheckpointError, SettingsError
+from infra.files import appearing
 from training.model.embed import Condition, Text
 from training.model.fit import Shape, differences, refuse, shapes
 from training.model.pixnerd import PixNerd
 from training.model.presets import PRESETS, ModelConfig, preset
 
-__all__ = ["PRESETS", "Condition", "ModelConfig", "PixNerd", "Text", "load", "preset", "read_config", "save"]
+__all__ = [
+    "CONFIG",
+    "HEAD",
+    "PRESETS",
+    "WEIGHTS",
+    "Condition",
+    "ModelConfig",
+    "PixNerd",
+    "Stored",
+    "Text",
+    "header",
+    "load",
+    "outline",
+    "preset",
+    "read_config",
+    "read_header",
+    "save",
+]
 
 SCHEMA = 1
 CONFIG, WEIGHTS, HEAD = "config.json", "model.safetensors", "repa.safetensors"
@@ -47,15 +63,12 @@ def save(
     config = {"schema_version": SCHEMA, "model": net.config.model_dump(mode="json"), "extra": dict(extra or {})}
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
-        unfinished = Path(name)
-        save_file({name: t.detach().contiguous().cpu() for name, t in state.items()}, unfinished / WEIGHTS)
-        (unfinished / CONFIG).write_text(text, encoding="utf-8")
+    # The inner one takes its place first: without its settings the folder is no checkpoint.
+    with appearing(folder / CONFIG) as config_file, appearing(folder / WEIGHTS) as weights_file:
+        config_file.write_text(text, encoding="utf-8")
+        save_file({name: t.detach().contiguous().cpu() for name, t in state.items()}, weights_file)
         # safetensors lets nobody but the owner read; whoever may read the settings may read the weights.
-        (unfinished / WEIGHTS).chmod((unfinished / CONFIG).stat().st_mode)
-        for file in (WEIGHTS, CONFIG):  # the settings come last: without them the folder is no checkpoint
-            _sync(unfinished / file)
-            (unfinished / file).replace(folder / file)
+        weights_file.chmod(config_file.stat().st_mode)
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu") -> PixNerd:
@@ -131,8 +144,3 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         return parse(ModelConfig, model), extra
     except SettingsError as error:
         raise CheckpointError(f"{path}: {error.message}", remedy=error.remedy) from None
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

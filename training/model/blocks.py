@@ -35,7 +35,8 @@ class RMSNorm(nn.Module):
 
     def rotated(self, x_BNhd: Tensor, table: RotaryTable | None) -> Tensor:
         if table is None:
-            return rms_norm(x_BNhd, self.weight, self.weight_in_fp32)
+            normed_BNhd: Tensor = self(x_BNhd)
+            return normed_BNhd
         return norm_rotate(x_BNhd, self.weight, table.cos, table.sin, self.weight_in_fp32)
 
 

@@ -18,25 +18,14 @@ from training.model.tables import constant_table
 
 
 class Text(NamedTuple):
-    """Captions as features. `rows` says which row each image reads, so that text shared by images is worked once."""
+    """Captions as features. `rows` says which row each image reads, so that text shared by images is worked once.
+
+    The network's own text blocks know the time, so images that share a row must share their time too.
+    """
 
     features_RTE: Tensor
     mask_RT: Tensor | None = None
     rows_B: Tensor | None = None
-
-    def shared_by(self, images: int) -> Text:
-        """The same text with each caption serving that many images, which stand together in the batch."""
-        assert self.rows_B is None
-        rows_R = torch.arange(len(self.features_RTE), device=self.features_RTE.device)
-        return self._replace(rows_B=rows_R.repeat_interleave(images))
-
-    def to(self, device: torch.device | str) -> Text:
-        features, mask, rows = self
-        return Text(
-            features.to(device),
-            None if mask is None else mask.to(device),
-            None if rows is None else rows.to(device),
-        )
 
 
 class TextTokens(NamedTuple):
@@ -133,14 +122,27 @@ class TextEmbedding(nn.Module):
     def forward(self, tokens: TextTokens, time_BH: Tensor) -> TextTokens:
         y_RTH, mask_RT, rows_B = tokens
         if rows_B is not None:
-            # Images that share a row share its time, so any of them may stand for the row.
-            images_B = torch.arange(len(rows_B), device=rows_B.device)
-            time_BH = time_BH[rows_B.new_zeros(len(y_RTH)).scatter(0, rows_B, images_B)]
+            time_BH = time_BH[_speakers(rows_B, len(y_RTH))]
         cond_RH = F.silu(time_BH)
         key_mask = None if mask_RT is None else mask_RT[:, None, None, :]
         for block in self.blocks:
             y_RTH = block(y_RTH, cond_RH, mask=key_mask)
         return TextTokens(y_RTH, mask_RT, rows_B)
+
+
+def _speakers(rows_B: Tensor, rows: int) -> Tensor:
+    """An image for each row: those that share one share their time, so any of them may stand for it."""
+    images_B = torch.arange(len(rows_B), device=rows_B.device)
+    return rows_B.new_zeros(rows).scatter(0, rows_B, images_B)
+
+
+def check_times(embedded: Embedded, t_B: Tensor) -> None:
+    """Not in a compiled network, where to look would break the graph."""
+    if torch.compiler.is_compiling() or not isinstance(embedded, TextTokens) or embedded.rows_B is None:
+        return
+    rows_B = embedded.rows_B
+    if not torch.equal(t_B[_speakers(rows_B, len(embedded.y_RTH))][rows_B], t_B):
+        raise ValueError("images that share a row of text must have the same time")
 
 
 class RotaryTable(NamedTuple):

@@ -61,7 +61,8 @@ class FieldBlock(nn.Module):
         channels = config.field_channels
         self.normalise2 = config.field_norm != "fc1"
         self.weights = nn.Linear(config.hidden, 2 * channels * channels * config.field_ratio)
-        self.norm = RMSNorm(channels, weight_in_fp32=config.norm_weight_in_fp32)
+        # For both tasks: the product's kernels fold this norm's weight into W1, in fp32.
+        self.norm = RMSNorm(channels, weight_in_fp32=True)
 
     def forward(self, x_PKC: Tensor, s_PH: Tensor) -> Tensor:
         return field_product(x_PKC, self.norm.weight, self.weights(s_PH), self.normalise2)

@@ -1,9 +1,11 @@
-"""Whether tensors fit where they are meant to go: their names and shapes against the expected ones."""
+"""Whether tensors fit where they are meant to go: their names and shapes against the expected ones, and the words
+for it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from infra.errors import CheckpointError
@@ -11,6 +13,11 @@ from infra.errors import CheckpointError
 Shape = tuple[int, ...]
 
 MOST_NAMED = 8  # problems that one message names
+REMEDY = "import a whole and unchanged file of the published layout"
+
+
+def plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def shapes(state: Mapping[str, Tensor]) -> dict[str, Shape]:

@@ -13,7 +13,16 @@ from torch.nn import functional as F
 
 from training.diffusion.path import velocity_of_image
 from training.model.blocks import Block
-from training.model.embed import Condition, Embedded, TextEmbedding, TextTokens, TimeEmbedding, as_text, rotary_table
+from training.model.embed import (
+    Condition,
+    Embedded,
+    TextEmbedding,
+    TextTokens,
+    TimeEmbedding,
+    as_text,
+    check_times,
+    rotary_table,
+)
 from training.model.field import Field, LinearHead
 from training.model.presets import ModelConfig
 
@@ -57,8 +66,10 @@ class PixNerd(nn.Module):
         assert tap is None or 1 <= tap <= len(self.trunk)
         self.config.check_size(x_BCHW.shape[-2], x_BCHW.shape[-1])
         pixels_BCHW = x_BCHW.to(self.stem.weight.dtype)
+        embedded = condition if isinstance(condition, TextTokens) else self.embed(condition)
+        check_times(embedded, t_B)
         time_BH = self.time(t_B)
-        tokens_BNH, tapped = self._trunk(self._shrink(pixels_BCHW), time_BH, condition, tap)
+        tokens_BNH, tapped = self._trunk(self._shrink(pixels_BCHW), time_BH, embedded, tap)
         out_BCHW = self._draw(pixels_BCHW, tokens_BNH, time_BH)
         if self.config.prediction == "image":
             out_BCHW = velocity_of_image(out_BCHW, x_BCHW, t_B)
@@ -84,19 +95,19 @@ class PixNerd(nn.Module):
         return F.interpolate(x_BCHW, size=(side, side), mode="nearest")
 
     def _trunk(
-        self, x_BCHW: Tensor, time_BH: Tensor, condition: Condition | TextTokens, tap: int | None
+        self, x_BCHW: Tensor, time_BH: Tensor, embedded: Embedded, tap: int | None
     ) -> tuple[Tensor, Tensor | None]:
         p = self.config.patch_size
         rows, columns = x_BCHW.shape[-2] // p, x_BCHW.shape[-1] // p
         x_BNH = self.stem(_cut(x_BCHW, rows, columns).flatten(2))
         text: TextTokens | None = None
-        if self.text is not None:
-            tokens = condition if isinstance(condition, TextTokens) else self.text.embed(as_text(condition))
-            text = self.text(tokens, time_BH)
+        if isinstance(embedded, TextTokens):
+            assert self.text is not None
+            text = self.text(embedded, time_BH)
             cond_BH = F.silu(time_BH)
         else:
             assert self.label is not None
-            cond_BH = F.silu(time_BH + self.label(condition))
+            cond_BH = F.silu(time_BH + self.label(embedded))
         rotary = rotary_table(rows, columns, self.config.head_dim, self.config.rope_extent, x_BCHW.device)
         mask = _joint_mask(text, rows * columns)
         tapped = None

@@ -36,6 +36,9 @@ class ModelConfig(Settings):
         default="published",
         description="published: pads are attended to like words, as the published weights learnt it",
     )
+    round_text: bool = Field(
+        default=False, description="round the encoder's features to bf16, as the published weights learnt them"
+    )
     classes: PositiveInt = Field(default=1000, description="labels; one more stands for no class")
 
     field_blocks: int = Field(default=2, ge=0, description="0: no field, a linear head instead")
@@ -83,6 +86,7 @@ class ModelConfig(Settings):
 
     @property
     def norm_weight_in_fp32(self) -> bool:
+        """Of a norm whose result is rounded before anything else; the field's own, inside of a product, always is."""
         return self.task == "text"
 
     @property
@@ -115,7 +119,7 @@ _CLASS = ModelConfig(task="class", hidden=1152, heads=16, blocks=26, field_block
 
 PRESETS: dict[str, ModelConfig] = {
     # As published, where code and paper disagree about the field; the next one is the paper's form, the default.
-    "XXL/16": ModelConfig(coordinate_code="cosine", field_norm="fc1"),
+    "XXL/16": ModelConfig(coordinate_code="cosine", field_norm="fc1", round_text=True),
     "XXL/16-dct": ModelConfig(),
     "XL/16": _CLASS,
     "XL/8": _CLASS.model_copy(update={"patch_size": 8}),

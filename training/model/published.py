@@ -33,7 +33,7 @@ from infra.errors import CheckpointError, SettingsError
 from training import model as models
 from training.diffusion.repa import RepaHead
 from training.model import reference
-from training.model.fit import Shape, differences, refuse, shapes
+from training.model.fit import REMEDY, Shape, differences, plain, refuse, shapes
 from training.model.presets import ModelConfig
 
 Network = Literal["ema", "raw"]
@@ -44,8 +44,6 @@ FROZEN = ("conditioner.", "vae.", "diffusion_trainer.encoder.")
 
 TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _LONGEST_NAME = 200
-
-REMEDY = "import a whole and unchanged file of the published layout"
 
 
 @dataclass
@@ -161,6 +159,21 @@ def _torch_file(path: Path) -> object:
     return data
 
 
+def check_sums(path: Path) -> None:
+    """Every record of a PyTorch file against the check sum that was written with it; this reads the whole file."""
+    if path.suffix == ".safetensors":  # which has none
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except _BROKEN as error:
+        damaged = f"a record ({_printable(str(error))[:_LONGEST_NAME]})"
+    if damaged is not None:
+        raise CheckpointError(
+            f"the file is damaged: {_printable(damaged)} is not what was saved", remedy="fetch it again"
+        )
+
+
 def _records(path: Path) -> Counter[int]:
     """The sizes of a PyTorch file's records; it is a zip file that compresses nothing."""
     with zipfile.ZipFile(path) as archive:
@@ -242,10 +255,6 @@ def _tensor(name: str, value: object) -> Tensor:
     else:
         return value.detach()
     raise CheckpointError(f"{name} {problem}", remedy=REMEDY)
-
-
-def plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def head_differences(found: Mapping[str, Shape], hidden: int, prefix: str = HEAD) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from infra.config import parse
 from infra.errors import CheckpointError, SettingsError
-from training.model.fit import Shape, differences, refuse, shapes
+from training.model.fit import REMEDY, Shape, differences, plain, refuse, shapes
 from training.model.presets import ModelConfig
 
 # Our module -> theirs, or the two of theirs that ours joins.
@@ -51,10 +51,7 @@ _FIELD: Names = {"weights": "param_generator1.0", "norm": "norm"}
 
 def modules(config: ModelConfig) -> Names:
     """Our modules' names -> the reference's, for a network of these settings."""
-    if not config.field_blocks:
-        raise CheckpointError(
-            "the linear-head baseline has no published layout", remedy="keep it in this project's own format"
-        )
+    assert config.field_blocks, "a network without a field has no published layout: refuse_other_than_published"
     names = dict(_OUTER)
     text = config.task == "text"
     mlp = _FUSED if text else _APART
@@ -116,41 +113,33 @@ def check_layout(
     for ours, shape in expected.items():
         theirs = _tensor_names(ours, names)
         wanted |= dict.fromkeys(theirs, (shape[0] // len(theirs), *shape[1:]))
-    refuse(differences(wanted, found, prefix), "this is not the published layout", _REMEDY)
+    refuse(differences(wanted, found, prefix), "this is not the published layout", REMEDY)
 
 
 def _join(parts: list[Tensor], names: tuple[str, ...], prefix: str) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     if len({part.dtype for part in parts}) > 1:
-        each = " and ".join(f"{prefix}{name} {_plain(part.dtype)}" for name, part in zip(names, parts, strict=True))
+        each = " and ".join(f"{prefix}{name} {plain(part.dtype)}" for name, part in zip(names, parts, strict=True))
         raise CheckpointError(
             f"{each} are of different types, but stand in one tensor here", remedy="convert them to one type first"
         )
     return torch.cat(parts)
 
 
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 # ------------------------------------------------------------------------------------------------ settings
 
 # What nobody chose: the published code of each task computes it in one way only.
-_Fixed = dict[str, Literal["cosine", "dct", "fc1", "fc1_fc2_out"]]
-_FIXED: dict[str, _Fixed] = {
-    "text": {"coordinate_code": "cosine", "field_norm": "fc1"},
+_FIXED: dict[str, dict[str, str | bool]] = {
+    "text": {"coordinate_code": "cosine", "field_norm": "fc1", "text_padding": "published", "round_text": True},
     "class": {"coordinate_code": "dct", "field_norm": "fc1_fc2_out"},
 }
 _MOST_BLOCKS = 1000  # a file that claims more is not meant well
-_REMEDY = "import a whole and unchanged file of the published layout"
 
 
 def refuse_other_than_published(config: ModelConfig) -> None:
     """The published code knows no settings for these: it would compute something else with the weights."""
-    wanted: dict[str, object] = {"prediction": "velocity", **_FIXED[config.task]}
-    if config.task == "text":
-        wanted["text_padding"] = "published"
+    wanted = {"prediction": "velocity", **_FIXED[config.task]}
     problems = [
         f"{name} is {getattr(config, name)}, the published code has {value}"
         for name, value in wanted.items()
@@ -203,10 +192,10 @@ class _Finder:
         try:
             return parse(ModelConfig, settings)
         except SettingsError as error:
-            raise CheckpointError(f"these are no network's sizes: {error.message}", remedy=_REMEDY) from None
+            raise CheckpointError(f"these are no network's sizes: {error.message}", remedy=REMEDY) from None
 
     def _error(self, name: str, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self.prefix}{name} {problem}", remedy=_REMEDY)
+        return CheckpointError(f"{self.prefix}{name} {problem}", remedy=REMEDY)
 
     def _shape(self, name: str, dimensions: int) -> Shape:
         if name not in self.found:
@@ -222,7 +211,7 @@ class _Finder:
         if "y_embedder.embedding_table.weight" in self.found:
             return "class"
         names = " nor ".join(f"{self.prefix}y_embedder.{name}.weight" for name in ("proj", "embedding_table"))
-        raise CheckpointError(f"there is neither {names}: this is no published network", remedy=_REMEDY)
+        raise CheckpointError(f"there is neither {names}: this is no published network", remedy=REMEDY)
 
     def _patch_size(self) -> int:
         name = "s_embedder.proj.weight"
