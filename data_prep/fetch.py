@@ -54,10 +54,10 @@ class FetchSettings(Settings):
     connect_seconds: float = operational(10.0, gt=0, description="what one connection may take to stand")
     retries: int = operational(2, ge=0, le=100, description="further tries, for causes that can pass")
     backoff: float = operational(1.0, ge=0, description="seconds before the first retry; doubled for each after it")
-    at_once: int = operational(64, ge=1, description="downloads at once")
-    per_host: int = operational(8, ge=1, description="downloads at once from one host")
+    at_once: int = operational(64, ge=1, description="downloads at once, of each task")
+    per_host: int = operational(8, ge=1, description="downloads at once from one host, of each task")
     ahead_mib: int = operational(256, ge=1, description="finished downloads that wait to be written down")
-    user_agent: str = operational("pixnerd", pattern=r"^[A-Za-z0-9_-]+$", description="also answers to X-Robots-Tag")
+    user_agent: str = Field("pixnerd", pattern=r"^[A-Za-z0-9_-]+$", description="also answers to X-Robots-Tag")
     contact: str = operational("", pattern=r"^[!-~]*$", description="a page or address where site owners can complain")
 
 

@@ -95,9 +95,9 @@ def prepare(
                 tally.downloads += what.part.rows
             if progress:
                 progress(tally.progress())
-    write_record(store, key, tally.summary())
-    if not settings.keep_originals:
+    if not settings.keep_originals:  # before the summary: who finds that has nothing left to do
         originals.drop(store, [work for works in job.originals.values() for work in works])
+    write_record(store, key, tally.summary())
     return read_record(store, key, PrepareSummary)
 
 
@@ -173,14 +173,22 @@ class _Job:
         """What has been made, as it gets done, in no particular order."""
         import ray
 
+        # One of each for the whole job: Ray counts a worker's calls by what `remote` returned.
+        limits = {"max_calls": WORKER_LIFE, "max_retries": 1}
+        # Downloading waits for the web most of the time: it keeps no CPU from those that decode, and no node to itself.
+        remotes = {
+            Work: ray.remote(num_cpus=0, scheduling_strategy="SPREAD", **limits)(_download),
+            PlannedShard: ray.remote(num_cpus=1, **limits)(_make),
+        }
+        left = len(self.missing)
         running: dict[Any, _Task] = {}
         with sigterm() as stopped:
             try:
                 while self.downloads or self.shards or running:
-                    self._start(running)
+                    for kind, remote in remotes.items():
+                        self._start(running, kind, remote)
                     ready, _ = ray.wait(list(running), timeout=0.5)
                     if stopped.is_set():
-                        left = sum(bool(works) for works in self.missing.values()) + len(self.shards) + len(running)
                         raise PixnerdError(
                             f"stopped by SIGTERM with {left} shards left",
                             remedy="run the same command again; it goes on from there",
@@ -192,6 +200,7 @@ class _Job:
                             self._queue(task.what).appendleft(_Task(task.what, again=True))
                         else:
                             self._settle(task.what)
+                            left -= isinstance(task.what, PlannedShard)
                             yield task.what, made
             finally:
                 for ref in running:
@@ -199,20 +208,17 @@ class _Job:
                 if running:
                     ray.wait(list(running), num_returns=len(running), timeout=10)
 
-    def _start(self, running: dict[Any, _Task]) -> None:
+    def _start(self, running: dict[Any, _Task], kind: type, remote: Any) -> None:
+        """Fill up the tasks of a kind: Ray is never given more than it can soon begin."""
         import ray
 
-        cpus = int(ray.cluster_resources().get("CPU", 1))
-        limit = self.settings.in_flight or max(2, 2 * cpus)
-        # Downloading waits for the web most of the time, and should not keep a CPU from those that decode.
-        kinds = ((self.downloads, Work, _download, 0.1), (self.shards, PlannedShard, _make, 1))
-        for queue, kind, function, share in kinds:
-            task = ray.remote(num_cpus=share, max_calls=WORKER_LIFE, max_retries=1)(function)
-            free = limit - sum(isinstance(other.what, kind) for other in running.values())
-            while queue and free > 0:
-                following = queue.popleft()
-                running[task.remote(*self._orders(following))] = following
-                free -= 1
+        queue = self.downloads if kind is Work else self.shards
+        limit = self.settings.in_flight or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+        free = limit - sum(isinstance(other.what, kind) for other in running.values())
+        while queue and free > 0:
+            following = queue.popleft()
+            running[remote.remote(*self._orders(following))] = following
+            free -= 1
 
     def _orders(self, task: _Task) -> tuple[Any, ...]:
         what = task.what
@@ -269,11 +275,16 @@ def _result(ref: Any, task: _Task) -> list[ShardRecord] | None:
     except (exceptions.WorkerCrashedError, exceptions.NodeDiedError, exceptions.OutOfMemoryError) as error:
         if task.again:
             raise ClusterError(
-                f"{task.what} kills its worker, with its decoder in a process of its own as well ({error})",
+                f"{_name(task.what)} kills its worker, and did so before ({error})",
                 remedy="look for the out-of-memory killer in the node's log; give the cluster more memory per CPU",
             ) from None
         return None
     return made
+
+
+def _name(what: Work | PlannedShard) -> str:
+    kind = "the originals" if isinstance(what, Work) else "shard"
+    return f"{kind} {what.number} ({what.source}, {what.part.input})"
 
 
 def _download(store: Store, source: UrlList, settings: FetchSettings, work: Work) -> list[ShardRecord]:
@@ -315,13 +326,14 @@ class _Tally:
     rejected: dict[str, Counter[str]] = field(default_factory=dict)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
     began: float = 0.0
+    inputs_before: int = 0
+    expected: int = 0  # inputs of the shards that are done, as they were planned
     expected_before: int = 0
-    expected: int = 0
 
     def begin(self, downloads: int) -> None:
         """From here on it is this run's speed."""
         self.planned_downloads = downloads
-        self.began, self.expected_before = time.monotonic(), self.expected
+        self.began, self.inputs_before, self.expected_before = time.monotonic(), self.inputs, self.expected
 
     def add(self, shard: PlannedShard, records: list[ShardRecord]) -> None:
         counts = {size: sum(r.inputs for r in records if r.size == size) for size in self.plan.sizes}
@@ -337,7 +349,8 @@ class _Tally:
             self.versions[repr(sorted(record.versions.items()))] = record.versions
 
     def progress(self) -> Progress:
-        speed = (self.expected - self.expected_before) / max(time.monotonic() - self.began, 1e-9)
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        planned_speed = (self.expected - self.expected_before) / seconds
         return Progress(
             shards=len(self.done),
             planned_shards=len(self.plan.shards),
@@ -347,8 +360,8 @@ class _Tally:
             planned_downloads=self.planned_downloads,
             accepted=dict(self.accepted),
             rejected={size: dict(causes) for size, causes in self.rejected.items()},
-            per_second=speed,
-            seconds_left=(self.plan.rows - self.expected) / speed if speed else None,
+            per_second=(self.inputs - self.inputs_before) / seconds,
+            seconds_left=(self.plan.rows - self.expected) / planned_speed if planned_speed else None,
         )
 
     def summary(self) -> PrepareSummary:

@@ -15,13 +15,12 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -35,7 +34,7 @@ from infra.config import digest
 from infra.errors import DataError
 from infra.records import DataObject, Record, fetch_data, put_data, read_record, write_record
 from infra.shards import TarWriter, parquet_bytes, read_parquet
-from infra.store import Store
+from infra.store import FileStore, Store
 
 FORMAT = 1
 ROWS = 1024  # of an originals' shard: about 256 MiB of photographs from the web
@@ -75,7 +74,7 @@ class OriginalsRecord(Record):
 class RetryRecord(Record):
     """What a generation tries again."""
 
-    table: DataObject  # the rows of the input, with their numbers in `pixnerd_row`
+    table: DataObject  # `row` in the input, and `cause`
     rows: int
     causes: dict[str, int]  # why they had failed -> count
 
@@ -203,13 +202,12 @@ def _images(store: Store, done: list[Work], part: Range) -> Iterator[tuple[int, 
         record = read_record(store, work.key, OriginalsRecord)
         first = max(part.first, work.part.first) - work.part.first
         last = min(part.first + part.rows, work.part.first + work.part.rows) - work.part.first
-        columns = ["row", "cause", "detail", "offset", "length"]
+        columns = ["row", "cause", "detail", "offset", "length", "sha256"]
         rows = read_parquet(store, record.index, columns).slice(first, last - first)
         yield from _read(store, record, rows.to_pylist())
 
 
 def _read(store: Store, record: OriginalsRecord, rows: list[dict[str, Any]]) -> Iterator[tuple[int, bytes | Rejection]]:
-    """From a copy of the tar on this machine: one request in place of one an image, and its hash is checked."""
     if record.tar is None or not any(row["cause"] is None for row in rows):
         yield from ((row["row"], Rejection(Cause(row["cause"]), row["detail"])) for row in rows)
         return
@@ -218,17 +216,45 @@ def _read(store: Store, record: OriginalsRecord, rows: list[dict[str, Any]]) -> 
             f"the originals {store.url}/{record.tar.key} are gone",
             remedy=f"delete {store.url}/originals/{record.place}/ as well, then they are downloaded again",
         )
+    with _reader(store, record.tar) as read:
+        for row in rows:
+            if row["cause"] is not None:
+                yield row["row"], Rejection(Cause(row["cause"]), row["detail"])
+            else:
+                yield row["row"], read(row)
+
+
+@contextmanager
+def _reader(store: Store, tar: DataObject) -> Iterator[Callable[[dict[str, Any]], bytes]]:
+    """How a row's image is read, and held against a hash.
+
+    What is on this machine is read where it lies. Elsewhere one request for the whole tar takes the place of one an
+    image; the copy is open and without a name, so that it is gone with this process.
+    """
+    if isinstance(store, FileStore):
+        yield lambda row: _checked(store, tar, row)
+        return
     with tempfile.TemporaryDirectory(prefix="pixnerd-originals-") as folder:
         path = Path(folder, "tar")
-        fetch_data(store, record.tar, path)
+        fetch_data(store, tar, path)
         with path.open("rb") as file:
-            path.unlink()  # what is open stays readable, and is gone with this process
-            for row in rows:
-                if row["cause"] is not None:
-                    yield row["row"], Rejection(Cause(row["cause"]), row["detail"])
-                    continue
-                file.seek(row["offset"])
-                yield row["row"], file.read(row["length"])
+            path.unlink()
+            yield lambda row: _slice(file, row)
+
+
+def _slice(file: BinaryIO, row: dict[str, Any]) -> bytes:
+    file.seek(row["offset"])
+    return file.read(row["length"])
+
+
+def _checked(store: Store, tar: DataObject, row: dict[str, Any]) -> bytes:
+    data = store.get(tar.key, row["offset"], row["offset"] + row["length"])
+    if hashlib.sha256(data).digest() != row["sha256"]:
+        raise DataError(
+            f"{store.url}/{tar.key} is damaged: row {row['row']} is not what was downloaded",
+            remedy="delete it and the record that names it, then run again: it is downloaded anew",
+        )
+    return data
 
 
 # Trying again
@@ -238,14 +264,15 @@ def retry(store: Store, source: UrlList, found: Input, whole: Range, settings: F
     """Begin a generation of what failed in the newest one for causes that can pass; how many inputs that are."""
     where = place(source, found, settings)
     before = retries(store, where)
+    if before and not any(store.list(f"originals/{where}/{len(before)}/0")):
+        return 0  # one has just been begun, for another stage or source with the same list
     tried = whole
     if before:
         tried = whole._replace(table=before[-1].table.key, in_store=True, rows=before[-1].rows)
     failed = pa.concat_tables([_failed(store, todo) for todo in works(source, where, len(before), tried)])
     if failed.num_rows:
-        rows = _whole_rows(source, store, whole, failed["row"].to_numpy())
         again = RetryRecord(
-            table=put_data(store, TABLES, f"{source.name}.parquet", parquet_bytes(rows)),
+            table=put_data(store, "data/originals", "again.parquet", parquet_bytes(failed)),
             rows=failed.num_rows,
             causes=dict(sorted(Counter(failed["cause"].to_pylist()).items())),
         )
@@ -261,7 +288,9 @@ def _failed(store: Store, todo: Work) -> pa.Table:
     return rows.filter(pc.is_in(rows["cause"], pa.array([cause.value for cause in TRANSIENT])))
 
 
-def _whole_rows(source: UrlList, store: Store, whole: Range, rows: npt.NDArray[np.int64]) -> pa.Table:
+def rows_again(store: Store, source: UrlList, whole: Range, again: RetryRecord) -> str:
+    """A table in the store of the rows that are tried again, with the columns that the source asks for today."""
+    rows = read_parquet(store, again.table, ["row"])["row"].to_numpy()
     found, first = [], 0
     with parquet.opened(parquet.open_rows(source, store, whole), whole.table) as file:
         for batch in file.iter_batches():
@@ -270,7 +299,7 @@ def _whole_rows(source: UrlList, store: Store, whole: Range, rows: npt.NDArray[n
             part = pa.Table.from_batches([batch]).filter(pa.array(chosen))
             found.append(part.append_column(ROW, pa.array(numbers[chosen])))
             first += batch.num_rows
-    return pa.concat_tables(found)
+    return put_data(store, TABLES, f"{source.name}.parquet", parquet_bytes(pa.concat_tables(found))).key
 
 
 def drop(store: Store, done: list[Work]) -> None:

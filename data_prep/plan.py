@@ -70,7 +70,9 @@ class PrepareSettings(Settings):
     rows_per_shard: int | None = Field(None, ge=1, description="of the smallest size, in place of the aim")
     fetch: FetchSettings = FetchSettings()
     keep_originals: bool = operational(True, description="of downloads, so that another size needs no second one")
-    in_flight: int | None = operational(None, ge=1, description="tasks at once; none: twice the cluster's CPUs")
+    in_flight: int | None = operational(
+        None, ge=1, description="shards made at once, and originals' shards downloaded; none: twice the cluster's CPUs"
+    )
 
     @field_validator("sources")
     @classmethod
@@ -263,9 +265,12 @@ def _parts(store: Store, settings: PrepareSettings, here: Given) -> Iterator[Ran
     if here.again is None:
         yield from ranges(here.source, store, here.input, settings.rows)
         return
+    assert isinstance(here.source, UrlList)
+    first_part = next(ranges(here.source, store, here.input, settings.rows))
+    table = originals.rows_again(store, here.source, first_part, here.again)
     for first in range(0, here.again.rows, settings.rows):
         rows = min(settings.rows, here.again.rows - first)
-        yield Range(here.input.name, here.again.table.key, True, first, rows)
+        yield Range(here.input.name, table, True, first, rows)
 
 
 def _read(store: Store, key: str) -> Iterator[PlannedShard]:

@@ -237,7 +237,7 @@ class _Selection:
         self.first = np.cumsum([0, *(shard.inputs for shard in shards)])
         self.asked = columns_in(settings.filter)
         self.scores = SideTables(store, shards[0].plan, shards[0].size, shards, settings.scores)
-        self.names, schema = _columns(store, shards, settings.readers)
+        self.names, schema = _columns(store, shards, settings.readers, self.asked)
         self.schema = _with_columns(schema, [pa.field("duplicate", pa.bool_()), *self.scores.fields], self.asked)
         self.conditions = parse_filter(settings.filter, self.schema)
         self.duplicate = self._survey("duplicate" in self.asked)
@@ -329,16 +329,37 @@ class _Selection:
         return pa.table(columns, names=[field.name for field in fields]), captions
 
 
-def _columns(store: Store, shards: Sequence[ShardRecord], readers: int) -> tuple[list[list[str]], pa.Schema]:
+def _columns(
+    store: Store, shards: Sequence[ShardRecord], readers: int, asked: set[str]
+) -> tuple[list[list[str]], pa.Schema]:
     """The columns of each index, and those of all together."""
     names, schemas = [], {}
     for schema in in_order(partial(index_schema, store), shards, readers):
         names.append(schema.names)
         schemas[schema.to_string()] = schema
-    try:
-        return names, pa.unify_schemas([schemas[text] for text in sorted(schemas)])
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise DataError(f"two sources keep a column of one name and two types ({error})", remedy="rename one") from None
+    return names, _unified([schemas[text] for text in sorted(schemas)], asked)
+
+
+def _unified(schemas: Sequence[pa.Schema], asked: set[str]) -> pa.Schema:
+    """Numbers of several kinds are the widest of them: tables are typed one by one, whole numbers here, others there.
+
+    What goes together in no way is a column of its own in each table, and none that a filter could ask for.
+    """
+    found: dict[str, pa.Field] = {}
+    apart: set[str] = set()
+    for field in (field for schema in schemas for field in schema):
+        before = found.setdefault(field.name, field)
+        try:
+            both = [pa.schema([before]), pa.schema([field])]
+            found[field.name] = pa.unify_schemas(both, promote_options="permissive").field(0)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            if field.name in asked:
+                raise DataError(
+                    f"the column `{field.name}` is {before.type} in one table and {field.type} in another",
+                    remedy="filter by another column, or prepare them as sources that keep it under two names",
+                ) from None
+            apart.add(field.name)
+    return pa.schema([field for name, field in found.items() if name not in apart])
 
 
 def index_schema(store: Store, shard: ShardRecord) -> pa.Schema:

@@ -60,7 +60,7 @@ def resized(pixels_HW3: Pixels_HW3, box: Box, shape: Bucket) -> Pixels_HW3:
     part = pixels_HW3[box.top : box.top + box.height, box.left : box.left + box.width]
     if (box.width, box.height) != shape:
         # Channels last, as the picture lies in memory: torch has a kernel for it, and nothing is turned around.
-        x_13HW = torch.from_numpy(part).permute(2, 0, 1)[None]
+        x_13HW = torch.from_numpy(part)[None].permute(0, 3, 1, 2)
         y_13HW = torch.nn.functional.interpolate(x_13HW, shape[::-1], mode="lanczos", antialias=True)
         part = y_13HW[0].permute(1, 2, 0).numpy()
     return np.ascontiguousarray(part)

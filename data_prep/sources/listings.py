@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from heapq import merge
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import pyarrow as pa
 from pydantic import Field, field_validator
@@ -90,23 +91,40 @@ SCHEMA = pa.schema(
 
 
 def inputs(source: ListingSource, store: Store | None, planned: Sequence[Range] = ()) -> list[Input]:
-    """The listings that were planned and one of what came since; or one of everything, if anything else has changed."""
+    """The listings that were planned, as far as all of their rows are still there, and one of everything else."""
     folder = open_folder(source.url)
-    before = [_Stored(store, key) for key in dict.fromkeys(part.table for part in planned)] if store else []
     with TemporaryDirectory() as place:
-        with _Spool(Path(place, "whole")) as whole, _Spool(Path(place, "fresh")) as fresh:
-            old = merge(*before, key=lambda row: row.name)
-            expected = next(old, None)
+        with _Spool(Path(place, "whole")) as whole:
             for row in _listed(source, folder):
                 whole.add(row)
+        before = _still_there(whole, store, planned) if store else []
+        if not before:
+            return [whole.put(source, store)]
+        with _Spool(Path(place, "fresh")) as fresh:
+            old = merge(*before, key=_name)
+            expected = next(old, None)
+            for row in whole.rows_again():
                 if row == expected:
                     expected = next(old, None)
-                elif before:
+                else:
                     fresh.add(row)
-        if not before or expected is not None:  # something that was planned is there no longer
-            return [whole.put(source, store)]
         found = [listing.input() for listing in before]
         return [*found, fresh.put(source, store)] if fresh.rows else found
+
+
+def _still_there(whole: _Spool, store: Store, planned: Sequence[Range]) -> list[_Stored]:
+    """The newest listings first: one that replaced others has their rows as well."""
+    kept: list[_Stored] = []
+    for key in reversed(dict.fromkeys(part.table for part in planned)):
+        listing, rows = _Stored(store, key), whole.rows_again()
+        holds = all(row in rows for row in listing)  # both are sorted, so `rows` is searched but once
+        if holds and not any(a.name == b.name for a, b in pairwise(merge(listing, *kept, key=_name))):
+            kept.insert(0, listing)
+    return kept
+
+
+def _name(row: Listed) -> str:
+    return row.name
 
 
 def ranges(source: ListingSource, store: Store, found: Input, rows: int) -> Iterator[Range]:
@@ -258,6 +276,9 @@ class _Spool(RowWriter):
         super().add(row)
         self._identity.add(Listed(*row))
 
+    def rows_again(self) -> Iterator[Listed]:
+        return _rows(self._path.open("rb"), str(self._path))
+
     def put(self, source: ListingSource, store: Store | None) -> Input:
         found = put_data(store, TABLES, f"{source.name}.parquet", self._path) if store and self.rows else None
         return self._identity.input(found.key if found else "")
@@ -270,12 +291,17 @@ class _Stored:
         self._store, self._key, self._identity = store, key, _Identity()
 
     def __iter__(self) -> Iterator[Listed]:
-        with parquet.opened(StoreFolder(self._store).open(self._key), self._key) as file:
-            for batch in file.iter_batches(parquet.BATCH, columns=SCHEMA.names, use_threads=False):
-                for values in zip(*(batch.column(name).to_pylist() for name in SCHEMA.names), strict=True):
-                    row = Listed(*values)
-                    self._identity.add(row)
-                    yield row
+        self._identity = _Identity()
+        for row in _rows(StoreFolder(self._store).open(self._key), self._key):
+            self._identity.add(row)
+            yield row
 
     def input(self) -> Input:
         return self._identity.input(self._key)
+
+
+def _rows(file: BinaryIO, name: str) -> Iterator[Listed]:
+    with parquet.opened(file, name) as listing:
+        for batch in listing.iter_batches(parquet.BATCH, columns=SCHEMA.names, use_threads=False):
+            for values in zip(*(batch.column(name).to_pylist() for name in SCHEMA.names), strict=True):
+                yield Listed(*values)

@@ -26,6 +26,7 @@ from data_prep.rejections import Cause, Rejection
 from data_prep.sources import parquet, words
 from data_prep.sources.convert import Columns, converted, lines
 from data_prep.sources.raw import Corpus, Input, Range, RawItem, Url, check_kept, missing_column
+from infra.config import operational
 from infra.errors import SettingsError
 from infra.shards import sample_key
 from infra.store import Store
@@ -36,7 +37,8 @@ NAME_BATCH = 10_000
 
 
 class Tables(Corpus):
-    tables: list[str] = Field(min_length=1, description="paths in the folder, or patterns such as data/*.parquet")
+    # Which inputs there are is told by the inputs themselves: another one extends a plan and makes no other.
+    tables: list[str] = operational(min_length=1, description="paths in the folder, or patterns such as data/*.parquet")
     image: str
     captions: list[str] = Field(["caption"], description="columns of text, or of lists of texts; none: images alone")
     keep: list[str] = Field([], description="further columns to carry into the index, to filter by")

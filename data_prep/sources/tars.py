@@ -28,6 +28,7 @@ from data_prep.rejections import Cause, Rejection
 from data_prep.sources import words
 from data_prep.sources.raw import IMAGE_SUFFIXES, Corpus, Input, Range
 from data_prep.sources.tarwalk import Broken, Member, members
+from infra.config import operational
 from infra.errors import DataError
 from infra.shards import sample_key
 
@@ -42,7 +43,8 @@ IMAGE_EXTENSIONS = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 
 
 class Tars(Corpus):
-    tars: list[str] = Field(["*.tar"], min_length=1, description="paths in the folder, or patterns")
+    # Which inputs there are is told by the inputs themselves: another one extends a plan and makes no other.
+    tars: list[str] = operational(["*.tar"], min_length=1, description="paths in the folder, or patterns")
     images: list[str] = Field(
         list(IMAGE_EXTENSIONS), min_length=1, description="extensions of the image, the likeliest first"
     )

@@ -909,9 +909,7 @@ def mixed_web() -> Iterator[Web]:
     per_host=st.integers(1, 4),
     hosts=st.integers(1, 3),
 )
-def test_any_mix_comes_back_complete(
-    mixed_web: Web, outcomes: list[str], at_once: int, per_host: int, hosts: int
-):
+def test_any_mix_comes_back_complete(mixed_web: Web, outcomes: list[str], at_once: int, per_host: int, hosts: int):
     def url(number: int, outcome: str) -> str | Rejection:
         if outcome == "rejection":
             return Rejection(Cause.BAD_NAME, str(number))

@@ -227,3 +227,30 @@ def test_a_tar_of_originals_is_an_ordinary_one(store: Store, web: Web, tmp_path:
             with tarfile.open(tmp_path / "t.tar") as tar:
                 names += tar.getnames()
     assert sorted(names) == [f"{n:09d}.png" for n in range(COUNT) if n % 10 not in FATES]
+
+
+def test_a_retry_serves_every_stage_and_source_with_the_list(web: Web, store: Store, tmp_path: Path) -> None:
+    write_list(tmp_path / "lists", web)
+    small, large = (settings_for(tmp_path / "lists", sizes=sizes) for sizes in ([16], [32]))
+    for settings in (small, large):
+        prepare(store, settings)
+    heal(web)
+    assert [retry_failed(store, settings) for settings in (small, large)] == [8, 0]
+    accepted = [prepare(store, settings).sizes.popitem()[1].accepted for settings in (small, large)]
+    assert accepted[0] == accepted[1] == 20
+
+
+def test_columns_asked_for_after_a_retry_are_there(web: Web, store: Store, tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    rows = [f"{web.url(f'/{number}')},short {number},long {number}" for number in (0, 2, 3)]
+    (tmp_path / "lists" / "list.csv").write_text("\n".join(["url,caption,other", *rows]))
+    source = {"kind": "url_list", "name": "web", "url": str(tmp_path / "lists"), "tables": ["*.csv"]}
+    settings = settings_for(tmp_path / "lists", sources=[source], sizes=[16])
+    assert prepare(store, settings).sizes["16"].rejected == {"server_error": 1}
+    heal(web)
+    assert retry_failed(store, settings) == 1
+    assert prepare(store, settings).sizes["16"].accepted == 3
+    other = settings_for(tmp_path / "lists", sources=[source | {"captions": ["caption", "other"]}], sizes=[16])
+    summary = prepare(store, other)
+    assert summary.sizes["16"].accepted == 3
+    assert {len(row["captions"]) for row in rows_of(store, summary) if row["accepted"]} == {2}

@@ -470,3 +470,24 @@ def test_sources_may_keep_different_columns(tmp_path: Path) -> None:
         store, plan.digest, plan.edition, SnapshotSettings(size=16, filter="source == 'other' and objects is None")
     )
     assert record.rows == record.counts[1][1] > 0
+
+
+def test_tables_may_type_a_column_in_their_own_ways(tmp_path: Path) -> None:
+    """A table of whole numbers beside one of fractions is what any writer makes of a column with gaps."""
+    write_corpus(tmp_path / "corpus", 20)
+    table = pq.read_table(tmp_path / "corpus" / "table.parquet").slice(0, 3)
+    for name, score in (("whole", pa.array([1, 2, 3])), ("text", pa.array(["a", "b", "c"]))):
+        at = table.schema.get_field_index("score")
+        pq.write_table(table.set_column(at, "score", score), tmp_path / "corpus" / f"{name}.parquet")
+    store = open_store(str(tmp_path / "store"))
+
+    def prepared_from(*tables: str) -> Plan:
+        source = settings_for(tmp_path / "corpus").sources[0].model_dump() | {"tables": list(tables)}
+        return prepare_here(store, settings_for(tmp_path / "corpus", sources=[source]))
+
+    numbers = (store, prepared_from("table.parquet", "whole.parquet"))
+    assert made(numbers, filter="score >= 1")[0].rows == 3
+    mixed = (store, prepared_from("table.parquet", "text.parquet"))
+    assert made(mixed)[0].rows == made((store, mixed[1]), filter="objects >= 0")[0].rows > 0
+    with pytest.raises(DataError, match=r"`score` is (double|string) in one table and (double|string) in another"):
+        made(mixed, filter="score >= 1")

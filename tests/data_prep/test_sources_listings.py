@@ -80,17 +80,19 @@ def test_a_folder_that_grows_keeps_what_was_planned(folder: Path, store: Store) 
         lambda folder: (folder / "b.jpg").rename(folder / "z.jpg"),
     ],
 )
-def test_a_folder_in_which_anything_else_changed_is_another_one(
+def test_of_a_folder_that_changed_only_the_listings_that_did_are_others(
     folder: Path, store: Store, change: Callable[[Path], object]
 ) -> None:
     source = text_folder(folder)
     write(folder, a="ay", b="bee", c="see")
     parts = planned(store, source, sources.inputs(source, store))
     write(folder, d="dee")
-    grown = parts + planned(store, source, sources.inputs(source, store, parts)[1:])
+    [_, later] = sources.inputs(source, store, parts)
     change(folder)
-    found = sources.inputs(source, store, grown)
-    assert found == sources.inputs(source, store) and len(found) == 1
+    found = sources.inputs(source, store, parts + planned(store, source, [later]))
+    assert found[0] == later and len(found) == 2
+    items = [item for part in planned(store, source, found) for item in sources.items(source, store, part)]
+    assert sorted(item.name for item in items) == sorted(path.name for path in folder.glob("*.jpg"))
 
 
 LISTED = st.dictionaries(
@@ -268,3 +270,16 @@ def test_a_class_that_comes_moves_the_labels_behind_it(folder: Path, store: Stor
     named = sources.inputs(image_net(folder, template="{names}"), store)
     (folder / "names.txt").write_text("1\n2\n3\n4")
     assert sources.inputs(image_net(folder, classes="names.txt", template="{names}"), store) != named
+
+
+def test_after_a_removal_growth_is_small_again(folder: Path, store: Store) -> None:
+    for number in range(6):
+        (folder / f"{number}.png").write_bytes(b"x" * number)
+    source = text_folder(folder, caption_suffix="")
+    parts = planned(store, source, sources.inputs(source, store))
+    (folder / "3.png").unlink()
+    [rest] = sources.inputs(source, store, parts)
+    assert rest.size == 5
+    parts += planned(store, source, [rest])
+    (folder / "6.png").write_bytes(b"new")
+    assert [found.size for found in sources.inputs(source, store, parts)] == [5, 1]

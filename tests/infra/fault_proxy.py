@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import http.client
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
-Fault = Literal["hang", "drop", "torn upload", "torn download", "lost answer"] | tuple[int, str]
+Fault = Literal["hang", "drop", "torn upload", "slow upload", "torn download", "lost answer"] | tuple[int, str]
+
+SLOW_PIECES, SLOW_PAUSE = 40, 0.1  # of a body that is taken slowly, and seconds before each
 
 
 class FaultProxy(ThreadingHTTPServer):
@@ -63,7 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         fault = self.server.take(self.command, self.path)
         length = int(self.headers.get("Content-Length", 0))
-        body = self.rfile.read(length // 2 if fault == "torn upload" else length)
+        body = self._body(fault, length)
         if fault == "hang":
             self.server.released.wait()
         if fault in ("hang", "drop", "torn upload"):
@@ -84,6 +87,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(status, headers, answer, length)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _serve
+
+    def _body(self, fault: Fault | None, length: int) -> bytes:
+        if fault != "slow upload":
+            return self.rfile.read(length // 2 if fault == "torn upload" else length)
+        body = b""
+        for left in range(SLOW_PIECES, 0, -1):
+            time.sleep(SLOW_PAUSE)
+            body += self.rfile.read((length - len(body)) // left)
+        return body
 
     def _upstream(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection(self.server.upstream, timeout=30)

@@ -124,7 +124,7 @@ def test_shard_records_are_listed_by_number(store: FileStore) -> None:
 def test_a_selection_comes_back_as_it_was_written(store: FileStore) -> None:
     rows = [
         {"key": f"k{n}", "tar": tar, "offset": 512, "length": 9, "width": 32, "height": 32}
-        | {"captions": ["a", "b"], "caption_weights": [0.25, 0.75]}
+        | {"captions": ["a", "b"], "caption_weights": [0.25, 0.75], "source": "web", "bucket": "32x32"}
         for n, tar in enumerate(["one.tar", "two.tar", "two.tar"])
     ]
     table = pa.Table.from_pylist(rows, schema=SELECTION_SCHEMA)
@@ -136,7 +136,11 @@ def test_a_selection_comes_back_as_it_was_written(store: FileStore) -> None:
         held_out=both[1],
         rows=3,
         held_out_rows=1,
+        by_shard=both[1],
         counts=[("accepted", 4)],
+        by_source={"web": [4]},
+        caption_shares={},
+        forgotten=[],
     )
     assert read_selection(store, record).to_pylist() == rows
     assert read_selection(store, record).schema.equals(SELECTION_SCHEMA)
