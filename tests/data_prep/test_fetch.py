@@ -1093,4 +1093,4 @@ def test_lone_hosts_are_not_kept_open(web: Web):
 
 
 def test_no_settings_of_haste_are_in_the_digest():
-    assert set(FetchSettings().results()) == {"redirects", "opt_out", "allow_private"}
+    assert set(FetchSettings().results()) == {"redirects", "opt_out", "allow_private", "user_agent"}
