@@ -25,7 +25,8 @@ def prepare_apart(address: str, store: Store, corpus: Corpus) -> PrepareSummary:
     """In a process whose workers hold this machine for a part of the web; a crash is its exit code."""
     command = [sys.executable, "-m", "tests.data_prep.mixed", address, store.url, json.dumps(corpus.settings)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return PrepareSummary.model_validate_json(done.stdout.splitlines()[-1])  # Ray has its say before
+    said = next(line for line in done.stdout.splitlines() if line.startswith("{"))  # Ray has its say before and after
+    return PrepareSummary.model_validate_json(said)
 
 
 def found_verdicts(store: Store, summary: PrepareSummary) -> dict[str, list[Verdict]]:
