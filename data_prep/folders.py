@@ -32,7 +32,10 @@ class Folder(Protocol):
         """The file, to read at any place; of a store so many bytes are asked for at once."""
 
     def names(self) -> Iterator[tuple[str, int, Cause | None]]:
-        """Every file by name, with its size, and why it may not be read, if that is known; sorted by `text_of` name."""
+        """Every file by name, with its size, and why it may not be read, if that is known; sorted by `text_of` name.
+
+        A folder that is not entered stands among them, and ends in a slash.
+        """
 
     def find(self, pattern: str) -> list[str]:
         """The files that match: `*` and `?` within one part of a path, `**` for any number of parts; sorted."""
@@ -111,12 +114,12 @@ class LocalFolder:
     def names(self) -> Iterator[tuple[str, int, Cause | None]]:
         for name, entry in self._walk(""):
             if entry is None:
-                yield name, 0, Cause.UNREADABLE
+                yield f"{name.rstrip('/')}/", 0, Cause.UNREADABLE
             elif not entry.is_symlink():
                 with suppress(FileNotFoundError):  # gone since it was seen
                     yield name, entry.stat(follow_symlinks=False).st_size, None
             elif not self._is_inside(entry.path):
-                yield name, 0, Cause.OUTSIDE_FOLDER
+                yield name + "/" * os.path.isdir(entry.path), 0, Cause.OUTSIDE_FOLDER
             elif not os.path.isdir(entry.path):  # a linked subfolder's files are met where they lie
                 yield name, os.path.getsize(entry.path) if os.path.exists(entry.path) else 0, None
 

@@ -309,7 +309,7 @@ def _title(summary: Summary) -> str:
     again = f" ({summary.tried_again:,} tried again)" if summary.tried_again else ""
     return (
         f"{summary.accepted:,} of {inputs:,} inputs{again} are samples ({summary.accepted / max(inputs, 1):.1%})\n"
-        f"size {_printable(summary.size)} · plan {summary.plan} · {summary.shards:,} shards · "
+        f"size {printable(summary.size)} · plan {summary.plan} · {summary.shards:,} shards · "
         f"{_bytes(summary.tar_bytes)} of images"
     )
 
@@ -333,7 +333,7 @@ def _panels(summary: Summary) -> list[tuple[str, Callable[[Axes], None]]]:
         ("formats", partial(_bars, counts=_single(summary.formats), total=summary.accepted)),
         ("licences", partial(_bars, counts=_single(summary.licences), total=summary.accepted)),
     ]
-    values = [(_printable(name), partial(_histogram, histogram=found)) for name, found in summary.values.items()]
+    values = [(printable(name), partial(_histogram, histogram=found)) for name, found in summary.values.items()]
     return panels + values
 
 
@@ -413,14 +413,14 @@ def _plain_counts(ax: Axes) -> None:
     ax.set_ylim(0, 1.15 * max(ax.get_ylim()[1], 1) / 1.05)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Without what would break a line, hide or turn letters around; blanks in their place."""
     kept = "".join(" " if unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp") else letter for letter in text)
     return " ".join(kept.split())
 
 
 def _short(text: str, most: int) -> str:
-    text = _printable(text[: 4 * most])
+    text = printable(text[: 4 * most])
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -444,7 +444,7 @@ def contact_sheet(
     shard_of = np.searchsorted(ends, chosen, side="right")
     work = [(shards[k], (chosen[shard_of == k] - ends[k]).tolist()) for k in np.unique(shard_of)]  # from the end
     cells = [cell for found in in_order(lambda one: _cells(store, *one), work) for cell in found]
-    _sheet(cells, columns, f"{len(cells)} of {total:,} samples · size {_printable(size)} · plan {plan}").save(
+    _sheet(cells, columns, f"{len(cells)} of {total:,} samples · size {printable(size)} · plan {plan}").save(
         path, "PNG"
     )
     return len(cells)

@@ -18,6 +18,7 @@ from data_prep.plan import PlannedShard, read_plan
 from data_prep.rejections import Rejection
 from data_prep.sizes import SUFFIX
 from infra.errors import PixnerdError
+from infra.files import sha256_of
 from infra.records import DataObject, ShardRecord
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import Store
@@ -93,9 +94,8 @@ def _shard_problems(store: Store, record: ShardRecord, index: pa.Table, suffix: 
 
 
 def _tar_problems(path: Path, found: DataObject, accepted: list[dict[str, Any]], suffix: str) -> Iterator[str]:
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != found.sha256:
-            yield "its tar does not have the hash in its name"
+    if sha256_of(path) != found.sha256:
+        yield "its tar does not have the hash in its name"
     with tarfile.open(path, "r:") as tar:
         members = tar.getmembers()
         names = [name for row in accepted for name in (f"{row['key']}.{suffix}", f"{row['key']}.json")]

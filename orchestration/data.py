@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.forget import Forgotten, forget, read_list
-from data_prep.look import Histogram, Summary, contact_sheet, draw, summarise
+from data_prep.look import Histogram, Summary, contact_sheet, draw, printable, summarise
 from data_prep.verify import verify
 from infra.errors import DataError, SettingsError
 from infra.records import StageRecord
@@ -81,9 +81,11 @@ def _print(stage: str, summary: Summary) -> None:
     print(f"  {summary.inputs:,} inputs{again}; {summary.tar_bytes / 2**20:,.1f} MiB")
     _print_fates(summary)
     for name, counts in (("formats", summary.formats), ("licences", summary.licences), ("buckets", summary.buckets)):
-        print(f"  {name}: " + ", ".join(f"{key or '-'} {count:,}" for key, count in list(counts.items())[:8]))
+        print(
+            f"  {name}: " + ", ".join(f"{printable(key) or '-'} {count:,}" for key, count in list(counts.items())[:8])
+        )
     measured = {"shorter side": summary.shorter_side, "aspect": summary.aspect, "KiB an image": summary.kibibytes}
-    measured |= {f"words of {kind}": histogram for kind, histogram in summary.words.items()}
+    measured |= {f"words of {printable(kind)}": histogram for kind, histogram in summary.words.items()}
     for name, histogram in (measured | summary.values).items():
         print(f"  {name}: {_range(histogram)}")
 

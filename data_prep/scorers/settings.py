@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from abc import abstractmethod
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from infra.config import Fraction, Secret, Settings, digest, operational
 from infra.errors import CheckpointError
+from infra.files import sha256_of
 from infra.shards import INDEX_SCHEMA
 
 # A column's name stands in filters, so it is a word.
@@ -27,9 +28,9 @@ class _ScorerSettings(Settings):
 
     name: Column
 
+    @abstractmethod
     def columns(self) -> list[str]:
         """The side table's columns, without `key`."""
-        raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
         """The settings that change results, with a local file's bytes in place of its path."""
@@ -223,5 +224,4 @@ def file_sha256(path: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _sha256(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)

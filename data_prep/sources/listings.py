@@ -205,9 +205,10 @@ def _listed(source: ListingSource, folder: Folder) -> Iterator[Listed]:
 
 
 def _images(folder: Folder) -> Iterator[tuple[str, int, Cause | None]]:
+    """The pictures; and the folders that are not entered, whose pictures nobody has counted."""
     for name, size, refused in folder.names():
-        if refused or PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
-            text = text_of(name)
+        if name.endswith("/") or PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
+            text, name = text_of(name).rstrip("/"), name.rstrip("/")
             yield text, size, refused or (Cause.BAD_NAME if text != name else None)
 
 

@@ -21,17 +21,6 @@ from infra.errors import DataError, SettingsError
 from infra.store import Store, open_store
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "store"))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "corpus").mkdir()
-    return tmp_path / "corpus"
-
-
 def all_items(store: Store, source: sources.Source, rows: int = 100) -> list[RawItem]:
     return [item for part in all_ranges(store, source, rows) for item in sources.items(source, store, part)]
 

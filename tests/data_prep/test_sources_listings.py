@@ -26,17 +26,6 @@ from tests.data_prep.test_sources import all_items, all_ranges, problem, said, t
 quick = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "store"))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "corpus").mkdir()
-    return tmp_path / "corpus"
-
-
 def image_net(folder: Path, **changes: Any) -> ImageNet:
     return parse(ImageNet, {"kind": "imagenet", "name": "s", "url": str(folder)} | changes)
 

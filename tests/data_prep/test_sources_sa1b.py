@@ -16,20 +16,9 @@ from data_prep.rejections import Cause
 from data_prep.sources import Sa1b, joined
 from infra.config import parse
 from infra.errors import SettingsError
-from infra.store import Store, open_store
+from infra.store import Store
 from tests.data_prep.test_sources import all_items, all_ranges, problem, said
 from tests.data_prep.test_sources_tars import member, pairs, tar_bytes
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "store"))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "corpus").mkdir()
-    return tmp_path / "corpus"
 
 
 def sa1b(folder: Path, **changes: Any) -> Sa1b:

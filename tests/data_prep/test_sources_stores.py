@@ -20,17 +20,6 @@ from tests.data_prep.test_sources_tables import parquet_images, url_list
 from tests.data_prep.test_sources_tars import pairs, tar_bytes, web_dataset
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "store"))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "corpus").mkdir()
-    return tmp_path / "corpus"
-
-
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Store]:
     from moto.server import ThreadedMotoServer

@@ -26,17 +26,6 @@ from tests.data_prep.test_sources import all_items, all_ranges, problem, said, t
 quick = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "store"))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "corpus").mkdir()
-    return tmp_path / "corpus"
-
-
 def url_list(folder: Path, *tables: str, **changes: Any) -> UrlList:
     return parse(UrlList, {"kind": "url_list", "name": "s", "url": str(folder), "tables": list(tables)} | changes)
 

@@ -29,17 +29,6 @@ from tests.data_prep.test_sources import all_items, all_ranges, problem, said
 quick = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "store"))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "corpus").mkdir()
-    return tmp_path / "corpus"
-
-
 def web_dataset(folder: Path, **changes: Any) -> WebDataset:
     return parse(WebDataset, {"kind": "webdataset", "name": "s", "url": str(folder)} | changes)
 

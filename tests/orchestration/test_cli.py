@@ -18,7 +18,7 @@ from training.encoders import text
 COMMANDS = [
     ["run"], ["prepare"], ["train"], ["sample"], ["report"], ["doctor"], ["evaluate", "geneval"],
     ["checkpoint", "show"], ["checkpoint", "import"], ["checkpoint", "export"], ["checkpoint", "fetch"],
-    ["data", "show"], ["data", "verify"],
+    ["data", "show"], ["data", "verify"], ["data", "forget"],
 ]  # fmt: skip
 
 
