@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.forget import Forgotten, forget, read_list
+from data_prep.job import summary_key
 from data_prep.look import Histogram, Summary, contact_sheet, draw, printable, summarise
 from data_prep.verify import verify
 from infra.errors import DataError, SettingsError
@@ -24,6 +25,7 @@ class Prepared(NamedTuple):
     plan: str
     edition: str
     sizes: list[str]
+    done: list[str]  # the records that say so: while they stand, nothing is made again
 
 
 def prepared(store: Store) -> list[Prepared]:
@@ -34,7 +36,13 @@ def prepared(store: Store) -> list[Prepared]:
     if not newest:
         raise DataError(f"nothing has been prepared in {store.url}", remedy="run `pixnerd prepare` first")
     return [
-        Prepared(record.stage, plan, record.output["edition"], list(record.output["sizes"]))
+        Prepared(
+            record.stage,
+            plan,
+            record.output["edition"],
+            list(record.output["sizes"]),
+            [f"stages/prepare/{record.digest_of_work}.json", summary_key(plan, record.output["edition"])],
+        )
         for plan, record in newest.items()
     ]
 
@@ -114,7 +122,8 @@ def _range(found: Histogram) -> str:
 
 def verify_data(store: str, *, as_json: bool) -> None:
     opened = open_store(store)
-    checked = {found.plan: verify(opened, found.plan, found.edition) for found in prepared(opened)}
+    all_prepared = prepared(opened)
+    checked = {found.plan: verify(opened, found.plan, found.edition) for found in all_prepared}
     if as_json:
         print_json({plan: result._asdict() for plan, result in checked.items()})
     problems = [problem for result in checked.values() for problem in result.problems]
@@ -124,9 +133,10 @@ def verify_data(store: str, *, as_json: bool) -> None:
         for problem in problems:
             print(f"  {problem}")
     if problems:
+        done = ", ".join(key for found in all_prepared if checked[found.plan].problems for key in found.done)
         raise DataError(
             f"{len(problems)} things in {store} are not as recorded",
-            remedy="delete the damaged objects and their shards' records, then run prepare again",
+            remedy=f"delete the damaged objects, their shards' records, and {done}; then run prepare again",
         )
 
 

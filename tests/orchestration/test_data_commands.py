@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from data_prep.job import prepare
@@ -14,8 +16,12 @@ from infra.errors import DataError, SettingsError
 from infra.records import StageRecord, write_record
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import Store, open_store
+from orchestration import workflow
 from orchestration.data import forget_data, show_data, verify_data
-from tests.data_prep.corpora import settings_for, write_corpus
+from pipelines import recipes
+from pipelines.stages import NOWHERE, Context
+from tests.data_prep.corpora import contents, settings_for, write_corpus
+from tests.orchestration.test_workflow import NoTracker
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -95,3 +101,30 @@ def test_forget_names_who_holds_the_items(made: Store, tmp_path: Path, capsys: p
     found = json.loads(capsys.readouterr().out)
     after = snapshot(made, output["plan"], output["edition"], SnapshotSettings(size=16))
     assert after.rows == before.rows - 1 - found["twins"]
+
+
+def test_what_verify_says_to_do_mends_it(tmp_path: Path):
+    write_corpus(tmp_path / "corpus", 20)
+    source = settings_for(tmp_path / "corpus").sources[0].model_dump(exclude_unset=True)
+    stage = {"kind": "prepare", "sources": [source], "sizes": [16], "rows_per_shard": 8}
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump({"name": "mine", "stages": {"prepare": stage}}))
+    store = open_store(str(tmp_path / "store"))
+    nodes = workflow.graph(recipes.load(str(recipe)), store)
+    context = Context(store, tmp_path, NoTracker(), NOWHERE, lambda stage, progress: None)  # type: ignore[arg-type]
+
+    def run() -> None:
+        workflow.run(nodes, context, lambda node, event, text: None)
+
+    run()
+    before = contents(store)
+    broken = next(key for key in before if key.startswith("data/16/") and key.endswith(".tar"))
+    store.put(broken, before[broken][:-1] + b"!")
+    with pytest.raises(DataError) as error:
+        verify_data(store.url, as_json=True)
+    shard = next(key for key in before if key.startswith("shards/") and broken.encode() in before[key])
+    for key in [broken, shard, *re.findall(r"[a-z]+/[^ ,;]+\.json", error.value.remedy)]:
+        store.delete(key)
+    run()
+    verify_data(store.url, as_json=True)
+    assert contents(store).keys() == before.keys()
