@@ -9,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -29,7 +27,7 @@ from data_prep.sources import Range, RawItem, Source, Url, UrlList
 from data_prep.transform import Box, encode, fitted
 from infra.records import ShardRecord, put_data, read_record, write_record
 from infra.shards import INDEX_SCHEMA, TarWriter, parquet_bytes, shard_key
-from infra.store import Store
+from infra.store import Store, spool_path
 
 Decoder = Callable[..., Decoded | Rejection]
 
@@ -101,8 +99,7 @@ def make_shard(
     with ExitStack() as files:
 
         def start() -> _Writer:
-            # A file without a name: a worker that is killed leaves nothing on the disk.
-            return _Writer(files.enter_context(tempfile.TemporaryFile()), source.name, SUFFIX[settings.format])
+            return _Writer(files.enter_context(store.spool()), source.name, SUFFIX[settings.format])
 
         series = []
         for size in map(size_name, settings.sizes):
@@ -209,16 +206,15 @@ class _Writer:
 
     def commit(self, to: Target) -> ShardRecord:
         self._tar.finish()
-        self._file.flush()
-        path = Path(f"/proc/self/fd/{self._file.fileno()}")
         accepted = len(self._rows) - self._rejected.total()
         index = pa.Table.from_pylist(self._rows, schema=to.schema)
         where, name = f"data/{to.size}", f"{to.number:05d}"
+        tar = put_data(to.store, where, f"{name}.tar", spool_path(self._file), self._tar.sha256) if accepted else None
         record = ShardRecord(
             plan=to.plan,
             size=to.size,
             number=to.number,
-            tar=put_data(to.store, where, f"{name}.tar", path) if accepted else None,
+            tar=tar,
             index=put_data(to.store, where, f"{name}.parquet", parquet_bytes(index)),
             accepted=accepted,
             rejected=dict(sorted(self._rejected.items())),

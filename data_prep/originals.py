@@ -34,7 +34,7 @@ from infra.config import digest
 from infra.errors import DataError
 from infra.records import DataObject, Record, fetch_data, put_data, read_record, write_record
 from infra.shards import TarWriter, parquet_bytes, read_parquet
-from infra.store import FileStore, Store
+from infra.store import FileStore, Store, spool_path
 
 FORMAT = 1
 ROWS = 1024  # of an originals' shard: about 256 MiB of photographs from the web
@@ -128,9 +128,8 @@ def make(store: Store, source: UrlList, settings: FetchSettings, todo: Work) -> 
         return read_record(store, todo.key, OriginalsRecord)
     asked = list(sources.urls(source, store, todo.part))
     rows: list[dict[str, Any]] = []
-    # A file without a name: a worker that is killed leaves nothing on the disk.
     with (
-        tempfile.TemporaryFile() as file,
+        store.spool() as file,
         closing(fetch((url for _, url in asked), settings, source.max_bytes)) as answers,
     ):
         tar = TarWriter(file)
@@ -139,17 +138,15 @@ def make(store: Store, source: UrlList, settings: FetchSettings, todo: Work) -> 
             row = {"row": number, "url": "" if isinstance(url, Rejection) else url}
             rows.append(row | _said(answer) | _put(tar, number, answer.data))
         tar.finish()
-        file.flush()
         assert len(rows) == len(asked), "a URL was lost or counted twice"
         rows.sort(key=lambda row: row["row"])
         causes = Counter(row["cause"] for row in rows if row["cause"])
         accepted, name = len(rows) - causes.total(), f"{todo.number:05d}"
-        path = Path(f"/proc/self/fd/{file.fileno()}")
         record = OriginalsRecord(
             place=todo.place,
             generation=todo.generation,
             number=todo.number,
-            tar=put_data(store, "data/originals", f"{name}.tar", path) if accepted else None,
+            tar=put_data(store, "data/originals", f"{name}.tar", spool_path(file), tar.sha256) if accepted else None,
             index=put_data(store, "data/originals", f"{name}.parquet", _index(rows)),
             accepted=accepted,
             rejected=dict(sorted(causes.items())),
@@ -232,7 +229,8 @@ def _reader(store: Store, tar: DataObject) -> Iterator[Callable[[dict[str, Any]]
     image; the copy is open and without a name, so that it is gone with this process.
     """
     if isinstance(store, FileStore):
-        yield lambda row: _checked(store, tar, row)
+        with store.opened(tar.key) as file:
+            yield lambda row: _checked(store, tar, row, _slice(file, row))
         return
     with tempfile.TemporaryDirectory(prefix="pixnerd-originals-") as folder:
         path = Path(folder, "tar")
@@ -247,8 +245,7 @@ def _slice(file: BinaryIO, row: dict[str, Any]) -> bytes:
     return file.read(row["length"])
 
 
-def _checked(store: Store, tar: DataObject, row: dict[str, Any]) -> bytes:
-    data = store.get(tar.key, row["offset"], row["offset"] + row["length"])
+def _checked(store: Store, tar: DataObject, row: dict[str, Any], data: bytes) -> bytes:
     if hashlib.sha256(data).digest() != row["sha256"]:
         raise DataError(
             f"{store.url}/{tar.key} is damaged: row {row['row']} is not what was downloaded",

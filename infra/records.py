@@ -135,12 +135,15 @@ class StageRecord(Record):
 R = TypeVar("R", bound=Record)
 
 
-def put_data(store: Store, prefix: str, name: str, data: bytes | Path) -> DataObject:
-    """Store a data object as `prefix/stem-sha256.suffix`. What is there already is not sent again."""
+def put_data(store: Store, prefix: str, name: str, data: bytes | Path, sha256: str = "") -> DataObject:
+    """Store a data object as `prefix/stem-sha256.suffix`. What is there already is not sent again.
+
+    `sha256` is for those who know it from writing the file.
+    """
     if isinstance(data, bytes):
         sha256, size = hashlib.sha256(data).hexdigest(), len(data)
     else:
-        sha256, size = sha256_of(data), data.stat().st_size
+        sha256, size = sha256 or sha256_of(data), data.stat().st_size
     stem, dot, suffix = name.partition(".")
     found = DataObject(key=f"{prefix.rstrip('/')}/{stem}-{sha256}{dot}{suffix}", sha256=sha256, size=size)
     if store.size(found.key) != size:

@@ -17,6 +17,7 @@ import io
 import tarfile
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -110,12 +111,15 @@ class TarWriter:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._size = 0
+        self._sha256 = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Of all that was written."""
+        return self._sha256.hexdigest()
 
     def add(self, name: str, data: bytes) -> Member:
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        info.mode = 0o644
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        self._write(_header(name, len(data)))
         member = Member(self._size, len(data))
         self._write(data)
         self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
@@ -127,7 +131,29 @@ class TarWriter:
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
+        self._sha256.update(data)
         self._size += len(data)
+
+
+@cache
+def _empty_header() -> bytes:
+    """That of a member without a name or a byte, and without its checksum."""
+    info = tarfile.TarInfo()
+    info.mode = 0o644
+    header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    header[148:156] = b" " * 8
+    return bytes(header)
+
+
+def _header(name: str, size: int) -> bytes:
+    """What tarfile would write, at a tenth of its time: a shard has thousands of members."""
+    said, length = name.encode("ascii"), b"%011o" % size
+    assert len(said) <= 100 and len(length) == 11, "members have short names and less than 8 GiB"
+    header = bytearray(_empty_header())
+    header[: len(said)] = said
+    header[124:135] = length
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

@@ -21,6 +21,7 @@ import os
 import random
 import shutil
 import stat
+import tempfile
 import threading
 import time
 import uuid
@@ -144,6 +145,14 @@ class Store(ABC):
     def exists(self, key: str) -> bool:
         return self.size(key) is not None
 
+    def spool(self) -> BinaryIO:
+        """A file to write a large object into before it is put: it has no name, so nothing of it outlives the process.
+
+        `put` and `create` take it by its `spool_path`. On the store's own disk it becomes the object, without a copy:
+        nothing more may be written to it then.
+        """
+        return tempfile.TemporaryFile()
+
     def probe(self) -> None:
         """Raise StoreUnreachable if nobody answers, UnsafeStore if create-if-absent does not hold here."""
         key = f"{SCRATCH}/probe-{uuid.uuid4().hex}"
@@ -158,6 +167,12 @@ class Store(ABC):
         finally:
             with suppress(StoreError):  # what went wrong above is what the user needs to hear
                 self.delete(key)
+
+
+def spool_path(spool: BinaryIO) -> Path:
+    """What a file without a name goes by, in this process."""
+    spool.flush()
+    return Path(f"/proc/self/fd/{spool.fileno()}")
 
 
 def open_store(url: str, settings: StoreSettings | None = None) -> Store:
@@ -192,6 +207,12 @@ class FileStore(Store):
             size = os.fstat(file.fileno()).st_size
             file.seek(start)
             return file.read(max(0, (size if end is None else min(end, size)) - start))
+
+    def opened(self, key: str) -> BinaryIO:
+        """The object to read from, here and there, without a way to it each time."""
+        path = self._path(key)
+        with self._explained(key):
+            return path.open("rb")
 
     def put(self, key: str, data: bytes | Path) -> None:
         path = self._path(key)
@@ -256,6 +277,15 @@ class FileStore(Store):
         with _appearing(path) as file, self._explained(key), source.open("rb") as found:
             shutil.copyfileobj(found, file, COPY_BYTES)
 
+    def spool(self) -> BinaryIO:
+        folder = self._path(SCRATCH)
+        with self._explained(SCRATCH, writing=True):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), "w+b")
+            except OSError:  # not every filesystem has them
+                return tempfile.TemporaryFile(dir=folder)
+
     def probe(self) -> None:
         super().probe()
         with suppress(FileNotFoundError):
@@ -284,12 +314,13 @@ class FileStore(Store):
         try:
             with self._explained(key, writing=True):
                 folder.mkdir(parents=True, exist_ok=True)
-                with temporary.open("xb") as file:
-                    if source is None:
-                        file.write(data)  # type: ignore[arg-type]
-                    else:
-                        shutil.copyfileobj(source, file, COPY_BYTES)
-                    _sync(file)
+                if source is None or not _named(source, temporary):
+                    with temporary.open("xb") as file:
+                        if source is None:
+                            file.write(data)  # type: ignore[arg-type]
+                        else:
+                            shutil.copyfileobj(source, file, COPY_BYTES)
+                        _sync(file)
             yield temporary
         finally:
             if source is not None:
@@ -688,6 +719,19 @@ def _slice(data: bytes | Path, start: int, length: int) -> bytes:
     with data.open("rb") as file:
         file.seek(start)
         return file.read(length)
+
+
+def _named(file: BinaryIO, path: Path) -> bool:
+    """Whether a spool of this disk could be given a name in place of being copied; then it is safely on disk."""
+    if os.fstat(file.fileno()).st_nlink:
+        return False  # a file of somebody's: two names for it would let one change the other
+    try:
+        # Any folder, so that Python calls linkat: link would name the link in /proc, not the file.
+        os.link(f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=file.fileno(), follow_symlinks=True)
+    except OSError:  # it lies on another disk
+        return False
+    _sync(file)
+    return True
 
 
 def _sync(file: BinaryIO) -> None:

@@ -16,6 +16,7 @@ from infra.records import DataObject, ShardRecord, SnapshotRecord, get_data, put
 from infra.shards import (
     SELECTION_SCHEMA,
     TarWriter,
+    _header,
     list_shards,
     parquet_bytes,
     read_index,
@@ -57,6 +58,22 @@ def test_a_tar_holds_its_members_in_order_and_each_is_where_the_writer_says(memb
     assert found == members
     assert [data[offset : offset + length] for offset, length in places] == [body for _, body in members]
     assert tar_of(members)[0] == data
+
+
+@settings(max_examples=60)
+@given(st.from_regex(r"[!-~]{1,100}", fullmatch=True), st.integers(0, 2**33 - 1))
+def test_a_header_is_the_one_that_tarfile_writes(name: str, size: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o644
+    assert _header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_a_tar_knows_its_hash() -> None:
+    file = io.BytesIO()
+    writer = TarWriter(file)
+    writer.add("k.jpg", b"image")
+    writer.finish()
+    assert writer.sha256 == hashlib.sha256(file.getvalue()).hexdigest()
 
 
 def test_a_tar_says_nothing_about_who_made_it_or_when() -> None:

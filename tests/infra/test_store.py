@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -29,7 +30,7 @@ from hypothesis import strategies as st
 import infra.store as store_module
 from infra.config import digest
 from infra.errors import NotFound, SettingsError, StoreError, StoreUnreachable, UnsafeStore
-from infra.store import Entry, FileStore, S3Store, Store, StoreSettings, open_store
+from infra.store import Entry, FileStore, S3Store, Store, StoreSettings, open_store, spool_path
 from tests.infra.fault_proxy import FaultProxy
 
 MIB = 1 << 20
@@ -265,6 +266,46 @@ def test_a_missing_source_is_not_a_missing_object(store: Store, tmp_path: Path) 
         with pytest.raises(FileNotFoundError):
             write("a", tmp_path / "nowhere")
     assert list(store.list()) == []
+
+
+@pytest.mark.parametrize("how", ["put", "create"])
+def test_a_spool_becomes_an_object(store: Store, how: str) -> None:
+    with store.spool() as spool:
+        spool.write(b"spooled" * 1000)
+        getattr(store, how)("a/b", spool_path(spool))
+    assert store.get("a/b") == b"spooled" * 1000
+    with store.spool() as spool:
+        spool.write(b"left where it is")
+    assert [entry.key for entry in store.list()] == ["a/b"]
+
+
+def test_a_spool_on_the_stores_own_disk_is_not_copied(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    with store.spool() as spool:
+        spool.write(b"spooled")
+        store.put("a/b", spool_path(spool))
+        assert os.fstat(spool.fileno()).st_ino == (store.root / "a/b").stat().st_ino
+    store.put("a/c", b"bytes")
+    assert (store.root / "a/b").stat().st_mode == (store.root / "a/c").stat().st_mode
+    assert not list((store.root / ".tmp").iterdir())
+
+
+def test_a_file_with_a_name_is_always_copied(tmp_path: Path) -> None:
+    store, mine = FileStore(tmp_path / "store"), tmp_path / "mine"
+    mine.write_bytes(b"before")
+    store.put("a/b", mine)
+    mine.write_bytes(b"after, in the same file")
+    assert store.get("a/b") == b"before"
+
+
+def test_a_spool_of_another_disk_is_copied(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    with tempfile.TemporaryFile(dir="/dev/shm") as spool:
+        if os.fstat(spool.fileno()).st_dev == tmp_path.stat().st_dev:
+            pytest.skip("one disk holds both")
+        spool.write(b"from afar")
+        store.put("a/b", spool_path(spool))
+    assert store.get("a/b") == b"from afar"
 
 
 def test_what_is_scratch_is_not_listed(store: Store) -> None:
