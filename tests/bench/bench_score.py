@@ -1,7 +1,11 @@
 """How many images a second a scorer takes at several batch sizes, side by side with batch 1.
 
-CLIP: ViT-B-32 of open_clip with random weights, one caption and two heads an image; decoding and resizing included.
-Weights do not change the time, so none are downloaded.
+clip: ViT-B-32 of open_clip with random weights, one caption and two heads an image. Weights do not change the time, so
+none are downloaded.
+vlm: captions of up to `--tokens` tokens by a Qwen3-VL; without `--model` the tests' small random one, which shows what
+batching does and nothing of a real model's speed.
+
+Decoding and resizing are included.
 """
 
 from __future__ import annotations
@@ -19,15 +23,40 @@ import numpy as np
 import simplejpeg
 import torch
 
-from data_prep.scorers import Sample
+from data_prep.scorers import Sample, Scorer
 from data_prep.scorers.clip import ClipScorer
-from data_prep.scorers.settings import ClipSettings
+from data_prep.scorers.settings import ClipSettings, VlmSettings
+from data_prep.scorers.vlm import VlmScorer
 from infra.config import parse
 from tests.bench.sides import compare, show
+from tests.data_prep.small_scorers import build_vlm
 
 
-def build(folder: Path, name: str) -> int:
+def clip(folder: Path, given: argparse.Namespace, batch: int) -> ClipScorer:
+    name, where = given.model or "ViT-B-32", folder / "clip"
+    if not where.exists():
+        width = build_clip(where, name)
+        torch.save({"weight": torch.randn(1, width)}, folder / "head.pth")
+    heads = [{"name": head, "file": str(folder / "head.pth")} for head in ("aesthetic", "nsfw")]
+    plain = {"model": str(where), "heads": heads, "batch_size": batch, "dtype": given.dtype}
+    return ClipScorer(parse(ClipSettings, plain), given.device, given.threads)
+
+
+def vlm(folder: Path, given: argparse.Namespace, batch: int) -> VlmScorer:
+    where = folder / "vlm"
+    if not given.model and not where.exists():
+        build_vlm(where, "qwen3")
+    asks = [{"kind": "recaption", "prompt": "Describe.", "max_tokens": given.tokens}]
+    plain = {"kind": "vlm", "model": given.model or str(where), "asks": asks, "batch_size": batch, "dtype": given.dtype}
+    return VlmScorer(parse(VlmSettings, plain), given.device, given.threads)
+
+
+SCORERS: dict[str, Callable[[Path, argparse.Namespace, int], Scorer]] = {"clip": clip, "vlm": vlm}
+
+
+def build_clip(folder: Path, name: str) -> int:
     """The model as a local folder; the width of its features."""
+    folder.mkdir()
     import open_clip
     from safetensors.torch import save_file
 
@@ -50,7 +79,7 @@ def pictures(count: int, size: int) -> list[Sample]:
     return found
 
 
-def side(scorer: ClipScorer, samples: list[Sample], cpu: list[float]) -> Callable[[], object]:
+def side(scorer: Scorer, samples: list[Sample], cpu: list[float]) -> Callable[[], object]:
     """One pass over the samples, which also notes its CPU-seconds: on a busy machine they are the steadier measure."""
 
     def run() -> None:
@@ -63,7 +92,9 @@ def side(scorer: ClipScorer, samples: list[Sample], cpu: list[float]) -> Callabl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="ViT-B-32")
+    parser.add_argument("--what", default="clip", choices=SCORERS)
+    parser.add_argument("--model", help="clip: a name of open_clip's; vlm: a folder or a hub model")
+    parser.add_argument("--tokens", type=int, default=64, help="of a caption, at most")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--images", type=int, default=32, help="in each round")
     parser.add_argument("--size", type=int, default=256, help="side of the prepared images")
@@ -75,16 +106,13 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     samples = pictures(given.images, given.size)
     with TemporaryDirectory() as name:
-        width = build(Path(name), given.model)
-        torch.save({"weight": torch.randn(1, width)}, Path(name, "head.pth"))
-        heads = [{"name": head, "file": str(Path(name, "head.pth"))} for head in ("aesthetic", "nsfw")]
         sides = {}
         cpu: dict[str, list[float]] = {f"batch {batch}": [] for batch in given.batches}
         for batch, (label, seconds) in zip(given.batches, cpu.items(), strict=True):
-            plain = {"model": name, "heads": heads, "batch_size": batch, "dtype": given.dtype}
-            sides[label] = side(ClipScorer(parse(ClipSettings, plain), given.device, given.threads), samples, seconds)
+            sides[label] = side(SCORERS[given.what](Path(name), given, batch), samples, seconds)
         times = compare(sides, given.rounds)
-    print(f"{given.model}, {given.dtype}, {given.device}, {given.threads} threads, images of {given.size} px")
+    model = given.model or "by default"
+    print(f"{given.what} {model}, {given.dtype}, {given.device}, {given.threads} threads, images of {given.size} px")
     show(times, (f"batch {given.batches[0]}",))
     for label, seconds in times.items():
         busy = cpu[label][-len(seconds) :]  # without the warm-up
