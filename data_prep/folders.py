@@ -120,7 +120,9 @@ class LocalFolder:
                     yield name, entry.stat(follow_symlinks=False).st_size, None
             elif not self._is_inside(entry.path):
                 yield name + "/" * os.path.isdir(entry.path), 0, Cause.OUTSIDE_FOLDER
-            elif not os.path.isdir(entry.path):  # a linked subfolder's files are met where they lie
+            elif os.path.isdir(entry.path):  # its files are met where they lie, and the link may lead in circles
+                yield f"{name}/", 0, Cause.UNREADABLE
+            else:
                 yield name, os.path.getsize(entry.path) if os.path.exists(entry.path) else 0, None
 
     def find(self, pattern: str) -> list[str]:
@@ -172,9 +174,7 @@ class StoreFolder:
     def read(self, name: str, limit: int) -> bytes | Rejection:
         if not _is_inside(name):
             return Rejection(Cause.OUTSIDE_FOLDER, name[:200])
-        try:
-            check_key(name)
-        except StoreError:
+        if not _is_key(name):
             return Rejection(Cause.BAD_NAME, repr(name)[:200])
         try:
             data = self.store.get(name, 0, limit + 1)
@@ -189,11 +189,13 @@ class StoreFolder:
         return io.BufferedReader(_StoreFile(self.store, name, size), buffer_size=buffer)
 
     def names(self) -> Iterator[tuple[str, int, Cause | None]]:
-        return ((entry.key, entry.size, None) for entry in self.store.list())
+        for entry in self.store.listed():
+            yield entry.key, entry.size, None if _is_key(entry.key) else Cause.BAD_NAME
 
     def find(self, pattern: str) -> list[str]:
         parts = pattern.split("/")
-        return [entry.key for entry in self.store.list(_fixed(pattern)) if _matches(entry.key.split("/"), parts)]
+        found = self.store.listed(_fixed(pattern))
+        return [check_key(entry.key) for entry in found if _matches(entry.key.split("/"), parts)]
 
 
 class _StoreFile(io.RawIOBase):
@@ -223,6 +225,14 @@ class _StoreFile(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
+
+
+def _is_key(name: str) -> bool:
+    try:
+        check_key(name)
+    except StoreError:
+        return False
+    return True
 
 
 def _is_inside(name: str) -> bool:

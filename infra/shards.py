@@ -80,6 +80,11 @@ SELECTION_SCHEMA = pa.schema(
 )
 
 
+# Keys are hashes, so their first hex digits decide what is decided by chance: these, whether a sample is held out; the
+# next as many, whether it is listed once more where its source's weight is no whole number.
+SPLIT_DIGITS = 8
+
+
 def sample_key(source: str, name: str) -> str:
     """The key of an input: a hash, so that it has no dots or slashes, is spread evenly, and never moves."""
     return hashlib.sha256(f"{source}\0{name}".encode()).hexdigest()[:20]
@@ -192,5 +197,6 @@ def read_parquet(store: Store, found: DataObject, columns: Sequence[str] | None)
     except pa.ArrowInvalid as error:
         raise DataError(
             f"{store.url}/{found.key} is not a readable table ({error})",
-            remedy="it was written by another program or version; run prepare again",
+            remedy="it was written by another program or version; if it is a shard's, run `pixnerd data verify "
+            "--drop-damaged`, then prepare again",
         ) from None

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import random
 import shutil
@@ -29,7 +30,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -54,6 +55,7 @@ LONGEST_PAUSE = 20.0
 class Entry:
     key: str
     size: int
+    modified: float = field(default=math.inf, compare=False)  # seconds since the epoch; where unknown it counts as new
 
 
 class StoreSettings(Settings):
@@ -126,9 +128,15 @@ class Store(ABC):
     def create(self, key: str, data: bytes | Path) -> bool:
         """Write the object unless there is one; False if somebody was first."""
 
-    @abstractmethod
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """The objects whose keys start with `prefix`, sorted by key, read page by page."""
+        for entry in self.listed(prefix):
+            check_key(entry.key)
+            yield entry
+
+    @abstractmethod
+    def listed(self, prefix: str = "") -> Iterator[Entry]:
+        """The same, with keys that nobody has checked: of what others have put there."""
 
     @abstractmethod
     def size(self, key: str) -> int | None:
@@ -235,7 +243,7 @@ class FileStore(Store):
             _sync_folder(path.parent)
             return True
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
+    def listed(self, prefix: str = "") -> Iterator[Entry]:
         folder, slash, _ = prefix.rpartition("/")
         top = self._path(folder) if slash else self.root
         yield from self._walk(top, folder + slash, prefix)
@@ -256,7 +264,8 @@ class FileStore(Store):
                     yield from self._walk(folder / entry.name, key, prefix)
             elif entry.is_file(follow_symlinks=False):
                 with suppress(FileNotFoundError):  # deleted since it was seen
-                    yield Entry(check_key(key), entry.stat(follow_symlinks=False).st_size)
+                    about = entry.stat(follow_symlinks=False)
+                    yield Entry(key, about.st_size, about.st_mtime)
 
     def size(self, key: str) -> int | None:
         path = self._path(key)
@@ -384,7 +393,7 @@ class S3Store(Store):
     def create(self, key: str, data: bytes | Path) -> bool:
         return self._write(key, data, {"IfNoneMatch": "*"})
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
+    def listed(self, prefix: str = "") -> Iterator[Entry]:
         ask = {"Bucket": self.bucket, "Prefix": self.base + prefix, "MaxKeys": self.settings.page_size}
         while True:
             with self._explained(prefix):
@@ -393,7 +402,7 @@ class S3Store(Store):
                 key = item["Key"].removeprefix(self.base)
                 # Browsers of buckets make empty objects called `folder/`.
                 if not key.startswith(f"{SCRATCH}/") and not item["Key"].endswith("/"):
-                    yield Entry(check_key(key), item["Size"])
+                    yield Entry(key, item["Size"], item["LastModified"].timestamp())
             if not page.get("IsTruncated"):
                 return
             ask["ContinuationToken"] = page["NextContinuationToken"]

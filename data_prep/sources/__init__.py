@@ -13,6 +13,12 @@ A source is a settings class with a `kind`, in the module of its family, and fun
     web_dataset   webdataset                                  a sample in a tar is an item
     sa1b          sa1b                                        the same, its words in a table
 
+A key is made of what an item is: its URL, its name in the folder or tar, or its bytes where a table holds them. Where
+there is none of these it is its place, which nothing else is called. So neither rows that come before it nor another
+name for its table move it, and a picture that is named in two pieces has one key in both: whoever forgets it forgets
+all of them. Within a piece keys are distinct, as members of a tar must be: one that comes again gets a key of its own,
+which begins as the first does and stays on its side of the held-out split.
+
 Everything is read in a stream, and everything comes from strangers: a name never leads out of its folder, a caption is
 text of bounded length, and what cannot be read is an item with a cause, never an exception and never left out. Only a
 table that is no table at all is an error.
@@ -30,7 +36,7 @@ from pydantic import Field
 from data_prep.rejections import Rejection
 from data_prep.sources import listings, sa1b, tables, web_dataset
 from data_prep.sources.listings import ImageNet, TextFolder
-from data_prep.sources.raw import ROW, Input, Range, RawItem, Url
+from data_prep.sources.raw import ROW, Input, Keys, Range, RawItem, Url
 from data_prep.sources.sa1b import Sa1b
 from data_prep.sources.tables import ParquetImages, TableFolder, UrlList
 from data_prep.sources.web_dataset import WebDataset
@@ -97,7 +103,9 @@ def kept_fields(source: Source, store: Store, part: Range) -> list[pa.Field]:
 
 def items(source: Source, store: Store, part: Range) -> Iterator[RawItem]:
     """Every input of the piece, in order, each an item whatever became of it."""
-    return iter(_FAMILY[source.kind].items(source, store, part))
+    keys = Keys()
+    for item in _FAMILY[source.kind].items(source, store, part):
+        yield item._replace(key=keys.distinct(item.key))
 
 
 def urls(source: UrlList, store: Store, part: Range) -> Iterator[tuple[int, str | Rejection]]:

@@ -4,6 +4,10 @@ of a thousand.
 The lines are read by Python's own readers: pyarrow's JSON reader takes the process with it on deeply nested values,
 and gives up a whole table for one damaged line. Here such a line becomes a row of nothing, which is refused and counted
 like any other. A kept column has one type in the whole table, found in a first pass over all of it.
+
+A record of a CSV may span lines, where a quoted field does. One that gets longer than a line may be, that never ends,
+or that is not as CSV is written, is none: its lines are read one by one, so that a quote which nobody closes takes no
+row with it. The line at which it goes wrong begins anew.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from infra.records import DataObject, put_data
 from infra.store import Store
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
-LONGEST_LINE = 4 << 20  # characters; of a longer line nothing is kept
+LONGEST_LINE = 4 << 20  # characters, also of a record of several lines; of a longer line nothing is kept
 MOST_FIELDS = 1000  # names that a table's lines may have, all in all
 
 Line = dict[str, Any] | None  # None: damaged
@@ -53,9 +57,11 @@ def lines(folder: Folder, name: str) -> Iterator[Line]:
         yield from _csv_lines(file, name) if name.endswith(".csv") else _json_lines(file)
 
 
-def converted(store: Store, source: str, folder: Folder, name: str, columns: Columns) -> tuple[DataObject, int]:
-    """The wanted columns of a table as a Parquet in the store, and its rows."""
+def converted(store: Store, source: str, folder: Folder, name: str, columns: Columns) -> tuple[DataObject, int] | None:
+    """The wanted columns of a table as a Parquet in the store, and its rows; None where it has none."""
     schema = _schema(lines(folder, name), name, columns)
+    if schema is None:
+        return None
     with tempfile.TemporaryDirectory() as place:
         path = Path(place, "rows.parquet")
         with RowWriter(path, schema) as writer:
@@ -93,34 +99,122 @@ def _skip_line(file: BinaryIO) -> None:
 
 def _csv_lines(file: BinaryIO, name: str) -> Iterator[Line]:
     csv.field_size_limit(LONGEST_LINE)
-    decoded = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-    reader = csv.reader(iter(lambda: decoded.readline(LONGEST_LINE), ""))
-    header = _csv_row(reader)
-    if not header:
+    found = _TextLines(file)
+    header = next((row for row in _records(found) if row != []), [])
+    if header is None:
         raise DataError(f"{name} is not a readable table (no header)", remedy="its first line names the columns")
     if len(set(header)) < len(header):
         raise DataError(f"{name} is not a readable table (two columns have one name)", remedy="rename one")
-    while (row := _csv_row(reader)) is not None:
-        if row or len(header) == 1:
-            yield dict(zip(header, row, strict=True)) if len(row) == len(header) else None
+    for row in _records(found, len(header)):
+        if row == [] and len(header) == 1:
+            yield {header[0]: ""}
+        elif row != []:
+            yield dict(zip(header, row, strict=True)) if row and len(row) == len(header) else None
 
 
-def _csv_row(reader: Iterator[list[str]]) -> list[str] | None:
-    """None at the end; a row of one field too many where it cannot be read."""
+def _records(found: _TextLines, fields: int | None = None) -> Iterator[list[str] | None]:
+    """[] for an empty line, None for what is damaged; `fields` are those of a record, once that is known."""
+    for line in found:
+        row, is_open = _csv_row(line)
+        if is_open:
+            yield from _spanning(found, line or "", fields)
+        else:
+            yield row
+
+
+def _spanning(found: _TextLines, first: str, fields: int | None) -> Iterator[list[str] | None]:
+    """What begins with a line that ends within quotes: a record of several lines, or these one by one."""
+    held, cut_off = [first], False
+
+    def following() -> Iterator[str]:
+        nonlocal cut_off
+        yield first
+        size = len(first)
+        for line in found:
+            size += len(line or "")
+            if line is None or size > LONGEST_LINE:
+                found.give_back(line)
+                break
+            held.append(line)
+            yield line
+        cut_off = True
+
+    with suppress(csv.Error):
+        row = next(csv.reader(following(), strict=True))
+        if fields is None or len(row) == fields:
+            yield row
+            return
+    if len(held) > 1 and not cut_off:
+        found.give_back(held.pop())
+    for line in held:
+        row_alone, is_open = _csv_row(line)
+        yield None if is_open else row_alone
+
+
+def _csv_row(line: str | None) -> tuple[list[str] | None, bool]:
+    """A line's fields, and whether it ends within quotes."""
+    if line is None:
+        return None, False
+    is_open = False
+
+    def alone(line: str) -> Iterator[str]:
+        nonlocal is_open
+        yield line
+        is_open = True  # the reader has asked for another line
+
     try:
-        return next(reader, None)
+        return next(csv.reader(alone(line) if '"' in line else [line])), is_open
     except csv.Error:
-        return [""] * (MOST_FIELDS + 1)
+        return None, False
+
+
+class _TextLines:
+    """The lines with their ends, whichever those are; None for each that is too long. One can be given back."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+        self._last = ""
+        self._back: list[str | None] = []
+
+    def __iter__(self) -> Iterator[str | None]:
+        return self
+
+    def __next__(self) -> str | None:
+        if self._back:
+            return self._back.pop()
+        cut_end = self._last.endswith("\r")
+        line = self._read()
+        if line == "\n" and cut_end:  # the limit has come between the halves of a line's end
+            line = self._read()
+        if not line:
+            raise StopIteration
+        if len(line) < LONGEST_LINE or line.endswith(("\n", "\r")):
+            return line
+        while line and not line.endswith(("\n", "\r")):
+            line = self._read()
+        return None
+
+    def give_back(self, line: str | None) -> None:
+        self._back.append(line)
+
+    def _read(self) -> str:
+        self._last = self._file.readline(LONGEST_LINE)
+        return self._last
 
 
 # Types
 
 
-def _schema(found: Iterator[Line], name: str, columns: Columns) -> pa.Schema:
-    """One type for a kept column, from all its values. Without kept columns the first lines tell what there is."""
+def _schema(found: Iterator[Line], name: str, columns: Columns) -> pa.Schema | None:
+    """One type for a kept column, from all its values. Without kept columns the first lines tell what there is.
+
+    None for a table without lines. A column without values has the type null, which goes with any other table's.
+    """
     types: dict[str, pa.DataType] = dict.fromkeys(columns.kept, pa.null())
     fields: dict[str, None] = {}
+    rows = 0
     for line in found:
+        rows += 1
         if line is None:
             continue
         if len(fields) < MOST_FIELDS:
@@ -129,6 +223,8 @@ def _schema(found: Iterator[Line], name: str, columns: Columns) -> pa.Schema:
             types[column] = _wider(types[column], line.get(column), csv_text=name.endswith(".csv"))
         if not columns.kept and fields.keys() >= set(columns.names):
             break
+    if not rows:
+        return None
     if not fields:
         raise DataError(f"{name} is not a readable table (no row in it can be read)", remedy="write it again")
     for column in columns.names:
@@ -136,7 +232,7 @@ def _schema(found: Iterator[Line], name: str, columns: Columns) -> pa.Schema:
             raise missing_column(name, column, list(fields))
     whole = dict.fromkeys(columns.captions, pa.list_(pa.binary()))
     whole |= dict.fromkeys([*columns.subject, *columns.texts], pa.binary())
-    whole |= {column: pa.string() if pa.types.is_null(kind) else kind for column, kind in types.items()}
+    whole |= types
     return pa.schema([(column, whole[column]) for column in columns.names])
 
 
@@ -225,4 +321,5 @@ _CASTS: dict[str, Callable[[Any], Any]] = {
     str(pa.int64()): _plain(int),
     str(pa.float64()): _plain(float),
     str(pa.bool_()): _plain(bool),
+    str(pa.null()): lambda value: None,
 }

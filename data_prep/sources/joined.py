@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +70,8 @@ def join(store: Store, source: str, folder: Folder, names: Sequence[str], column
     prints = [fingerprint(folder, name) for name in names]
     asked = json.dumps([store.url, source, names, prints, columns])
     if asked not in _made:
-        tables = [_opened(store, source, folder, name, columns) for name in names]
+        opened = [_opened(store, source, folder, name, columns) for name in names]
+        tables = [table for table in opened if table is not None]
         _made.clear()
         _made[asked] = _join(store, source, tables, columns)
     return _made[asked]
@@ -85,13 +86,18 @@ class _Table(NamedTuple):
     schema: pa.Schema
 
 
-def _opened(store: Store, source: str, folder: Folder, title: str, columns: Columns) -> _Table:
+def _opened(store: Store, source: str, folder: Folder, title: str, columns: Columns) -> _Table | None:
+    """None for a table without rows."""
     name = title
     if not name.endswith(".parquet"):
-        found, _ = converted(store, source, folder, name, columns)
-        name, folder = found.key, StoreFolder(store)
+        made = converted(store, source, folder, name, columns)
+        if made is None:
+            return None
+        name, folder = made[0].key, StoreFolder(store)
     with parquet.opened(folder.open(name), name) as file:
         schema = file.schema_arrow
+        if not file.metadata.num_rows:
+            return None
     check_columns(columns, title, schema)
     return _Table(name, folder, schema)
 
@@ -150,11 +156,13 @@ def _schema(tables: Sequence[_Table], columns: Columns) -> pa.Schema:
     for name in columns.kept:
         kinds = {str(kind): kind for kind in (parquet.plain_type(table.schema.field(name).type) for table in tables)}
         if len(kinds) > 1:
+            kinds.pop(str(pa.null()), None)
+        if len(kinds) > 1:
             raise SettingsError(
                 f"the column `{name}` is {' in one table and '.join(sorted(kinds))} in another",
                 remedy="write the tables with one type for it",
             )
-        fields.append(pa.field(name, *kinds.values()))
+        fields.append(pa.field(name, next(iter(kinds.values()), pa.null())))
     return pa.schema(fields)
 
 
@@ -181,9 +189,11 @@ def _uniform(
 class Captions:
     """The join, to look up in. Neighbours are in memory already."""
 
-    def __init__(self, file: pq.ParquetFile) -> None:
-        self._file = file
-        self._firsts: list[int] = json.loads((file.metadata.metadata or {}).get(FIRSTS, b"[]"))
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._name = name
+        with parquet.readable(name):
+            self._file = pq.ParquetFile(file, buffer_size=parquet.BUFFER)
+        self._firsts: list[int] = json.loads((self._file.metadata.metadata or {}).get(FIRSTS, b"[]"))
         self._held: OrderedDict[int, pa.Table] = OrderedDict()
 
     def of(self, image: str) -> dict[str, Any] | None:
@@ -206,6 +216,7 @@ class Captions:
         if number not in self._held:
             if len(self._held) == HELD:
                 self._held.popitem(last=False)
-            self._held[number] = parquet.unchecked(self._file.read_row_group(number)).combine_chunks()
+            with parquet.readable(self._name):
+                self._held[number] = parquet.unchecked(self._file.read_row_group(number)).combine_chunks()
         self._held.move_to_end(number)
         return self._held[number]

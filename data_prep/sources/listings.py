@@ -178,7 +178,12 @@ def _text_beside(source: TextFolder, folder: Folder, name: str) -> list[dict[str
 
 
 def _read_beside(source: TextFolder, folder: Folder, name: str) -> bytes | Rejection:
-    return folder.read(str(PurePosixPath(name).with_suffix(source.caption_suffix)), 4 * source.max_caption)
+    """The text by its suffix as it is set, or else in upper case: beside 5.JPG stands 5.TXT."""
+    found: bytes | Rejection = Rejection(Cause.MISSING)
+    for suffix in (source.caption_suffix, source.caption_suffix.upper()):
+        if isinstance(found, Rejection) and found.cause is Cause.MISSING:
+            found = folder.read(str(PurePosixPath(name).with_suffix(suffix)), 4 * source.max_caption)
+    return found
 
 
 def _named(source: ImageNet, row: Listed) -> list[dict[str, str]] | Rejection:
@@ -230,7 +235,7 @@ def _class_lines(where: str, folder: Folder) -> list[str]:
         text = words.text(file.read(MOST_CLASSES))
     if text is None:
         raise SettingsError(f"{where} is not UTF-8", remedy="name a text file of class names")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.removeprefix(words.MARK).splitlines() if line.strip()]
 
 
 def _class_names(lines: Sequence[str], folders: Sequence[str]) -> dict[str, str]:

@@ -154,7 +154,9 @@ def plain_type(kind: pa.DataType) -> pa.DataType | None:
     if is_list(kind):
         inner = plain_type(kind.value_type)
         return None if inner is None else pa.list_(inner)
-    return kind if types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind) else None
+    # A column without a single value: null goes with whatever type other tables have for it.
+    known = types.is_null(kind) or types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)
+    return kind if known else None
 
 
 def is_list(kind: pa.DataType) -> bool:

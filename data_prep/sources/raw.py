@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
@@ -9,9 +10,13 @@ from pydantic import Field
 from data_prep.rejections import Rejection
 from infra.config import Settings, nearest, operational
 from infra.errors import SettingsError
-from infra.shards import INDEX_SCHEMA
+from infra.shards import INDEX_SCHEMA, SPLIT_DIGITS, sample_key
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+# What a corpus means as a picture, also of kinds that nobody here can read: those are refused, and counted.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif", ".jpe"),
+    *(".heic", ".heif", ".jxl", ".jp2", ".svg"),
+)
 TABLES = "data/tables"  # listings, and inputs that were turned into Parquet
 ROW = "pixnerd_row"  # in a table of selected rows: which row of the input each one is
 
@@ -54,6 +59,26 @@ class Url(str):
     """An image that must be downloaded first."""
 
     __slots__ = ()
+
+
+class Keys:
+    """The keys of items that stand together, no two of which are equal.
+
+    What comes again gets a key of its own by how often it has come, which begins as the first one does: the first
+    digits decide whether a sample is held out, so one picture is never on both sides.
+    """
+
+    def __init__(self) -> None:
+        self._times = Counter[str]()
+
+    def distinct(self, key: str) -> str:
+        found, times = key, self._times[key]
+        while found in self._times:
+            found = key[:SPLIT_DIGITS] + sample_key(key, str(times))[SPLIT_DIGITS:]
+            times += 1
+        self._times[found] = 1
+        self._times[key] = max(1, times)
+        return found
 
 
 class RawItem(NamedTuple):

@@ -62,11 +62,8 @@ def kept_fields(source: Sa1b, store: Store, part: Range) -> list[pa.Field]:
 
 
 def items(source: Sa1b, store: Store, part: Range) -> Iterator[RawItem]:
-    with (
-        open_folder(source.url).open(part.input, tars.READING) as file,
-        parquet.opened(parquet.open_rows(source, store, part), part.table) as table,
-    ):
-        said = Captions(table)
+    with tars.opened(source, part) as file, parquet.open_rows(source, store, part) as table:
+        said = Captions(table, part.table)
         for found in tars.found(source, part, file, ()):
             yield _item(source, said, found)
 

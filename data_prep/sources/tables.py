@@ -13,7 +13,7 @@ import posixpath
 from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -102,6 +102,8 @@ def ranges(source: TableSource, store: Store, found: Input, rows: int) -> Iterat
     folder, name = open_folder(source.url), found.name
     if name.endswith(".parquet"):
         with parquet.opened(folder.open(name), name) as file:
+            if not file.metadata.num_rows:
+                return
             _check(source, name, file.schema_arrow)
             groups = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
         table, in_store = name, False
@@ -110,7 +112,10 @@ def ranges(source: TableSource, store: Store, found: Input, rows: int) -> Iterat
             raise SettingsError(f"{name} is no Parquet file", remedy="name tables that end in .parquet")
         for column in source.keep:
             check_kept(column)
-        where, count = converted(store, source.name, folder, name, _columns(source))
+        made = converted(store, source.name, folder, name, _columns(source))
+        if made is None:
+            return
+        where, count = made
         groups, table, in_store = [count], where.key, True
         with parquet.opened(parquet.open_rows(source, store, Range(name, table, True, 0, 0)), table) as file:
             _check(source, name, file.schema_arrow)
@@ -154,9 +159,9 @@ def urls(source: UrlList, store: Store, part: Range) -> Iterator[tuple[int, str 
 
 
 def _item(source: TableSource, folder: Folder, table: str, number: int, row: dict[str, Any]) -> RawItem:
-    place = f"{table}#{number}"  # tables may name an image twice
+    place = f"{table}#{number}"
     captions = words.captions([(kind, row[kind]) for kind in source.captions], source.max_caption)
-    name, image = _image(source, row, place)
+    name, identity, image = _image(source, row, place)
     if not isinstance(image, Rejection):
         if isinstance(captions, Rejection):
             image = captions
@@ -167,7 +172,7 @@ def _item(source: TableSource, folder: Folder, table: str, number: int, row: dic
     own = None if isinstance(source, UrlList) or not source.origin_column else row[source.origin_column]
     return RawItem(
         row=number,
-        key=sample_key(source.name, place),
+        key=sample_key(source.name, identity or f"\0{place}"),
         name=words.shown(name),
         image=image,
         captions=[] if isinstance(captions, Rejection) else captions,
@@ -177,16 +182,26 @@ def _item(source: TableSource, folder: Folder, table: str, number: int, row: dic
     )
 
 
-def _image(source: TableSource, row: dict[str, Any], place: str) -> tuple[str, bytes | Url | Rejection | None]:
-    """The image's name, and the image, if the row is enough to tell."""
+class _Image(NamedTuple):
+    name: str
+    identity: str | None  # what tells it from all others, wherever a row names it; never with a NUL in front
+    image: bytes | Url | Rejection | None  # None: to be read by its name
+
+
+def _image(source: TableSource, row: dict[str, Any], place: str) -> _Image:
     value = row[source.image]
     if isinstance(source, ParquetImages):
         return _embedded(value, place, source.max_bytes)
-    name = words.text(value)
+    name = words.text(value) or ""
     if isinstance(source, UrlList):
-        found = _url(value)
-        return (name or "").strip(), found
-    return (name, None) if name else ("", Rejection(Cause.BAD_NAME, "empty or not UTF-8"))
+        name, found = name.strip(), _url(value)
+        return _Image(name, _plain(name), found)
+    return _Image(name, _plain(name), None if name else Rejection(Cause.BAD_NAME, "empty or not UTF-8"))
+
+
+def _plain(name: str) -> str | None:
+    """No URL and no file begins with a NUL; who writes one means a place, to be taken for another row."""
+    return name if name and not name.startswith("\0") else None
 
 
 def _url(value: bytes | str | None) -> Url | Rejection:
@@ -197,16 +212,16 @@ def _url(value: bytes | str | None) -> Url | Rejection:
     return found if isinstance(found, Rejection) else Url(name.strip())
 
 
-def _embedded(value: Any, place: str, limit: int) -> tuple[str, bytes | Rejection]:
+def _embedded(value: Any, place: str, limit: int) -> _Image:
     path: str | None = None
     if isinstance(value, dict):
         value, path = value["bytes"], words.text(value.get("path"))
     name = path or place
     if value is None:
-        return name, Rejection(Cause.MISSING, "the row holds no bytes")
+        return _Image(name, None, Rejection(Cause.MISSING, "the row holds no bytes"))
     if len(value) > limit:
-        return name, Rejection(Cause.TOO_MANY_BYTES, f"{len(value)} bytes")
-    return name, value
+        return _Image(name, None, Rejection(Cause.TOO_MANY_BYTES, f"{len(value)} bytes"))
+    return _Image(name, hashlib.sha256(value).hexdigest(), value)
 
 
 # Columns
@@ -222,7 +237,7 @@ def _check(source: TableSource, name: str, schema: pa.Schema) -> None:
     if isinstance(source, ParquetImages):
         kind = schema.field(source.image).type
         inner = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
-        if not parquet.is_bytes(inner):
+        if not parquet.is_bytes(inner) and not pa.types.is_null(inner):
             raise SettingsError(
                 f"column `{source.image}` of {name} is {kind}", remedy="name a column of bytes, or of {bytes, path}"
             )
@@ -298,6 +313,8 @@ def _with_images(source: TableFolder, folder: Folder, table: Input, sizes: _Size
 def _image_names(source: TableFolder, folder: Folder, table: str) -> Iterator[list[bytes | None]]:
     if table.endswith(".parquet"):
         with parquet.opened(folder.open(table), table) as file:
+            if not file.metadata.num_rows:
+                return
             _check(source, table, file.schema_arrow)
             for batch in file.iter_batches(NAME_BATCH, columns=[source.image], use_threads=False):
                 yield batch.column(0).cast(pa.binary()).to_pylist()

@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
 
@@ -26,7 +27,7 @@ from pydantic import Field
 from data_prep.folders import fingerprint, matching, open_folder, text_of
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import words
-from data_prep.sources.raw import IMAGE_SUFFIXES, Corpus, Input, Range
+from data_prep.sources.raw import IMAGE_SUFFIXES, Corpus, Input, Keys, Range
 from data_prep.sources.tarwalk import Broken, Member, members
 from infra.config import operational
 from infra.errors import DataError
@@ -212,11 +213,24 @@ class Found(NamedTuple):
     prefix: str = ""  # of its sidecars' extensions
 
 
+@contextmanager
+def opened(source: Tars, part: Range) -> Iterator[BinaryIO]:
+    """The tar, to read a range of. That its disk fails is no fault of an item, and says nothing of other files."""
+    try:
+        with open_folder(source.url).open(part.input, READING) as file:
+            yield file
+    except OSError as error:
+        raise DataError(
+            f"{part.input} cannot be read ({error.strerror or type(error).__name__})",
+            remedy="check the disk that it lies on, and run again",
+        ) from None
+
+
 def found(source: Tars, part: Range, file: BinaryIO, sidecars: Sequence[str]) -> Iterator[Found]:
     """The samples of a range, in order, and the rest of an archive that breaks off in it."""
     if part.first + part.rows > max(1, file.seek(0, io.SEEK_END)):
         raise DataError(f"{part.input} has become shorter since it was planned", remedy="run prepare again")
-    row, wanted, seen = 0, range(part.first, part.first + part.rows), set[str]()
+    row, wanted, keys = 0, range(part.first, part.first + part.rows), Keys()
     for sample in samples(file, source.images, sidecars, wanted):
         if sample.first >= wanted.stop:
             return
@@ -226,7 +240,8 @@ def found(source: Tars, part: Range, file: BinaryIO, sidecars: Sequence[str]) ->
                 yield Found(row, key, words.shown(part.input), sample.why, Sample(sample.first, ""))
             return
         for picture in pictures(sample, source.images):
-            key = _key(source, part.input, picture.name, row, seen)
+            # By the name in the tar; one that comes again is counted from the tar's start, wherever a range begins.
+            key = keys.distinct(sample_key(source.name, f"{part.input}/{text_of(picture.name)}"))
             if sample.first in wanted:
                 if isinstance(picture.found, Rejection):
                     image: bytes | Rejection = picture.found
@@ -234,16 +249,6 @@ def found(source: Tars, part: Range, file: BinaryIO, sidecars: Sequence[str]) ->
                     image = content(file, sample, picture.extension, source.max_bytes)
                 yield Found(row, key, _shown(part.input, picture), image, sample, picture.prefix)
             row += 1
-
-
-def _key(source: Tars, tar: str, name: str, row: int, seen: set[str]) -> str:
-    """By the sample's name in the tar; a name that comes again is told from the first by its place."""
-    place = f"{tar}/{text_of(name)}"
-    key = sample_key(source.name, place)
-    if key in seen:
-        return sample_key(source.name, f"{place}\0{row}")
-    seen.add(key)
-    return key
 
 
 def _shown(tar: str, picture: Picture) -> str:

@@ -10,7 +10,6 @@ from typing import Any, BinaryIO, Literal
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
-from data_prep.folders import open_folder
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import tars, words
 from data_prep.sources.raw import Input, Range, RawItem, check_kept
@@ -81,7 +80,7 @@ def kept_fields(source: WebDataset, store: Store, part: Range) -> list[pa.Field]
 
 
 def items(source: WebDataset, store: Store, part: Range) -> Iterator[RawItem]:
-    with open_folder(source.url).open(part.input, tars.READING) as file:
+    with tars.opened(source, part) as file:
         for found in tars.found(source, part, file, source.sidecars()):
             yield _item(source, file, found)
 

@@ -10,6 +10,8 @@ from data_prep.rejections import Cause, Rejection
 
 LONGEST_NAME = 8192  # characters of a name or an origin that the index takes; a URL has up to 8000
 
+MARK = "\ufeff"  # of the byte order: how some editors begin a file, and no part of what it says
+
 # Control characters except for tab and line ends, and the halves of surrogate pairs.
 _BAD = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -45,7 +47,7 @@ def _caption(given: Any, longest: int) -> str | Rejection:
     found = text(given)
     if found is None:
         return Rejection(Cause.BAD_CAPTION, "not UTF-8")
-    found = found.strip()
+    found = found.removeprefix(MARK).strip()
     if len(found) > longest:
         return Rejection(Cause.BAD_CAPTION, f"{len(found)} characters")
     if bad := _BAD.search(found):

@@ -257,6 +257,13 @@ def _texts(folder: Path, count: int) -> list[Verdict]:
         os.mkfifo(path.with_suffix(".jpg"))
         path.with_suffix(".txt").write_text("said")
 
+    def folder_for_text(number: int, path: Path) -> None:
+        pair(None, None)(number, path)
+        path.with_suffix(".txt").mkdir()
+
+    def linked_folder(number: int, path: Path) -> None:
+        path.symlink_to("..")
+
     def no_text_name(number: int, path: Path) -> None:
         Path(os.fsdecode(os.fsencode(path) + b"-\xff.png")).write_bytes(good_file(number))
 
@@ -268,7 +275,8 @@ def _texts(folder: Path, count: int) -> list[Verdict]:
     bad += [Kind(pair(None, caption), both(cause)) for caption, cause in BAD_CAPTIONS]
     bad += [
         Kind(linked(".txt", "nowhere"), both(Cause.NO_CAPTION)),
-        Kind(linked(".txt", "."), both(Cause.BAD_CAPTION)),
+        Kind(folder_for_text, both(Cause.BAD_CAPTION)),
+        Kind(linked_folder, both(Cause.UNREADABLE)),
         Kind(linked(".png", "../../outside.png"), both(Cause.OUTSIDE_FOLDER)),
         Kind(linked(".png", "nowhere"), both(Cause.MISSING)),
         Kind(linked(".png", "{}.png"), both(Cause.UNREADABLE)),  # a link to itself

@@ -1,24 +1,32 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data_prep import sources
 from data_prep.folders import LocalFolder, StoreFolder
 from data_prep.rejections import Cause, Rejection
-from data_prep.sources import RawItem, TableFolder, TextFolder
+from data_prep.sources import RawItem, TableFolder, TextFolder, convert
+from data_prep.sources.convert import _csv_lines
 from infra.config import parse
 from infra.errors import DataError, SettingsError
+from infra.shards import SPLIT_DIGITS
 from infra.store import Store, open_store
+
+quick = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def all_items(store: Store, source: sources.Source, rows: int = 100) -> list[RawItem]:
@@ -91,7 +99,9 @@ def test_two_tables_may_name_the_same_image(three: Path, store: Store) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS + ROWS), three / "one.parquet")
     pq.write_table(pa.Table.from_pylist(ROWS), three / "two.parquet")
     items = all_items(store, table_folder(three, "one.parquet", "two.parquet"))
-    assert len({item.key for item in items}) == len(items) == 9
+    keys = [item.key for item in items]
+    assert len(set(keys[:6])) == 6 and keys[6:] == keys[:3], "a piece's keys are distinct; a picture has one in all"
+    assert [key[:SPLIT_DIGITS] for key in keys[3:6]] == [key[:SPLIT_DIGITS] for key in keys[:3]]
 
 
 def test_keys_do_not_depend_on_how_the_rows_are_cut(three: Path, store: Store) -> None:
@@ -197,6 +207,7 @@ def test_text_folder(folder: Path, store: Store, tmp_path: Path) -> None:
         "c.jpg": (Cause.BAD_CAPTION, []),
         "d.jpg": (Cause.NO_CAPTION, []),
         "linked": (Cause.OUTSIDE_FOLDER, []),
+        "again": (Cause.UNREADABLE, []),
         "broken.jpg": (Cause.NO_CAPTION, []),
         "bad-\\xff.jpg": (Cause.BAD_NAME, []),
     }
@@ -282,8 +293,129 @@ def test_a_damaged_line_of_a_csv_is_a_row_of_nothing(three: Path, store: Store) 
     (three / "t.csv").write_bytes(text + b'c.jpg,"never closed,5\n')
     items = all_items(store, table_folder(three, "t.csv", keep=["n"]))
     bad = Cause.BAD_NAME
-    assert [problem(item) for item in items] == [None, bad, bad, bad, bad, bad, Cause.BAD_CAPTION, bad]
-    assert [item.kept["n"] for item in items] == [1, None, None, 3, None, None, 4, None]
+    assert [problem(item) for item in items] == [None, bad, bad, bad, bad, Cause.BAD_CAPTION, bad]
+    assert [item.kept["n"] for item in items] == [1, None, None, 3, None, 4, None]
+
+
+def test_a_quote_that_is_never_closed_takes_no_row_with_it(three: Path, store: Store) -> None:
+    def found(*records: str, end: str = "\n") -> list[tuple[str, str]]:
+        (three / "t.csv").write_bytes(end.join(["image,caption", *records, ""]).encode())
+        return [(item.name, " ".join(text for _, text in said(item))) for item in all_items(store, source)]
+
+    source = table_folder(three, "t.csv")
+    good, damaged = [("b.jpg", "fine"), ("c.jpg", "two\nlines")], ("", "")
+    rest = ["b.jpg,fine", 'c.jpg,"two\nlines"']
+    assert found('a.jpg,"never closed', *rest) == [damaged, *good]
+    assert found('"a.jpg","never closed', '"b.jpg","fine"', rest[1]) == [damaged, *good]
+    assert found(rest[0], 'a.jpg,"never closed') == [good[0], damaged]
+    assert found('a.jpg,"never closed', "", rest[0]) == [damaged, good[0]]
+    assert found('a.jpg,"never closed', *rest, end="\r")[:2] == [damaged, good[0]]
+    # Read alone they are as they were: of one line, and so nothing can vanish.
+    assert found('a.jpg,"say "hi" there"') == [("a.jpg", 'say hi" there"')]
+    # The comma would close it, and there are too many fields then.
+    assert found('a.jpg,"never closed', 'b.jpg,",",x', rest[0]) == [damaged, damaged, good[0]]
+
+
+def test_records_and_lines_are_bounded(three: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "LONGEST_LINE", 50)
+    bad = Cause.BAD_NAME
+    for end in ("\n", "\r\n", "\r"):
+        for length in range(45, 55):  # the limit falls before, between and behind the halves of a line's end
+            text = end.join(["image,caption", "a.jpg," + "x" * (length - 6), "b.jpg,fine", ""])
+            (three / "t.csv").write_bytes(text.encode())
+            items = all_items(store, table_folder(three, "t.csv"))
+            assert [problem(item) for item in items] == [bad if length > 49 else None, None], (end, length)
+    spanning = 'b.jpg,"one\ntwo\nthree"'
+    long = 'a.jpg,"' + "a line of it\n" * 5 + '"'
+    (three / "t.csv").write_text("\n".join(["image,caption", spanning, long, spanning, 'a.jpg,"x', "y" * 90, spanning]))
+    items = all_items(store, table_folder(three, "t.csv"))
+    assert [problem(item) for item in items] == [None, *[bad] * 6, None, bad, bad, None]
+
+
+@pytest.mark.parametrize("line", ['x","', '"","', ',"""', '"'])
+def test_no_csv_is_read_over_and_over(line: str) -> None:
+    """Every line could begin a record that goes on for ever."""
+    began = time.process_time()
+    count = 300_000
+    rows = sum(1 for _ in _csv_lines(io.BytesIO(b"a,b\n" + f"{line}\n".encode() * count), "t.csv"))
+    assert count // 2 <= rows <= count
+    assert time.process_time() - began < 20  # a second, where to read on from the next line would take hours
+
+
+@quick
+@given(
+    rows=st.lists(st.tuples(*[st.text('a",\n\r ', max_size=6)] * 2), max_size=6),
+    at=st.integers(0, 6),
+    broken=st.text('a",\n', max_size=12),
+)
+def test_any_csv(rows: list[tuple[str, str]], at: int, broken: str) -> None:
+    """What a writer writes is read back; something broken takes no line with it, and reading twice gives the same."""
+
+    def written(rows: list[tuple[str, str]]) -> str:
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
+        return text.getvalue()
+
+    def read(text: str) -> list[Any]:
+        return list(_csv_lines(io.BytesIO(text.encode()), "t.csv"))
+
+    assert read("x,y\n" + written(rows)) == [{"x": x, "y": y} for x, y in rows]
+    before, behind = rows[:at], written([("last", "one")])
+    text = "x,y\n" + written(before) + broken.replace("\n", "") + "\n" + behind
+    found = read(text)
+    assert found == read(text)
+    assert found[: len(before)] == [{"x": x, "y": y} for x, y in before]
+    assert found[-1] == {"x": "last", "y": "one"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.jsonl", ""),
+        ("t.jsonl", "\n \n\r\n"),
+        ("t.csv", "image,caption\n"),
+        ("t.csv", "\ufeffimage,caption"),
+        ("t.csv", "image"),
+        ("t.csv", ""),
+        ("t.csv", "\n\n"),
+    ],
+)
+def test_a_table_without_rows_is_an_input_without_pieces(three: Path, store: Store, name: str, text: str) -> None:
+    (three / name).write_text(text)
+    pq.write_table(pa.Table.from_pylist(ROWS), three / "t.parquet")
+    source = table_folder(three, name, "t.parquet", keep=["n"])
+    assert len(sources.inputs(source, store)) == 2
+    assert [part.input for part in all_ranges(store, source)] == ["t.parquet"]
+
+
+@pytest.mark.parametrize("table", [pa.Table.from_pylist(ROWS)[:0], pa.table({}), pa.table({"image": pa.nulls(0)})])
+def test_a_parquet_without_rows_is_an_input_without_pieces(three: Path, store: Store, table: pa.Table) -> None:
+    pq.write_table(table, three / "t.parquet")
+    assert all_ranges(store, table_folder(three, "t.parquet", keep=["n"])) == []
+
+
+def test_columns_without_a_value_are_taken(three: Path, store: Store) -> None:
+    nothing, lists = pa.nulls(3), pa.array([None, [], [None]], pa.list_(pa.null()))
+    columns = {"image": ["a.jpg", "b.jpg", "c.jpg"], "n": nothing, "l": nothing, "o": nothing, "k": lists}
+    pq.write_table(pa.table(columns | {"caption": ["x"] * 3, "more": nothing, "most": lists}), three / "t.parquet")
+    changes = {"licence_column": "l", "licence": "CC0", "origin_column": "o", "keep": ["n", "k"]}
+    source = table_folder(three, "t.parquet", captions=["more", "caption", "most"], **changes)
+    items = all_items(store, source)
+    assert [(problem(item), said(item), item.licence) for item in items] == [(None, [("caption", "x")], "CC0")] * 3
+    part = all_ranges(store, source)[0]
+    schema = pa.schema(sources.kept_fields(source, store, part))
+    assert schema == pa.schema([("n", pa.null()), ("k", pa.list_(pa.field("element", pa.null())))])
+    # Beside other tables, in which there are values, they are what those are.
+    other = pa.schema([("n", pa.int64()), ("k", pa.list_(pa.string()))])
+    both = pa.unify_schemas([schema, other], promote_options="permissive")
+    assert (both.field("n").type, both.field("k").type.value_type) == (pa.int64(), pa.string())
+    rows = pa.Table.from_pylist([item.kept for item in items], schema=schema)
+    assert rows.cast(both)["k"].to_pylist() == [None, [], [None]]
+    none = table_folder(three, "t.parquet", image="n", captions=[])
+    assert [problem(item) for item in all_items(store, none)] == [Cause.BAD_NAME] * 3
+    assert [problem(item) for item in all_items(store, table_folder(three, "t.parquet", captions=["more"]))] == [
+        Cause.NO_CAPTION
+    ] * 3
 
 
 def test_captions_of_jsonl_may_be_texts_lists_or_numbers(three: Path, store: Store) -> None:
@@ -331,7 +463,7 @@ def test_a_kept_column_of_jsonl_has_one_type(three: Path, store: Store, values: 
         (["true", "", "FALSE"], [True, None, False]),
         (["1_000", "2", ""], ["1_000", "2", ""]),
         (["1", "x", ""], ["1", "x", ""]),
-        (["", "", ""], ["", "", ""]),
+        (["", "", ""], [None, None, None]),
         (["2020-01-02", "", ""], ["2020-01-02", "", ""]),
     ],
 )

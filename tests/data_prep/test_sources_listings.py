@@ -158,6 +158,64 @@ def test_a_folder_that_may_not_be_read_is_refused(folder: Path, store: Store, mo
     assert {item.name: problem(item) for item in items} == {"a.jpg": None, "closed": Cause.UNREADABLE}
 
 
+def test_a_link_to_a_folder_is_refused_and_what_it_leads_to_is_met_once(
+    folder: Path, store: Store, tmp_path: Path
+) -> None:
+    (folder / "deep").mkdir()
+    write(folder / "deep", a="ay")
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "elsewhere", b="bee")
+    for name, target in {"again": "deep", "deep/up": "..", "loop": "loop", "none": "nothing"}.items():
+        (folder / name).symlink_to(target)
+    (folder / "out").symlink_to(tmp_path / "elsewhere")
+    (folder / "deep" / "alias.jpg").symlink_to("a.jpg")
+    items = all_items(store, text_folder(folder, caption_suffix=""))
+    assert {item.name: problem(item) for item in items} == {
+        "again": Cause.UNREADABLE,
+        "deep/a.jpg": None,
+        "deep/alias.jpg": None,
+        "deep/up": Cause.UNREADABLE,
+        "out": Cause.OUTSIDE_FOLDER,
+    }
+    assert len(items) == 5
+    assert len(all_items(store, image_net(folder))) == 5
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "heic", "heif", "jxl", "jp2", "svg", "HEIC"])
+def test_pictures_of_kinds_that_cannot_be_read_are_counted(folder: Path, store: Store, suffix: str) -> None:
+    (folder / "cat").mkdir()
+    (folder / "cat" / f"a.{suffix}").write_bytes(b"?")
+    (folder / "cat" / "a.txt").write_text("a cat")
+    for source in (text_folder(folder), image_net(folder)):
+        assert [(item.name, item.image) for item in all_items(store, source)] == [(f"cat/a.{suffix}", b"?")]
+
+
+def test_a_text_beside_an_image_may_be_in_upper_case(folder: Path, store: Store) -> None:
+    for name, text in {"5.TXT": "five", "6.txt": "six", "6.TXT": "SIX", "7.TXT": "bell\x07"}.items():
+        (folder / name).write_text(text)
+        (folder / f"{name[0]}.JPG").write_bytes(b"image")
+    items = all_items(store, text_folder(folder))
+    assert [(problem(item), said(item)) for item in items] == [
+        (None, [("caption", "five")]),
+        (None, [("caption", "six")]),
+        (Cause.BAD_CAPTION, []),
+    ]
+    first = sources.inputs(text_folder(folder))
+    (folder / "5.TXT").write_text("FIVE")
+    assert sources.inputs(text_folder(folder)) != first, "it is part of the listing"
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_what_is_said(folder: Path, store: Store) -> None:
+    classes(folder, "0")
+    (folder / "0" / "1.txt").write_bytes(b"\xef\xbb\xbf a shark\n")
+    assert [said(item) for item in all_items(store, text_folder(folder))] == [[("caption", "a shark")]]
+    (folder / "0" / "1.txt").write_bytes(b"\xef\xbb\xbf\n")
+    assert [problem(item) for item in all_items(store, text_folder(folder))] == [Cause.NO_CAPTION]
+    (folder / "names.txt").write_bytes(b"\xef\xbb\xbf0 shark\n")
+    items = all_items(store, image_net(folder, classes="names.txt", template="{name}"))
+    assert [said(item) for item in items] == [[("caption", "shark")]]
+
+
 def test_a_name_that_is_no_text_is_not_taken_for_another(folder: Path, store: Store) -> None:
     (folder / "bad-\udcff.jpg").write_bytes(b"x")
     (folder / "bad-\\xff.jpg").write_bytes(b"x")

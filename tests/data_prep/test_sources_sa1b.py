@@ -15,7 +15,7 @@ from data_prep import sources
 from data_prep.rejections import Cause
 from data_prep.sources import Sa1b, joined
 from infra.config import parse
-from infra.errors import SettingsError
+from infra.errors import DataError, SettingsError
 from infra.store import Store
 from tests.data_prep.test_sources import all_items, all_ranges, problem, said
 from tests.data_prep.test_sources_tars import member, pairs, tar_bytes
@@ -107,6 +107,32 @@ def test_a_table_without_rows(folder: Path, store: Store) -> None:
         pa.table({"image_id": pa.array([], pa.int64()), "caption": pa.array([], pa.string())}), folder / "a.parquet"
     )
     assert [problem(item) for item in all_items(store, sa1b(folder))] == [Cause.NO_CAPTION]
+
+
+def test_tables_without_rows_or_values_go_with_others(folder: Path, store: Store) -> None:
+    write_tar(folder, "a.tar", 1, 2)
+    (folder / "a.jsonl").write_text("\n")
+    (folder / "a.csv").write_text("image_id,caption,n\n")
+    pq.write_table(pa.table({}), folder / "a.parquet")
+    source = sa1b(folder, tables=["*.jsonl", "*.csv", "*.parquet"], keep=["n"])
+    assert [problem(item) for item in all_items(store, source)] == [Cause.NO_CAPTION] * 2
+    pq.write_table(pa.table({"image_id": [1], "caption": ["one"], "n": pa.nulls(1)}), folder / "b.parquet")
+    (folder / "c.jsonl").write_text('{"image_id": 2, "caption": null, "n": 2}')
+    items = all_items(store, source)
+    assert [(problem(item), item.kept["n"]) for item in items] == [(None, None), (Cause.NO_CAPTION, 2)]
+    part = all_ranges(store, source)[0]
+    assert sources.kept_fields(source, store, part) == [pa.field("n", pa.int64())]
+
+
+def test_a_disk_that_fails_is_not_told_of_the_captions(folder: Path, store: Store) -> None:
+    write_tar(folder, "a.tar", 1)
+    pq.write_table(pa.table({"image_id": [1], "caption": ["one"]}), folder / "a.parquet")
+    part = all_ranges(store, sa1b(folder))[0]
+    with pytest.raises(DataError, match=r"/proc/self/mem cannot be read \("):
+        list(sources.items(sa1b(folder), store, part._replace(input="/proc/self/mem")))
+    store.put(part.table, b"PAR1 no captions PAR1")
+    with pytest.raises(DataError, match="is not a readable Parquet file"):
+        list(sources.items(sa1b(folder), store, part))
 
 
 def test_tables_are_inputs_of_their_own(folder: Path, store: Store) -> None:

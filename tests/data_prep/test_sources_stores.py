@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import sources
+from data_prep.rejections import Cause
 from data_prep.sources import Source
+from infra.errors import StoreError
 from infra.store import Store, open_store
-from tests.data_prep.test_sources import all_items, all_ranges, table_folder, text_folder
+from tests.data_prep.test_sources import all_items, all_ranges, problem, table_folder, text_folder
 from tests.data_prep.test_sources_listings import classes, image_net
 from tests.data_prep.test_sources_sa1b import sa1b, write_tar
 from tests.data_prep.test_sources_tables import parquet_images, url_list
@@ -59,6 +61,30 @@ def corpora(folder: Path) -> list[Source]:
         table_folder(folder, "*.jsonl", image="file"),
         parquet_images(folder, "i.*"),
     ]
+
+
+def test_keys_that_no_store_of_ours_takes_are_refused_one_by_one(store: Store, bucket: Store) -> None:
+    for key in (
+        "cat/1.jpg",
+        "cat//2.jpg",
+        "./3.jpg",
+        "cat/\x014.jpg",
+        "cat/../5.jpg",
+        "t.csv",
+        "/6.jpg",
+        "cat/7//8.txt",
+    ):
+        bucket._s3().put_object(Bucket="corpora", Key=f"odd/{key}", Body=b"image,caption\n")  # type: ignore[attr-defined]
+    url = "s3://corpora/odd"
+    source = text_folder(Path("x"), url=url, caption_suffix="")
+    items = {item.name: problem(item) for item in all_items(store, source)}
+    bad = dict.fromkeys(("cat//2.jpg", "./3.jpg", "cat/\x014.jpg", "cat/../5.jpg", "/6.jpg"), Cause.BAD_NAME)
+    assert items == {"cat/1.jpg": None} | bad
+    assert len({item.key for item in all_items(store, source)}) == 6
+    assert all_items(store, table_folder(Path("x"), "*.csv", url=url)) == []
+    assert [found.name for found in sources.inputs(url_list(Path("x"), "*.csv", url=url))] == ["t.csv"]
+    with pytest.raises(StoreError, match="rename the object"):
+        sources.inputs(url_list(Path("x"), "cat/**/*.txt", url=url))
 
 
 def test_every_corpus_is_the_same_in_a_store_as_on_disk(folder: Path, store: Store, bucket: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -15,11 +16,12 @@ from hypothesis import strategies as st
 
 from data_prep import sources
 from data_prep.rejections import Cause, Rejection
-from data_prep.sources import ROW, ParquetImages, RawItem, Url, UrlList
+from data_prep.sources import ROW, ParquetImages, RawItem, Source, Url, UrlList
+from data_prep.sources.raw import Keys
 from data_prep.sources.tables import _cuts
 from infra.config import parse
 from infra.errors import DataError, SettingsError
-from infra.shards import sample_key
+from infra.shards import SPLIT_DIGITS, sample_key
 from infra.store import Store, open_store
 from tests.data_prep.test_sources import all_items, all_ranges, problem, said, table_folder
 
@@ -62,7 +64,71 @@ def test_a_list_of_urls(folder: Path, store: Store) -> None:
     assert [item.origin for item in items] == [row["link"] for row in URLS] * 2
     assert said(items[0]) == said(items[4]) == [("short", "s0"), ("long", "l0"), ("long", "m")]
     assert [(item.row, item.kept, item.licence) for item in items] == [(n, {"n": n}, "MIT") for n in range(4)] * 2
-    assert len({item.key for item in items}) == 8
+    keys = [item.key for item in items]
+    assert len(set(keys[:4])) == 4 and keys[4:] == keys[:4], "whatever table names them"
+
+
+# What an item is by itself, and what rows of it look like in a table of each kind
+NAMED = st.lists(st.text("ab /é", max_size=3), max_size=8)
+
+
+def tables_of(kind: str, folder: Path, table: str, names: list[str]) -> Source:
+    if kind == "parquet_images":
+        pq.write_table(pa.table({"image": pa.array([n.encode() for n in names], pa.binary())}), folder / table)
+        return parquet_images(folder, table, captions=[])
+    if kind == "url_list":
+        pq.write_table(pa.table({"url": pa.array(names, pa.string())}), folder / table)
+        return url_list(folder, table, captions=[])
+    pq.write_table(pa.table({"image": pa.array(names, pa.string())}), folder / table)
+    return table_folder(folder, table, captions=[])
+
+
+@pytest.mark.parametrize("kind", ["table_folder", "url_list", "parquet_images"])
+@quick
+@given(before=NAMED, names=NAMED)
+def test_neither_rows_in_front_nor_a_tables_name_move_a_key(
+    tmp_path: Path, kind: str, before: list[str], names: list[str]
+) -> None:
+    store, folder = open_store(str(tmp_path / "store")), tmp_path / "any"
+    folder.mkdir(exist_ok=True)
+    first = all_items(store, tables_of(kind, folder, "a.parquet", names))
+    again = all_items(store, tables_of(kind, folder, "b.parquet", before + names))
+    assert len(again) == len(before) + len(names)
+    assert len({item.key for item in again}) == len(again)
+    new = {name.strip() if kind == "url_list" else name for name in before}
+    for name, one, other in zip(names, first, again[len(before) :], strict=True):
+        name = name.strip() if kind == "url_list" else name
+        if name not in new and (name or kind == "parquet_images"):
+            assert one.key == other.key
+        elif name:
+            assert one.key[:SPLIT_DIGITS] == other.key[:SPLIT_DIGITS], "on one side of the held-out split"
+
+
+def test_repeats_have_keys_of_their_own_that_begin_alike(folder: Path, store: Store) -> None:
+    url = "https://host.example/a.jpg"
+    rows = [{"url": named} for named in [url, f" {url}\n", "https://host.example/b.jpg", url, None, None]]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "t.parquet")
+    keys = [item.key for item in all_items(store, url_list(folder, "t.parquet", captions=[]))]
+    assert len(set(keys)) == 6 and all(len(key) == 20 for key in keys)
+    assert len({key[:SPLIT_DIGITS] for key in (keys[0], keys[1], keys[3])}) == 1
+    assert len({key[:SPLIT_DIGITS] for key in keys}) == 4
+    assert keys[0] == sample_key("s", url) and keys[4] == sample_key("s", "\0t.parquet#4")
+
+
+def test_a_key_that_was_given_out_is_not_given_out_again() -> None:
+    keys = Keys()
+    first = [keys.distinct("a" * 20) for _ in range(3)]
+    assert len({*first, keys.distinct(first[1]), keys.distinct(first[2]), keys.distinct("a" * 20)}) == 6
+
+
+def test_nothing_is_called_like_the_place_of_another_item(folder: Path, store: Store) -> None:
+    pq.write_table(pa.table({"image": [None, "\0t.parquet#0", "t.parquet#0"]}), folder / "t.parquet")
+    items = all_items(store, table_folder(folder, "t.parquet", captions=[]))
+    assert [item.key for item in items] == [
+        sample_key("s", f"\0t.parquet#{0}"),
+        sample_key("s", f"\0t.parquet#{1}"),
+        sample_key("s", "t.parquet#0"),
+    ]
 
 
 def test_bad_urls_are_refused(folder: Path, store: Store) -> None:
@@ -115,7 +181,7 @@ def test_selected_rows_keep_their_numbers_and_keys(folder: Path, store: Store) -
     part = sources.Range("t.parquet", "data/retry.parquet", True, 1, 2)
     assert list(sources.items(source, store, part)) == [whole[3], whole[7]]
     assert list(sources.urls(source, store, part)) == [(3, rows[3]["url"]), (7, rows[7]["url"])]
-    assert whole[7].key == sample_key("s", "t.parquet#7")
+    assert whole[7].key == sample_key("s", "https://host.example/7.jpg")
     # In the corpus it is a column like any other.
     pq.write_table(again, folder / "own.parquet")
     assert [item.row for item in all_items(store, url_list(folder, "own.parquet"))] == [0, 1, 2]
@@ -143,6 +209,19 @@ def test_images_in_a_column(folder: Path, store: Store, kind: pa.DataType) -> No
     names = [f"{n}.png" for n in range(4)] if kind == STRUCT else [f"t.parquet#{n}" for n in range(4)]
     assert [item.name for item in items] == [*names, "t.parquet#4"]
     assert [item.kept for item in items] == [{"n": n} for n in range(5)]
+    place = [sample_key("s", f"\0t.parquet#{n}") for n in range(5)]
+    known = [sample_key("s", hashlib.sha256(data).hexdigest()) for data in (b"one", b"", b"five")]
+    assert [item.key for item in items] == [*known[:2], *place[2:4], known[2]]
+
+
+@pytest.mark.parametrize("kind", [pa.null(), pa.struct([("bytes", pa.null()), ("path", pa.string())])])
+def test_images_of_which_there_is_none(folder: Path, store: Store, kind: pa.DataType) -> None:
+    columns = {"image": pa.nulls(2, kind), "caption": ["a", "b"]}
+    pq.write_table(pa.table(columns), folder / "t.parquet")
+    pq.write_table(pa.table({"image": pa.nulls(0)}), folder / "u.parquet")
+    source = parquet_images(folder, "*.parquet")
+    assert [part.input for part in all_ranges(store, source)] == ["t.parquet"]
+    assert [problem(item) for item in all_items(store, source)] == [Cause.MISSING] * 2
 
 
 def test_columns_that_are_no_images(folder: Path, store: Store) -> None:

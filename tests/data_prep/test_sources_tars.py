@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from data_prep import folders, sources
+from data_prep.decode import decode
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import Range, RawItem, WebDataset
 from data_prep.sources.tars import IMAGE_EXTENSIONS
 from infra.config import parse
 from infra.errors import DataError, SettingsError
+from infra.shards import SPLIT_DIGITS
 from infra.store import FileStore, Store, open_store
 from tests.data_prep.test_sources import all_items, all_ranges, problem, said
 
@@ -170,11 +172,30 @@ def test_the_image_is_the_one_that_the_settings_name(folder: Path, store: Store)
     assert outcome(items) == {"t.tar/a.left.jpg": None, "t.tar/b.left.jpg": Cause.MISSING}
 
 
+def test_pictures_of_kinds_that_cannot_be_read_are_counted(folder: Path, store: Store) -> None:
+    kinds = ("heic", "heif", "jxl", "jp2", "svg", "JFIF", "jpe")
+    (folder / "t.tar").write_bytes(tar_bytes(*(member(f"{n}.{kind}", b"?") for n, kind in enumerate(kinds))))
+    items = all_items(store, web_dataset(folder, captions=[]))
+    assert [item.image for item in items] == [b"?"] * len(kinds)
+    for data in (b"?", b"<svg/>", b"\0\0\0\x18ftypheic", b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x0a"):
+        found = decode(data)
+        assert isinstance(found, Rejection) and found.cause is Cause.UNKNOWN_FORMAT
+
+
+def test_a_disk_that_fails_is_what_is_told(folder: Path, store: Store) -> None:
+    """A process's memory is a file that cannot be read at its start, whoever asks."""
+    (folder / "t.tar").write_bytes(tar_bytes(*pairs("a")))
+    part = all_ranges(store, web_dataset(folder))[0]
+    with pytest.raises(DataError, match=r"/proc/self/mem cannot be read \("):
+        list(sources.items(web_dataset(folder), store, part._replace(input="/proc/self/mem")))
+
+
 def test_a_name_that_comes_again_is_another_sample(folder: Path, store: Store) -> None:
     (folder / "t.tar").write_bytes(tar_bytes(*pairs("a", "a", "b", "a")))
     items = all_items(store, web_dataset(folder))
     assert [item.image for item in items] == [b"Ia", b"Ia", b"Ib", b"Ia"]
     assert len({item.key for item in items}) == 4
+    assert len({item.key[:SPLIT_DIGITS] for item in items}) == 2
     alone = {item.key for item in items[:1]}
     (folder / "t.tar").write_bytes(tar_bytes(*pairs("b", "a")))
     assert {all_items(store, web_dataset(folder))[1].key} == alone  # by its name, wherever it stands
