@@ -148,7 +148,7 @@ def _key_bytes(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
     if (digits > 15).any():
         raise DataError(
             f"an index has keys that are not {2 * KEY_BYTES} hex digits",
-            remedy="it was written by another program or version; run prepare again",
+            remedy="it was written by another program; run `pixnerd data verify --drop-damaged`, then prepare again",
         )
     return np.left_shift(digits[:, ::2], 4) | digits[:, 1::2]
 

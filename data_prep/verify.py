@@ -1,12 +1,19 @@
-"""`verify`: read everything that a plan made once more, and hold it against the records."""
+"""`verify`: read everything that a plan made once more, and hold it against the records.
+
+What is damaged is listed, with the keys that keep `prepare` from making it again: objects whose bytes do not have the
+hash in their own names, and the records of their shards. A damaged object is in the way of every record that names it,
+of whatever plan, since nobody writes over one of the same size; an object that has its hash is never among them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -14,14 +21,21 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from data_prep.decode import decode
-from data_prep.plan import PlannedShard, read_plan
+from data_prep.plan import KnownAs, Plan, PlannedShard, read_plan
 from data_prep.rejections import Rejection
 from data_prep.sizes import SUFFIX
-from infra.errors import PixnerdError
+from data_prep.stream import in_order
+from infra.errors import DataError, NotFound, PixnerdError, RecordError, StoreError, StoreUnreachable
 from infra.files import sha256_of
-from infra.records import DataObject, ShardRecord
-from infra.shards import list_shards, read_index, shard_prefix
+from infra.records import DataObject, ShardRecord, read_record
+from infra.shards import INDEX_SCHEMA, read_index, shard_key, shard_prefix
 from infra.store import Store
+
+# What reading a damaged record, index or tar comes to. A store that fails is something else, and no reason to delete.
+_DAMAGE = (
+    *(RecordError, DataError, NotFound, tarfile.TarError, pa.ArrowException),
+    *(ValueError, KeyError, TypeError, AttributeError, RecursionError),
+)
 
 
 class Verified(NamedTuple):
@@ -29,44 +43,181 @@ class Verified(NamedTuple):
     inputs: int
     images: int
     problems: list[str]  # none: everything is as its record says
+    lasting: int  # of these: what no new shard mends, as the store fails or a record is in no plan
+    again: int  # planned shards that must be made again, counted at each size
+    objects: list[str]  # keys of damaged objects, which keep them from being made again
+    records: list[str]  # keys of their shards' records, which do so as well
 
 
 def verify(store: Store, plan: str, edition: str) -> Verified:
     """Hashes, counts and order of every shard at every size; damage is listed, not raised."""
     planned = read_plan(store, plan, edition)
-    suffix = SUFFIX[planned.settings["format"]]
-    problems: list[str] = []
-    shards = inputs = images = 0
-    for size in planned.sizes:
-        records = {record.number: record for record in list_shards(store, shard_prefix(plan, size))}
-        for shard in planned.shards:
-            for number in planned.numbers(shard, size):
-                if number not in records:
-                    problems.append(f"shard {number} at {size}: not prepared")
-            here = [records[number] for number in planned.numbers(shard, size) if number in records]
-            shards, inputs = shards + len(here), inputs + sum(record.inputs for record in here)
-            images += sum(record.accepted for record in here)
-            problems += _problems(store, here, shard, suffix)
-        ends = planned.planned * planned.sizes[size]
-        problems += [f"shard {number} at {size}: in no plan" for number in records if number >= ends]
-    return Verified(shards, inputs, images, problems)
+    sizes = [_Size(store, planned, size) for size in planned.sizes]
+    for size in sizes:
+        size.read()
+    return Verified(
+        shards=sum(size.shards for size in sizes),
+        inputs=sum(size.inputs for size in sizes),
+        images=sum(size.images for size in sizes),
+        problems=[problem for size in sizes for problem in size.problems],
+        lasting=sum(size.lasting for size in sizes),
+        again=sum(len(size.again) for size in sizes),
+        objects=[key for size in sizes for key in size.objects()],
+        records=[key for size in sizes for key in size.records()],
+    )
 
 
-def _problems(store: Store, records: list[ShardRecord], shard: PlannedShard, suffix: str) -> list[str]:
-    """Of the shards at one size that a planned one became."""
-    problems: list[str] = []
-    rows: list[int] = []
-    for record in records:
-        where = f"shard {record.number} at {record.size}"
+@dataclass
+class _Reach:
+    """How far the rows of an input go, over its planned shards in their order."""
+
+    rows: int = 0  # the first that none of them had
+    known: bool = True  # False after a shard whose rows could not be told
+    last: PlannedShard | None = None
+
+
+class _Size:
+    """A plan at one size, planned shard by planned shard."""
+
+    def __init__(self, store: Store, plan: Plan, size: str) -> None:
+        self.problems: list[str] = []
+        self.again: dict[int, PlannedShard] = {}
+        self.shards = self.inputs = self.images = self.lasting = 0
+        self._store, self._plan, self._size = store, plan, size
+        self._suffix = SUFFIX[plan.settings["format"]]
+        self._found: dict[int, ShardRecord | PixnerdError] = {}
+        self._reached: dict[KnownAs, _Reach] = {}
+
+    def read(self) -> None:
+        keys = {entry.key for entry in self._store.list(shard_prefix(self._plan.digest, self._size))}
+        numbers = [
+            number for shard in self._plan.shards for number in self._numbers(shard) if self._key(number) in keys
+        ]
+        self._found = dict(zip(numbers, in_order(self._record, numbers), strict=True))
+        for record in self._found.values():
+            if isinstance(record, ShardRecord):
+                self.shards += 1
+                self.inputs += record.inputs
+                self.images += record.accepted
+        for shard in self._plan.shards:
+            self._check(shard)
+        planned = range(self._plan.planned * self._plan.sizes[self._size])
+        for key in sorted(keys.difference(map(self._key, planned))):
+            if key.endswith(".json"):
+                self._lasting(Path(key).stem.lstrip("0") or 0, "in no plan")
+
+    def objects(self) -> list[str]:
+        """The damaged ones of the shards that must be made again; each is read once more, whatever was wrong before."""
+        numbers = [number for shard in self.again.values() for number in self._numbers(shard)]
+        keys = dict.fromkeys(key for number in numbers for key in self._candidates(number))
+        return [key for key in keys if _is_damaged(self._store, key)]
+
+    def records(self) -> list[str]:
+        numbers = [number for shard in self.again.values() for number in self._numbers(shard)]
+        return [self._key(number) for number in numbers if number in self._found]
+
+    def _candidates(self, number: int) -> Iterator[str]:
+        """What the record names; where nobody can tell what it named, all that may be its shard's."""
+        record = self._found.get(number)
+        if isinstance(record, ShardRecord):
+            yield from (found.key for found in _objects(record))
+        elif record is not None:
+            yield from (entry.key for entry in self._store.list(_name(self._size, number)))
+
+    def _check(self, shard: PlannedShard) -> None:
+        numbers = self._numbers(shard)
+        rows: list[int] = []
+        told = 0  # shards that said which rows they have
+        for number in numbers:
+            try:
+                record, index = self._open(number)
+                rows += index["row"].to_pylist()
+                told += 1
+                for problem in _shard_problems(self._store, record, index, self._suffix):
+                    self._damaged(shard, number, problem)
+            except StoreUnreachable:
+                raise
+            except _DAMAGE as error:
+                self._damaged(shard, number, error.message if isinstance(error, PixnerdError) else str(error))
+            except StoreError as error:  # a bad disk, a failing server: nothing is known of the shard itself
+                self._lasting(number, str(error))
+        if told == len(numbers) and not _as_planned(rows, shard):
+            self._damaged(shard, numbers[0], "not exactly the planned rows, in order")
+            told = 0
+        self._follow(shard, rows if told == len(numbers) else None)
+
+    def _open(self, number: int) -> tuple[ShardRecord, pa.Table]:
+        record = self._found.get(number)
+        if record is None:
+            raise DataError("not prepared", remedy="prepare it")
+        if isinstance(record, PixnerdError):
+            raise record
+        index = read_index(self._store, record)
+        if not set(INDEX_SCHEMA.names) <= set(index.schema.names):
+            raise DataError("its index lacks columns", remedy="make it again")
+        return record, index
+
+    def _follow(self, shard: PlannedShard, rows: list[int] | None) -> None:
+        """Rows that the plan could not number are held against each other: those of a tar, and of a retry."""
+        if shard.counted and not shard.generation:
+            return
+        reach = self._reached.setdefault(shard.known_as, _Reach())
+        if rows is None:
+            reach.known, reach.last = False, None
+        elif rows:
+            gaps = shard.generation or not reach.known
+            if rows[0] < reach.rows or (rows[0] > reach.rows and not gaps):
+                said = f"its first row is {rows[0]}, the shards before it end before row {reach.rows}"
+                self._damaged(shard, self._numbers(shard)[0], said)
+                if reach.last is not None:  # nobody can tell which of the two is wrong
+                    self.again[reach.last.number] = reach.last
+            reach.rows, reach.known, reach.last = rows[-1] + 1, True, shard
+
+    def _record(self, number: int) -> ShardRecord | PixnerdError:
         try:
-            index = read_index(store, record)
-            rows += index["row"].to_pylist()
-            problems += [f"{where}: {problem}" for problem in _shard_problems(store, record, index, suffix)]
-        except (PixnerdError, tarfile.TarError, ValueError, KeyError) as error:
-            return [*problems, f"{where}: {error}"]
-    if records and not _as_planned(rows, shard):
-        problems.append(f"shard {records[0].number} at {records[0].size}: not exactly the planned rows, in order")
-    return problems
+            record = read_record(self._store, self._key(number), ShardRecord)
+        except StoreUnreachable:
+            raise
+        except PixnerdError as error:
+            return error
+        own = (record.plan, record.size, record.number) == (self._plan.digest, self._size, number)
+        start = _name(self._size, number)
+        if own and all(found.key.startswith(f"{start}{found.sha256}.") for found in _objects(record)):
+            return record
+        return RecordError("its record speaks of another shard", remedy="make it again")
+
+    def _damaged(self, shard: PlannedShard, number: int, problem: str) -> None:
+        self.problems.append(f"shard {number} at {self._size}: {problem}")
+        self.again[shard.number] = shard
+
+    def _lasting(self, number: int | str, problem: str) -> None:
+        self.problems.append(f"shard {number} at {self._size}: {problem}")
+        self.lasting += 1
+
+    def _numbers(self, shard: PlannedShard) -> range:
+        return self._plan.numbers(shard, self._size)
+
+    def _key(self, number: int) -> str:
+        return shard_key(self._plan.digest, self._size, number)
+
+
+def _name(size: str, number: int) -> str:
+    """How the keys of a shard's data begin: their hash follows."""
+    return f"data/{size}/{number:05d}-"
+
+
+def _objects(record: ShardRecord) -> list[DataObject]:
+    return [record.index, *([] if record.tar is None else [record.tar])]
+
+
+def _is_damaged(store: Store, key: str) -> bool:
+    named = re.search(r"-([0-9a-f]{64})\.\w+$", key)
+    if named is None or not store.exists(key):
+        return False
+    with TemporaryDirectory(prefix="pixnerd-verify-") as folder:
+        path = Path(folder, "object")
+        store.download(key, path)
+        return sha256_of(path) != named[1]
 
 
 def _as_planned(rows: list[int], shard: PlannedShard) -> bool:
@@ -106,7 +257,8 @@ def _tar_problems(path: Path, found: DataObject, accepted: list[dict[str, Any]],
             places = image.offset_data, image.size, sidecar.offset_data, sidecar.size
             if places != (row["offset"], row["length"], row["json_offset"], row["json_length"]):
                 yield f"{image.name} is not where the index says"
-            yield from _image_problems(row, _bytes(tar, image), _bytes(tar, sidecar))
+            else:
+                yield from _image_problems(row, _bytes(tar, image), _bytes(tar, sidecar))
 
 
 def _image_problems(row: dict[str, Any], image: bytes, sidecar: bytes) -> Iterator[str]:

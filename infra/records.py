@@ -172,7 +172,8 @@ def fetch_data(store: Store, data: DataObject, path: Path) -> None:
 def _damaged(store: Store, data: DataObject) -> DataError:
     return DataError(
         f"{store.url}/{data.key} is damaged: its bytes do not have the hash in its name",
-        remedy="delete it and the record that names it, then run again: it is made anew",
+        remedy="if it is a shard's, run `pixnerd data verify --drop-damaged`; else delete it and the record that names "
+        "it; then run again: it is made anew",
     )
 
 

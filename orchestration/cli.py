@@ -28,7 +28,9 @@ evaluate_app = typer.Typer(no_args_is_help=True, help="Score a checkpoint.", ric
 checkpoint_app = typer.Typer(
     no_args_is_help=True, help="Look into checkpoints, and bring them in and out.", rich_markup_mode=None
 )
-data_app = typer.Typer(no_args_is_help=True, help="Look into prepared data and check it.", rich_markup_mode=None)
+data_app = typer.Typer(
+    no_args_is_help=True, help="Look into prepared data, check it, tidy it up.", rich_markup_mode=None
+)
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(data_app, name="data")
@@ -42,6 +44,10 @@ SetOption = Annotated[
 OnOption = Annotated[str | None, typer.Option("--on", help="Address of a Ray cluster; none: a local one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done to each stage, and why.")]
+RetryOption = Annotated[
+    bool,
+    typer.Option("--retry-failed", help="Download again what failed for causes that can pass: timeouts, DNS, 5xx."),
+]
 
 
 def main() -> None:
@@ -77,13 +83,22 @@ def run(
     store: StoreOption = None,
     set_: SetOption = None,
     on: OnOption = None,
+    retry_failed: RetryOption = False,
     dry_run: DryRunOption = False,
     json_: JsonOption = False,
 ) -> None:
     """Run a whole workflow: what is done is reused, what is missing is made."""
     from orchestration.session import run_workflow
 
-    run_workflow(workflow, store=store, assignments=set_ or [], address=on, dry_run=dry_run, as_json=json_)
+    run_workflow(
+        workflow,
+        store=store,
+        assignments=set_ or [],
+        address=on,
+        dry_run=dry_run,
+        as_json=json_,
+        retry_failed=retry_failed,
+    )
 
 
 @app.command(epilog="Example: pixnerd prepare demo --store runs/demo")
@@ -92,10 +107,7 @@ def prepare(
     store: StoreOption = None,
     set_: SetOption = None,
     on: OnOption = None,
-    retry_failed: Annotated[
-        bool,
-        typer.Option("--retry-failed", help="Download again what failed for causes that can pass: timeouts, DNS, 5xx."),
-    ] = False,
+    retry_failed: RetryOption = False,
     dry_run: DryRunOption = False,
     json_: JsonOption = False,
 ) -> None:
@@ -303,6 +315,9 @@ def data_show(
     column: Annotated[
         list[str] | None, typer.Option(help="A column of numbers to look at as well; repeatable.")
     ] = None,
+    score: Annotated[
+        list[str] | None, typer.Option(help="Scores or captions to look at as well: a stage, or a digest; repeatable.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for drawings of it, and for a sheet of samples.")
     ] = None,
@@ -312,15 +327,40 @@ def data_show(
     """What was prepared: sources, sizes, captions, and what became of every input."""
     from orchestration.data import show_data
 
-    show_data(store, size=size, columns=column or [], out=out, seed=seed, as_json=json_)
+    show_data(store, size=size, columns=column or [], scores=score or [], out=out, seed=seed, as_json=json_)
 
 
 @data_app.command("verify", epilog="Example: pixnerd data verify --store runs/demo")
-def data_verify(store: StoreOfShards, json_: JsonOption = False) -> None:
+def data_verify(
+    store: StoreOfShards,
+    drop_damaged: Annotated[
+        bool,
+        typer.Option(
+            "--drop-damaged",
+            help="Delete damaged objects, and the records that keep their shards from being made again by prepare.",
+        ),
+    ] = False,
+    json_: JsonOption = False,
+) -> None:
     """Read every shard again and hold hashes, counts and order against the records."""
     from orchestration.data import verify_data
 
-    verify_data(store, as_json=json_)
+    verify_data(store, drop_damaged=drop_damaged, as_json=json_)
+
+
+@data_app.command("gc", epilog="Example: pixnerd data gc --store runs/demo --dry-run")
+def data_gc(
+    store: StoreOfShards,
+    older_than_hours: Annotated[
+        float, typer.Option(min=0, help="Younger data stays: a job may be about to write the record that names it.")
+    ] = 24.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Delete the data that no record names, such as what killed jobs left."""
+    from orchestration.data import collect_data
+
+    collect_data(store, older_than_hours=older_than_hours, dry_run=dry_run, as_json=json_)
 
 
 @data_app.command("forget", epilog="Example: pixnerd data forget withdrawn.txt --store runs/demo --reason 'asked to'")

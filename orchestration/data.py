@@ -1,15 +1,16 @@
-"""`pixnerd data`: look into what was prepared, check it, and take items out of all that comes later."""
+"""`pixnerd data`: look into what was prepared, check it, take items out of all that comes later, and tidy up."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from data_prep import gc
 from data_prep.forget import Forgotten, forget, read_list
 from data_prep.job import summary_key
 from data_prep.look import Histogram, Summary, contact_sheet, draw, printable, summarise
-from data_prep.verify import verify
+from data_prep.verify import Verified, verify
 from infra.errors import DataError, SettingsError
 from infra.records import StageRecord
 from infra.store import Store, open_store
@@ -25,7 +26,6 @@ class Prepared(NamedTuple):
     plan: str
     edition: str
     sizes: list[str]
-    done: list[str]  # the records that say so: while they stand, nothing is made again
 
 
 def prepared(store: Store) -> list[Prepared]:
@@ -36,13 +36,7 @@ def prepared(store: Store) -> list[Prepared]:
     if not newest:
         raise DataError(f"nothing has been prepared in {store.url}", remedy="run `pixnerd prepare` first")
     return [
-        Prepared(
-            record.stage,
-            plan,
-            record.output["edition"],
-            list(record.output["sizes"]),
-            [f"stages/prepare/{record.digest_of_work}.json", summary_key(plan, record.output["edition"])],
-        )
+        Prepared(record.stage, plan, record.output["edition"], list(record.output["sizes"]))
         for plan, record in newest.items()
     ]
 
@@ -50,11 +44,22 @@ def prepared(store: Store) -> list[Prepared]:
 # ------------------------------------------------------------------------------------------------ show
 
 
-def show_data(store: str, *, size: str | None, columns: list[str], out: Path | None, seed: int, as_json: bool) -> None:
+def show_data(
+    store: str,
+    *,
+    size: str | None,
+    columns: list[str],
+    scores: Sequence[str] = (),
+    out: Path | None,
+    seed: int,
+    as_json: bool,
+) -> None:
     opened = open_store(store)
     shown = []
+    scored = _scored(opened, scores)
     for found, one in _sizes(prepared(opened), size):
-        summary = summarise(opened, found.plan, found.edition, one, columns=columns)
+        digests = [scorer for plan, of_size, scorer in scored if (plan, of_size) == (found.plan, one)]
+        summary = summarise(opened, found.plan, found.edition, one, columns=columns, scores=digests)
         pictures = {} if out is None else _pictures(opened, summary, out, seed)
         shown.append(summary.model_dump(mode="json") | ({"pictures": pictures} if out else {}))
         if not as_json:
@@ -71,6 +76,24 @@ def _sizes(all_prepared: list[Prepared], size: str | None) -> Iterator[tuple[Pre
         known = sorted({one for found in all_prepared for one in found.sizes})
         raise SettingsError(f"nothing was prepared at the size `{size}`", remedy=f"sizes: {', '.join(known)}")
     return iter(chosen)
+
+
+def _scored(store: Store, names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Plan, size and scorer of the scores that are called so: by their stage, or by a digest."""
+    made = [(record.stage, record.output) for record in stage_records(store, "score")] if names else []
+    for name in names:
+        if not any(name in (stage, output["scorer"]) for stage, output in made):
+            known = ", ".join(sorted({stage for stage, _ in made}))
+            raise SettingsError(
+                f"there are no scores called `{name}` in {store.url}",
+                remedy=f"scores: {known}" if known else "run a recipe with a `score` stage first",
+            )
+    found = [
+        (output["plan"], output["size"], output["scorer"])
+        for stage, output in made
+        if {stage, output["scorer"]} & {*names}
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _pictures(store: Store, summary: Summary, out: Path, seed: int) -> dict[str, str]:
@@ -96,6 +119,8 @@ def _print(stage: str, summary: Summary) -> None:
     measured |= {f"words of {printable(kind)}": histogram for kind, histogram in summary.words.items()}
     for name, histogram in (measured | summary.values).items():
         print(f"  {name}: {_range(histogram)}")
+    for name, causes in summary.failures.items():
+        print(f"  {name}: " + (", ".join(f"{cause} {count:,}" for cause, count in causes.items()) or "none"))
 
 
 def _print_fates(summary: Summary) -> None:
@@ -120,24 +145,60 @@ def _range(found: Histogram) -> str:
 # ------------------------------------------------------------------------------------------------ verify
 
 
-def verify_data(store: str, *, as_json: bool) -> None:
+def verify_data(store: str, *, drop_damaged: bool = False, as_json: bool) -> None:
     opened = open_store(store)
     all_prepared = prepared(opened)
     checked = {found.plan: verify(opened, found.plan, found.edition) for found in all_prepared}
+    dropped = _drop(opened, checked) if drop_damaged else {}
     if as_json:
-        print_json({plan: result._asdict() for plan, result in checked.items()})
-    problems = [problem for result in checked.values() for problem in result.problems]
-    if not as_json:
+        print_json({plan: result._asdict() | {"dropped": dropped.get(plan, [])} for plan, result in checked.items()})
+    else:
         for plan, result in checked.items():
             print(f"plan {plan}: {result.shards} shards, {result.inputs:,} inputs, {result.images:,} images read again")
-        for problem in problems:
-            print(f"  {problem}")
-    if problems:
-        done = ", ".join(key for found in all_prepared if checked[found.plan].problems for key in found.done)
-        raise DataError(
-            f"{len(problems)} things in {store} are not as recorded",
-            remedy=f"delete the damaged objects, their shards' records, and {done}; then run prepare again",
+            for problem in result.problems:
+                print(f"  {problem}")
+    again = [found.stage for found in all_prepared if checked[found.plan].again]
+    if dropped and not as_json:
+        stages = " and ".join(f"`{stage}`" for stage in dict.fromkeys(again))
+        count = len({key for keys in dropped.values() for key in keys})
+        print(f"deleted {count:,} objects and records: they kept damaged shards from being made again")
+        print(f"now run `pixnerd prepare RECIPE --store {store}`, with the recipe that has the stage {stages}")
+    problems = sum(len(result.problems) for result in checked.values())
+    lasting = sum(result.lasting for result in checked.values())
+    if again and not drop_damaged:
+        remedy = f"run `pixnerd data verify --store {store} --drop-damaged`, then prepare again"
+        raise DataError(f"{problems} things in {store} are not as recorded", remedy=remedy)
+    if lasting:
+        remedy = (
+            "mend the disk or the server if it fails; delete a shard's record that is in no plan if its input is gone"
         )
+        raise DataError(f"{lasting} things in {store} are wrong that no new shard mends", remedy=remedy)
+
+
+def _drop(store: Store, checked: dict[str, Verified]) -> dict[str, list[str]]:
+    """Delete what keeps damaged shards from being made again, and nothing else; the keys, by plan.
+
+    First data, then their records, then those that say that all is done: killed anywhere, another verify still tells of
+    what is left to do. Data go whoever names them, as nobody can use them; an object that has its hash stays.
+    """
+    damaged = {plan: result for plan, result in checked.items() if result.again}
+    done = {plan: list(_say_done(store, plan)) for plan in damaged}
+    steps = [
+        *(result.objects for result in damaged.values()),
+        *(result.records for result in damaged.values()),
+        *done.values(),
+    ]
+    for key in dict.fromkeys(key for keys in steps for key in keys):
+        store.delete(key)
+    return {plan: [*result.objects, *result.records, *done[plan]] for plan, result in damaged.items()}
+
+
+def _say_done(store: Store, plan: str) -> Iterator[str]:
+    """The records of all editions of a plan that say so: while they stand, nothing of theirs is made again."""
+    yield from (entry.key for entry in store.list(summary_key(plan, "").removesuffix(".json")))
+    for record in stage_records(store, "prepare"):
+        if record.output["plan"] == plan:
+            yield f"stages/prepare/{record.digest_of_work}.json"
 
 
 # ------------------------------------------------------------------------------------------------ forget
@@ -171,3 +232,30 @@ def _print_forgotten(found: Forgotten, asked: int, *, dry_run: bool) -> None:
         print("no snapshot holds any of them")
     elif not found.checkpoints:
         print("no checkpoint saw any of them")
+
+
+# ------------------------------------------------------------------------------------------------ gc
+
+
+def collect_data(store: str, *, older_than_hours: float, dry_run: bool, as_json: bool) -> None:
+    found = gc.collect(open_store(store), older_than_hours, dry_run=dry_run)
+    if as_json:
+        counts = {folder: count._asdict() for folder, count in found.orphans.items()}
+        print_json(found._asdict() | {"orphans": counts, "dry_run": dry_run})
+        return
+    count = sum(count.objects for count in found.orphans.values())
+    size = sum(count.bytes for count in found.orphans.values())
+    said = "would delete" if dry_run else "deleted"
+    print(f"{said} {count:,} of {found.objects:,} data objects, {_mebibytes(size)} MiB: no record names them")
+    if found.orphans:
+        rows = [[folder, f"{count.objects:,}", _mebibytes(count.bytes)] for folder, count in found.orphans.items()]
+        terminal.table(["under", "objects", "MiB"], rows)
+        print(f"the first: {', '.join(found.first)}")
+    if found.young:
+        print(f"left alone: {found.young:,} younger than {older_than_hours:g} hours, which a job may be about to name")
+    if found.foreign:
+        print(f"left alone: {found.foreign:,} whose names hold no hash, so that they are not pixnerd's")
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f}"

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import pyarrow as pa
 import pytest
 import yaml
 from PIL import Image
 
 from data_prep.job import prepare
+from data_prep.plan import read_plan
 from data_prep.snapshot import SnapshotSettings, snapshot
 from infra.errors import DataError, SettingsError
-from infra.records import StageRecord, write_record
+from infra.records import ShardRecord, StageRecord, put_data, read_record, write_record
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import Store, open_store
 from orchestration import workflow
-from orchestration.data import forget_data, show_data, verify_data
+from orchestration.data import collect_data, forget_data, show_data, verify_data
+from orchestration.session import stage_records
 from pipelines import recipes
 from pipelines.stages import NOWHERE, Context
 from tests.data_prep.corpora import contents, settings_for, write_corpus
+from tests.data_prep.test_snapshot import scored
 from tests.orchestration.test_workflow import NoTracker
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -58,6 +62,27 @@ def test_show_says_what_became_of_every_input(made: Store, capsys: pytest.Captur
     [summary] = json.loads(capsys.readouterr().out)
     assert (summary["size"], summary["accepted"], summary["inputs"]) == ("16", 18, 30)
     assert sum(summary["rejected"].values()) == 12
+
+
+def test_show_joins_the_scores_of_a_stage(made: Store, capsys: pytest.CaptureFixture[str]):
+    plan = stage_records(made, "prepare")[0].output["plan"]
+    edition = stage_records(made, "prepare")[0].output["edition"]
+    with pytest.raises(SettingsError, match="no scores called `clip`"):
+        show_data(made.url, size=None, columns=[], scores=["clip"], out=None, seed=0, as_json=False)
+    scored(
+        (made, read_plan(made, plan, edition)),
+        "0123456789abcdef",
+        clip_score=lambda keys: pa.array([0.25] * len(keys)),
+        clip_failure=lambda keys: pa.array(["no_caption"] + [None] * (len(keys) - 1)),
+    )
+    [stage] = stage_records(made, "prepare")
+    output = {"plan": plan, "size": "16", "scorer": "0123456789abcdef"}
+    write_record(made, "stages/score/d.json", stage.model_copy(update={"stage": "clip", "output": output}))
+    for name in ("clip", "0123456789abcdef"):
+        show_data(made.url, size=None, columns=[], scores=[name], out=None, seed=0, as_json=False)
+        at_32, at_16 = capsys.readouterr().out.split("size 16:")
+        assert "clip_score: 0.25 to 0.25" in at_16 and "clip_failure: no_caption" in at_16
+        assert "clip_score" not in at_32
 
 
 def test_show_draws(made: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -103,28 +128,172 @@ def test_forget_names_who_holds_the_items(made: Store, tmp_path: Path, capsys: p
     assert after.rows == before.rows - 1 - found["twins"]
 
 
-def test_what_verify_says_to_do_mends_it(tmp_path: Path):
-    write_corpus(tmp_path / "corpus", 20)
-    source = settings_for(tmp_path / "corpus").sources[0].model_dump(exclude_unset=True)
-    stage = {"kind": "prepare", "sources": [source], "sizes": [16], "rows_per_shard": 8}
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text(yaml.safe_dump({"name": "mine", "stages": {"prepare": stage}}))
-    store = open_store(str(tmp_path / "store"))
-    nodes = workflow.graph(recipes.load(str(recipe)), store)
-    context = Context(store, tmp_path, NoTracker(), NOWHERE, lambda stage, progress: None)  # type: ignore[arg-type]
+class Run(NamedTuple):
+    """A recipe of prepare stages over one corpus, and its store."""
 
-    def run() -> None:
-        workflow.run(nodes, context, lambda node, event, text: None)
+    store: Store
+    nodes: list[workflow.Node]
+    context: Context
 
+    def __call__(self) -> None:
+        workflow.run(self.nodes, self.context, lambda node, event, text: None)
+
+    def records(self, size: str = "16") -> list[str]:
+        [plan, *_] = dict.fromkeys(entry.key.split("/")[1] for entry in self.store.list("shards/"))
+        return [entry.key for entry in self.store.list(shard_prefix(plan, size))]
+
+    def shard(self, key: str) -> ShardRecord:
+        return read_record(self.store, key, ShardRecord)
+
+    def tar(self, key: str) -> str:
+        tar = self.shard(key).tar
+        assert tar is not None
+        return tar.key
+
+
+def run_of(folder: Path, **stages: dict[str, Any]) -> Run:
+    write_corpus(folder / "corpus", 30)
+    source = settings_for(folder / "corpus").sources[0].model_dump(exclude_unset=True)
+    whole = {
+        name: {"kind": "prepare", "sources": [source], "rows_per_shard": 8} | more for name, more in stages.items()
+    }
+    recipe = folder / "mine.yaml"
+    recipe.write_text(yaml.safe_dump({"name": "mine", "stages": whole}))
+    store = open_store(str(folder / "store"))
+    context = Context(store, folder, NoTracker(), NOWHERE, lambda stage, progress: None)  # type: ignore[arg-type]
+    return Run(store, workflow.graph(recipes.load(str(recipe)), store), context)
+
+
+def spoil(store: Store, key: str) -> None:
+    """Other bytes, as many as before."""
+    store.put(key, store.get(key)[:-1] + b"!")
+
+
+def test_what_verify_says_to_do_mends_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = run_of(tmp_path, prepare={"sizes": [32, 16]})
     run()
-    before = contents(store)
-    broken = next(key for key in before if key.startswith("data/16/") and key.endswith(".tar"))
-    store.put(broken, before[broken][:-1] + b"!")
-    with pytest.raises(DataError) as error:
-        verify_data(store.url, as_json=True)
-    shard = next(key for key in before if key.startswith("shards/") and broken.encode() in before[key])
-    for key in [broken, shard, *re.findall(r"[a-z]+/[^ ,;]+\.json", error.value.remedy)]:
-        store.delete(key)
+    before = contents(run.store)
+    tar_of, index_of, unread, healthy = run.records()
+    broken = [run.tar(tar_of), run.shard(index_of).index.key]
+    for key in broken:
+        spoil(run.store, key)
+    run.store.put(unread, b"not JSON")
+    damaged = contents(run.store)
+    with pytest.raises(
+        DataError, match=r"3 things .* `pixnerd data verify --store .*/store --drop-damaged`, then prep"
+    ):
+        verify_data(run.store.url, as_json=False)
+    assert contents(run.store) == damaged, "without the flag nothing is deleted"
+
+    capsys.readouterr()
+    verify_data(run.store.url, drop_damaged=True, as_json=True)
+    [said] = json.loads(capsys.readouterr().out).values()
+    left = contents(run.store)
+    gone = damaged.keys() - left.keys()
+    assert gone == set(said["dropped"]) == {*broken, tar_of, index_of, unread, *done_in(run.store, before)}
+    assert healthy in left
+    assert all(left[key] == before[key] for key in left)
     run()
-    verify_data(store.url, as_json=True)
-    assert contents(store).keys() == before.keys()
+    verify_data(run.store.url, as_json=True)
+    assert without_times(contents(run.store)) == without_times(before)
+
+
+def done_in(store: Store, before: dict[str, bytes]) -> list[str]:
+    return [key for key in before if key.startswith(("stages/prepare/", "prepared/"))]
+
+
+def without_times(found: dict[str, bytes]) -> dict[str, bytes]:
+    """A stage's record says when it ran, and how long."""
+    return {key: b"" if key.startswith("stages/") else data for key, data in found.items()}
+
+
+def test_dropping_says_what_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = run_of(tmp_path, mine={"sizes": [16]})
+    run()
+    verify_data(run.store.url, drop_damaged=True, as_json=False)
+    assert "deleted" not in capsys.readouterr().out
+    run.store.delete(run.records()[0])
+    verify_data(run.store.url, drop_damaged=True, as_json=False)
+    text = capsys.readouterr().out
+    assert "deleted 2 objects and records" in text
+    assert (
+        f"now run `pixnerd prepare RECIPE --store {run.store.url}`, with the recipe that has the stage `mine`" in text
+    )
+    run()
+    verify_data(run.store.url, as_json=False)
+
+
+def test_plans_that_share_damaged_data_are_mended_together(tmp_path: Path):
+    run = run_of(tmp_path, one={"sizes": [16]}, both={"sizes": [16, 32]})
+    run()
+    before = contents(run.store)
+    first = run.records()[0]
+    shared = run.tar(first)
+    sharing = [key for key in before if key.startswith("shards/") and shared.encode() in before[key]]
+    assert len(sharing) == 2
+    spoil(run.store, shared)
+    verify_data(run.store.url, drop_damaged=True, as_json=True)
+    gone = before.keys() - contents(run.store).keys()
+    assert gone == {shared, *sharing, *done_in(run.store, before)}
+    run()
+    verify_data(run.store.url, as_json=True)
+    assert without_times(contents(run.store)) == without_times(before)
+
+
+def test_a_plan_without_damage_stays_done(tmp_path: Path):
+    run = run_of(tmp_path, small={"sizes": [16]}, large={"sizes": [32]})
+    run()
+    before = contents(run.store)
+    [large] = {key for key in before if key.startswith("shards/") and key.endswith("/32/00000.json")}
+    spoil(run.store, run.shard(large).index.key)
+    verify_data(run.store.url, drop_damaged=True, as_json=True)
+    plan = large.split("/")[1]
+    gone = before.keys() - contents(run.store).keys()
+    assert {key.split("/")[0] for key in gone} == {"data", "shards", "prepared", "stages"} and len(gone) == 4
+    assert all(plan in key for key in gone if key.startswith(("shards/", "prepared/")))
+
+
+def test_every_edition_that_says_that_it_is_done_is_told_otherwise(tmp_path: Path):
+    run = run_of(tmp_path, prepare={"sizes": [16]})
+    run()
+    [stage] = stage_records(run.store, "prepare")
+    older = stage.model_copy(update={"digest_of_work": "older", "started": "2020-01-01", "output": dict(stage.output)})
+    older.output["edition"] = "older"
+    write_record(run.store, "stages/prepare/older.json", older)
+    run.store.put(f"prepared/{stage.output['plan']}/older.json", b"{}")
+    spoil(run.store, run.tar(run.records()[0]))
+    verify_data(run.store.url, drop_damaged=True, as_json=True)
+    assert done_in(run.store, contents(run.store)) == []
+
+
+def test_what_no_new_shard_mends_is_not_dropped(tmp_path: Path):
+    run = run_of(tmp_path, prepare={"sizes": [16]})
+    run()
+    stray = run.records()[0].replace("/00000.", "/00099.")
+    run.store.put(stray, b"{}")
+    before = contents(run.store)
+    for drop_damaged in (False, True):
+        with pytest.raises(DataError, match=r"1 things .* no new shard mends.*in no plan"):
+            verify_data(run.store.url, drop_damaged=drop_damaged, as_json=True)
+        assert contents(run.store) == before
+
+
+def test_gc_tells_and_deletes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = run_of(tmp_path, prepare={"sizes": [16]})
+    run()
+    before = contents(run.store)
+    keys = [put_data(run.store, prefix, "00000.tar", b"x" * 2**20).key for prefix in ("data/16", "data/originals")]
+    collect_data(run.store.url, older_than_hours=24.0, dry_run=True, as_json=False)
+    text = capsys.readouterr().out
+    assert f"would delete 0 of {sum(key.startswith('data/') for key in before) + 2} data objects, 0.0 MiB" in text
+    assert "left alone: 2 younger than 24 hours" in text
+    collect_data(run.store.url, older_than_hours=0.0, dry_run=True, as_json=False)
+    text = capsys.readouterr().out
+    assert "would delete 2 of" in text and "2.0 MiB" in text and f"the first: {', '.join(keys)}" in text
+    assert all(map(run.store.exists, keys))
+    collect_data(run.store.url, older_than_hours=0.0, dry_run=False, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["orphans"] == {folder: {"objects": 1, "bytes": 2**20} for folder in ("data/16", "data/originals")}
+    assert (found["dry_run"], found["first"]) == (False, keys)
+    assert contents(run.store) == before
+    verify_data(run.store.url, as_json=True)

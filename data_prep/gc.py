@@ -1,0 +1,161 @@
+"""`gc`: delete the data that no record names: what killed jobs left, and what those made whose records came second.
+
+An object under `data/` is named by any JSON record outside of it that holds its key, whatever the record is; by the
+table of a plan, which says where its inputs were put as Parquet; and by the selection of a snapshot, which says where
+its images lie. All others are orphans, if they are old enough: a job writes its data before its record. What does not
+carry a hash in its name was put there by somebody else, and stays.
+
+A job that finds an old orphan which is just what it has made does not send it again, and names it. So the records that
+have come or changed while the others were read are read as well, just before anything is deleted. What is left is a job
+that found its data there before they were deleted and writes its record after that: then `verify` tells of a missing
+object and how to have it made again. No job at work, no such race.
+
+Whatever else lies in a store (training states, checkpoints, pictures) is not looked at: it lies with its own records.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Collection, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.folders import StoreFolder
+from data_prep.stream import in_order
+from infra.errors import NotFound, RecordError, SettingsError
+from infra.records import DataObject, SnapshotRecord
+from infra.store import Entry, Store
+
+DATA = "data/"
+NO_RECORDS = ("corpus/", "mlartifacts/")  # a workflow's own files, where its store is a folder
+READERS = 16  # requests for small objects under way at once
+SHOWN = 5  # keys
+
+
+class Count(NamedTuple):
+    objects: int
+    bytes: int
+
+
+class Garbage(NamedTuple):
+    objects: int  # under data/, in all
+    orphans: dict[str, Count]  # "data/256" -> those to delete
+    first: list[str]  # some of their keys
+    young: int  # orphans that may be those of a job at work
+    foreign: int  # objects whose names hold no hash
+
+
+def collect(store: Store, older_than_hours: float = 24.0, *, dry_run: bool = False) -> Garbage:
+    """Find the orphans, and delete them unless it is a dry run. A record that cannot be read ends it before that."""
+    limit = time.time() - 3600 * older_than_hours
+    data: list[Entry] = []
+    records: dict[str, float] = {}
+    for entry in store.list():
+        if entry.key.startswith(DATA):
+            data.append(entry)
+        elif _may_name(entry.key):
+            records[entry.key] = entry.modified
+    named = _named(store, records)
+    ours = [entry for entry in data if re.search(r"-[0-9a-f]{64}(\.[^/]*)?$", entry.key)]
+    unnamed = [entry for entry in ours if entry.key not in named]
+    orphans = [entry for entry in unnamed if entry.modified <= limit]
+    if orphans:
+        since = [e.key for e in store.list() if _may_name(e.key) and records.get(e.key) != e.modified]
+        named = _named(store, since)
+        orphans = [entry for entry in orphans if entry.key not in named]
+    if not dry_run:
+        for _ in in_order(store.delete, [entry.key for entry in orphans], READERS):
+            pass
+    return Garbage(
+        objects=len(data),
+        orphans=_counted(orphans),
+        first=[entry.key for entry in orphans[:SHOWN]],
+        young=sum(entry.modified > limit for entry in unnamed),
+        foreign=len(data) - len(ours),
+    )
+
+
+def _counted(orphans: Iterable[Entry]) -> dict[str, Count]:
+    found: dict[str, Count] = {}
+    for entry in orphans:
+        folder = "/".join(entry.key.split("/")[:2])
+        objects, size = found.get(folder, (0, 0))
+        found[folder] = Count(objects + 1, size + entry.size)
+    return found
+
+
+# What names objects
+
+
+def _may_name(key: str) -> bool:
+    if key.startswith((DATA, *NO_RECORDS)):
+        return False
+    return key.endswith(".json") or _is_plan(key)
+
+
+def _is_plan(key: str) -> bool:
+    return key.startswith("plans/") and key.endswith(".parquet")
+
+
+def _named(store: Store, keys: Collection[str]) -> set[str]:
+    """The data that these records name."""
+    return {name for names in in_order(partial(_names, store), keys, READERS) for name in names}
+
+
+def _names(store: Store, key: str) -> set[str]:
+    try:
+        found = store.get(key)
+    except NotFound:  # deleted since it was listed: old training states are
+        return set()
+    try:
+        if _is_plan(key):
+            table = pq.read_table(pa.BufferReader(found), columns=["input", "table"])
+            return {name for column in table.columns for name in column.to_pylist() if _is_data(name)}
+        names = set(filter(_is_data, _values(json.loads(found))))
+        record = SnapshotRecord.model_validate_json(found) if key.startswith("snapshots/") else None
+    except (ValueError, RecursionError, pa.ArrowException, OSError) as error:
+        raise _unreadable(store, key, type(error).__name__) from None
+    for selection in (record.selection, record.held_out) if record else ():
+        names |= _tars(store, key, selection)
+    return names
+
+
+def _tars(store: Store, key: str, selection: DataObject) -> set[str]:
+    """Where a selection's images lie; it may be larger than memory, so one column is read, a row group at a time."""
+    found: set[str] = set()
+    try:
+        with StoreFolder(store).open(selection.key) as opened, pq.ParquetFile(opened) as file:
+            for group in range(file.num_row_groups):
+                found |= set(file.read_row_group(group, columns=["tar"])["tar"].unique().to_pylist())
+    except (NotFound, SettingsError, KeyError, ValueError, pa.ArrowException, OSError) as error:
+        raise _unreadable(store, key, f"its {selection.key}: {type(error).__name__}") from None
+    return found
+
+
+def _values(found: Any) -> Iterator[Any]:
+    """Every string of a JSON value, however deep."""
+    waiting = [found]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        else:
+            yield value
+
+
+def _is_data(value: object) -> bool:
+    return isinstance(value, str) and value.startswith(DATA)
+
+
+def _unreadable(store: Store, key: str, why: str) -> RecordError:
+    return RecordError(
+        f"{store.url}/{key} cannot be read ({why}), and may be all that names some of the data; nothing was deleted",
+        remedy="if it is no longer needed delete it, or mend it; then collect again",
+    )
