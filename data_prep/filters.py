@@ -3,6 +3,9 @@
 A small safe grammar in Python's syntax: column names, numbers, texts, True and False, comparisons (also chained), `in`
 a list of constants, `is None`, `and`, `or`, `not`, and arithmetic (`width / height < 2`). A row without a value in a
 column passes no comparison with it, negated or not; `column is None` finds such rows.
+
+Whole numbers are compared as they are, whatever their width. Arithmetic is in floating point, so it never overflows and
+`/` divides into fractions; what is divided by zero has no value.
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +41,72 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
-    ast.Div: lambda left, right: left.cast(pa.float64()) / right.cast(pa.float64()),
+    ast.Div: lambda left, right: left / pc.if_else(right == 0.0, pc.scalar(pa.scalar(None, pa.float64())), right),
 }
+# What to write in place of operators that filters do not have.
+_INSTEAD: dict[type[ast.AST], str] = {
+    ast.BitAnd: "write `and` in place of `&`",
+    ast.BitOr: "write `or` in place of `|`",
+    ast.Invert: "write `not` in place of `~`",
+    ast.Pow: "write the number out, or multiply",
+    ast.FloorDiv: "divide by `/`, which gives fractions: `a // b == 2` is `2 <= a / b < 3`",
+    ast.Mod: "there are + - * / alone; let the corpus keep the remainder as a column",
+}
+
+Kind = Literal["whole numbers", "unsigned numbers", "fractions", "text", "True or False"]
+_TYPES: dict[Kind, pa.DataType] = {
+    "whole numbers": pa.int64(),
+    "unsigned numbers": pa.decimal128(20, 0),  # of 64 bits; it holds every other whole number, too
+    "fractions": pa.float64(),
+    "text": pa.string(),
+    "True or False": pa.bool_(),
+}
+_NUMBERS: tuple[Kind, ...] = ("whole numbers", "unsigned numbers", "fractions")  # compared as the later one
+
+
+class _Value(NamedTuple):
+    """A column, a constant, or what is computed of them."""
+
+    text: str
+    kind: Kind
+    column: pc.Expression | None = None
+    constant: Any = None
+
+    def expression(self, kind: Kind) -> pc.Expression:
+        if self.column is None:
+            return pc.scalar(self.scalar(kind))
+        return self.column.cast(_TYPES[kind], safe=False)
+
+    def scalar(self, kind: Kind) -> pa.Scalar:
+        make: Callable[[Any], Any] = {"fractions": float, "unsigned numbers": Decimal}.get(kind, lambda value: value)
+        return pa.scalar(make(self.constant), _TYPES[kind])
+
+
+def _kind(of: pa.DataType) -> Kind | None:
+    """None of columns that no filter can ask for."""
+    if pa.types.is_boolean(of):
+        return "True or False"
+    if pa.types.is_string(of):
+        return "text"
+    if pa.types.is_floating(of):
+        return "fractions"
+    if pa.types.is_uint64(of):
+        return "unsigned numbers"
+    return "whole numbers" if pa.types.is_integer(of) else None
+
+
+def _common(values: Sequence[_Value]) -> Kind:
+    """What all of these can be compared as."""
+    first = values[0]
+    for other in values[1:]:
+        if other.kind != first.kind and not {first.kind, other.kind} <= set(_NUMBERS):
+            raise SettingsError(
+                f"`{first.text}` ({first.kind}) and `{other.text}` ({other.kind}) cannot be compared",
+                remedy="compare a column with values of its own type",
+            )
+    if first.kind not in _NUMBERS:
+        return first.kind
+    return max((value.kind for value in values), key=_NUMBERS.index)
 
 
 class Condition(NamedTuple):
@@ -100,17 +168,22 @@ def _parsed(text: str) -> ast.expr:
         raise SettingsError(f"the filter `{text[:200]}` is not an expression ({error})", remedy=EXAMPLE) from None
 
 
+def _short(node: ast.expr) -> str:
+    return ast.unparse(node)[:200]
+
+
+def _instead(node: ast.expr) -> str:
+    """What helps where an expression has something that filters have not."""
+    if isinstance(node, ast.Call):
+        return f"filters call no functions; {EXAMPLE}"
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return "write `0 - x` in place of `-x`"
+    return _INSTEAD.get(type(node.op), EXAMPLE) if isinstance(node, ast.BinOp | ast.UnaryOp) else EXAMPLE
+
+
 class _Reader:
     def __init__(self, schema: pa.Schema) -> None:
-        types = pa.types
-        self.types = {
-            field.name: field.type
-            for field in schema
-            if types.is_boolean(field.type)
-            or types.is_integer(field.type)
-            or types.is_floating(field.type)
-            or types.is_string(field.type)
-        }
+        self.kinds = {field.name: kind for field in schema if (kind := _kind(field.type)) is not None}
 
     def condition(self, node: ast.expr) -> pc.Expression:
         match node:
@@ -123,46 +196,68 @@ class _Reader:
             case ast.Compare():
                 pairs = zip([node.left, *node.comparators[:-1]], node.ops, node.comparators, strict=True)
                 return reduce(operator.and_, [self.comparison(*pair) for pair in pairs])
-            case ast.Name() if pa.types.is_boolean(self.types.get(node.id, pa.bool_())):
-                return self.value(node)
-        raise SettingsError(f"`{ast.unparse(node)[:200]}` is not a condition", remedy=EXAMPLE)
+            case ast.Name() if self.kinds.get(node.id, "True or False") == "True or False":
+                return self.value(node).expression("True or False")
+        raise SettingsError(f"`{_short(node)}` is not a condition", remedy=_instead(node))
 
     def comparison(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> pc.Expression:
         if isinstance(op, ast.Is | ast.IsNot):
             if not isinstance(right, ast.Constant) or right.value is not None:
-                raise SettingsError("`is` is for None alone", remedy="use == to compare values")
+                raise SettingsError("`is` is for None alone", remedy="write `is None`, or use == to compare values")
             value = self.value(left)
-            return value.is_null() if isinstance(op, ast.Is) else value.is_valid()
+            found = value.expression(value.kind)
+            return found.is_null() if isinstance(op, ast.Is) else found.is_valid()
         if isinstance(op, ast.In | ast.NotIn):
             if not isinstance(right, ast.Tuple | ast.List | ast.Set):
-                raise SettingsError(f"`in {ast.unparse(right)[:200]}` is not a list", remedy=EXAMPLE)
-            value = self.value(left)
-            found = value.isin([self.constant(part) for part in right.elts])
-            # isin says False of a missing value, which `not` would turn into True.
-            known = pc.if_else(value.is_valid(), found, pc.scalar(None).cast(pa.bool_()))
-            return known if isinstance(op, ast.In) else ~known
-        return _COMPARE[type(op)](self.value(left), self.value(right))
+                raise SettingsError(f"`in {_short(right)}` is not a list", remedy=EXAMPLE)
+            return self.among(self.value(left), [self.constant(part) for part in right.elts], isinstance(op, ast.In))
+        both = self.value(left), self.value(right)
+        kind = _common(both)
+        return _COMPARE[type(op)](*(value.expression(kind) for value in both))
 
-    def value(self, node: ast.expr) -> pc.Expression:
+    def among(self, value: _Value, constants: list[_Value], inside: bool) -> pc.Expression:
+        kind = _common([value, *constants])
+        found = value.expression(kind)
+        among = pa.array([constant.scalar(kind).as_py() for constant in constants], _TYPES[kind])
+        # isin says False of a missing value, which `not` would turn into True.
+        known = pc.if_else(found.is_valid(), found.isin(among), pc.scalar(pa.scalar(None, pa.bool_())))
+        return known if inside else ~known
+
+    def value(self, node: ast.expr) -> _Value:
         match node:
             case ast.Name():
-                return pc.field(self.known(node.id))
+                return _Value(node.id, self.kinds[self.known(node.id)], column=pc.field(node.id))
             case ast.BinOp() if type(node.op) in _ARITHMETIC:
-                return _ARITHMETIC[type(node.op)](self.value(node.left), self.value(node.right))
-        return pc.scalar(self.constant(node))
+                numbers = [self.number(part) for part in (node.left, node.right)]
+                return _Value(_short(node), "fractions", column=_ARITHMETIC[type(node.op)](*numbers))
+        return self.constant(node)
 
-    def constant(self, node: ast.expr) -> bool | int | float | str:
+    def number(self, node: ast.expr) -> pc.Expression:
+        value = self.value(node)
+        if value.kind not in _NUMBERS:
+            raise SettingsError(
+                f"`{value.text}` ({value.kind}) cannot be computed with", remedy="compute with columns of numbers"
+            )
+        return value.expression("fractions")
+
+    def constant(self, node: ast.expr) -> _Value:
         match node:
-            case ast.Constant(value=bool() | int() | float() | str() as value):
-                return value
+            case ast.Constant(value=bool() as value):
+                return _Value(_short(node), "True or False", constant=value)
+            case ast.Constant(value=int() as value):
+                return _Value(_short(node), "whole numbers", constant=value)
+            case ast.Constant(value=float() as value):
+                return _Value(_short(node), "fractions", constant=value)
+            case ast.Constant(value=str() as value):
+                return _Value(_short(node), "text", constant=value)
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-                return -value
-        raise SettingsError(f"`{ast.unparse(node)[:200]}` has no place in a filter", remedy=EXAMPLE)
+                return self.constant(ast.Constant(-value))
+        raise SettingsError(f"`{_short(node)}` has no place in a filter", remedy=_instead(node))
 
     def known(self, name: str) -> str:
-        if name not in self.types:
-            near = nearest(name, self.types)
-            known = ", ".join(sorted(self.types))
+        if name not in self.kinds:
+            near = nearest(name, self.kinds)
+            known = ", ".join(sorted(self.kinds))
             raise SettingsError(
                 f"the filter names `{name}`, which is no column of these shards",
                 remedy=f"did you mean `{near}`?" if near else f"columns: {known}",

@@ -9,6 +9,9 @@ in the store, and so are earlier snapshots and checkpoints, which `forget` names
 
 A key is made of a source's name and the item's own, so an item stays forgotten when its corpus is prepared anew. One
 that no plan in the store holds yet is unknown: prepare it, then forget it.
+
+An origin names an item only where it is a URL and the item's own: a list of URLs gives each of its items one, other
+sources if they say which column or field holds it. The `origin` of a whole corpus names none of its items.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
+from data_prep.plan import Edition, Plan
 from data_prep.stream import in_order
 from infra.config import digest
 from infra.errors import DataError, SettingsError
@@ -39,13 +43,14 @@ from infra.records import (
     read_record,
     write_record,
 )
-from infra.shards import INDEX_SCHEMA, list_shards, parquet_bytes, read_index, shard_number
+from infra.shards import list_shards, parquet_bytes, read_index, shard_prefix
 from infra.store import Store
 
 LISTS = "forgotten/"
 CHECKPOINTS = ("training/", "imported/")
-NAMES = [name for name in ("key", "name", "origin") if name in INDEX_SCHEMA.names]  # what an item may be called by
+NAMES = ("key", "name")  # what an item may be called by, besides an origin of its own
 HASHES = ("image_sha256", "pixels_sha256")
+OWN_ORIGIN = ("origin_column", "origin_field")  # the settings of a source that say where its items' origins stand
 LIST_COLUMNS = ("key", "image_sha256", "pixels_sha256", "sha256", "origin", "url", "name")  # of a list in Parquet
 ITEMS = pa.schema([pa.field("key", pa.string(), nullable=False), pa.field("pixels_sha256", pa.binary(32))])
 
@@ -59,6 +64,13 @@ class Searched(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     shards: int  # every shard with a smaller number was looked through
     rows: int  # accepted ones to be forgotten there
+    found: list[int] | None = None  # the shards that hold those; none: an older list, which does not say
+
+    def clears(self, numbers: Collection[int]) -> bool:
+        """Whether all of these shards were looked through, and none of them holds any."""
+        if max(numbers, default=-1) >= self.shards:
+            return False
+        return not self.rows if self.found is None else not set(self.found).intersection(numbers)
 
 
 class ForgottenRecord(Record):
@@ -123,39 +135,49 @@ def _column(path: Path) -> list[str]:
 
 
 def forget(store: Store, items: Sequence[str], reason: str, *, twins: bool = True, dry_run: bool = False) -> Forgotten:
-    """Forget items by key, by the corpus's name, by URL, or by the sha256 of their image or pixels in hex."""
+    """Forget items by key, by the corpus's name, by URL, or by the sha256 of their image or pixels in hex.
+
+    The list is written before it is asked who holds its items: a snapshot that is made meanwhile heeds it or is named.
+    """
     wanted = _Wanted(items)
     shards = {prefix: list(list_shards(store, prefix)) for prefix in _prefixes(store)}
-    hits = {prefix: _search(store, found, wanted) for prefix, found in shards.items()}
+    hits = {prefix: _search(store, prefix, found, wanted) for prefix, found in shards.items()}
     if not any(hits.values()):
         raise DataError(
             f"none of the {len(items)} items is in this store (the first is {items[0] if items else ''!a:.200})",
             remedy="write them as keys, as names or URLs of the corpus, or as sha256 in hex; prepare the corpus first",
         )
-    keys = {key for found in hits.values() for key, _ in found}
-    hashes = {value for found in hits.values() for _, value in found if value} if twins else set()
-    same = {prefix: _twins(store, found, hashes) if twins else set() for prefix, found in shards.items()}
-    searched = {
-        prefix: Searched(
-            shards=_without_gap(found),
-            rows=len(same[prefix] | {key for key, value in hits[prefix] if value}),
-        )
-        for prefix, found in shards.items()
-    }
-    gone = {prefix: keys | found for prefix, found in same.items()}
-    snapshots = list(_holders(store, gone, keys))
+    pairs = {pair for found in hits.values() for here in found.values() for pair in here}
+    keys = {key for key, _ in pairs}
+    hashes = {value for _, value in pairs if value} if twins else set()
+    same = {prefix: _twins(store, found, hashes) if twins else {} for prefix, found in shards.items()}
+    searched = {prefix: _searched(found, hits[prefix], same[prefix]) for prefix, found in shards.items()}
+    record = None if dry_run else _write(store, pairs, reason, twins, searched)
+    with_twins = {prefix: keys.union(*found.values()) for prefix, found in same.items()}
+    snapshots = list(_holders(store, with_twins, keys))
     return Forgotten(
-        record=None if dry_run else _write(store, hits, reason, twins, searched),
+        record=record,
         keys=len(keys),
-        twins=len(set().union(*same.values()) - keys),
+        twins=len(set().union(*with_twins.values()) - keys),
         unknown=wanted.unknown(),
         snapshots=snapshots,
         checkpoints=_witnesses(store, snapshots),
     )
 
 
-def _write(store: Store, hits: dict[str, set[Hit]], reason: str, twins: bool, searched: dict[str, Searched]) -> str:
-    pairs = sorted(set().union(*hits.values()), key=lambda pair: (pair[0], pair[1] or b""))
+def _searched(shards: Sequence[ShardRecord], hits: dict[int, set[Hit]], same: dict[int, set[str]]) -> Searched:
+    gone = {number: {key for key, value in here if value} for number, here in hits.items()}
+    for number, twins in same.items():
+        gone.setdefault(number, set()).update(twins)
+    return Searched(
+        shards=_without_gap(shards),
+        rows=len(set().union(*gone.values())),
+        found=sorted(number for number, here in gone.items() if here),
+    )
+
+
+def _write(store: Store, hits: set[Hit], reason: str, twins: bool, searched: dict[str, Searched]) -> str:
+    pairs = sorted(hits, key=lambda pair: (pair[0], pair[1] or b""))
     rows = pa.Table.from_pylist([dict(zip(ITEMS.names, pair, strict=True)) for pair in pairs], schema=ITEMS)
     name = digest({"reason": reason, "twins": twins, "items": [[key, value and value.hex()] for key, value in pairs]})
     record = ForgottenRecord(
@@ -177,17 +199,25 @@ class _Wanted:
     def __init__(self, items: Sequence[str]) -> None:
         self.items = list(dict.fromkeys(items))
         self.names = frozenset(items)
+        self.urls = frozenset(item for item in items if "://" in item)
         self.hashes = frozenset(bytes.fromhex(item) for item in items if _is_sha256(item))
         self._known: set[str | bytes] = set()
 
-    def mask(self, table: pa.Table) -> Mask:
-        """The rows that an item names, noting which items do."""
-        found = np.zeros(table.num_rows, bool)
-        for name in (*NAMES, *HASHES):
-            here = members(table[name], self.names if name in NAMES else self.hashes)
+    def mask(self, table: pa.Table, shared: dict[str, str]) -> Mask:
+        """The rows that an item names, noting which items do. `shared`: see _shared_origins."""
+        marks = {name: members(table[name], self.names) for name in NAMES}
+        marks |= {name: members(table[name], self.hashes) for name in HASHES}
+        marks["origin"] = self._by_origin(table, shared)
+        for name, here in marks.items():
             self._known.update(table[name].filter(pa.array(here)).to_pylist())
-            found |= here
+        found: Mask = np.logical_or.reduce(list(marks.values()))
         return found
+
+    def _by_origin(self, table: pa.Table, shared: dict[str, str]) -> Mask:
+        here = members(table["origin"], self.urls)
+        rows = table.select(["source", "origin"]).filter(pa.array(here)).to_pylist()
+        here[here] = [shared.get(row["source"], row["origin"]) != row["origin"] for row in rows]
+        return here
 
     def unknown(self) -> list[str]:
         return [item for item in self.items if not self._known & {item, _is_sha256(item) and bytes.fromhex(item)}]
@@ -215,25 +245,42 @@ def _without_gap(shards: Sequence[ShardRecord]) -> int:
     return next(number for number in range(len(numbers) + 1) if number not in numbers)
 
 
-def _search(store: Store, shards: Sequence[ShardRecord], wanted: _Wanted) -> set[Hit]:
-    """The rows that items name. A key may have several pictures: one for each content that its input had."""
-    found: set[Hit] = set()
-    for table in _tables(store, shards, [*NAMES, *HASHES]):
-        rows = table.filter(pa.array(wanted.mask(table)))
-        found |= set(zip(rows["key"].to_pylist(), rows["pixels_sha256"].to_pylist(), strict=True))
+def _search(store: Store, prefix: str, shards: Sequence[ShardRecord], wanted: _Wanted) -> dict[int, set[Hit]]:
+    """The rows that items name, by shard. A key may have several pictures: one for each content that its input had."""
+    shared = _shared_origins(store, prefix.split("/")[1])
+    found: dict[int, set[Hit]] = {}
+    for number, table in _tables(store, shards, [*NAMES, *HASHES, "origin", "source"]):
+        rows = table.filter(pa.array(wanted.mask(table, shared)))
+        if rows.num_rows:
+            found[number] = set(zip(rows["key"].to_pylist(), rows["pixels_sha256"].to_pylist(), strict=True))
     return found
 
 
-def _twins(store: Store, shards: Sequence[ShardRecord], hashes: Collection[bytes]) -> set[str]:
-    """The keys of all rows that have one of these pixels."""
-    found: set[str] = set()
-    for table in _tables(store, shards, ["key", "pixels_sha256"]):
-        found |= set(table["key"].filter(pa.array(members(table["pixels_sha256"], hashes))).to_pylist())
+def _shared_origins(store: Store, plan: str) -> dict[str, str]:
+    """The sources whose items have origins of their own, and the corpus's, which items without one share."""
+    for entry in store.list(f"plans/{plan}/"):
+        if _is_record(entry.key):
+            sources = read_record(store, entry.key, Edition).settings.get("sources", [])  # the same in all editions
+            return {
+                source["name"]: source.get("origin", "")
+                for source in sources
+                if source["kind"] == "url_list" or any(source.get(name) for name in OWN_ORIGIN)
+            }
+    return {}
+
+
+def _twins(store: Store, shards: Sequence[ShardRecord], hashes: Collection[bytes]) -> dict[int, set[str]]:
+    """The keys of all rows that have one of these pixels, by shard."""
+    found: dict[int, set[str]] = {}
+    for number, table in _tables(store, shards, ["key", "pixels_sha256"]):
+        keys = table["key"].filter(pa.array(members(table["pixels_sha256"], hashes))).to_pylist()
+        if keys:
+            found[number] = set(keys)
     return found
 
 
-def _tables(store: Store, shards: Sequence[ShardRecord], columns: list[str]) -> Iterator[pa.Table]:
-    return in_order(lambda shard: read_index(store, shard, columns), shards)
+def _tables(store: Store, shards: Sequence[ShardRecord], columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
+    return in_order(lambda shard: (shard.number, read_index(store, shard, columns)), shards)
 
 
 # ------------------------------------------------------------------------------------------------ who has seen them
@@ -289,21 +336,24 @@ def _checkpoints(store: Store) -> Iterator[tuple[str, CheckpointRecord]]:
 # ------------------------------------------------------------------------------------------------ what snapshots ask
 
 
-class Gone:
-    """All that is forgotten and may concern the shards under a prefix."""
+def concerning(store: Store, plan: Plan, size: str) -> dict[str, ForgottenRecord]:
+    """The lists that may concern the shards of a plan's edition: all but those that are known not to."""
+    found = {Path(entry.key).stem: read_record(store, entry.key, ForgottenRecord) for entry in store.list(LISTS)}
+    prefix, numbers = shard_prefix(plan.digest, size), plan.all_numbers(size)
+    searched = {name: record.searched.get(prefix) for name, record in found.items()}
+    return {name: found[name] for name, before in searched.items() if before is None or not before.clears(numbers)}
 
-    def __init__(self, store: Store, prefix: str) -> None:
+
+class Gone:
+    """All that is forgotten and may concern the shards of a plan's edition."""
+
+    def __init__(self, store: Store, plan: Plan, size: str) -> None:
         self.lists: list[str] = []
         self.keys: set[str] = set()
         self._with_twins: set[str] = set()
         self._hashes: set[bytes] = set()
-        records = {entry.key: read_record(store, entry.key, ForgottenRecord) for entry in store.list(LISTS)}
-        shards = 1 + max((shard_number(entry.key) for entry in store.list(prefix)), default=-1) if records else 0
-        for key, record in records.items():
-            before = record.searched.get(prefix)
-            if before is not None and not before.rows and before.shards >= shards:
-                continue  # it was looked for in all of these shards and is in none
-            self.lists.append(Path(key).stem)
+        for name, record in concerning(store, plan, size).items():
+            self.lists.append(name)
             table = pq.read_table(pa.BufferReader(get_data(store, record.items)))
             keys = set(table["key"].to_pylist())
             self.keys |= keys

@@ -25,8 +25,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
-from data_prep.plan import read_plan
-from data_prep.snapshot import SideTables, all_shards, index_schema, word_counts
+from data_prep.captions import appended, word_counts
+from data_prep.plan import all_shards, read_plan
+from data_prep.score import SideTables
+from data_prep.snapshot import index_schema
 from data_prep.stream import READERS, in_order
 from infra.errors import SettingsError
 from infra.records import ShardRecord
@@ -51,6 +53,8 @@ ASPECTS = 2 ** np.linspace(-2, 2, 33)
 LENGTHS = np.geomspace(1, 65536, 33)  # KiB
 WORDS = np.array([0, 1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 512, 724, 1024])
 SCORE_BINS = 40
+LARGEST = 1e300  # that an edge can be: larger numbers cannot be drawn
+FAILURE = "_failure"  # what a scorer's column of causes ends in
 
 
 # ------------------------------------------------------------------------------------------------ counting
@@ -97,6 +101,7 @@ class Summary(_Plain):
     words: dict[str, Histogram]  # kind of caption -> its words
     captions: dict[str, int]  # kind -> how many there are
     values: dict[str, Histogram]  # column that was asked for, or a score's
+    failures: dict[str, dict[str, int]]  # a score's column of causes -> cause -> samples without a value
 
 
 def summarise(
@@ -109,13 +114,17 @@ def summarise(
     scores: Sequence[str] = (),
     readers: int = READERS,
 ) -> Summary:
-    """Count what the shards of a plan hold at one size; `columns` of the index and `scores` are drawn as well."""
+    """Count what the shards of a plan hold at one size.
+
+    Histograms of the index's `columns` are added, and what is in the side tables called `scores`: histograms, failures
+    by cause, and captions among the others. A column that several of them have is called `NAME (SCORE)`.
+    """
     planned = read_plan(store, plan, edition)
     shards = all_shards(store, planned, size)
-    side_tables = SideTables(store, plan, size, shards, scores)
+    side_tables = SideTables(store, plan, size, shards, list(dict.fromkeys(scores)))
     counted = _Counted()
-    for index, values in in_order(partial(_read, store, columns, side_tables), shards, readers):
-        counted.add(index, values)
+    for found in in_order(partial(_read, store, columns, side_tables), shards, readers):
+        counted.add(found)
     counted.check(columns)
     return Summary(
         plan=plan,
@@ -132,31 +141,59 @@ def summarise(
     )
 
 
-def _read(
-    store: Store, columns: Sequence[str], side_tables: SideTables, shard: ShardRecord
-) -> tuple[pa.Table, dict[str, Values]]:
-    """A shard's index, and the numbers that were asked for of its accepted rows."""
+class _Read(NamedTuple):
+    """A shard's index, and of its accepted rows the captions and what was asked for."""
+
+    index: pa.Table
+    captions: pa.ListArray
+    values: dict[str, Values]
+    failures: dict[str, pa.ChunkedArray]
+
+
+def _read(store: Store, columns: Sequence[str], side_tables: SideTables, shard: ShardRecord) -> _Read:
     there = index_schema(store, shard).names if columns else []
-    index = read_index(store, shard, list(dict.fromkeys([*COLUMNS, *(name for name in columns if name in there)])))
+    wanted = [*COLUMNS, *(["key"] if side_tables.scorers else []), *(name for name in columns if name in there)]
+    index = read_index(store, shard, list(dict.fromkeys(wanted)))
     accepted = index.filter(index["accepted"])
-    found = {name: _numbers(name, accepted[name]) for name in columns if name in there}
-    for table in side_tables.read(shard.number) if shard.tar is not None else []:
-        found |= {field.name: _numbers(field.name, table[field.name]) for field in table.schema if _is_number(field)}
-    return index, found
+    captions = accepted["captions"].combine_chunks()
+    values = {name: _numbers(name, accepted[name]) for name in columns if name in there}
+    failures = {}
+    tables = side_tables.read(shard.number, accepted["key"]) if side_tables.scorers and shard.tar is not None else []
+    for labels, table in zip(_labels(columns, side_tables), tables, strict=False):
+        for field in table.schema:
+            column, label = table[field.name], labels[field.name]
+            if field.name == "captions":
+                captions = appended(captions, column.combine_chunks())
+            elif _is_number(field.type):
+                values[label] = _numbers(label, column)
+            elif field.name.endswith(FAILURE):
+                failures[label] = column.drop_null()
+    return _Read(index, captions, values, failures)
 
 
-def _is_number(field: pa.Field) -> bool:
-    return bool(pa.types.is_floating(field.type) or pa.types.is_integer(field.type))
+def _labels(columns: Sequence[str], side_tables: SideTables) -> list[dict[str, str]]:
+    """What each side table's columns are called here."""
+    count = Counter([*columns, *(field.name for field in side_tables.fields)])
+    return [
+        {name: name if count[name] < 2 else f"{name} ({scorer})" for name in schema.names}
+        for scorer, schema in side_tables.schemas.items()
+    ]
+
+
+def _is_number(of: pa.DataType) -> bool:
+    is_one = (pa.types.is_floating, pa.types.is_integer, pa.types.is_boolean, pa.types.is_decimal)
+    return any(check(of) for check in is_one)
 
 
 def _numbers(name: str, column: pa.ChunkedArray) -> Values:
-    try:
-        values: Values = column.cast(pa.float32(), safe=False).drop_null().to_numpy()
-    except pa.ArrowException:
-        raise SettingsError(
-            f"`{name}` is no column of numbers", remedy="ask for a column that a filter can compare"
-        ) from None
-    return values[np.isfinite(values)]
+    """Half as wide where that loses nothing: they are kept until the end."""
+    if not _is_number(column.type) and not pa.types.is_null(column.type):
+        raise SettingsError(f"`{name}` is no column of numbers", remedy="ask for a column that a filter can compare")
+    values: Values = column.cast(pa.float64(), safe=False).drop_null().to_numpy()
+    values = values[np.isfinite(values)]
+    with np.errstate(over="ignore"):
+        narrow = values.astype(np.float32)
+    return narrow if np.array_equal(narrow, values) else values
 
 
 class _Bins:
@@ -165,12 +202,12 @@ class _Bins:
     def __init__(self, edges: Values) -> None:
         self.edges = edges
         self.counts = np.zeros(len(edges) - 1, np.int64)
-        self.total, self.least, self.most = 0.0, np.inf, -np.inf
+        self.total, self.least, self.most = np.longdouble(0), np.inf, -np.inf
 
     def add(self, values: Values) -> None:
         if len(values):
             self.counts += np.histogram(np.clip(values, self.edges[0], self.edges[-1]), self.edges)[0]
-            self.total += float(values.sum(dtype=np.float64))
+            self.total += values.sum(dtype=np.longdouble)  # a column may hold the largest numbers there are
             self.least, self.most = min(self.least, float(values.min())), max(self.most, float(values.max()))
 
     def result(self) -> Histogram:
@@ -179,7 +216,7 @@ class _Bins:
             edges=self.edges.tolist(),
             counts=self.counts.tolist(),
             least=self.least if count else None,
-            mean=self.total / count if count else None,
+            mean=float(self.total / count) if count else None,
             most=self.most if count else None,
         )
 
@@ -194,23 +231,27 @@ class _Counted:
         self.side, self.aspect, self.length = _Bins(SIDES), _Bins(ASPECTS), _Bins(LENGTHS)
         self.words: dict[str, _Bins] = {}
         self.values: dict[str, list[Values]] = {}  # kept: how far they reach is known at the end
+        self.failures: dict[str, Counter[str]] = {}
 
-    def add(self, index: pa.Table, values: dict[str, Values]) -> None:
+    def add(self, read: _Read) -> None:
+        index = read.index
         for row in index.group_by(["source", "cause"]).aggregate([([], "count_all"), ("length", "sum")]).to_pylist():
             self.fates.setdefault(row["source"], Counter())[row["cause"]] += row["count_all"]
             self.bytes[row["source"]] += row["length_sum"] or 0
         accepted = index.filter(index["accepted"])
-        self._count("licence", accepted["licence"])
-        self._count("format", accepted["format"])
+        self._count(self.names["licence"], accepted["licence"])
+        self._count(self.names["format"], accepted["format"])
         across = [accepted[side].cast(pa.string()) for side in ("width", "height")]
-        self._count("bucket", pc.binary_join_element_wise(*across, "x"))
+        self._count(self.names["bucket"], pc.binary_join_element_wise(*across, "x"))
         width, height = (accepted[f"original_{side}"].to_numpy().astype(np.float64) for side in ("width", "height"))
         self.side.add(np.minimum(width, height))
         self.aspect.add(width / height)
         self.length.add(accepted["length"].to_numpy() / 1024)
-        self._captions(accepted["captions"].combine_chunks())
-        for name, numbers in values.items():
+        self._captions(read.captions)
+        for name, numbers in read.values.items():
             self.values.setdefault(name, []).append(numbers)
+        for name, causes in read.failures.items():
+            self._count(self.failures.setdefault(name, Counter()), causes)
 
     def _captions(self, captions: pa.ListArray) -> None:
         flat = captions.flatten()
@@ -222,8 +263,7 @@ class _Counted:
             self.names["kind"][kind] += len(here)
             self.words.setdefault(kind, _Bins(WORDS)).add(here)
 
-    def _count(self, what: str, column: pa.ChunkedArray) -> None:
-        counts = self.names[what]
+    def _count(self, counts: Counter[str], column: pa.ChunkedArray) -> None:
         for pair in pc.value_counts(column.combine_chunks()).to_pylist():
             name = pair["values"] or ""
             counts[name if name in counts or len(counts) < MOST_NAMES else OTHERS] += pair["counts"]
@@ -251,14 +291,23 @@ class _Counted:
             "words": {kind: self.words[kind].result() for kind in _ranked(self.names["kind"])},
             "captions": _ranked(self.names["kind"]),
             "values": {name: _evenly(values[name]) for name in sorted(values)},
+            "failures": {name: _ranked(self.failures[name]) for name in sorted(self.failures)},
         }
 
 
 def _evenly(values: Values) -> Histogram:
     """In steps of one length, as far as the values reach."""
-    bins = _Bins(np.histogram_bin_edges(values.astype(np.float64), SCORE_BINS))
+    bins = _Bins(_edges(float(values.min()), float(values.max())) if len(values) else np.linspace(0, 1, SCORE_BINS + 1))
     bins.add(values)
     return bins.result()
+
+
+def _edges(low: float, high: float) -> Values:
+    low, high = (min(max(end, -LARGEST), LARGEST) for end in (low, high))
+    least = SCORE_BINS * float(np.spacing(max(abs(low), abs(high))))  # shorter bins would have no numbers in them
+    if high - low < least:
+        low, high = low - max(0.5, least), high + max(0.5, least)
+    return np.linspace(low, high, SCORE_BINS + 1)
 
 
 def _ranked(counts: Mapping[str, int]) -> dict[str, int]:
@@ -334,7 +383,14 @@ def _panels(summary: Summary) -> list[tuple[str, Callable[[Axes], None]]]:
         ("licences", partial(_bars, counts=_single(summary.licences), total=summary.accepted)),
     ]
     values = [(printable(name), partial(_histogram, histogram=found)) for name, found in summary.values.items()]
-    return panels + values
+    whys = [
+        (
+            f"{printable(name)}: why there is no value",
+            partial(_bars, counts=_single(causes, BAD), total=summary.accepted),
+        )
+        for name, causes in summary.failures.items()
+    ]
+    return [*panels, *values, *whys]
 
 
 def _single(counts: Mapping[str, int], colour: str = GOOD) -> dict[str, tuple[int, int]]:

@@ -13,6 +13,7 @@ A planned shard becomes one tar at the size that holds most of its rows in 256 M
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +34,9 @@ from infra.records import Record, ShardRecord, read_record, write_record
 from infra.shards import list_shards, parquet_bytes, shard_prefix
 from infra.store import Store
 
-FORMAT = 2  # of the shards: raised when the same input and settings would give other bytes
+_log = logging.getLogger(__name__)
+
+FORMAT = 3  # of the shards: raised when the same input and settings would give other bytes
 
 # Bytes of a photograph's pixel, encoded, by format, at the default quality; measured, and good for an aim.
 BYTES_PER_PIXEL = {"jpeg": 0.75, "webp": 0.45, "png": 2.0}
@@ -71,7 +74,9 @@ class PrepareSettings(Settings):
     fetch: FetchSettings = FetchSettings()
     keep_originals: bool = operational(True, description="of downloads, so that another size needs no second one")
     in_flight: int | None = operational(
-        None, ge=1, description="shards made at once, and originals' shards downloaded; none: twice the cluster's CPUs"
+        None,
+        ge=1,
+        description="shards made at once, and at most so many tasks that download; none: twice the cluster's CPUs",
     )
 
     @field_validator("sources")
@@ -88,6 +93,16 @@ class PrepareSettings(Settings):
         if len(set(map(size_name, found))) < len(found):
             raise ValueError("two sizes have the same name")
         return found
+
+    @property
+    def by_name(self) -> dict[str, Source]:
+        return {source.name: source for source in self.sources}
+
+    def place(self, given: KnownAs) -> str:
+        """Where the originals of an input lie, which is a list of URLs."""
+        source = self.by_name[given.source]
+        assert isinstance(source, UrlList)
+        return originals.place(source, given.input, given.sha256, self.fetch)
 
     @property
     def rows(self) -> int:
@@ -161,10 +176,15 @@ class Plan:
         """For a task that makes one of them: 36,000 need not travel with it."""
         return replace(self, shards=[])
 
+    def all_numbers(self, size: str) -> set[int]:
+        """Of all shards of the edition."""
+        if size not in self.sizes:
+            raise DataError(f"plan {self.digest} has no shards of size {size}", remedy="prepare that size first")
+        return {number for shard in self.shards for number in self.numbers(shard, size)}
+
     def records(self, store: Store, size: str) -> Iterator[ShardRecord]:
         """Those that are there, by number."""
-        wanted = {number for shard in self.shards for number in self.numbers(shard, size)}
-        return list_shards(store, shard_prefix(self.digest, size), wanted)
+        return list_shards(store, shard_prefix(self.digest, size), self.all_numbers(size))
 
 
 def edition_key(plan: str, edition: str) -> str:
@@ -217,6 +237,18 @@ def read_plan(store: Store, name: str, edition: str) -> Plan:
     return _plan(name, found, [shard for key in keys for shard in _read(store, key)])
 
 
+def all_shards(store: Store, plan: Plan, size: str) -> list[ShardRecord]:
+    """Those of the plan's edition, which must all be there."""
+    planned = len(plan.all_numbers(size))
+    shards = list(plan.records(store, size))
+    if len(shards) < planned:
+        raise DataError(
+            f"only {len(shards)} of {planned} shards are there",
+            remedy="run prepare again; if it says that all is done, `pixnerd data verify --drop-damaged` first",
+        )
+    return shards
+
+
 def _plan(name: str, edition: Edition, planned: list[PlannedShard]) -> Plan:
     active = set(edition.inputs)
     shards = [shard for shard in planned if shard.known_as in active]
@@ -230,24 +262,37 @@ def _check_captions(
     joined = {source.name for source in settings.sources if isinstance(source, Sa1b)}
     tars = {(shard.source, shard.part.input) for shard in planned}
     now = {given[:2]: given.sha256 for given in edition.inputs if given.source in joined and given[:2] not in tars}
+    earlier: set[KnownAs] = set()
     for entry in store.list(f"plans/{name}/") if now else ():
         if entry.key.endswith(".json"):
-            for given in read_record(store, entry.key, Edition).inputs:
-                if now.get(given[:2], given.sha256) != given.sha256:
-                    raise SettingsError(
-                        f"`{given.input}` of the source `{given.source}` has changed since it was planned",
-                        remedy="give the source another name: then all of it is prepared with the captions of now",
-                    )
+            earlier.update(read_record(store, entry.key, Edition).inputs)
+    for given in sorted(earlier):
+        if now.get(given[:2], given.sha256) != given.sha256:
+            raise SettingsError(
+                f"`{given.input}` of the source `{given.source}` has changed since it was planned",
+                remedy="give the source another name: then all of it is prepared with the captions of now",
+            )
+    new = Counter(source for source, _ in now.keys() - {given[:2] for given in earlier})
+    old = Counter(given.source for given in earlier.intersection(edition.inputs) if given[:2] in tars)
+    for source in sorted(new.keys() & old.keys()):
+        _log.warning(
+            "the new tables of captions of the source `%s` (%d) are not for its tars that are planned already (%d): "
+            "their images without a caption stay refused; give the source another name, then all of it is prepared "
+            "with the captions of now",
+            source,
+            new[source],
+            old[source],
+        )
 
 
 def _given(store: Store, settings: PrepareSettings, planned: list[PlannedShard]) -> Iterator[Given]:
     for source in settings.sources:
         before = [shard.part for shard in planned if shard.source == source.name and not shard.generation]
         for found in inputs(source, store, before):
-            yield Given(source, found)
+            first = Given(source, found)
+            yield first
             if isinstance(source, UrlList):
-                place = originals.place(source, found, settings.fetch)
-                for generation, again in enumerate(originals.retries(store, place), start=1):
+                for generation, again in enumerate(originals.retries(store, settings.place(first.known_as)), start=1):
                     yield Given(source, found, generation, again)
 
 

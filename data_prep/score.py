@@ -2,7 +2,7 @@
 
     scores/<plan>/<size>/<scorer>/00012.json       ScoreRecord, written last
     data/scores/<scorer>/00012-<sha256>.parquet    `key` and the scorer's columns, a row for each accepted sample
-    scored/<plan>/<size>/<scorer>/<shards>.json    ScoreSummary, of the shards that there were
+    scored/<plan>/<size>/<scorer>/<shards>.json    ScoreSummary, of the shards of an edition, by their numbers
 
 Images are read and never rewritten: a snapshot joins the tables it names by key. <scorer> is the digest of the settings
 that change results and of the weights' bytes, so another head or prompt is another table beside the first. A shard's
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.plan import all_shards, read_plan
 from data_prep.scorers import Sample, Scorer
 from data_prep.scorers.settings import ClipSettings, EndpointSettings, ScorerSettings
 from infra.cluster import sigterm
@@ -39,7 +40,7 @@ from infra.records import (
     read_record,
     write_record,
 )
-from infra.shards import parquet_bytes, read_index, shard_key, shard_number, shard_prefix
+from infra.shards import parquet_bytes, read_index, shard_key, shard_number
 from infra.store import Store, open_store
 
 FORMAT = 1  # raised when the same images, settings and weights would give other values
@@ -104,19 +105,20 @@ def scorer_digest(settings: ScoreSettings) -> str:
 def score(
     store: Store | str,
     plan: str,
+    edition: str,
     size: str,
     settings: ScoreSettings,
     progress: Callable[[Progress], None] | None = None,
 ) -> ScoreSummary:
-    """Score every prepared shard that is not scored yet. Ray must be up (infra.cluster.connect)."""
+    """Score every shard of an edition of a plan that is not scored yet. Ray must be up (infra.cluster.connect)."""
     store = open_store(store) if isinstance(store, str) else store
+    planned = read_plan(store, plan, edition)
+    numbers = sorted(planned.all_numbers(size))
     place = Place(plan, size, scorer_digest(settings))
-    numbers = _numbers(store, shard_prefix(plan, size))
-    if not numbers:
-        raise DataError(f"plan {plan} has no shards of size {size}", remedy="prepare that size first")
     if store.exists(place.summary_key(numbers)):
         return read_record(store, place.summary_key(numbers), ScoreSummary)
-    done = set(_numbers(store, place.prefix))
+    all_shards(store, planned, size)  # or nothing is begun
+    done = _numbers(store, place)
     tally = _Tally(len(numbers))
     for record in _records(store, [place.key(number) for number in numbers if number in done]):
         tally.add(record)
@@ -140,8 +142,56 @@ def read_scores(store: Store, plan: str, size: str, scorer: str, number: int) ->
     return pq.read_table(pa.BufferReader(get_data(store, record.table)))
 
 
-def _numbers(store: Store, prefix: str) -> list[int]:
-    return [shard_number(entry.key) for entry in store.list(prefix) if entry.key.endswith(".json")]
+class SideTables:
+    """Side tables of scores or captions by their digests, joined to a shard's accepted rows."""
+
+    def __init__(
+        self, store: Store, plan: str, size: str, shards: Sequence[ShardRecord], scorers: Sequence[str]
+    ) -> None:
+        self.store, self.plan, self.size, self.scorers = store, plan, size, scorers
+        numbers = {shard.number for shard in shards if shard.tar is not None}
+        for scorer in scorers:
+            self._check(scorer, numbers)
+        tables = self.read(min(numbers)) if numbers else []
+        self.schemas = {scorer: table.schema for scorer, table in zip(scorers, tables, strict=False)}
+
+    @property
+    def fields(self) -> list[pa.Field]:
+        """The columns of all of them that are no captions."""
+        apart = ("key", "captions")
+        return [field for schema in self.schemas.values() for field in schema if field.name not in apart]
+
+    def read(self, number: int, keys: pa.ChunkedArray | None = None) -> list[pa.Table]:
+        """Each scorer's table of a shard, whose rows are those of the keys."""
+        tables = [read_scores(self.store, self.plan, self.size, scorer, number) for scorer in self.scorers]
+        for scorer, table in zip(self.scorers, tables, strict=True):
+            if keys is not None and not table["key"].equals(keys):
+                raise DataError(
+                    f"the scores {scorer} of shard {number} are not of the samples that its index holds",
+                    remedy="delete their record and run `score` again",
+                )
+        return tables
+
+    def _check(self, scorer: str, numbers: set[int]) -> None:
+        place = Place(self.plan, self.size, scorer)
+        there = _numbers(self.store, place)
+        if not there:
+            above = place.prefix[: -len(scorer) - 1]
+            others = sorted({entry.key.removeprefix(above).partition("/")[0] for entry in self.store.list(above)})
+            raise DataError(
+                f"these shards have no scores called `{scorer}`",
+                remedy=f"there are {', '.join(others)}" if others else "run `score` first, and name its digest",
+            )
+        if missing := sorted(numbers - there):
+            raise DataError(
+                f"{len(missing)} of {len(numbers)} shards have no scores `{scorer}` (the first is {missing[0]})",
+                remedy="run that `score` again: it goes on with what is missing",
+            )
+
+
+def _numbers(store: Store, place: Place) -> set[int]:
+    """Of the shards that are scored, in whatever edition."""
+    return {shard_number(entry.key) for entry in store.list(place.prefix) if entry.key.endswith(".json")}
 
 
 def _records(store: Store, keys: list[str]) -> Iterator[ScoreRecord]:

@@ -6,6 +6,7 @@
 The filter (see data_prep.filters) is over the index's columns, the corpus's kept ones, those of the scores that are
 named, and `duplicate`. Shards are read one after another, a few ahead, and written as they come, so memory holds a few
 shards' tables, and what finding duplicates needs of every row where the filter asks for them (see data_prep.dedup).
+The mix is in data_prep.captions. A snapshot that leaves training no row is an error, and none is made.
 
 A sample is held out by its key alone, so it is held out of every snapshot with at least that fraction, whatever the
 filter and the weights, and a later and larger corpus moves none. `not duplicate` leaves one of every group of
@@ -25,34 +26,40 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Field, field_validator
 
 from data_prep import dedup
+from data_prep.captions import Bools, Ints, Mix, Mixed, appended, caption_mix, rules_of
 from data_prep.filters import LONGEST, columns_in, masks, parse_filter
-from data_prep.forget import Gone
-from data_prep.plan import Plan, read_plan
-from data_prep.score import Place, read_scores
+from data_prep.forget import Gone, concerning
+from data_prep.plan import all_shards, read_plan
+from data_prep.score import SideTables
 from data_prep.stream import READERS, in_order
 from infra.config import Settings, digest, nearest, operational
 from infra.errors import DataError, SettingsError
 from infra.records import ShardRecord, SnapshotRecord, put_data, read_record, write_record
-from infra.shards import SELECTION_SCHEMA, parquet_bytes, read_index, shard_number, shard_prefix
+from infra.shards import SELECTION_SCHEMA, SPLIT_DIGITS, parquet_bytes, read_index, shard_prefix
 from infra.store import Store
 
-Weight = Annotated[float, Field(ge=0, le=1e6)]
 Times = Annotated[float, Field(ge=0, le=100)]
-Bools = npt.NDArray[np.bool_]
-Ints = npt.NDArray[np.int64]
 
 FORMAT = 1  # raised when the same shards and settings would give another selection
-KEY_DIGITS = 8  # the first of a key's hex digits decide whether it is held out, the next whether it is listed once
-#                 more where a weight is no whole number: keys are hashes already
 ROW_GROUP = 1 << 16  # rows of a selection that are written together, at least
 FOOTER = 1 << 16  # bytes at the end of an index: they tell its columns
+
+# The steps that rows are counted after, besides the filter's conditions, and what helps where one takes all of them.
+ACCEPTED, REMEMBERED, MIXED = "accepted", "not forgotten", "has a caption of the mix"
+WEIGHTED, HELD_OUT = "as often as its source weighs", "not held out"
+REMEDIES = {
+    ACCEPTED: "every input was rejected: `pixnerd data show` says why",
+    REMEMBERED: "prepare images that nobody asked to forget",
+    MIXED: "give `captions` a kind, a source or a length that they have",
+    WEIGHTED: "give `weights` more for the sources that are left",
+    HELD_OUT: "lower `held_out`, or prepare more images",
+}
 
 # What is read of an index, besides the columns that the filter names.
 NEEDED = ("key", "source", "accepted", "captions", "offset", "length", "width", "height")
@@ -67,36 +74,6 @@ BY_SHARD = pa.schema(
         pa.field("held_out_rows", pa.int64(), nullable=False),
     ]
 )
-
-
-class CaptionRule(Settings):
-    """Captions of this source, kind and length, where those are given; they share the weight among them."""
-
-    weight: Weight
-    source: str | None = None
-    kind: str | None = None
-    words: tuple[int, int | None] | None = Field(None, description="fewest and most, both included; null: no limit")
-
-    @field_validator("words")
-    @classmethod
-    def _upwards(cls, found: tuple[int, int | None] | None) -> tuple[int, int | None] | None:
-        if found and found[1] is not None and found[1] < found[0]:
-            raise ValueError("the most words are fewer than the fewest")
-        return found
-
-    @property
-    def label(self) -> str:
-        low, high = self.words or (0, None)
-        span = [f"{low}-{'' if high is None else high} words"] if self.words else []
-        parts = [self.kind, self.source and f"of {self.source}", *span]
-        return " ".join(part for part in parts if part) or "any"
-
-
-# A caption belongs to the first rule that fits it; one that none fits is left out. {kind: weight} is a rule a kind.
-Mix = Annotated[
-    Annotated[dict[str, Weight], Tag("kinds")] | Annotated[list[CaptionRule], Tag("rules")],
-    Discriminator(lambda value: "rules" if isinstance(value, list) else "kinds"),
-]
 
 
 class SnapshotSettings(Settings):
@@ -135,12 +112,11 @@ def snapshot_key(plan: str, edition: str, settings: SnapshotSettings, forgotten:
 
 def snapshot(store: Store, plan: str, edition: str, settings: SnapshotSettings) -> SnapshotRecord:
     """Make the snapshot of the shards of an edition of a plan, or read it if it is there."""
-    prefix = shard_prefix(plan, str(settings.size))
-    gone = Gone(store, prefix)
+    planned = read_plan(store, plan, edition)
+    gone = Gone(store, planned, str(settings.size))
     key = snapshot_key(plan, edition, settings, gone.lists)
     if store.exists(key):
         return read_record(store, key, SnapshotRecord)
-    planned = read_plan(store, plan, edition)
     shards = all_shards(store, planned, str(settings.size))
     _check(settings, {shard.source for shard in planned.shards})
     selection = _Selection(store, shards, settings, gone)
@@ -149,7 +125,7 @@ def snapshot(store: Store, plan: str, edition: str, settings: SnapshotSettings) 
         paths = [Path(folder, part) for part in ("selection", "held-out")]
         rows = _write(paths, selection.parts())
         record = SnapshotRecord(
-            shards=prefix,
+            shards=shard_prefix(plan, str(settings.size)),
             size=str(settings.size),
             selection=put_data(store, "data/snapshots", f"{name}-selection.parquet", paths[0]),
             held_out=put_data(store, "data/snapshots", f"{name}-held-out.parquet", paths[1]),
@@ -161,18 +137,11 @@ def snapshot(store: Store, plan: str, edition: str, settings: SnapshotSettings) 
             caption_shares=selection.tally.caption_shares(),
             forgotten=gone.lists,
         )
-    return record if write_record(store, key, record) else read_record(store, key, SnapshotRecord)
-
-
-def all_shards(store: Store, plan: Plan, size: str) -> list[ShardRecord]:
-    """Those of the plan's edition, which must all be there."""
-    if size not in plan.sizes:
-        raise DataError(f"plan {plan.digest} has no shards of size {size}", remedy="prepare that size first")
-    shards = list(plan.records(store, size))
-    planned = len(plan.shards) * plan.sizes[size]
-    if len(shards) < planned:
-        raise DataError(f"only {len(shards)} of {planned} shards are there", remedy="run prepare again to finish them")
-    return shards
+    if not write_record(store, key, record):
+        record = read_record(store, key, SnapshotRecord)
+    if list(concerning(store, planned, str(settings.size))) != gone.lists:
+        return snapshot(store, plan, edition, settings)  # something was forgotten meanwhile, and may be in it
+    return record
 
 
 def _check(settings: SnapshotSettings, known: set[str]) -> None:
@@ -244,10 +213,10 @@ class _Selection:
         self.tally = _Tally(self._steps())
 
     def _steps(self) -> list[str]:
-        forgotten = ["not forgotten"] if self.gone else []
-        weighted = ["as often as its source weighs"] if self.settings.weights else []
+        forgotten = [REMEMBERED] if self.gone else []
+        weighted = [WEIGHTED] if self.settings.weights else []
         texts = [condition.text for condition in self.conditions]
-        return ["accepted", *forgotten, *texts, "has a caption of the mix", *weighted]
+        return [ACCEPTED, *forgotten, *texts, MIXED, *weighted]
 
     def _survey(self, duplicates: bool) -> Bools | None:
         """Go through all rows once before the selection, where something is asked of all of them together."""
@@ -317,7 +286,7 @@ class _Selection:
         captions = table["captions"].combine_chunks()
         for scores in self.scores.read(self.shards[number].number, table["key"]):
             if "captions" in scores.column_names:
-                captions = _appended(captions, scores["captions"].combine_chunks())
+                captions = appended(captions, scores["captions"].combine_chunks())
             for name in self.asked & set(scores.column_names) - {"key"}:
                 table = table.append_column(name, scores[name])
         fields = [field for field in self.schema if field.name in self.asked or field.name == "key"]
@@ -408,14 +377,14 @@ def _with_captions(samples: pa.RecordBatch, mixed: Mixed) -> pa.RecordBatch:
 
 def _digits(keys: pa.Array, first: int) -> Ints:
     """Some of each key's hex digits as a number."""
-    digits = pc.utf8_slice_codeunits(keys, first, first + KEY_DIGITS)
+    digits = pc.utf8_slice_codeunits(keys, first, first + SPLIT_DIGITS)
     numbers: Ints = pc.cast(pc.binary_join_element_wise("0x", digits, ""), pa.int64()).to_numpy()
     return numbers
 
 
 def _below(fraction: float) -> int:
     """Digits smaller than this are so much of all there are."""
-    return int(fraction * 16**KEY_DIGITS)
+    return int(fraction * 16**SPLIT_DIGITS)
 
 
 def _times(samples: pa.RecordBatch, weights: Mapping[str, float]) -> Ints:
@@ -426,7 +395,7 @@ def _times(samples: pa.RecordBatch, weights: Mapping[str, float]) -> Ints:
     weight = np.array([weights.get(name, 1.0) for name in names] or [1.0])
     whole = np.floor(weight).astype(np.int64)
     limit = np.array([_below(part) for part in weight - whole])
-    times: Ints = whole[code] + (_digits(samples["key"], KEY_DIGITS) < limit[code])
+    times: Ints = whole[code] + (_digits(samples["key"], SPLIT_DIGITS) < limit[code])
     return times
 
 
@@ -464,6 +433,7 @@ class _Tally:
         self._by_shard: list[pa.Table] = []
         self._kinds: set[str] = set()
         self._shares: Counter[str] = Counter()
+        self._training = self._held_out = 0  # rows
 
     def add(self, part: Part) -> None:
         for name, counts in part.by_source.items():
@@ -471,6 +441,8 @@ class _Tally:
         self._by_shard.append(pa.Table.from_pylist(part.by_shard, schema=BY_SHARD))
         self._kinds |= part.kinds
         self._shares.update(part.shares)
+        self._training += part.training.num_rows
+        self._held_out += part.held_out.num_rows
 
     def counts(self) -> list[tuple[str, int]]:
         total = sum(self._by_source.values(), np.zeros(len(self.steps), np.int64))
@@ -488,156 +460,27 @@ class _Tally:
 
     def check(self, settings: SnapshotSettings) -> None:
         counts = self.counts()
-        before = counts[self.steps.index("has a caption of the mix") - 1][1]
-        for rule in _rules(settings.captions):
+        before = counts[self.steps.index(MIXED) - 1][1]
+        for rule in rules_of(settings.captions):
             if before and rule.kind is not None and rule.kind not in self._kinds:
                 near = nearest(rule.kind, self._kinds)
                 raise SettingsError(
                     f"no sample has a caption of the kind `{rule.kind}`",
                     remedy=f"did you mean `{near}`?" if near else f"kinds: {', '.join(sorted(self._kinds))}",
                 )
-        if not counts[-1][1]:
-            steps = ", ".join(f"{label}: {count}" for label, count in counts)
-            raise DataError(f"no sample is left ({steps})", remedy="loosen the filter or the caption mix")
+        if not self._training:
+            raise self._nothing_left(counts)
 
-
-# ------------------------------------------------------------------------------------------------ captions
-
-
-class Mixed(NamedTuple):
-    """Each row's texts, and their weights, which sum to 1."""
-
-    texts: pa.ListArray
-    weights: pa.ListArray
-    kinds: set[str]  # that were met
-    rule_C: Ints  # of each text
-    rules: list[str]
-
-    def shares(self, times: Ints) -> dict[str, float]:
-        """What each rule has of the weights, where each row that has a text counts so many times."""
-        length = pc.list_value_length(self.texts).to_numpy()
-        times_C = np.repeat(times, length[length > 0])
-        totals = np.bincount(self.rule_C, self.weights.flatten().to_numpy() * times_C, len(self.rules))
-        return {rule: float(total) for rule, total in zip(self.rules, totals, strict=True) if total}
-
-
-def caption_mix(captions: pa.ListArray, mix: Mapping[str, float] | list[CaptionRule], source: pa.Array) -> Mixed:
-    """A rule's weight is shared by a row's captions of that rule; no mix means that all kinds weigh the same."""
-    rows = len(captions)
-    row_C = pc.list_parent_indices(captions).to_numpy()  # C captions
-    flat = captions.flatten()
-    kinds = flat.field("kind").dictionary_encode()
-    names = kinds.dictionary.to_pylist()
-    rules = _rules(mix) if mix else [CaptionRule(kind=name, weight=1) for name in names]
-    rule_C = _rule_of_each(rules, kinds, flat.field("text"), source.take(pa.array(row_C)))
-    weight_C = np.array([*(rule.weight for rule in rules), 0.0])[rule_C]
-    _, group_C, size = np.unique(row_C * (len(rules) + 1) + rule_C, return_inverse=True, return_counts=True)
-    weight_C = weight_C / size[group_C]
-    total = np.bincount(row_C, weight_C, rows)
-    kept = np.flatnonzero(weight_C > 0)
-    offsets = pa.array(np.concatenate([[0], np.cumsum(np.bincount(row_C[kept], minlength=rows))]), pa.int32())
-    share = pa.array((weight_C[kept] / total[row_C[kept]]).astype(np.float32))
-    texts = flat.field("text").take(pa.array(kept))
-    return Mixed(
-        pa.ListArray.from_arrays(offsets, texts),
-        pa.ListArray.from_arrays(offsets, share),
-        set(names),
-        rule_C[kept],
-        [rule.label for rule in rules],
-    )
-
-
-def _rules(mix: Mapping[str, float] | list[CaptionRule]) -> list[CaptionRule]:
-    return mix if isinstance(mix, list) else [CaptionRule(kind=kind, weight=weight) for kind, weight in mix.items()]
-
-
-def _rule_of_each(rules: list[CaptionRule], kinds: pa.DictionaryArray, texts: pa.Array, sources: pa.Array) -> Ints:
-    """The number of the first rule that fits each caption, len(rules) where none does."""
-    found = np.full(len(texts), len(rules))
-    words = None
-    for number, rule in reversed(list(enumerate(rules))):
-        fits = np.ones(len(texts), bool)
-        if rule.kind is not None:
-            fits &= _is(kinds, rule.kind)
-        if rule.source is not None:
-            fits &= _is(sources, rule.source)
-        if rule.words is not None:
-            words = word_counts(texts) if words is None else words
-            low, high = rule.words
-            fits &= (words >= low) & (words <= (high if high is not None else words))
-        found[fits] = number
-    return found
-
-
-def word_counts(texts: pa.StringArray) -> Ints:
-    """How many words each text has, as blanks part them: Chinese or Japanese without blanks is one word."""
-    if not len(texts):
-        return np.zeros(0, np.int64)
-    _, offsets, data = texts.buffers()
-    ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
-    letters = np.frombuffer(data or b"", np.uint8) > ord(" ")  # every byte of a letter beyond ASCII is
-    begins = letters.copy()
-    begins[1:] &= ~letters[:-1]
-    starts = ends[:-1][(ends[:-1] < ends[1:])]
-    begins[starts] = letters[starts]
-    found: Ints = np.diff(np.searchsorted(np.flatnonzero(begins), ends))
-    return found
-
-
-def _is(values: pa.DictionaryArray, name: str) -> Bools:
-    names = values.dictionary.to_pylist()
-    same: Bools = values.indices.to_numpy() == (names.index(name) if name in names else -1)
-    return same
-
-
-def _appended(captions: pa.ListArray, more: pa.ListArray) -> pa.ListArray:
-    """Each row's captions, and after them those of the other list."""
-    row_C = np.concatenate([pc.list_parent_indices(part).to_numpy() for part in (captions, more)])
-    flat = pa.concat_arrays([captions.flatten(), more.flatten().cast(captions.type.value_type)])
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(row_C, minlength=len(captions)))])
-    order = pa.array(np.argsort(row_C, kind="stable"))
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat.take(order))
-
-
-# ------------------------------------------------------------------------------------------------ scores
-
-
-class SideTables:
-    """Side tables of scores or captions by their digests, joined to a shard's accepted rows."""
-
-    def __init__(
-        self, store: Store, plan: str, size: str, shards: Sequence[ShardRecord], scorers: Sequence[str]
-    ) -> None:
-        self.store, self.plan, self.size, self.scorers = store, plan, size, scorers
-        numbers = {shard.number for shard in shards if shard.tar is not None}
-        for scorer in scorers:
-            self._check(scorer, numbers)
-        tables = self.read(min(numbers)) if numbers else []
-        self.fields = [field for table in tables for field in table.schema if field.name not in ("key", "captions")]
-
-    def read(self, number: int, keys: pa.ChunkedArray | None = None) -> list[pa.Table]:
-        """Each scorer's table of a shard, whose rows are those of the keys."""
-        tables = [read_scores(self.store, self.plan, self.size, scorer, number) for scorer in self.scorers]
-        for scorer, table in zip(self.scorers, tables, strict=True):
-            if keys is not None and not table["key"].equals(keys):
-                raise DataError(
-                    f"the scores {scorer} of shard {number} are not of the samples that its index holds",
-                    remedy="delete their record and run `score` again",
-                )
-        return tables
-
-    def _check(self, scorer: str, numbers: set[int]) -> None:
-        prefix = Place(self.plan, self.size, scorer).prefix
-        there = {shard_number(entry.key) for entry in self.store.list(prefix) if entry.key.endswith(".json")}
-        if not there:
-            above = prefix[: -len(scorer) - 1]
-            others = sorted({entry.key.removeprefix(above).partition("/")[0] for entry in self.store.list(above)})
-            raise DataError(
-                f"these shards have no scores called `{scorer}`",
-                remedy=f"there are {', '.join(others)}" if others else "run `score` first, and name its digest",
-            )
-        if missing := sorted(numbers - there):
-            raise DataError(
-                f"{len(missing)} of {len(numbers)} shards have no scores `{scorer}` (the first is {missing[0]})",
-                remedy="run that `score` again: it goes on with what is missing",
-            )
+    def _nothing_left(self, counts: list[tuple[str, int]]) -> DataError:
+        """An error that names the step after which training has no sample."""
+        chosen = dict(counts)[MIXED]
+        if chosen and chosen == self._held_out:
+            counts = [*counts, (HELD_OUT, 0)]
+        elif chosen:
+            counts = [*counts[:-1], (WEIGHTED, 0)]
+        step = next(label for label, count in counts if not count)
+        said = ", ".join(f"{label}: {count:,}" for label, count in counts)
+        return DataError(
+            f"no sample is left for training after `{step}` ({said})",
+            remedy=REMEDIES.get(step, "loosen that condition of the filter, or leave it out"),
+        )

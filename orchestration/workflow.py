@@ -29,6 +29,7 @@ class Node:
     inputs: dict[str, str]  # "data" or "scores.0" -> the stage it names
     below: dict[str, str]  # the same -> the digest of that stage's work
     digest: str
+    settled: bool  # False while a stage that it reads from is to come: then the digest is worked out once more
 
     @property
     def key(self) -> str:
@@ -48,10 +49,12 @@ class Plan:
 def graph(recipe: Recipe, store: Store | None = None) -> list[Node]:
     """The recipe's stages in the order in which they can run; every setting is checked before any work begins.
 
-    What stages read from outside counts as it is there now; of the store, if there is one.
+    What stages read from outside counts as it is there now; of the store, if there is one. Where the stages before one
+    must tell what that is, and have not run, its digest is settled by `run` when they have.
     """
     parsed = {name: _parse_stage(name, data) for name, data in recipe.stages.items()}
     nodes: dict[str, Node] = {}
+    done: dict[str, StageRecord] = {}
 
     def place(name: str, above: tuple[str, ...]) -> None:
         if name in nodes:
@@ -71,14 +74,38 @@ def graph(recipe: Recipe, store: Store | None = None) -> list[Node]:
                 )
             place(target, (*above, name))
         below = {field: nodes[target].digest for field, target in inputs.items()}
-        outside = kind.outside(settings, store)
-        work = {"kind": kind.name, "settings": settings.results(), "inputs": below, "outside": outside}
-        of = digest(work)
-        nodes[name] = Node(name, kind, settings, inputs, below, of)
+        records = {field: done[target] for field, target in inputs.items() if target in done}
+        node = _node(name, kind, settings, inputs, below, store, records)
+        nodes[name] = node
+        if store is not None and node.settled and store.exists(node.key):
+            done[name] = read_record(store, node.key, StageRecord)
 
     for name in parsed:
         place(name, ())
     return list(nodes.values())
+
+
+def _node(
+    name: str,
+    kind: StageKind,
+    settings: Settings,
+    inputs: dict[str, str],
+    below: dict[str, str],
+    store: Store | None,
+    records: dict[str, StageRecord],
+) -> Node:
+    outside = kind.outside(settings, store, records)
+    work = {"kind": kind.name, "settings": settings.results(), "inputs": below, "outside": outside}
+    return Node(name, kind, settings, inputs, below, digest(work), settled=len(records) == len(inputs))
+
+
+def _settled(node: Node, store: Store, done: dict[str, StageRecord]) -> Node:
+    """The node as the records of the stages before it make it."""
+    if node.settled:
+        return node
+    records = {field: done[target] for field, target in node.inputs.items() if target in done}
+    below = node.below | {field: record.digest_of_work for field, record in records.items()}
+    return _node(node.name, node.kind, node.settings, node.inputs, below, store, records)
 
 
 def _parse_stage(name: str, data: dict[str, Any]) -> tuple[StageKind, Settings]:
@@ -115,7 +142,7 @@ def plan(nodes: Iterable[Node], store: Store) -> list[Plan]:
     """What a run would do to each stage, and why."""
     plans: dict[str, Plan] = {}
     for node in nodes:
-        if store.exists(node.key):
+        if node.settled and store.exists(node.key):
             plans[node.name] = Plan(node, "done", f"its record is {node.key}")
         else:
             plans[node.name] = Plan(node, "new", _why_new(node, plans, store))
@@ -135,7 +162,11 @@ def _why_new(node: Node, above: dict[str, Plan], store: Store) -> str:
         return "has not run yet"
     last = max(earlier, key=lambda record: record.started)
     changed = _changes(last.settings, node.settings.results())
-    return f"changed since {last.started}: {', '.join(changed)}" if changed else "its inputs are others than last time"
+    if changed:
+        return f"changed since {last.started}: {', '.join(changed)}"
+    if last.inputs == node.below:
+        return "what it reads besides other stages is not as it was last time: files, or what is forgotten"
+    return "its inputs are others than last time"
 
 
 def _changes(before: Any, after: Any, path: str = "") -> list[str]:
@@ -157,6 +188,7 @@ def run(nodes: list[Node], context: Context, say: Say) -> dict[str, StageRecord]
         if missing and not node.kind.reads_all:
             say(node, "skipped", f"needs {', '.join(dict.fromkeys(missing))}")
             continue
+        node = _settled(node, context.store, records)
         if context.store.exists(node.key):
             records |= finished([node], context.store, say)
             continue

@@ -18,8 +18,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from data_prep.forget import LISTS
-from data_prep.plan import PrepareSettings
+from data_prep.forget import LISTS, concerning
+from data_prep.plan import PrepareSettings, read_plan
 from data_prep.score import ScoreSettings, scorer_digest
 from data_prep.snapshot import SnapshotSettings
 from infra.config import Settings
@@ -120,17 +120,16 @@ def source_references(settings: PrepareSettings) -> dict[str, str]:
     }
 
 
-def source_inputs(settings: PrepareSettings, store: Store | None) -> Any:
+def source_inputs(settings: PrepareSettings, store: Store | None, inputs: Inputs) -> Any:
     """The user's own corpora by their files, and the retries that were asked for: more of either is more to do."""
-    from data_prep import originals
-    from data_prep.sources import UrlList, inputs
+    from data_prep import originals, sources
 
     found: list[Any] = []
     for source in settings.sources:
-        for given in () if source.url.startswith(STAGE_URL) else inputs(source):
+        for given in () if source.url.startswith(STAGE_URL) else sources.inputs(source):
             again = []
-            if store is not None and isinstance(source, UrlList):
-                again = originals.retries(store, originals.place(source, given, settings.fetch))
+            if store is not None and isinstance(source, sources.UrlList):
+                again = originals.retries(store, originals.place(source, given.name, given.sha256, settings.fetch))
             found.append([source.name, given[:3], [record.digest() for record in again]])
     return found
 
@@ -149,7 +148,8 @@ def prepare(context: Context, settings: PrepareSettings, inputs: Inputs) -> Outp
         rejected = Counter(next(iter(so_far.rejected.values()), {}))
         worst = ", ".join(f"{count:,} {cause}" for cause, count in rejected.most_common(3))
         parts = [
-            f"{so_far.shards} of {so_far.planned_shards} shards",
+            f"{so_far.shards:,} of {so_far.planned_shards:,} shards",
+            f"{so_far.inputs:,} of {so_far.planned_inputs:,} images",
             f"{so_far.downloads:,} of {so_far.planned_downloads:,} downloads" if so_far.planned_downloads else "",
             f"{so_far.per_second:.0f} images/s" if so_far.per_second else "",
             f"{rejected.total():,} rejected ({worst})" if rejected else "",
@@ -168,7 +168,7 @@ class ScoreStage(ScoreSettings):
     size: int | str = Field(256, description="one of the sizes that were prepared")
 
 
-def scorer_weights(settings: ScoreStage, store: Store | None) -> Any:
+def scorer_weights(settings: ScoreStage, store: Store | None, inputs: Inputs) -> Any:
     """Weights in local files count by their bytes."""
     return scorer_digest(settings)
 
@@ -183,8 +183,8 @@ def score(context: Context, settings: ScoreStage, inputs: Inputs) -> Output:
         failed = sum(so_far.failures.values())
         context.progress(f"{text}, {failed:,} failed" if failed else text, so_far.shards, so_far.planned_shards)
 
-    plan = inputs["shards"].output["plan"]
-    summary = run(context.store, plan, str(settings.size), settings, show)
+    prepared = inputs["shards"].output
+    summary = run(context.store, prepared["plan"], prepared["edition"], str(settings.size), settings, show)
     failures = {f"score/failed_{cause}": count for cause, count in summary.failures.items()}
     context.run.metrics({"score/rows": summary.rows, **failures}, 0)
     return summary.model_dump(mode="json")
@@ -195,8 +195,17 @@ class SnapshotStage(SnapshotSettings):
     scored: list[str] = stage_reference([])
 
 
-def forgotten_lists(settings: SnapshotStage, store: Store | None) -> Any:
-    return [] if store is None else [entry.key for entry in store.list(LISTS)]
+def forgotten_lists(settings: SnapshotStage, store: Store | None, inputs: Inputs) -> Any:
+    """The lists that may concern its shards: others make no snapshot anew, nor the training after it.
+
+    Which shards it has is not known before they are prepared; until then it counts as if nothing were forgotten.
+    """
+    prepared = inputs["shards"].output if "shards" in inputs else {}
+    size = str(settings.size)
+    if store is None or size not in prepared.get("sizes", ()):
+        return []  # a size that was not prepared is the stage's own error
+    plan = read_plan(store, prepared["plan"], prepared["edition"])
+    return [f"{LISTS}{name}.json" for name in concerning(store, plan, size)]
 
 
 def snapshot(context: Context, settings: SnapshotStage, inputs: Inputs) -> Output:
@@ -448,8 +457,8 @@ class StageKind:
     settings: type[Settings]
     work: Callable[[Context, Any, Inputs], Output]
     references: Callable[[Any], dict[str, str]] = references
-    # What it reads that no setting or stage tells: files' hashes.
-    outside: Callable[[Any, Store | None], Any] = lambda settings, store: None
+    # What it reads that no setting tells, files' hashes for one; given the records of the stages before it, if done.
+    outside: Callable[[Any, Store | None, Inputs], Any] = lambda settings, store, inputs: None
     reads_all: bool = False  # it reads every other stage of the workflow, those that failed left out
 
 
@@ -462,7 +471,9 @@ KINDS = {
         StageKind("snapshot", SnapshotStage, snapshot, outside=forgotten_lists),
         StageKind("encoders", EncodersStage, encoders),
         StageKind("train", TrainStage, train),
-        StageKind("evaluate", EvaluateStage, evaluate, outside=lambda settings, store: prompts_digest(settings)),
+        StageKind(
+            "evaluate", EvaluateStage, evaluate, outside=lambda settings, store, inputs: prompts_digest(settings)
+        ),
         StageKind("gate", GateStage, gate),
         StageKind("register", RegisterStage, register),
         StageKind("report", ReportStage, report, reads_all=True),

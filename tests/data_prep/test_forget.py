@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.forget import LISTS, Forgotten, Gone, forget, read_list
+from data_prep.forget import LISTS, Forgotten, ForgottenRecord, Gone, forget, read_list
 from data_prep.plan import Plan
 from data_prep.snapshot import SnapshotSettings, snapshot, snapshot_key
 from infra.errors import DataError, SettingsError
 from infra.records import CheckpointRecord, SnapshotRecord, put_data, read_record, write_record
 from infra.shards import list_shards, parquet_bytes, read_index, read_selection, shard_key, shard_prefix
-from infra.store import Store, open_store
+from infra.store import FileStore, Store, open_store
 from tests.data_prep.corpora import prepare_here, settings_for, write_corpus
 
 COUNT = 40
@@ -156,12 +157,36 @@ def test_another_list_makes_no_other_snapshot(fresh: tuple[Store, Plan], tmp_pat
     key = next(row["key"] for row in rows_of(other, 24) if row["accepted"])
     before = made(fresh)
     forget(store, [key], "asked")
-    assert made(fresh) == before and Gone(store, before.shards).lists == []
+    assert made(fresh) == before and Gone(store, plan, "16").lists == []
     assert [entry.key for entry in store.list("snapshots/")] == [snapshot_key(plan.digest, plan.edition, wanted)]
     forget(store, [next(row["key"] for row in rows_of(fresh) if row["accepted"])], "asked")
     after = made(fresh)
     assert len(after.forgotten) == 1 and store.exists(snapshot_key(plan.digest, plan.edition, wanted, after.forgotten))
     assert ("not forgotten", before.rows - 1) in after.counts
+
+
+def test_a_list_concerns_the_editions_that_hold_its_items(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", 20)
+    later, table = (tmp_path / "corpus" / f"{name}.parquet" for name in ("later", "table"))
+    rows = pq.read_table(table)
+    pq.write_table(rows.slice(0, 8), later)
+    pq.write_table(rows.slice(8), table)
+    store = open_store(str(tmp_path / "store"))
+    source = settings_for(tmp_path / "corpus").sources[0].model_dump() | {"tables": ["*.parquet"]}
+    both = prepare_here(store, settings_for(tmp_path / "corpus", sources=[source]))
+    later.unlink()
+    less = prepare_here(store, settings_for(tmp_path / "corpus", sources=[source]))
+    assert both.digest == less.digest and both.all_numbers("16") > less.all_numbers("16")
+    [only] = both.all_numbers("16") - less.all_numbers("16")
+    shard = next(s for s in list_shards(store, shard_prefix(both.digest, "16")) if s.number == only)
+    key = next(row["key"] for row in read_index(store, shard).to_pylist() if row["accepted"])
+    record = read_record(store, str(forget(store, [key], "asked", twins=False).record), ForgottenRecord)
+    assert record.searched[shard_prefix(both.digest, "16")].found == [only]
+    assert (len(Gone(store, both, "16").lists), Gone(store, less, "16").lists) == (1, [])
+    older = {prefix: here.model_copy(update={"found": None}) for prefix, here in record.searched.items()}
+    store.put(f"{LISTS}older.json", record.model_copy(update={"searched": older}).model_dump_json().encode())
+    assert Gone(store, less, "16").lists == ["older"], "a list that does not say where its items are may concern all"
+    assert not {key} & keys_in((store, both))
 
 
 def test_a_shard_that_comes_later_is_looked_through(fresh: tuple[Store, Plan]) -> None:
@@ -186,6 +211,55 @@ def test_lists_add_up_and_are_written_once(fresh: tuple[Store, Plan]) -> None:
     assert forget(store, keys[2:], "asked").record != first.record
     assert not set(keys) & keys_in(fresh)
     assert len(list(store.list(LISTS))) == 2
+
+
+class Meanwhile(FileStore):
+    """Something happens just before a record is written under a prefix."""
+
+    def __init__(self, store: Store, prefix: str, act: Callable[[], object]) -> None:
+        assert isinstance(store, FileStore)
+        super().__init__(store.root)
+        self.prefix, self.acts = prefix, [act]
+
+    def create(self, key: str, data: bytes | Path) -> bool:
+        if key.startswith(self.prefix) and self.acts:
+            self.acts.pop()()
+        return super().create(key, data)
+
+
+def test_a_snapshot_that_is_made_meanwhile_is_named(fresh: tuple[Store, Plan]) -> None:
+    made(fresh, size=32)
+    key = next(row["key"] for row in rows_of(fresh) if row["accepted"] and row["row"] % 10 < 8)
+    store = Meanwhile(fresh[0], LISTS, lambda: made(fresh))
+    found = forget(store, [key], "asked")
+    assert not store.acts and [holder.training for holder in found.snapshots] == [1, 1]
+
+
+def test_a_snapshot_heeds_what_is_forgotten_meanwhile(fresh: tuple[Store, Plan]) -> None:
+    key = next(row["key"] for row in rows_of(fresh) if row["accepted"])
+    store = Meanwhile(fresh[0], "snapshots/", lambda: forget(fresh[0], [key], "asked"))
+    record = made((store, fresh[1]))
+    assert not store.acts and record.forgotten
+    assert key not in read_selection(store, record)["key"].to_pylist()
+
+
+def test_an_origin_names_an_item_only_where_it_is_its_own(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", 20)
+    table = pq.read_table(tmp_path / "corpus" / "table.parquet")
+    pages = [[f"https://x.org/{number}", None, "https://corpus.org", "flickr"][number % 4] for number in range(20)]
+    pq.write_table(table.append_column("page", pa.array(pages)), tmp_path / "corpus" / "table.parquet")
+    one = settings_for(tmp_path / "corpus").sources[0].model_dump() | {"origin": "https://corpus.org"}
+    other = one | {"name": "other", "origin_column": "page"}
+    store = open_store(str(tmp_path / "store"))
+    prepared = store, prepare_here(store, settings_for(tmp_path / "corpus", sources=[one, other]))
+    origins = {(row["source"], row["origin"]) for row in rows_of(prepared)}
+    assert {("small", "https://corpus.org"), ("other", "https://corpus.org"), ("other", "flickr")} <= origins
+    found = forget(store, ["https://x.org/0", "https://corpus.org", "flickr"], "asked", twins=False)
+    assert (found.keys, found.unknown) == (1, ["https://corpus.org", "flickr"])
+    gone = {row["key"] for row in rows_of(prepared) if row["origin"] == "https://x.org/0"}
+    assert len(gone) == 1 and not gone & keys_in(prepared)
+    with pytest.raises(DataError, match="none of the 1 items"):
+        forget(store, ["https://corpus.org"], "asked")
 
 
 def test_a_dry_run_writes_nothing(fresh: tuple[Store, Plan]) -> None:

@@ -16,9 +16,10 @@ from data_prep.look import contact_sheet, draw, summarise
 from data_prep.plan import Plan
 from infra.errors import DataError, SettingsError
 from infra.records import ShardRecord, put_data
-from infra.shards import list_shards, parquet_bytes, read_index, shard_key, shard_prefix
+from infra.shards import CAPTIONS, list_shards, parquet_bytes, read_index, shard_key, shard_prefix
 from infra.store import Store, open_store
 from tests.data_prep.corpora import prepare_here, settings_for, write_corpus
+from tests.data_prep.test_snapshot import scored
 
 HOSTILE = [
     "$\\nonsense{ ^_$",
@@ -87,6 +88,70 @@ def test_what_is_not_there_is_said(prepared: tuple[Store, Plan]) -> None:
         summarise(store, plan.digest, plan.edition, "16", scores=["none"])
 
 
+def test_scores_are_counted_beside_the_rest(prepared: tuple[Store, Plan], tmp_path: Path) -> None:
+    store, plan = prepared
+    causes = {"0": "unreadable_image", "1": "no_caption"}  # of the keys that begin so
+
+    def value(keys: list[str]) -> pa.Array:
+        return pa.array([None if key[0] in causes else int(key[:4], 16) / 16**4 for key in keys], pa.float32())
+
+    def failure(keys: list[str]) -> pa.Array:
+        return pa.array([causes.get(key[0]) for key in keys], pa.string())
+
+    def written(keys: list[str]) -> pa.Array:
+        return pa.array([[{"kind": "vlm", "text": "two words"}] if key[0] < "8" else None for key in keys], CAPTIONS)
+
+    scored(prepared, "one", clip_score=value, clip_failure=failure)
+    scored(prepared, "other", clip_score=lambda keys: pa.array(np.ones(len(keys))), clip_failure=failure)
+    scored(prepared, "writer", captions=written, captioner_failure=lambda keys: pa.nulls(len(keys), pa.string()))
+    accepted = [row for row in rows_of(store, plan) if row["accepted"]]
+    counted = {cause: sum(row["key"][0] == first for row in accepted) for first, cause in causes.items()}
+    assert all(counted.values())
+
+    def summed(*scores: str, columns: tuple[str, ...] = ()) -> look.Summary:
+        return summarise(store, plan.digest, plan.edition, "16", scores=scores, columns=columns)
+
+    found = summed("one", "writer", "one")
+    assert found.failures == {"clip_failure": counted, "captioner_failure": {}}
+    assert list(found.values) == ["clip_score"]
+    assert sum(found.values["clip_score"].counts) == len(accepted) - sum(counted.values())
+    assert found.captions["vlm"] == sum(row["key"][0] < "8" for row in accepted)
+    assert (found.captions["short"], found.words["vlm"].mean) == (len(accepted), 2)
+    draw(found, tmp_path / "summary.png")
+    both = summed("one", "other", columns=("score",))
+    assert list(both.values) == ["clip_score (one)", "clip_score (other)", "score"]
+    assert both.failures == {"clip_failure (one)": counted, "clip_failure (other)": counted}
+    assert both.values["clip_score (one)"] == found.values["clip_score"]
+    assert summed().failures == {}
+    scored(prepared, "shuffled", key=lambda keys: pa.array(keys[::-1]), clip_score=value)
+    with pytest.raises(DataError, match="not of the samples that its index holds"):
+        summed("shuffled")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("values", "of", "least", "mean", "most"),
+    [
+        ([0, 2**63, 2**64 - 1], pa.uint64(), 0, 2**63, 2**64),
+        ([2**64 - 1] * 3, pa.uint64(), 2**64, 2**64, 2**64),
+        ([2**24 + 1, None, 2**24 + 3], pa.int64(), 2**24 + 1, 2**24 + 2, 2**24 + 3),
+        ([1e17, 1e17 + 16], pa.float64(), 1e17, 1e17, 1e17 + 16),
+        ([-1.7e308, 1.7e308, 1.7e308, 1.7e308], pa.float64(), -1.7e308, 0.85e308, 1.7e308),
+        ([0.0, 5e-324], pa.float64(), 0, 0, 5e-324),
+        ([0.25, float("nan"), float("inf"), 0.75], pa.float32(), 0.25, 0.5, 0.75),
+        ([True, None, False], pa.bool_(), 0, 0.5, 1),
+    ],
+)
+def test_numbers_of_every_size_have_a_histogram(
+    values: list[Any], of: pa.DataType, least: float, mean: float, most: float, tmp_path: Path
+) -> None:
+    numbers = look._numbers("column", pa.chunked_array([pa.array(values, of)]))
+    found = look._evenly(numbers)
+    assert (found.least, found.most) == (least, most) and found.mean == pytest.approx(mean)
+    assert sum(found.counts) == len(numbers) == len([v for v in values if v is not None and np.isfinite(float(v))])
+    assert np.all(np.diff(found.edges) > 0)
+
+
 def rewritten(prepared: tuple[Store, Plan], folder: Path, change: Callable[[dict[str, Any], int], Any]) -> Store:
     """A store with other rows in its indexes than `prepare` would write."""
     store, plan = prepared
@@ -101,6 +166,18 @@ def rewritten(prepared: tuple[Store, Plan], folder: Path, change: Callable[[dict
         other.put(shard_key(plan.digest, "16", shard.number), changed.model_dump_json().encode())
         assert isinstance(changed, ShardRecord)
     return other
+
+
+def test_the_largest_numbers_can_be_drawn(prepared: tuple[Store, Plan], tmp_path: Path) -> None:
+    store = rewritten(
+        prepared,
+        tmp_path / "store",
+        lambda row, number: {"phash": 2**64 - 1 - number, "score": (-1) ** number * 1.7e308},
+    )
+    found = summarise(store, prepared[1].digest, prepared[1].edition, "16", columns=["phash", "score"])
+    assert {sum(histogram.counts) for histogram in found.values.values()} == {found.accepted}
+    assert (found.values["phash"].most, found.values["score"].least) == (2.0**64, -1.7e308)
+    draw(found, tmp_path / "summary.png")
 
 
 def hostile(row: dict[str, Any], number: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from aiohttp import web
@@ -25,15 +26,18 @@ from torch.nn import functional as F
 
 from data_prep import score as score_module
 from data_prep.decode import Decoded, decode
+from data_prep.plan import Plan
 from data_prep.score import Place, Progress, ScoreSettings, ScoreSummary, read_scores, score, scorer_digest
 from data_prep.scorers import Row, Sample
 from data_prep.scorers.clip import ClipScorer
 from data_prep.scorers.settings import ClipSettings
 from infra.config import digest, parse
 from infra.errors import CheckpointError, ClusterError, DataError, PixnerdError, SettingsError
-from infra.records import ScoreRecord, ShardRecord, read_record
-from infra.shards import list_shards, read_index, shard_prefix
+from infra.records import ScoreRecord, ShardRecord, StageRecord, read_record
+from infra.shards import list_shards, read_index, shard_key, shard_prefix
 from infra.store import FileStore, Store, open_store
+from pipelines.stages import NOWHERE, Context, ScoreStage
+from pipelines.stages import score as score_stage
 from tests.data_prep.corpora import contents, prepare_here, settings_for, write_corpus
 from tests.data_prep.small_scorers import (
     CLIP_WIDTH,
@@ -46,6 +50,7 @@ from tests.data_prep.small_scorers import (
     sample,
     serve,
 )
+from tests.orchestration.test_workflow import NoTracker
 
 # ------------------------------------------------------------------------------------------------ CLIP
 
@@ -315,17 +320,17 @@ COUNT = 40
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A store with five shards of two sizes, and its plan."""
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A store with five shards of two sizes, its plan and edition."""
     folder = tmp_path_factory.mktemp("prepared")
     write_corpus(folder / "corpus", COUNT)
     store = folder / "store"
     plan = prepare_here(open_store(str(store)), settings_for(folder / "corpus"))
-    return store, plan.digest
+    return store, plan.digest, plan.edition
 
 
 @pytest.fixture
-def store(prepared: tuple[Path, str], tmp_path: Path) -> Store:
+def store(prepared: tuple[Path, str, str], tmp_path: Path) -> Store:
     """A copy of the prepared one."""
     copied = open_store(str(tmp_path / "store"))
     for entry in (original := open_store(str(prepared[0]))).list():
@@ -334,8 +339,13 @@ def store(prepared: tuple[Path, str], tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-def plan(prepared: tuple[Path, str]) -> str:
+def plan(prepared: tuple[Path, str, str]) -> str:
     return prepared[1]
+
+
+@pytest.fixture
+def edition(prepared: tuple[Path, str, str]) -> str:
+    return prepared[2]
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +369,9 @@ def url(asked: list[str]) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(prepared: tuple[Path, str], url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def undisturbed(
+    prepared: tuple[Path, str, str], url: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
     """What one process makes of it without Ray: the bytes that every other way must give."""
     store = open_store(str(tmp_path_factory.mktemp("undisturbed")))
     for entry in (original := open_store(str(prepared[0]))).list():
@@ -386,14 +398,16 @@ def accepted(store: Store, plan: str, number: int) -> pa.Table:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_clip_scores_and_heads_beside_the_prepared_shards(store: Store, plan: str, clip: Path, tmp_path: Path):
+def test_clip_scores_and_heads_beside_the_prepared_shards(
+    store: Store, plan: str, edition: str, clip: Path, tmp_path: Path
+):
     save_file({"weight": torch.randn(1, CLIP_WIDTH)}, tmp_path / "head.safetensors")
     heads = [{"name": "aesthetic", "file": str(tmp_path / "head.safetensors")}]
     scorer = {"kind": "clip", "model": str(clip), "heads": heads, "kinds": ["short", "long"], "batch_size": 4}
     settings = parse(ScoreSettings, {"scorer": scorer, "workers": 1})
     before = contents(store)
     seen: list[Progress] = []
-    summary = score(store.url, plan, "32", settings, seen.append)
+    summary = score(store.url, plan, edition, "32", settings, seen.append)
     total = sum(record.accepted for record in list_shards(store, shard_prefix(plan, "32")))
     assert (summary.shards, summary.rows, summary.failures) == (COUNT // 8, total, {})
     assert summary.columns == ["clip_score", "clip_score_short", "clip_score_long", "aesthetic", "clip_failure"]
@@ -417,10 +431,16 @@ def refuse(*_: Any, **__: Any) -> Any:
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_same_bytes_whoever_did_the_work_and_a_second_run_does_nothing(
-    store: Store, plan: str, url: str, undisturbed: dict[str, bytes], workers: int, monkeypatch: pytest.MonkeyPatch
+    store: Store,
+    plan: str,
+    edition: str,
+    url: str,
+    undisturbed: dict[str, bytes],
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     settings = endpoint(url, workers=workers)
-    summary = score(store, plan, "32", settings)
+    summary = score(store, plan, edition, "32", settings)
     assert_as_undisturbed(store, undisturbed, summary)
     tables = [read_scores(store, plan, "32", summary.scorer, number) for number in range(summary.shards)]
     rows = [row for table in tables for row in table.to_pylist()]
@@ -430,31 +450,68 @@ def test_the_same_bytes_whoever_did_the_work_and_a_second_run_does_nothing(
         assert (row["captions"] is None) == (row["captioner_failure"] == "empty_answer")
         assert row["captions"] is None or [caption["kind"] for caption in row["captions"]] == ["recaption"]
     monkeypatch.setattr(score_module, "_run", refuse)
-    assert score(store, plan, "32", settings) == summary
+    assert score(store, plan, edition, "32", settings) == summary
     store.delete(Place(plan, "32", summary.scorer).summary_key(list(range(COUNT // 8))))
-    assert score(store, plan, "32", settings) == summary
+    assert score(store, plan, edition, "32", settings) == summary
 
 
-def test_nothing_prepared_is_an_error(store: Store, plan: str, url: str):
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_stage_scores_its_edition_and_no_older_one(tmp_path: Path, url: str, asked: list[str]):
+    write_corpus(tmp_path / "corpus", 16)
+    table = pq.read_table(tmp_path / "corpus" / "table.parquet")
+    store = open_store(str(tmp_path / "store"))
+    source = settings_for(tmp_path / "corpus").sources[0].model_dump() | {"tables": ["*.parquet"]}
+    plans = []
+    for first in (0, 8):  # the second replaces the first
+        pq.write_table(table.slice(first, 8), tmp_path / "corpus" / "changing.parquet")
+        plans.append(prepare_here(store, settings_for(tmp_path / "corpus", sources=[source])))
+    old, new = plans
+    assert old.digest == new.digest
+    assert [[shard.number for shard in plan.shards] for plan in plans] == [[0, 1, 2], [1, 2, 3]]
+
+    def scored(plan: Plan) -> set[int]:
+        """Which shards have scores once the stage has run."""
+        settings = parse(ScoreStage, {**endpoint(url).model_dump(), "shards": "prepare", "size": 32})
+        context = Context(store, tmp_path, NoTracker(), NOWHERE, lambda stage, progress: None)  # type: ignore[arg-type]
+        output = {"plan": plan.digest, "edition": plan.edition}
+        summary = score_stage(context, settings, {"shards": StageRecord.model_construct(output=output)})
+        assert summary["shards"] == 3
+        return {read_record(store, entry.key, ScoreRecord).number for entry in store.list("scores/")}
+
+    place = shard_key(new.digest, "32", 3)
+    missing = store.get(place)
+    store.delete(place)
+    with pytest.raises(DataError, match=r"only 2 of 3 shards are there: run prepare again"):
+        scored(new)
+    store.put(place, missing)
+    asked.clear()
+    assert scored(new) == {1, 2, 3}
+    assert len(asked) == sum(accepted(store, new.digest, number).num_rows for number in (1, 2, 3))
+    asked.clear()
+    assert scored(old) == {0, 1, 2, 3}
+    assert len(asked) == accepted(store, old.digest, 0).num_rows, "shards of both editions are scored once"
+
+
+def test_nothing_prepared_is_an_error(store: Store, plan: str, edition: str, url: str):
     with pytest.raises(DataError, match="no shards of size 48"):
-        score(store, plan, "48", endpoint(url))
+        score(store, plan, edition, "48", endpoint(url))
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_worker_that_no_node_holds_is_an_error_and_no_endless_wait(store: Store, plan: str, url: str):
+def test_a_worker_that_no_node_holds_is_an_error_and_no_endless_wait(store: Store, plan: str, edition: str, url: str):
     with pytest.raises(ClusterError, match="no worker of 1 CPUs and 64 GPUs"):
-        score(store, plan, "32", endpoint(url, gpus=64))
+        score(store, plan, edition, "32", endpoint(url, gpus=64))
     with pytest.raises(ClusterError, match="no worker of 4096 CPUs"):
-        score(store, plan, "32", endpoint(url, cpus=4096))
+        score(store, plan, edition, "32", endpoint(url, cpus=4096))
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_an_error_in_a_worker_reaches_the_caller_as_it_was(store: Store, plan: str, tmp_path: Path):
+def test_an_error_in_a_worker_reaches_the_caller_as_it_was(store: Store, plan: str, edition: str, tmp_path: Path):
     async def broken(request: web.Request, body: dict[str, Any]) -> web.Response:
         return web.Response(status=401)
 
     with serve(broken) as url, pytest.raises(SettingsError) as error:
-        score(store, plan, "32", endpoint(url))
+        score(store, plan, edition, "32", endpoint(url))
     assert error.value.remedy == "check the endpoint's `url`, `model` and `api_key`"
     assert not list(store.list("scores/"))
 
@@ -470,16 +527,16 @@ def die(progress):
         os.kill(os.getpid(), signal.SIGKILL)
 
 connect(ClusterSettings(cpus=1))
-score(sys.argv[1], sys.argv[2], "32", endpoint(sys.argv[3]), die)
+score(sys.argv[1], sys.argv[2], sys.argv[3], "32", endpoint(sys.argv[4]), die)
 """
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_driver_killed_half_way_is_finished_by_the_next_and_nothing_is_asked_twice(
-    store: Store, plan: str, url: str, undisturbed: dict[str, bytes], asked: list[str]
+    store: Store, plan: str, edition: str, url: str, undisturbed: dict[str, bytes], asked: list[str]
 ):
     # A cluster of its own, as on a laptop: it dies with its driver, and the tests' own one stays out of it.
-    driver = subprocess.run([sys.executable, "-c", DRIVER, store.url, plan, url], timeout=120)
+    driver = subprocess.run([sys.executable, "-c", DRIVER, store.url, plan, edition, url], timeout=120)
     assert driver.returncode == -signal.SIGKILL
     settings = endpoint(url)
     prefix = Place(plan, "32", scorer_digest(settings)).prefix
@@ -487,7 +544,7 @@ def test_a_driver_killed_half_way_is_finished_by_the_next_and_nothing_is_asked_t
     assert 2 <= len(done) < COUNT // 8
     assert not list(store.list("scored/"))
     asked.clear()
-    summary = score(store, plan, "32", settings)
+    summary = score(store, plan, edition, "32", settings)
     assert len(asked) == summary.rows - sum(record.rows for record in done)
     assert_as_undisturbed(store, undisturbed, summary)
 
@@ -499,33 +556,33 @@ def stop(progress: Progress) -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_sigterm_stops_between_shards_and_the_next_run_goes_on(
-    store: Store, plan: str, url: str, undisturbed: dict[str, bytes]
+    store: Store, plan: str, edition: str, url: str, undisturbed: dict[str, bytes]
 ):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(PixnerdError, match=r"stopped by SIGTERM.*run the same command again"):
-        score(store, plan, "32", endpoint(url), stop)
+        score(store, plan, edition, "32", endpoint(url), stop)
     assert signal.getsignal(signal.SIGTERM) is before
     assert 1 <= len(list(store.list("scores/"))) < COUNT // 8
-    assert_as_undisturbed(store, undisturbed, score(store, plan, "32", endpoint(url)))
+    assert_as_undisturbed(store, undisturbed, score(store, plan, edition, "32", endpoint(url)))
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_worker_that_dies_once_costs_nothing(
-    store: Store, plan: str, url: str, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    store: Store, plan: str, edition: str, url: str, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(score_module, "_Worker", DiesOnce)
-    summary = score(store, plan, "32", endpoint(url, workers=2))
+    summary = score(store, plan, edition, "32", endpoint(url, workers=2))
     assert isinstance(store, FileStore) and (store.root / ".tmp" / "marker").exists()
     assert_as_undisturbed(store, undisturbed, summary)
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_shard_that_kills_every_worker_is_an_error(
-    store: Store, plan: str, url: str, monkeypatch: pytest.MonkeyPatch
+    store: Store, plan: str, edition: str, url: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(score_module, "_Worker", DiesAlways)
     with pytest.raises(ClusterError, match="shard 2 killed 2 workers"):
-        score(store, plan, "32", endpoint(url))
+        score(store, plan, edition, "32", endpoint(url))
     place = Place(plan, "32", scorer_digest(endpoint(url)))
     assert not store.exists(place.key(2)), "the record is written last"
     assert len(list(store.list(f"data/scores/{place.scorer}/00002-"))) == 1

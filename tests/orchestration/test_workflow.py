@@ -1,4 +1,4 @@
-"""The graph's laws, on stages that only count how often they ran."""
+"""The graph's laws, on stages that only count how often they ran; and what is forgotten, on real ones."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 
+from data_prep.forget import forget
 from infra.config import Settings, operational
 from infra.errors import DataError, SettingsError, StageFailed
+from infra.records import StageRecord
+from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import Store, open_store
 from infra.tracking import Run
 from orchestration import workflow
 from pipelines.recipes import Recipe
 from pipelines.stages import Context, StageKind, stage_reference
+from tests.data_prep.corpora import settings_for, write_corpus
 
 
 class Made(Settings):
@@ -63,7 +67,7 @@ def go(store: Store, made: Recipe) -> dict[str, str]:
     """Runs it; returns what was said of each stage last."""
     said: dict[str, str] = {}
     context = Context(store, Path(), NoTracker(), Run("", None), lambda stage, progress: None)  # type: ignore[arg-type]
-    workflow.run(workflow.graph(made), context, lambda node, event, text: said.update({node.name: event}))
+    workflow.run(workflow.graph(made, store), context, lambda node, event, text: said.update({node.name: event}))
     return said
 
 
@@ -78,7 +82,7 @@ def test_a_changed_setting_makes_its_stage_and_what_follows_new(store: Store, ra
     go(store, recipe(**CHAIN))
     ran.clear()
     changed = recipe(**{**CHAIN, "b": {"above": "a", "value": 3}})
-    assert {p.node.name: p.state for p in workflow.plan(workflow.graph(changed), store)} == {
+    assert {p.node.name: p.state for p in workflow.plan(workflow.graph(changed, store), store)} == {
         "a": "done",
         "b": "new",
         "c": "new",
@@ -103,10 +107,10 @@ def test_a_stage_may_be_renamed(store: Store, ran: list[str]):
 
 
 def test_the_plan_says_why(store: Store, ran: list[str]):
-    nodes = workflow.graph(recipe(**CHAIN))
+    nodes = workflow.graph(recipe(**CHAIN), store)
     assert "not run yet" in workflow.plan(nodes, store)[0].why
     go(store, recipe(**CHAIN))
-    changed = workflow.graph(recipe(**{**CHAIN, "b": {"above": "a", "value": 3}}))
+    changed = workflow.graph(recipe(**{**CHAIN, "b": {"above": "a", "value": 3}}), store)
     why = {p.node.name: p.why for p in workflow.plan(changed, store)}
     assert "value 2 -> 3" in why["b"]
     assert why["c"] == "follows b"
@@ -136,6 +140,58 @@ def test_a_stage_that_reads_all_is_made_again_once_all_is_there(store: Store, ra
     with pytest.raises(StageFailed):
         go(store, recipe(**stages))
     assert ran == ["a", "all"]
+
+
+def corpus(folder: Path, name: str, count: int) -> dict[str, Any]:
+    """A prepare stage. Corpora have the same pictures under other keys."""
+    write_corpus(folder / name, count)
+    [source] = settings_for(folder / name).sources
+    data: dict[str, Any] = source.model_dump(exclude_unset=True) | {"name": name}
+    return {"kind": "prepare", "sources": [data], "sizes": [16], "rows_per_shard": 8}
+
+
+def accepted(store: Store, record: StageRecord) -> list[dict[str, Any]]:
+    shards = list_shards(store, shard_prefix(record.output["plan"], "16"))
+    return [row for shard in shards for row in read_index(store, shard).to_pylist() if row["accepted"]]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_is_forgotten_renews_the_snapshots_that_it_may_concern(store: Store, tmp_path: Path):
+    made = Recipe(
+        name="test",
+        stages={
+            "one": corpus(tmp_path, "one", 10),
+            "two": corpus(tmp_path, "two", 20),
+            "data_one": {"kind": "snapshot", "shards": "one", "size": 16},
+            "data_two": {"kind": "snapshot", "shards": "two", "size": 16},
+        },
+    )
+    context = Context(store, tmp_path, NoTracker(), Run("", None), lambda stage, progress: None)  # type: ignore[arg-type]
+
+    def nodes(*names: str) -> list[workflow.Node]:
+        return [node for node in workflow.graph(made, store) if not names or node.name in names]
+
+    def states() -> dict[str, str]:
+        return {plan.node.name: plan.state for plan in workflow.plan(nodes(), store)}
+
+    def run(*names: str) -> dict[str, StageRecord]:
+        return workflow.run(nodes(*names), context, lambda node, event, text: None)
+
+    one = run("one", "data_one")
+    assert states() == {"one": "done", "data_one": "done", "two": "new", "data_two": "new"}
+    early, late = accepted(store, one["one"])[:2]
+    forget(store, [early["key"]], "before the second corpus was prepared")
+    assert states() == {"one": "done", "data_one": "new", "two": "new", "data_two": "new"}
+    done = run()
+    assert set(states().values()) == {"done"}, "the digest with the list in it is found again"
+    counts = {name: dict(done[name].output["counts"]) for name in ("data_one", "data_two")}
+    assert counts["data_one"]["not forgotten"] == counts["data_one"]["accepted"] - 1
+    assert counts["data_two"]["not forgotten"] == counts["data_two"]["accepted"] - 1, "its twin, in shards made since"
+    forget(store, [late["key"]], "of the first corpus alone", twins=False)
+    assert states() == {"one": "done", "data_one": "new", "two": "done", "data_two": "done"}
+    [why] = [plan.why for plan in workflow.plan(nodes("one", "data_one"), store) if plan.node.name == "data_one"]
+    assert "what is forgotten" in why
+    assert dict(run()["data_one"].output["counts"])["not forgotten"] == counts["data_one"]["accepted"] - 2
 
 
 def test_only_one_kind_and_its_needs(ran: list[str]):
