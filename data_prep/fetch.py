@@ -54,9 +54,11 @@ class FetchSettings(Settings):
     connect_seconds: float = operational(10.0, gt=0, description="what one connection may take to stand")
     retries: int = operational(2, ge=0, le=100, description="further tries, for causes that can pass")
     backoff: float = operational(1.0, ge=0, description="seconds before the first retry; doubled for each after it")
-    at_once: int = operational(64, ge=1, description="downloads at once, of each task")
-    per_host: int = operational(8, ge=1, description="downloads at once from one host, of each task")
-    ahead_mib: int = operational(256, ge=1, description="finished downloads that wait to be written down")
+    at_once: int = operational(256, ge=1, description="downloads at once, of the whole job")
+    per_host: int = operational(
+        8, ge=1, description="downloads at once from one host, of the whole job; no more tasks than that download"
+    )
+    ahead_mib: int = operational(1024, ge=1, description="finished downloads, of the whole job, that wait to be stored")
     user_agent: str = Field("pixnerd", pattern=r"^[A-Za-z0-9_-]+$", description="also answers to X-Robots-Tag")
     contact: str = operational("", pattern=r"^[!-~]*$", description="a page or address where site owners can complain")
 

@@ -22,7 +22,7 @@ from data_prep import originals
 from data_prep.fetch import FetchSettings
 from data_prep.originals import Work
 from data_prep.plan import KnownAs, Plan, PlannedShard, PrepareSettings, make_plan
-from data_prep.sources import Input, Range, UrlList, inputs, ranges
+from data_prep.sources import Range, UrlList, inputs, ranges
 from infra.cluster import sigterm
 from infra.errors import ClusterError, PixnerdError
 from infra.records import Record, ShardRecord, read_record, write_record
@@ -59,7 +59,7 @@ class Progress:
     shards: int
     planned_shards: int
     inputs: int
-    planned_inputs: int
+    planned_inputs: int  # nobody has counted a tar's before it is read: an estimate of those that are to come
     downloads: int  # inputs whose download has been tried
     planned_downloads: int
     accepted: dict[str, int]  # size -> count
@@ -122,12 +122,9 @@ def summary_key(plan: str, edition: str) -> str:
 def _tried_again(store: Store, settings: PrepareSettings, plan: Plan) -> Counter[str]:
     """Why the downloads failed that a later generation of this plan has tried again."""
     again: Counter[str] = Counter()
-    sources = {source.name: source for source in settings.sources}
-    for name, given, sha256, generation in plan.inputs:
-        source = sources[name]
-        if generation and isinstance(source, UrlList):
-            place = originals.place(source, Input(given, 0, sha256), settings.fetch)
-            again.update(originals.retries(store, place)[generation - 1].causes)
+    for given in plan.inputs:
+        if given.generation:
+            again.update(originals.retries(store, settings.place(given))[given.generation - 1].causes)
     return again
 
 
@@ -145,7 +142,10 @@ def _done(store: Store, plan: Plan) -> Iterator[tuple[PlannedShard, list[ShardRe
 
 @dataclass(frozen=True)
 class _Task:
-    """Something that Ray works on. What kills its worker is tried once more: a shard then with its decoder guarded."""
+    """Something that Ray works on. What kills its worker is tried again: a shard then with its decoder guarded.
+
+    Ray by itself starts once more whatever dies with its worker; here one hears of the second death.
+    """
 
     what: Work | PlannedShard
     again: bool = False
@@ -158,7 +158,7 @@ class _Job:
         self, store: Store, settings: PrepareSettings, plan: Plan, decoder: Decoder | None, todo: list[PlannedShard]
     ) -> None:
         self.store, self.settings, self.plan, self.decoder = store, settings, plan, decoder
-        self.sources = {source.name: source for source in settings.sources}
+        self.sources = settings.by_name
         self.originals = _originals(settings, plan)
         there = _downloaded(store, self.originals)
         self.missing = {shard: {work for work in self._needs(shard) if work not in there} for shard in todo}
@@ -168,6 +168,7 @@ class _Job:
                 self.needed_by.setdefault(work, []).append(shard)
         self.downloads = deque(_Task(work) for work in sorted(self.needed_by, key=lambda work: work.key))
         self.shards = deque(_Task(shard) for shard, works in self.missing.items() if not works)
+        self.downloaders, self.fetch = 1, settings.fetch
 
     def run(self) -> Iterator[tuple[Work | PlannedShard, list[ShardRecord]]]:
         """What has been made, as it gets done, in no particular order."""
@@ -180,6 +181,8 @@ class _Job:
             Work: ray.remote(num_cpus=0, scheduling_strategy="SPREAD", **limits)(_download),
             PlannedShard: ray.remote(num_cpus=1, **limits)(_make),
         }
+        # What they may do is dealt out once: those that are under way would know nothing of another share.
+        self.downloaders, self.fetch = _shares(self.settings.fetch, min(self._at_once(), len(self.downloads)))
         left = len(self.missing)
         running: dict[Any, _Task] = {}
         with sigterm() as stopped:
@@ -210,20 +213,23 @@ class _Job:
 
     def _start(self, running: dict[Any, _Task], kind: type, remote: Any) -> None:
         """Fill up the tasks of a kind: Ray is never given more than it can soon begin."""
-        import ray
-
         queue = self.downloads if kind is Work else self.shards
-        limit = self.settings.in_flight or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+        limit = self.downloaders if kind is Work else self._at_once()
         free = limit - sum(isinstance(other.what, kind) for other in running.values())
         while queue and free > 0:
             following = queue.popleft()
             running[remote.remote(*self._orders(following))] = following
             free -= 1
 
+    def _at_once(self) -> int:
+        import ray
+
+        return self.settings.in_flight or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+
     def _orders(self, task: _Task) -> tuple[Any, ...]:
         what = task.what
         if isinstance(what, Work):
-            return self.store, self.sources[what.source], self.settings.fetch, what
+            return self.store, self.sources[what.source], self.fetch, what
         return self.store, self.settings, self.plan.without_shards(), what, self._needs(what), self.decoder, task.again
 
     def _queue(self, what: Work | PlannedShard) -> deque[_Task]:
@@ -242,9 +248,19 @@ class _Job:
                     self.shards.append(_Task(shard))
 
 
+def _shares(settings: FetchSettings, tasks: int) -> tuple[int, FetchSettings]:
+    """How many tasks may download at once, and what each of them may do: all together keep to the limits.
+
+    Where there is not enough for so many, there are fewer.
+    """
+    limits = {"at_once": settings.at_once, "per_host": settings.per_host, "ahead_mib": settings.ahead_mib}
+    tasks = max(1, min(tasks, *limits.values()))
+    return tasks, settings.model_copy(update={name: limit // tasks for name, limit in limits.items()})
+
+
 def _originals(settings: PrepareSettings, plan: Plan) -> dict[KnownAs, list[Work]]:
     """All downloads of the plan's inputs."""
-    sources = {source.name: source for source in settings.sources}
+    sources = settings.by_name
     whole: dict[KnownAs, Range] = {}
     for shard in plan.shards:
         if isinstance(sources[shard.source], UrlList):
@@ -253,8 +269,7 @@ def _originals(settings: PrepareSettings, plan: Plan) -> dict[KnownAs, list[Work
     for known_as, part in whole.items():
         source = sources[known_as.source]
         assert isinstance(source, UrlList)
-        place = originals.place(source, Input(known_as.input, 0, known_as.sha256), settings.fetch)
-        found[known_as] = originals.works(source, place, known_as.generation, part)
+        found[known_as] = originals.works(source, settings.place(known_as), known_as.generation, part)
     return found
 
 
@@ -355,7 +370,7 @@ class _Tally:
             shards=len(self.done),
             planned_shards=len(self.plan.shards),
             inputs=self.inputs,
-            planned_inputs=self.plan.rows,
+            planned_inputs=self.inputs + self.plan.rows - self.expected,
             downloads=self.downloads,
             planned_downloads=self.planned_downloads,
             accepted=dict(self.accepted),

@@ -97,10 +97,10 @@ class Work(NamedTuple):
         return f"{self.folder}{self.number:05d}.json"
 
 
-def place(source: UrlList, found: Input, settings: FetchSettings) -> str:
+def place(source: UrlList, name: str, sha256: str, settings: FetchSettings) -> str:
     """Where the originals of an input lie."""
     asked = {"column": source.image, "max_bytes": source.max_bytes, "settings": settings.results()}
-    return digest({"format": FORMAT, "input": [found.name, found.sha256], "asked": asked})
+    return digest({"format": FORMAT, "input": [name, sha256], "asked": asked})
 
 
 def retries(store: Store, where: str) -> list[RetryRecord]:
@@ -259,7 +259,7 @@ def _checked(store: Store, tar: DataObject, row: dict[str, Any], data: bytes) ->
 
 def retry(store: Store, source: UrlList, found: Input, whole: Range, settings: FetchSettings) -> int:
     """Begin a generation of what failed in the newest one for causes that can pass; how many inputs that are."""
-    where = place(source, found, settings)
+    where = place(source, found.name, found.sha256, settings)
     before = retries(store, where)
     if before and not any(store.list(f"originals/{where}/{len(before)}/0")):
         return 0  # one has just been begun, for another stage or source with the same list

@@ -7,10 +7,12 @@ so a resumed stage continues the run it began.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +21,7 @@ from infra.config import Settings, operational
 log = logging.getLogger(__name__)
 
 DIGEST_TAG = "pixnerd.digest"
+_SQLITE = "sqlite:///"  # and the path
 _BATCH = 900  # the server takes at most 1,000 metrics in a call
 
 T = TypeVar("T")
@@ -35,10 +38,14 @@ class Tracker:
     def __init__(self, uri: str, experiment: str, artifacts: Path | None = None) -> None:
         self.uri, self.experiment = uri, experiment
         _prepare()
+        self._experiment_id = _observed(lambda: self._open(artifacts))
+
+    def _open(self, artifacts: Path | None) -> str:
         from mlflow import MlflowClient
 
-        self._client = MlflowClient(uri)
-        self._experiment_id = _observed(lambda: self._find_or_create(artifacts))
+        with _alone(self.uri):
+            self._client = MlflowClient(self.uri)
+            return self._find_or_create(artifacts)
 
     def _find_or_create(self, artifacts: Path | None) -> str:
         found = self._client.get_experiment_by_name(self.experiment)
@@ -190,12 +197,28 @@ class Run:
         self._call(lambda c: c.set_terminated(self.run_id, status))
 
 
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Whoever opens a new SQLite file makes its tables, and two that do so at once trip over each other's.
+
+    The lock is the kernel's: it ends with its holder, however that ends. The file that it is on stays.
+    """
+    path = uri.removeprefix(_SQLITE).partition("?")[0]
+    if not uri.startswith(_SQLITE) or path in ("", ":memory:"):
+        yield
+        return
+    with open(f"{path}.lock", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _observed(work: Callable[[], T]) -> T | None:
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         return work()
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         log.warning(
             "MLflow did not take a call and the work goes on without it (%s)",
             (str(error) or type(error).__name__).splitlines()[0],

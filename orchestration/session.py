@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from data_prep.plan import PrepareSettings
 from infra.cluster import ClusterSettings, connect, disconnect
-from infra.config import digest
+from infra.config import digest, parse
 from infra.errors import DataError, SettingsError
 from infra.records import EvalReport, StageRecord, read_record
 from infra.store import Store, open_store
@@ -18,7 +19,7 @@ from infra.tracking import Tracker, TrackingSettings
 from orchestration import terminal, workflow
 from orchestration.terminal import print_json
 from pipelines import recipes
-from pipelines.stages import Context
+from pipelines.stages import STAGE_URL, Context
 
 
 def run_workflow(
@@ -35,7 +36,10 @@ def run_workflow(
     recipe = recipes.load(name, assignments)
     opened = _store(store, recipe.name)
     if retry_failed:
-        _retry_failed(recipe, opened, dry_run=dry_run)
+        if dry_run:
+            raise SettingsError("a retry is begun in the store", remedy="leave --dry-run out, or --retry-failed")
+        opened.probe()
+        _retry_failed(recipe, opened)
     nodes = workflow.graph(recipe, opened)
     if until is not None:
         nodes = workflow.only(nodes, until)
@@ -49,27 +53,49 @@ def run_workflow(
     opened.probe()
     if all(opened.exists(node.key) for node in nodes):
         with terminal.Screen(quiet=as_json) as screen:
-            records = workflow.finished(nodes, opened, screen.stage)
+            records = workflow.finished(nodes, opened, _say(screen, opened))
     else:
         with _context(opened, recipe.name, address, quiet=as_json) as (context, screen):
-            records = workflow.run(nodes, context, screen.stage)
+            records = workflow.run(nodes, context, _say(screen, opened))
     if as_json:
         print_json({name: record.model_dump(mode="json") for name, record in records.items()})
     else:
         terminal.show_result(records.values(), _reports(opened, records))
 
 
-def _retry_failed(recipe: recipes.Recipe, store: Store, *, dry_run: bool) -> None:
+def _say(screen: terminal.Screen, store: Store) -> workflow.Say:
+    """What happened to a stage; where that is the end of a preparation, with what came of it."""
+
+    def say(node: workflow.Node, event: str, text: str) -> None:
+        if event in ("finished", "reused") and node.kind.name == "prepare":
+            record = read_record(store, node.key, StageRecord)
+            done = screen.done_now if event == "finished" else 0.0
+            text = f"{text}, {terminal.prepared(record, done)}"
+        screen.stage(node, event, text)
+
+    return say
+
+
+def _retry_failed(recipe: recipes.Recipe, store: Store) -> None:
     """Every prepare stage's failed downloads that may come this time become inputs of the run that follows."""
     from data_prep.job import retry_failed
-    from data_prep.plan import PrepareSettings
+    from data_prep.sources import UrlList
 
-    if dry_run:
-        raise SettingsError("a retry is begun in the store", remedy="leave --dry-run out, or --retry-failed")
-    for node in workflow.graph(recipe, store):
-        if isinstance(node.settings, PrepareSettings):
-            count = retry_failed(store, node.settings)
-            print(f"{node.name}: {count:,} downloads are tried again", file=sys.stderr)
+    found = {name: data for name, data in recipe.stages.items() if data.get("kind") == "prepare"}
+    stages = {
+        name: parse(PrepareSettings, {key: value for key, value in data.items() if key != "kind"}, where=name)
+        for name, data in found.items()
+    }
+    for name, settings in stages.items():
+        for source in settings.sources:
+            if isinstance(source, UrlList) and source.url.startswith(STAGE_URL):
+                raise SettingsError(
+                    f"the downloads of `{name}.{source.name}` cannot be tried again: another stage makes its list",
+                    remedy="give the folder that it made as the source's `url`; what is downloaded stays valid",
+                )
+    for name, settings in stages.items():
+        count = retry_failed(store, settings)
+        print(f"{name}: {count:,} downloads are tried again", file=sys.stderr)
 
 
 def _reports(store: Store, records: dict[str, StageRecord]) -> dict[str, EvalReport]:
@@ -125,7 +151,7 @@ def evaluate_folder(
     checkpoint: str, out: str, assignments: Sequence[str], *, address: str | None, as_json: bool
 ) -> None:
     """A folder is first made into a record in the store named by --out, then scored as a workflow's checkpoint is."""
-    from infra.config import override, parse
+    from infra.config import override
     from pipelines.evaluation.run import GenevalSettings, geneval
     from training import checkpoint as checkpoints
 

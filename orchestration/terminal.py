@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from pipelines.stages import Progress as StageProgress
 
 _LINE_EVERY = 10.0  # seconds between two plain lines of one stage
+
+WORST = 3  # causes of rejection that are named
 
 _SIGNS = {"reused": "=", "running": ">", "finished": "+", "failed": "!", "skipped": "-"}
 
@@ -48,6 +52,7 @@ class Screen:
         )
         self._task = self._bars.add_task("", visible=False)
         self._began = self._last_line = time.monotonic()
+        self._pace = _Pace(0.0, 0, self._began)
 
     def __enter__(self) -> Screen:
         self._bars.start()
@@ -61,6 +66,7 @@ class Screen:
     def stage(self, node: Node, event: str, text: str) -> None:
         """What happened to a stage."""
         self._bars.update(self._task, visible=False)
+        self._pace = _Pace(0.0, 0, time.monotonic())
         self._line(f"{_SIGNS[event]} {node.name:<12} {event:<8} {text}".rstrip())
 
     def progress(self, stage: str, so_far: StageProgress) -> None:
@@ -68,15 +74,50 @@ class Screen:
 
     def count(self, text: str, done: float, total: int) -> None:
         """A part of a thing moves the bar on as well."""
+        self._pace = self._pace.after(done, total)
         if not self._bars.disable:
             self._bars.update(self._task, description=text, completed=done, total=total or None, visible=True)
         elif time.monotonic() - self._last_line > _LINE_EVERY:
-            self._line(f"  {text}")
+            self._line(", ".join(filter(None, [f"  {text}", self._pace.left()])))
+
+    @property
+    def done_now(self) -> float:
+        """The part of the stage that was not there before: a run that goes on after another one did only that."""
+        return self._pace.part
 
     def _line(self, text: str) -> None:
         self._last_line = time.monotonic()
         seconds = int(self._last_line - self._began)
         self._console.print(f"{seconds // 60:3d}:{seconds % 60:02d} {text}", markup=False)
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """How far a stage has come since it was first heard of, which need not be its beginning."""
+
+    first: float
+    total: int
+    since: float
+    done: float = 0.0
+    seconds: float = 0.0
+
+    def after(self, done: float, total: int) -> _Pace:
+        now = time.monotonic()
+        if total != self.total or done < self.done:
+            return _Pace(done, total, now, done)  # the stage's next part
+        return replace(self, done=done, seconds=now - self.since)
+
+    @property
+    def part(self) -> float:
+        return (self.done - self.first) / self.total if self.total else 0.0
+
+    def left(self) -> str:
+        """Empty while nothing is known."""
+        if self.done <= self.first or self.done >= self.total:
+            return ""
+        seconds = round(self.seconds * (self.total - self.done) / (self.done - self.first))
+        hours = f"{seconds // 3600}:" if seconds >= 3600 else ""
+        return f"{hours}{seconds // 60 % 60:{'02' if hours else ''}d}:{seconds % 60:02d} left"
 
 
 def print_json(value: Any) -> None:
@@ -95,6 +136,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def show_plan(plans: Sequence[Plan]) -> None:
     for plan in plans:
         print(f"{'=' if plan.state == 'done' else '>'} {plan.node.name:<12} {plan.state:<5} {plan.why}")
+
+
+def prepared(record: StageRecord, done_now: float) -> str:
+    """What came of a preparation, at each size; `done_now` is the part that was done within the record's seconds."""
+    speed = done_now * record.output["inputs"] / max(record.seconds, 1e-3)
+    told = [f"{speed:,.0f} images/s"] if done_now else []
+    several = len(record.output["sizes"]) > 1
+    for size, counts in record.output["sizes"].items():
+        rejected = Counter(counts["rejected"])
+        worst = [f"{count:,} {cause}" for cause, count in rejected.most_common(WORST)]
+        if rest := rejected.total() - sum(count for _, count in rejected.most_common(WORST)):
+            worst.append(f"{rest:,} other")
+        causes = f" ({', '.join(worst)})" if worst else ""
+        accepted = f"{size}: " * several + f"{counts['accepted']:,} accepted"
+        told.append(f"{accepted}, {rejected.total():,} rejected{causes}")
+    return "; ".join(told)
 
 
 def show_result(records: Iterable[StageRecord], reports: dict[str, EvalReport]) -> None:

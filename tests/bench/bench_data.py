@@ -89,6 +89,7 @@ def theirs_done(out: Path) -> int:
 
 
 def ours(table: Path, out: Path, given: argparse.Namespace) -> list[str]:
+    downloads = given.threads * given.workers
     plain = {
         "sources": [{"kind": "url_list", "name": "bench", "url": str(table.parent), "tables": [table.name]}],
         "sizes": [given.size],
@@ -96,7 +97,7 @@ def ours(table: Path, out: Path, given: argparse.Namespace) -> list[str]:
         "subsampling": "420",
         "rows_per_shard": given.rows,
         "in_flight": given.workers,
-        "fetch": {"allow_private": True, "at_once": given.threads, "per_host": given.threads},
+        "fetch": {"allow_private": True, "at_once": downloads, "per_host": downloads, "ahead_mib": 256 * given.workers},
     }
     settings = out / "settings.json"
     settings.write_text(json.dumps(plain))

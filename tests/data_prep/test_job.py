@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -11,16 +12,23 @@ from typing import Any
 
 import pytest
 import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
 
+from data_prep import job, originals
 from data_prep.decode import Decoded, decode
+from data_prep.fetch import FetchSettings
 from data_prep.job import PrepareSummary, Progress, prepare, summary_key
 from data_prep.plan import make_plan
 from data_prep.rejections import Cause, Rejection
 from data_prep.verify import verify
-from infra.errors import DataError, PixnerdError
+from infra.errors import ClusterError, DataError, PixnerdError
 from infra.shards import list_shards, read_index
-from infra.store import Store, open_store
-from tests.data_prep.corpora import contents, prepare_here, settings_for, write_corpus
+from infra.store import FileStore, Store, open_store
+from tests.data_prep import zoo
+from tests.data_prep.corpora import contents, prepare_here, settings_for, shaded, write_corpus
+from tests.data_prep.test_sources_tars import member, tar_bytes
+from tests.data_prep.web import Request, Stream, Web
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -76,7 +84,9 @@ def test_counts_add_up_and_a_second_run_does_nothing(corpus: Path, store: Store,
     assert (seen[0].inputs, seen[-1].inputs, seen[-1].shards) == (0, COUNT, 7)
     assert seen[-1].rejected == dict.fromkeys(("32", "16"), causes)
     assert seen[-1].seconds_left == 0
-    assert verify(store, summary.plan, summary.edition) == (14, 2 * COUNT, 2 * summary.sizes["32"].accepted, [])
+    found = verify(store, summary.plan, summary.edition)
+    assert found[:3] == (14, 2 * COUNT, 2 * summary.sizes["32"].accepted)
+    assert found.problems == []
     assert prepare(store, settings_for(corpus), decoder=refuse) == summary
     store.delete(summary_key(summary.plan, summary.edition))
     assert prepare(store, settings_for(corpus), decoder=refuse) == summary
@@ -173,6 +183,130 @@ def test_a_worker_that_dies_once_costs_nothing(
     summary = prepare(store, settings_for(corpus), decoder=partial(dies_once, str(tmp_path / "marker")))
     assert (tmp_path / "marker").exists()
     assert_as_undisturbed(store, undisturbed, summary)
+
+
+def signs(folder: Path, data: bytes, **options: Any) -> Decoded | Rejection:
+    """Tells which process it is."""
+    (folder / str(os.getpid())).touch()
+    return decode(data, **options)
+
+
+@pytest.mark.parametrize("life", [1, 200])
+def test_a_worker_makes_so_many_shards_and_no_more(
+    corpus: Path,
+    store: Store,
+    tmp_path: Path,
+    undisturbed: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    life: int,
+) -> None:
+    monkeypatch.setattr(job, "WORKER_LIFE", life)
+    (tmp_path / "workers").mkdir()
+    summary = prepare(store, settings_for(corpus), decoder=partial(signs, tmp_path / "workers"))
+    workers = len(list((tmp_path / "workers").iterdir()))
+    assert workers == 7 if life == 1 else workers < 7  # of seven shards
+    assert_as_undisturbed(store, undisturbed, summary)
+
+
+# Downloads
+
+
+def url_list(folder: Path, web: Web, count: int, **changes: Any) -> dict[str, Any]:
+    """The settings of a list of the web's pages /0 to /`count`."""
+    folder.mkdir()
+    lines = [json.dumps({"url": web.url(f"/{number}"), "caption": f"picture {number}"}) for number in range(count)]
+    (folder / "list.jsonl").write_text("\n".join(lines))
+    source = {"kind": "url_list", "name": "web", "url": str(folder), "tables": ["list.jsonl"]}
+    return {"sources": [source], "sizes": [16], "rows_per_shard": 100, **changes}
+
+
+def photo(number: int) -> bytes:
+    return zoo.saved(shaded(number, 40), "PNG")
+
+
+class DeadlyStore(FileStore):
+    """The first `deaths` processes that are about to write down what they downloaded die of it."""
+
+    def __init__(self, root: Path, log: Path, deaths: int) -> None:
+        super().__init__(root)
+        self.log, self.deaths = log, deaths
+
+    def create(self, key: str, data: bytes | Path) -> bool:
+        if key.startswith("originals/") and self._tried() <= self.deaths:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().create(key, data)
+
+    def _tried(self) -> int:
+        with self.log.open("ab") as file:
+            file.write(b".")
+            return file.tell()
+
+
+# Ray by itself starts once more what died with its worker: the second death is the first that the job hears of.
+@pytest.mark.parametrize("deaths", [1, 2, 3])
+def test_downloads_whose_worker_dies_are_tried_again(tmp_path: Path, deaths: int) -> None:
+    with Web({f"/{number}": photo(number) for number in range(3)}) as web:
+        settings = settings_for(tmp_path, **url_list(tmp_path / "list", web, 3, fetch={"allow_private": True}))
+        summary = prepare(DeadlyStore(tmp_path / "store", tmp_path / "log", deaths), settings)
+    assert (tmp_path / "log").stat().st_size > deaths
+    assert (summary.sizes["16"].accepted, summary.sizes["16"].rejected) == (3, {})
+    assert verify(open_store(str(tmp_path / "store")), summary.plan, summary.edition).problems == []
+
+
+def test_downloads_that_kill_every_worker_end_the_job(tmp_path: Path) -> None:
+    with Web({"/0": photo(0)}) as web:
+        settings = settings_for(tmp_path, **url_list(tmp_path / "list", web, 1, fetch={"allow_private": True}))
+        with pytest.raises(ClusterError, match=r"the originals 0 \(web, list.jsonl\) kills its worker") as error:
+            prepare(DeadlyStore(tmp_path / "store", tmp_path / "log", 99), settings)
+    assert "out-of-memory" in error.value.remedy
+    assert (tmp_path / "log").stat().st_size == 4
+
+
+def test_all_download_tasks_together_keep_to_the_limits(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(originals, "ROWS", 10)
+    both = asyncio.Event()
+    tasks: set[int] = set()
+
+    async def page(request: Request, stream: Stream) -> None:
+        """Answers nobody until both tasks are there, and then takes its time, so that all come who would come."""
+        number = int(request.target[1:])
+        tasks.add(number // 10)
+        if len(tasks) == 2:
+            both.set()
+        await both.wait()
+        await asyncio.sleep(0.3)
+        await stream.answer(photo(number))
+
+    with Web({f"/{number}": page for number in range(20)}) as web:
+        fetch = {"allow_private": True, "at_once": 32, "per_host": 4}
+        settings = settings_for(tmp_path, **url_list(tmp_path / "list", web, 20, in_flight=2, fetch=fetch))
+        assert prepare(store, settings).sizes["16"].accepted == 20
+        assert web.most_active == 4
+
+
+@given(tasks=st.integers(0, 50), at_once=st.integers(1, 99), per_host=st.integers(1, 99), ahead=st.integers(1, 99))
+def test_shares_are_no_more_than_the_whole(tasks: int, at_once: int, per_host: int, ahead: int) -> None:
+    whole = FetchSettings(at_once=at_once, per_host=per_host, ahead_mib=ahead, seconds=7)
+    number, each = job._shares(whole, tasks)
+    for of_all, of_each in ((at_once, each.at_once), (per_host, each.per_host), (ahead, each.ahead_mib)):
+        assert of_each >= 1 and number * of_each <= of_all < number * (of_each + 1)
+    assert 1 <= number <= max(1, tasks)
+    assert (each.seconds, each.results()) == (7, whole.results())
+    assert number == tasks or min(at_once, per_host, ahead, tasks) in (0, number)
+
+
+def test_what_was_estimated_gives_way_to_what_was_counted(store: Store, tmp_path: Path) -> None:
+    samples = [
+        (f"{number}.{kind}", data) for number in range(3) for kind, data in (("png", photo(number)), ("txt", b"x"))
+    ]
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "one.tar").write_bytes(tar_bytes(*(member(name, data) for name, data in samples)))
+    source = {"kind": "webdataset", "name": "tars", "url": str(tmp_path / "tars")}
+    seen: list[Progress] = []
+    prepare(store, settings_for(tmp_path, sources=[source], sizes=[16]), seen.append)
+    assert [(progress.inputs, progress.planned_inputs) for progress in seen] == [(0, 8), (3, 3)]
 
 
 def broken(data: bytes, **options: Any) -> Decoded:

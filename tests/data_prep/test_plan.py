@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -86,11 +87,9 @@ def test_captions_of_planned_tars_may_be_added_but_not_changed(tmp_path: Path, s
         table = pa.table({"image_id": ids, "caption": [f"{word} {n}" for n in ids]})
         pq.write_table(table, tmp_path / "sa" / f"{name}.parquet")
 
-    (tmp_path / "sa").mkdir()
+    settings = settings_for(tmp_path, sources=[sa1b(tmp_path / "sa")])
     write_tar(tmp_path / "sa", "one.tar", 1, 2)
     write_captions("one", [1, 2], "first")
-    source = {"kind": "sa1b", "name": "sa", "url": str(tmp_path / "sa"), "tables": ["*.parquet"]}
-    settings = settings_for(tmp_path, sources=[source])
     first = make_plan(store, settings)
     write_tar(tmp_path / "sa", "two.tar", 3, 4)
     write_captions("two", [3, 4], "first")
@@ -98,6 +97,41 @@ def test_captions_of_planned_tars_may_be_added_but_not_changed(tmp_path: Path, s
     write_captions("two", [3, 4], "other")
     with pytest.raises(SettingsError, match=r"`two.parquet` of the source `sa` has changed since it was planned"):
         make_plan(store, settings)
+
+
+def sa1b(folder: Path) -> dict[str, Any]:
+    folder.mkdir()
+    return {"kind": "sa1b", "name": folder.name, "url": str(folder), "tables": ["*.parquet"]}
+
+
+def test_captions_that_come_too_late_for_their_tars_are_told_once(
+    tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = settings_for(tmp_path, sources=[sa1b(tmp_path / "late"), sa1b(tmp_path / "fine")])
+
+    def told() -> list[str]:
+        caplog.clear()
+        make_plan(store, settings)
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    def write_captions(where: str, *numbers: int) -> None:
+        table = pa.table({"image_id": numbers, "caption": [f"picture {number}" for number in numbers]})
+        pq.write_table(table, tmp_path / where / f"{numbers[0]}.parquet")
+
+    for where in ("late", "fine"):
+        write_tar(tmp_path / where, "one.tar", 1, 2)
+        write_tar(tmp_path / where, "two.tar", 3, 4)
+        write_captions(where, 1, 2)
+    assert told() == []
+    write_tar(tmp_path / "fine", "three.tar", 5, 6)
+    assert told() == [], "a tar without a table of its own"
+    write_captions("late", 3)
+    write_captions("late", 4)
+    write_tar(tmp_path / "late", "three.tar", 5, 6)
+    (warning,) = told()
+    assert "tables of captions of the source `late` (2) are not for its tars that are planned already (2)" in warning
+    assert "stay refused; give the source another name" in warning
+    assert told() == []
 
 
 def test_an_input_that_changed_is_another_one(corpus: Path, store: Store) -> None:

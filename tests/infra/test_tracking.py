@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,45 @@ def client(tracker: Tracker):
     from mlflow import MlflowClient
 
     return MlflowClient(tracker.uri)
+
+
+OPENS = """
+import sys
+import mlflow
+from infra.tracking import Tracker
+
+print("ready", flush=True)
+sys.stdin.read()
+tracker = Tracker(sys.argv[1], "test")
+print(tracker.run("a", sys.argv[2]).run_id)
+"""
+
+
+def test_two_processes_that_open_a_fresh_database_at_once_both_log(tmp_path: Path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", OPENS, uri, name], **pipes) for name in ("one", "two")]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        process.stdin.close()
+        process.stdin = None
+    said = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    ids = [out.strip() for out, _ in said]
+    assert len({*ids, "None"}) == 3, said
+    tracker = Tracker(uri, "test")
+    assert [tracker.run("a", name).run_id for name in ("one", "two")] == ids
+
+
+def test_a_file_that_is_no_database_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "mlflow.db").write_bytes(b"no database, but long enough to be read as one" * 100)
+    with caplog.at_level(logging.WARNING):
+        tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "test")
+        assert tracker.run("a", "b").run_id is None
+    assert [r.message for r in caplog.records if r.name == "infra.tracking"] == [
+        "MLflow did not take a call and the work goes on without it ((sqlite3.DatabaseError) file is not a database)"
+    ]
 
 
 def test_a_stage_is_nested_and_found_again(tracker: Tracker):

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from data_prep.plan import PrepareSettings, make_plan
+from infra.config import parse
+from infra.records import StageRecord
 from infra.store import open_store
+from orchestration import terminal
+from tests.data_prep import zoo
+from tests.data_prep.corpora import shaded
+from tests.data_prep.test_sources_sa1b import write_tar
+from tests.data_prep.web import Request, Stream, Web
 from training import model as models
 from training.encoders import text
 
 COMMANDS = [
     ["run"], ["prepare"], ["train"], ["sample"], ["report"], ["doctor"], ["evaluate", "geneval"],
     ["checkpoint", "show"], ["checkpoint", "import"], ["checkpoint", "export"], ["checkpoint", "fetch"],
-    ["data", "show"], ["data", "verify"], ["data", "forget"],
+    ["data", "show"], ["data", "verify"], ["data", "forget"], ["data", "gc"],
 ]  # fmt: skip
 
 
@@ -129,6 +143,120 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(tmp_path: Path):
     assert {stage["state"] for stage in stages} == {"new"}
     assert "report" in {stage["stage"] for stage in stages}
     assert not list(open_store(str(tmp_path / "store")).list())
+
+
+# Preparing
+
+
+def write_recipe(folder: Path, **settings: Any) -> Path:
+    """A recipe of one prepare stage, of one source."""
+    path = folder / "mine.yaml"
+    stage = {"kind": "prepare", "sizes": [16], **settings}
+    path.write_text(yaml.safe_dump({"name": "mine", "stages": {"data": stage}}))
+    return path
+
+
+def ends(result: subprocess.CompletedProcess[str]) -> str:
+    """What the last line says of the stage, without the times."""
+    assert result.returncode == 0, result.stderr
+    return re.sub(r"\d+:\d\d|[\d.]+ s\b|[\d-]+T[^ ,]+", "?", result.stderr.splitlines()[-1])
+
+
+def test_downloads_that_failed_are_tried_again_when_asked_for(tmp_path: Path):
+    photo = zoo.saved(shaded(1, 40), "PNG")
+
+    async def down(request: Request, stream: Stream) -> None:
+        await stream.answer(status=503)
+
+    with Web({"/0": photo, "/1": down, "/2": down, "/3": photo}) as web:
+        (tmp_path / "list.jsonl").write_text(
+            "\n".join(json.dumps({"url": web.url(f"/{number}"), "caption": f"picture {number}"}) for number in range(5))
+        )
+        source = {"kind": "url_list", "name": "web", "url": str(tmp_path), "tables": ["*.jsonl"]}
+        recipe = write_recipe(tmp_path, sources=[source], fetch={"allow_private": True, "retries": 0})
+
+        def go(*arguments: str) -> subprocess.CompletedProcess[str]:
+            return pixnerd(*arguments, recipe, "--store", tmp_path / "store")
+
+        counts = "2 accepted, 3 rejected (2 server_error, 1 gone)"
+        assert re.fullmatch(rf"  \? \+ data +finished \?, \d images/s; {re.escape(counts)}", ends(go("prepare")))
+        web.pages |= {"/1": photo, "/2": photo}
+        assert ends(go("prepare")) == f"  ? = data         reused   done ?, took ?, {counts}"
+        asked = len(web.requests)
+        again = go("run", "--retry-failed")
+        assert again.stderr.splitlines()[0] == "data: 2 downloads are tried again"
+        assert ends(again).endswith("4 accepted, 1 rejected (1 gone)")
+        assert sorted(request.target for request in web.requests[asked:]) == ["/1", "/2"]
+        once_more = go("prepare", "--retry-failed")
+        assert once_more.stderr.splitlines()[0] == "data: 0 downloads are tried again"
+        assert ends(once_more) == "  ? = data         reused   done ?, took ?, 4 accepted, 1 rejected (1 gone)"
+        assert len(web.requests) == asked + 2
+
+
+def test_a_retry_that_cannot_be_is_refused_before_any_is_begun(tmp_path: Path):
+    mine = {"kind": "url_list", "tables": ["*.jsonl"]}
+    recipe = write_recipe(tmp_path, sources=[mine | {"name": "web", "url": "stage:corpus"}])
+    given = ("prepare", recipe, "--store", tmp_path / "store", "--retry-failed")
+    assert "`data.web` cannot be tried again: another stage makes its list: give the folder" in fails(2, *given)
+    assert "leave --dry-run out" in fails(2, *given, "--dry-run")
+
+
+def test_warnings_are_shown(tmp_path: Path):
+    for name, ids in (("one", (1, 2)), ("two", (3, 4))):
+        write_tar(tmp_path, f"{name}.tar", *ids)
+    source = {"kind": "sa1b", "name": "sa", "url": str(tmp_path), "tables": ["*.parquet"]}
+    pq.write_table(pa.table({"image_id": [1, 2], "caption": ["a", "b"]}), tmp_path / "one.parquet")
+    make_plan(open_store(str(tmp_path / "store")), parse(PrepareSettings, {"sources": [source], "sizes": [16]}))
+    pq.write_table(pa.table({"image_id": [3, 4], "caption": ["c", "d"]}), tmp_path / "two.parquet")
+    result = pixnerd("prepare", write_recipe(tmp_path, sources=[source]), "--store", tmp_path / "store")
+    assert ends(result).endswith("0 accepted, 4 rejected (2 no_caption, 2 unknown_format)")
+    told = [line for line in result.stderr.splitlines() if "captions" in line]
+    assert len(told) == 1, result.stderr
+    assert "captions of the source `sa` (1) are not for its tars that are planned already (2)" in told[0]
+
+
+def test_lines_without_a_terminal_tell_the_time_that_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    now = 1000.0
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: now))
+    screen = terminal.Screen()
+    for seconds, said, done, total in [
+        (60, "shards, as found", 20, 100),
+        (100, "shards", 21, 100),
+        (300, "shards", 60, 100),
+        (0, "too soon for a line", 70, 100),
+        (20, "shards, nearly", 99.5, 100),
+        (40, "shards, all", 100, 100),
+        (11, "another part", 0, 30),
+        (11, "another part", 10, 30),
+        (11, "of nobody knows how many", 3, 0),
+    ]:
+        now += seconds
+        screen.count(said, done, total)
+    assert capsys.readouterr().err.splitlines() == [
+        "  1:00   shards, as found",
+        "  2:40   shards, 2:11:40 left",
+        "  7:40   shards, 6:40 left",
+        "  8:00   shards, nearly, 0:03 left",
+        "  8:40   shards, all",
+        "  8:51   another part",
+        "  9:02   another part, 0:22 left",
+        "  9:13   of nobody knows how many",
+    ]
+
+
+def test_the_end_of_a_preparation_names_the_worst_causes():
+    sizes = {
+        "256": {"accepted": 12_000, "rejected": {"gone": 5_000, "timeout": 20, "truncated": 1, "too_small": 2_979}},
+        "512": {"accepted": 9_000, "rejected": {"gone": 5_000, "too_small": 6_000}},
+        "64": {"accepted": 20_000, "rejected": {}},
+    }
+    record = StageRecord.model_construct(output={"inputs": 20_000, "sizes": sizes}, seconds=10.0)
+    assert terminal.prepared(record, 0.5) == (
+        "1,000 images/s; 256: 12,000 accepted, 8,000 rejected (5,000 gone, 2,979 too_small, 20 timeout, 1 other); "
+        "512: 9,000 accepted, 11,000 rejected (6,000 too_small, 5,000 gone); 64: 20,000 accepted, 0 rejected"
+    )
 
 
 def test_doctor_finds_this_machine_fit():
