@@ -35,10 +35,11 @@ def run_workflow(
 ) -> None:
     recipe = recipes.load(name, assignments)
     opened = _store(store, recipe.name)
+    if retry_failed and dry_run:
+        raise SettingsError("a retry is begun in the store", remedy="leave --dry-run out, or --retry-failed")
+    if not dry_run:
+        opened.probe()  # before anything else is asked of it: a store that is not there is told of at once
     if retry_failed:
-        if dry_run:
-            raise SettingsError("a retry is begun in the store", remedy="leave --dry-run out, or --retry-failed")
-        opened.probe()
         _retry_failed(recipe, opened)
     nodes = workflow.graph(recipe, opened)
     if until is not None:
@@ -50,7 +51,6 @@ def run_workflow(
         else:
             terminal.show_plan(plans)
         return
-    opened.probe()
     if all(opened.exists(node.key) for node in nodes):
         with terminal.Screen(quiet=as_json) as screen:
             records = workflow.finished(nodes, opened, _say(screen, opened))

@@ -537,7 +537,8 @@ def test_one_driver_extends_the_plan_while_another_works_on_it(tmp_path: Path) -
     assert second.sizes["16"].rejected == causes + Counter(dict.fromkeys(causes, 3))
     records = list(list_shards(store, shard_prefix(second.plan, "16")))
     rows = [row for record in records for row in read_index(store, record).to_pylist()]
-    assert len({row["key"] for row in rows}) == len(rows) == 80
+    # The later tables name 30 of the pictures again, which have their keys in these shards, too.
+    assert Counter(Counter(row["key"] for row in rows).values()) == {1: 20, 2: 30}
     for summary in (first, second):
         assert verify(store, summary.plan, summary.edition).problems == []
     made = Counter(key.partition("/")[0] for key in contents(store))

@@ -162,6 +162,7 @@ def ends(result: subprocess.CompletedProcess[str]) -> str:
     return re.sub(r"\d+:\d\d|[\d.]+ s\b|[\d-]+T[^ ,]+", "?", result.stderr.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_downloads_that_failed_are_tried_again_when_asked_for(tmp_path: Path):
     photo = zoo.saved(shaded(1, 40), "PNG")
 
@@ -201,6 +202,7 @@ def test_a_retry_that_cannot_be_is_refused_before_any_is_begun(tmp_path: Path):
     assert "leave --dry-run out" in fails(2, *given, "--dry-run")
 
 
+@pytest.mark.slow
 def test_warnings_are_shown(tmp_path: Path):
     for name, ids in (("one", (1, 2)), ("two", (3, 4))):
         write_tar(tmp_path, f"{name}.tar", *ids)
