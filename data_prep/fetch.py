@@ -58,7 +58,7 @@ class FetchSettings(Settings):
     per_host: int = operational(
         8, ge=1, description="downloads at once from one host, of the whole job; no more tasks than that download"
     )
-    ahead_mib: int = operational(1024, ge=1, description="finished downloads, of the whole job, that wait to be stored")
+    ahead_mib: int = operational(256, ge=1, description="finished downloads, of the whole job, that wait to be stored")
     user_agent: str = Field("pixnerd", pattern=r"^[A-Za-z0-9_-]+$", description="also answers to X-Robots-Tag")
     contact: str = operational("", pattern=r"^[!-~]*$", description="a page or address where site owners can complain")
 

@@ -97,7 +97,7 @@ def ours(table: Path, out: Path, given: argparse.Namespace) -> list[str]:
         "subsampling": "420",
         "rows_per_shard": given.rows,
         "in_flight": given.workers,
-        "fetch": {"allow_private": True, "at_once": downloads, "per_host": downloads, "ahead_mib": 256 * given.workers},
+        "fetch": {"allow_private": True, "at_once": downloads, "per_host": downloads, "ahead_mib": 64 * given.workers},
     }
     settings = out / "settings.json"
     settings.write_text(json.dumps(plain))
