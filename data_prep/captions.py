@@ -112,7 +112,9 @@ def _rule_of_each(rules: list[CaptionRule], kinds: pa.DictionaryArray, texts: pa
         if rule.words is not None:
             words = word_counts(texts) if words is None else words
             low, high = rule.words
-            fits &= (words >= low) & (words <= (high if high is not None else words))
+            fits &= words >= low
+            if high is not None:
+                fits &= words <= high
         found[fits] = number
     return found
 

@@ -174,7 +174,7 @@ class StoreFolder:
     def read(self, name: str, limit: int) -> bytes | Rejection:
         if not _is_inside(name):
             return Rejection(Cause.OUTSIDE_FOLDER, name[:200])
-        if not _is_key(name):
+        if not is_key(name):
             return Rejection(Cause.BAD_NAME, repr(name)[:200])
         try:
             data = self.store.get(name, 0, limit + 1)
@@ -189,12 +189,12 @@ class StoreFolder:
         return io.BufferedReader(_StoreFile(self.store, name, size), buffer_size=buffer)
 
     def names(self) -> Iterator[tuple[str, int, Cause | None]]:
-        for entry in self.store.listed():
-            yield entry.key, entry.size, None if _is_key(entry.key) else Cause.BAD_NAME
+        for entry in self.store.list_unchecked():
+            yield entry.key, entry.size, None if is_key(entry.key) else Cause.BAD_NAME
 
     def find(self, pattern: str) -> list[str]:
         parts = pattern.split("/")
-        found = self.store.listed(_fixed(pattern))
+        found = self.store.list_unchecked(_fixed(pattern))
         return [check_key(entry.key) for entry in found if _matches(entry.key.split("/"), parts)]
 
 
@@ -227,7 +227,7 @@ class _StoreFile(io.RawIOBase):
         return len(data)
 
 
-def _is_key(name: str) -> bool:
+def is_key(name: str) -> bool:
     try:
         check_key(name)
     except StoreError:

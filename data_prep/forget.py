@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +27,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from data_prep.plan import Edition, Plan
-from data_prep.stream import in_order
+from data_prep.stream import column, in_order
 from infra.config import digest
 from infra.errors import DataError, SettingsError
 from infra.records import (
@@ -37,7 +36,6 @@ from infra.records import (
     Record,
     ShardRecord,
     SnapshotRecord,
-    fetch_data,
     get_data,
     put_data,
     read_record,
@@ -63,14 +61,14 @@ class Searched(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     shards: int  # every shard with a smaller number was looked through
-    rows: int  # accepted ones to be forgotten there
+    rows: int  # to be forgotten there
     found: list[int] | None = None  # the shards that hold those; none: an older list, which does not say
 
     def clears(self, numbers: Collection[int]) -> bool:
         """Whether all of these shards were looked through, and none of them holds any."""
-        if max(numbers, default=-1) >= self.shards:
+        if self.found is None or max(numbers, default=-1) >= self.shards:
             return False
-        return not self.rows if self.found is None else not set(self.found).intersection(numbers)
+        return not set(self.found).intersection(numbers)
 
 
 class ForgottenRecord(Record):
@@ -139,12 +137,14 @@ def forget(store: Store, items: Sequence[str], reason: str, *, twins: bool = Tru
 
     The list is written before it is asked who holds its items: a snapshot that is made meanwhile heeds it or is named.
     """
+    if not items:
+        raise SettingsError("the list names no items", remedy="write one a line: keys, names, URLs, or sha256 in hex")
     wanted = _Wanted(items)
     shards = {prefix: list(list_shards(store, prefix)) for prefix in _prefixes(store)}
     hits = {prefix: _search(store, prefix, found, wanted) for prefix, found in shards.items()}
     if not any(hits.values()):
         raise DataError(
-            f"none of the {len(items)} items is in this store (the first is {items[0] if items else ''!a:.200})",
+            f"none of the {len(items)} items is in this store (the first is {items[0]!a:.200})",
             remedy="write them as keys, as names or URLs of the corpus, or as sha256 in hex; prepare the corpus first",
         )
     pairs = {pair for found in hits.values() for here in found.values() for pair in here}
@@ -166,7 +166,8 @@ def forget(store: Store, items: Sequence[str], reason: str, *, twins: bool = Tru
 
 
 def _searched(shards: Sequence[ShardRecord], hits: dict[int, set[Hit]], same: dict[int, set[str]]) -> Searched:
-    gone = {number: {key for key, value in here if value} for number, here in hits.items()}
+    # Rejected ones as well: mended, or under another decoder, they may be accepted once the shard is made again.
+    gone = {number: {key for key, _ in here} for number, here in hits.items()}
     for number, twins in same.items():
         gone.setdefault(number, set()).update(twins)
     return Searched(
@@ -297,14 +298,8 @@ def _holders(store: Store, gone: dict[str, set[str]], keys: set[str]) -> Iterato
 
 
 def _held(store: Store, selection: DataObject, keys: set[str]) -> int:
-    """How many of the keys it lists; a selection may be larger than memory, so it is read from a file in parts."""
-    with TemporaryDirectory(prefix="pixnerd-forget-") as folder:
-        path = Path(folder, "selection.parquet")
-        fetch_data(store, selection, path)
-        found: set[str] = set()
-        for batch in pq.ParquetFile(path).iter_batches(columns=["key"]):
-            found |= keys.intersection(batch["key"].to_pylist())
-    return len(found)
+    """How many of the keys it lists."""
+    return len({key for part in column(store, selection, "key") for key in keys.intersection(part.to_pylist())})
 
 
 def _witnesses(store: Store, snapshots: Sequence[Holder]) -> list[Witness]:
@@ -338,7 +333,8 @@ def _checkpoints(store: Store) -> Iterator[tuple[str, CheckpointRecord]]:
 
 def concerning(store: Store, plan: Plan, size: str) -> dict[str, ForgottenRecord]:
     """The lists that may concern the shards of a plan's edition: all but those that are known not to."""
-    found = {Path(entry.key).stem: read_record(store, entry.key, ForgottenRecord) for entry in store.list(LISTS)}
+    keys = [entry.key for entry in store.list(LISTS) if _is_record(entry.key)]
+    found = {Path(key).stem: read_record(store, key, ForgottenRecord) for key in keys}
     prefix, numbers = shard_prefix(plan.digest, size), plan.all_numbers(size)
     searched = {name: record.searched.get(prefix) for name, record in found.items()}
     return {name: found[name] for name, before in searched.items() if before is None or not before.clears(numbers)}

@@ -25,13 +25,18 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.folders import StoreFolder
-from data_prep.stream import in_order
-from infra.errors import NotFound, RecordError, SettingsError
-from infra.records import DataObject, SnapshotRecord
+from data_prep.folders import is_key
+from data_prep.stream import column, in_order
+from infra.errors import NotFound, PixnerdError, RecordError
+from infra.records import DataObject, SnapshotRecord, named_sha256
 from infra.store import Entry, Store
 
 DATA = "data/"
+RECORDS = (
+    *("evaluations/", "forgotten/", "imported/", "originals/", "plans/", "prepared/", "scored/", "scores/", "shards/"),
+    *("snapshots/", "stages/", "training/"),
+)
+LARGEST = 64 << 20  # bytes of a JSON that is no record and is looked into all the same
 NO_RECORDS = ("corpus/", "mlartifacts/")  # a workflow's own files, where its store is a folder
 READERS = 16  # requests for small objects under way at once
 SHOWN = 5  # keys
@@ -55,17 +60,17 @@ def collect(store: Store, older_than_hours: float = 24.0, *, dry_run: bool = Fal
     limit = time.time() - 3600 * older_than_hours
     data: list[Entry] = []
     records: dict[str, float] = {}
-    for entry in store.list():
+    for entry in store.list_unchecked():  # whatever lies there: a name that is none of ours stops nothing
         if entry.key.startswith(DATA):
             data.append(entry)
-        elif _may_name(entry.key):
+        elif _may_name(entry):
             records[entry.key] = entry.modified
     named = _named(store, records)
-    ours = [entry for entry in data if re.search(r"-[0-9a-f]{64}(\.[^/]*)?$", entry.key)]
+    ours = [entry for entry in data if named_sha256(entry.key) and is_key(entry.key)]
     unnamed = [entry for entry in ours if entry.key not in named]
     orphans = [entry for entry in unnamed if entry.modified <= limit]
     if orphans:
-        since = [e.key for e in store.list() if _may_name(e.key) and records.get(e.key) != e.modified]
+        since = [e.key for e in store.list_unchecked() if _may_name(e) and records.get(e.key) != e.modified]
         named = _named(store, since)
         orphans = [entry for entry in orphans if entry.key not in named]
     if not dry_run:
@@ -92,10 +97,11 @@ def _counted(orphans: Iterable[Entry]) -> dict[str, Count]:
 # What names objects
 
 
-def _may_name(key: str) -> bool:
-    if key.startswith((DATA, *NO_RECORDS)):
+def _may_name(entry: Entry) -> bool:
+    key = entry.key
+    if key.startswith((DATA, *NO_RECORDS)) or not is_key(key):
         return False
-    return key.endswith(".json") or _is_plan(key)
+    return _is_plan(key) or (key.endswith(".json") and (key.startswith(RECORDS) or entry.size <= LARGEST))
 
 
 def _is_plan(key: str) -> bool:
@@ -114,8 +120,10 @@ def _names(store: Store, key: str) -> set[str]:
         return set()
     try:
         if _is_plan(key):
-            table = pq.read_table(pa.BufferReader(found), columns=["input", "table"])
-            return {name for column in table.columns for name in column.to_pylist() if _is_data(name)}
+            table = pq.read_table(pa.BufferReader(found), columns=["table"])
+            return set(filter(_is_data, table["table"].to_pylist()))
+        if not key.startswith(RECORDS):  # somebody's, who may name ours: what they look like is not ours to say
+            return {name.decode(errors="replace") for name in re.findall(rb'"(data/[^"\\]+)"', found)}
         names = set(filter(_is_data, _values(json.loads(found))))
         record = SnapshotRecord.model_validate_json(found) if key.startswith("snapshots/") else None
     except (ValueError, RecursionError, pa.ArrowException, OSError) as error:
@@ -126,15 +134,11 @@ def _names(store: Store, key: str) -> set[str]:
 
 
 def _tars(store: Store, key: str, selection: DataObject) -> set[str]:
-    """Where a selection's images lie; it may be larger than memory, so one column is read, a row group at a time."""
-    found: set[str] = set()
+    """Where a selection's images lie."""
     try:
-        with StoreFolder(store).open(selection.key) as opened, pq.ParquetFile(opened) as file:
-            for group in range(file.num_row_groups):
-                found |= set(file.read_row_group(group, columns=["tar"])["tar"].unique().to_pylist())
-    except (NotFound, SettingsError, KeyError, ValueError, pa.ArrowException, OSError) as error:
+        return {name for part in column(store, selection, "tar") for name in part.unique().to_pylist()}
+    except (PixnerdError, KeyError, ValueError) as error:
         raise _unreadable(store, key, f"its {selection.key}: {type(error).__name__}") from None
-    return found
 
 
 def _values(found: Any) -> Iterator[Any]:

@@ -1,6 +1,10 @@
-"""`prepare`: sources -> shards in the store, as Ray tasks, one for each planned shard.
+"""`prepare`: sources -> shards in the store, as Ray tasks.
 
     plan  ->  downloads, where a source is a list of URLs  ->  shards  ->  one summary
+
+Each planned shard is a task, and so is each download of 1,024 rows (`originals.ROWS`) of a list: a shard begins when
+all downloads that it needs are there. What a job may ask of the web is dealt out among those of its downloads that are
+under way. Another job knows nothing of that: two at once may ask for twice as much.
 
 A record in the store means that its shard is done. So a run that was killed is finished by running it again, a second
 run of finished work does nothing, and any number of runs at once agree. A file that kills its decoder is found and
@@ -12,7 +16,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +69,6 @@ class Progress:
     accepted: dict[str, int]  # size -> count
     rejected: dict[str, dict[str, int]]  # size -> cause -> count
     per_second: float  # inputs, in this run
-    seconds_left: float | None
 
 
 def prepare(
@@ -116,7 +119,11 @@ def retry_failed(store: Store, settings: PrepareSettings) -> int:
 
 
 def summary_key(plan: str, edition: str) -> str:
-    return f"prepared/{plan}/{edition}.json"
+    return f"{summary_prefix(plan)}{edition}.json"
+
+
+def summary_prefix(plan: str) -> str:
+    return f"prepared/{plan}/"
 
 
 def _tried_again(store: Store, settings: PrepareSettings, plan: Plan) -> Counter[str]:
@@ -149,6 +156,7 @@ class _Task:
 
     what: Work | PlannedShard
     again: bool = False
+    share: FetchSettings | None = None  # of a download that is under way: what it may do
 
 
 class _Job:
@@ -161,6 +169,8 @@ class _Job:
         self.sources = settings.by_name
         self.originals = _originals(settings, plan)
         there = _downloaded(store, self.originals)
+        if not settings.keep_originals:  # a shard that is made again needs once more what was dropped when all was done
+            there -= originals.without_tar(store, there & {work for shard in todo for work in self._needs(shard)})
         self.missing = {shard: {work for work in self._needs(shard) if work not in there} for shard in todo}
         self.needed_by: dict[Work, list[PlannedShard]] = {}
         for shard, works in self.missing.items():
@@ -168,7 +178,6 @@ class _Job:
                 self.needed_by.setdefault(work, []).append(shard)
         self.downloads = deque(_Task(work) for work in sorted(self.needed_by, key=lambda work: work.key))
         self.shards = deque(_Task(shard) for shard, works in self.missing.items() if not works)
-        self.downloaders, self.fetch = 1, settings.fetch
 
     def run(self) -> Iterator[tuple[Work | PlannedShard, list[ShardRecord]]]:
         """What has been made, as it gets done, in no particular order."""
@@ -181,15 +190,15 @@ class _Job:
             Work: ray.remote(num_cpus=0, scheduling_strategy="SPREAD", **limits)(_download),
             PlannedShard: ray.remote(num_cpus=1, **limits)(_make),
         }
-        # What they may do is dealt out once: those that are under way would know nothing of another share.
-        self.downloaders, self.fetch = _shares(self.settings.fetch, min(self._at_once(), len(self.downloads)))
+        # Dealt out once: downloads that are under way would know nothing of another share.
+        shares = _shares(self.settings.fetch, min(self._at_once(), len(self.downloads)))
         left = len(self.missing)
         running: dict[Any, _Task] = {}
         with sigterm() as stopped:
             try:
                 while self.downloads or self.shards or running:
-                    for kind, remote in remotes.items():
-                        self._start(running, kind, remote)
+                    for task in self._next(running, shares):
+                        running[remotes[type(task.what)].remote(*self._orders(task))] = task
                     ready, _ = ray.wait(list(running), timeout=0.5)
                     if stopped.is_set():
                         raise PixnerdError(
@@ -198,6 +207,8 @@ class _Job:
                         )
                     for ref in ready:
                         task = running.pop(ref)
+                        if task.share:
+                            shares.append(task.share)
                         made = _result(ref, task)
                         if made is None:
                             self._queue(task.what).appendleft(_Task(task.what, again=True))
@@ -211,15 +222,13 @@ class _Job:
                 if running:
                     ray.wait(list(running), num_returns=len(running), timeout=10)
 
-    def _start(self, running: dict[Any, _Task], kind: type, remote: Any) -> None:
-        """Fill up the tasks of a kind: Ray is never given more than it can soon begin."""
-        queue = self.downloads if kind is Work else self.shards
-        limit = self.downloaders if kind is Work else self._at_once()
-        free = limit - sum(isinstance(other.what, kind) for other in running.values())
-        while queue and free > 0:
-            following = queue.popleft()
-            running[remote.remote(*self._orders(following))] = following
-            free -= 1
+    def _next(self, running: dict[Any, _Task], shares: list[FetchSettings]) -> Iterator[_Task]:
+        """The tasks to start now: a download for each free share, and no more shards than Ray can soon begin."""
+        while self.downloads and shares:
+            yield replace(self.downloads.popleft(), share=shares.pop())
+        free = self._at_once() - sum(isinstance(task.what, PlannedShard) for task in running.values())
+        for _ in range(min(free, len(self.shards))):
+            yield self.shards.popleft()
 
     def _at_once(self) -> int:
         import ray
@@ -229,7 +238,7 @@ class _Job:
     def _orders(self, task: _Task) -> tuple[Any, ...]:
         what = task.what
         if isinstance(what, Work):
-            return self.store, self.sources[what.source], self.fetch, what
+            return self.store, self.sources[what.source], task.share, what
         return self.store, self.settings, self.plan.without_shards(), what, self._needs(what), self.decoder, task.again
 
     def _queue(self, what: Work | PlannedShard) -> deque[_Task]:
@@ -248,14 +257,18 @@ class _Job:
                     self.shards.append(_Task(shard))
 
 
-def _shares(settings: FetchSettings, tasks: int) -> tuple[int, FetchSettings]:
-    """How many tasks may download at once, and what each of them may do: all together keep to the limits.
+def _shares(settings: FetchSettings, tasks: int) -> list[FetchSettings]:
+    """What each of so many tasks may do that download at once: all together just what the limits allow.
 
     Where there is not enough for so many, there are fewer.
     """
     limits = {"at_once": settings.at_once, "per_host": settings.per_host, "ahead_mib": settings.ahead_mib}
-    tasks = max(1, min(tasks, *limits.values()))
-    return tasks, settings.model_copy(update={name: limit // tasks for name, limit in limits.items()})
+    tasks = min(tasks, *limits.values())
+    # Each limit is the sum of (limit + n) // tasks over n = 0 .. tasks - 1.
+    return [
+        settings.model_copy(update={name: (limit + number) // tasks for name, limit in limits.items()})
+        for number in range(tasks)
+    ]
 
 
 def _originals(settings: PrepareSettings, plan: Plan) -> dict[KnownAs, list[Work]]:
@@ -343,12 +356,11 @@ class _Tally:
     began: float = 0.0
     inputs_before: int = 0
     expected: int = 0  # inputs of the shards that are done, as they were planned
-    expected_before: int = 0
 
     def begin(self, downloads: int) -> None:
         """From here on it is this run's speed."""
         self.planned_downloads = downloads
-        self.began, self.inputs_before, self.expected_before = time.monotonic(), self.inputs, self.expected
+        self.began, self.inputs_before = time.monotonic(), self.inputs
 
     def add(self, shard: PlannedShard, records: list[ShardRecord]) -> None:
         counts = {size: sum(r.inputs for r in records if r.size == size) for size in self.plan.sizes}
@@ -365,7 +377,6 @@ class _Tally:
 
     def progress(self) -> Progress:
         seconds = max(time.monotonic() - self.began, 1e-9)
-        planned_speed = (self.expected - self.expected_before) / seconds
         return Progress(
             shards=len(self.done),
             planned_shards=len(self.plan.shards),
@@ -376,7 +387,6 @@ class _Tally:
             accepted=dict(self.accepted),
             rejected={size: dict(causes) for size, causes in self.rejected.items()},
             per_second=(self.inputs - self.inputs_before) / seconds,
-            seconds_left=(self.plan.rows - self.expected) / planned_speed if planned_speed else None,
         )
 
     def summary(self) -> PrepareSummary:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -30,6 +30,7 @@ from data_prep.fetch import Fetched, FetchSettings, fetch
 from data_prep.rejections import TRANSIENT, Cause, Rejection
 from data_prep.sources import ROW, Input, Range, RawItem, UrlList, parquet
 from data_prep.sources.raw import TABLES
+from data_prep.stream import in_order
 from infra.config import digest
 from infra.errors import DataError
 from infra.records import DataObject, Record, fetch_data, put_data, read_record, write_record
@@ -297,6 +298,20 @@ def rows_again(store: Store, source: UrlList, whole: Range, again: RetryRecord) 
             found.append(part.append_column(ROW, pa.array(numbers[chosen])))
             first += batch.num_rows
     return put_data(store, TABLES, f"{source.name}.parquet", parquet_bytes(pa.concat_tables(found))).key
+
+
+def without_tar(store: Store, done: Iterable[Work]) -> set[Work]:
+    """Those whose tar has been dropped: their records go as well, so that they are downloaded again."""
+
+    def is_lost(todo: Work) -> bool:
+        tar = read_record(store, todo.key, OriginalsRecord).tar
+        return tar is not None and not store.exists(tar.key)
+
+    works = list(done)
+    lost = {todo for todo, gone in zip(works, in_order(is_lost, works), strict=True) if gone}
+    for todo in lost:
+        store.delete(todo.key)
+    return lost
 
 
 def drop(store: Store, done: list[Work]) -> None:

@@ -69,8 +69,12 @@ class PrepareSettings(Settings):
     subsampling: Subsampling = Field("444", description="of JPEG's colours")
     matte: tuple[Level, Level, Level] = Field((255, 255, 255), description="the colour under transparency")
     max_pixels: int = Field(80_000_000, ge=1, description="larger pictures are refused before they are decoded")
-    shard_mib: int = Field(256, ge=1, description="what a shard's size is aimed at, by the pixels of an image")
-    rows_per_shard: int | None = Field(None, ge=1, description="of the smallest size, in place of the aim")
+    shard_mib: int = Field(
+        256, ge=1, le=1 << 20, description="what a shard's size is aimed at, by the pixels of an image"
+    )
+    rows_per_shard: int | None = Field(
+        None, ge=1, le=1_000_000, description="of the smallest size, in place of the aim"
+    )
     fetch: FetchSettings = FetchSettings()
     keep_originals: bool = operational(True, description="of downloads, so that another size needs no second one")
     in_flight: int | None = operational(
@@ -319,7 +323,14 @@ def _parts(store: Store, settings: PrepareSettings, here: Given) -> Iterator[Ran
 
 
 def _read(store: Store, key: str) -> Iterator[PlannedShard]:
-    for row in pq.read_table(pa.BufferReader(store.get(key))).to_pylist():
+    try:
+        rows = pq.read_table(pa.BufferReader(store.get(key)), schema=PLAN_SCHEMA).to_pylist()
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{store.url}/{key} is not a readable plan ({type(error).__name__})",
+            remedy="delete it, then run prepare again: it is planned once more",
+        ) from None
+    for row in rows:
         yield PlannedShard(**{name: row.pop(name) for name in PlannedShard._fields[:-1]}, part=Range(**row))
 
 

@@ -18,6 +18,7 @@ Subsampling = Literal["444", "422", "420"]
 SUFFIX: dict[Format, str] = {"jpeg": "jpg", "webp": "webp", "png": "png"}
 
 PATCH = 16  # of the network: it takes whole patches only
+LARGEST = 8192  # side
 
 
 class Bucket(NamedTuple):
@@ -29,7 +30,9 @@ class Buckets(Settings):
     name: str = Field(
         pattern=r"^[a-z][a-z0-9_.-]*$", max_length=60, description="what its shards and records are called"
     )
-    side: int = Field(ge=PATCH, le=8192, description="the budget: no bucket has more pixels than a square of this side")
+    side: int = Field(
+        ge=PATCH, le=LARGEST, description="the budget: no bucket has more pixels than a square of this side"
+    )
     step: int = Field(64, ge=PATCH, multiple_of=PATCH, description="every side is a multiple of it")
     max_aspect: float = Field(2.0, ge=1, le=16, allow_inf_nan=False, description="longer side to shorter side, at most")
 
@@ -57,7 +60,7 @@ class Buckets(Settings):
         return max(fitting, key=lambda b: (_kept(width, height, b), b.width * b.height, b.width), default=None)
 
 
-Size = Annotated[int, Field(ge=8, description="the side of square images")] | Buckets
+Size = Annotated[int, Field(ge=8, le=LARGEST, description="the side of square images")] | Buckets
 
 
 def size_name(size: Size) -> str:

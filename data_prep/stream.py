@@ -1,4 +1,4 @@
-"""Many small objects read ahead by a few threads and handed on in their order, so that memory holds a few at a time."""
+"""Many small objects, and large tables, read so that memory holds a little of them at a time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+import pyarrow as pa
+
+from data_prep.folders import StoreFolder
+from data_prep.sources import parquet
+from infra.records import DataObject
+from infra.store import Store
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -27,3 +34,10 @@ def in_order(work: Callable[[T], R], items: Iterable[T], threads: int = READERS)
         finally:
             for future in ahead:
                 future.cancel()
+
+
+def column(store: Store, table: DataObject, name: str) -> Iterator[pa.ChunkedArray]:
+    """One column of a table in the store, by row groups."""
+    with parquet.opened(StoreFolder(store).open(table.key), table.key) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns=[name])[name]

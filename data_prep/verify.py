@@ -1,4 +1,4 @@
-"""`verify`: read everything that a plan made once more, and hold it against the records.
+"""`verify`: read all shards of a plan's edition once more, and hold them against their records.
 
 What is damaged is listed, with the keys that keep `prepare` from making it again: objects whose bytes do not have the
 hash in their own names, and the records of their shards. A damaged object is in the way of every record that names it,
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -27,8 +26,8 @@ from data_prep.sizes import SUFFIX
 from data_prep.stream import in_order
 from infra.errors import DataError, NotFound, PixnerdError, RecordError, StoreError, StoreUnreachable
 from infra.files import sha256_of
-from infra.records import DataObject, ShardRecord, read_record
-from infra.shards import INDEX_SCHEMA, read_index, shard_key, shard_prefix
+from infra.records import DataObject, ShardRecord, named_sha256, read_record
+from infra.shards import INDEX_SCHEMA, data_name, read_index, shard_key, shard_prefix
 from infra.store import Store
 
 # What reading a damaged record, index or tar comes to. A store that fails is something else, and no reason to delete.
@@ -44,7 +43,7 @@ class Verified(NamedTuple):
     images: int
     problems: list[str]  # none: everything is as its record says
     lasting: int  # of these: what no new shard mends, as the store fails or a record is in no plan
-    again: int  # planned shards that must be made again, counted at each size
+    again: list[str]  # keys of the records of shards that must be made again, whether they are there or not
     objects: list[str]  # keys of damaged objects, which keep them from being made again
     records: list[str]  # keys of their shards' records, which do so as well
 
@@ -55,14 +54,15 @@ def verify(store: Store, plan: str, edition: str) -> Verified:
     sizes = [_Size(store, planned, size) for size in planned.sizes]
     for size in sizes:
         size.read()
+    objects = [key for size in sizes for key in size.objects()]  # first, as reading them again may tell of more
     return Verified(
         shards=sum(size.shards for size in sizes),
         inputs=sum(size.inputs for size in sizes),
         images=sum(size.images for size in sizes),
         problems=[problem for size in sizes for problem in size.problems],
         lasting=sum(size.lasting for size in sizes),
-        again=sum(len(size.again) for size in sizes),
-        objects=[key for size in sizes for key in size.objects()],
+        again=[key for size in sizes for key in size.keys_again()],
+        objects=objects,
         records=[key for size in sizes for key in size.records()],
     )
 
@@ -104,17 +104,20 @@ class _Size:
         planned = range(self._plan.planned * self._plan.sizes[self._size])
         for key in sorted(keys.difference(map(self._key, planned))):
             if key.endswith(".json"):
-                self._lasting(Path(key).stem.lstrip("0") or 0, "in no plan")
+                self._lasting(Path(key).stem, "in no plan")
 
     def objects(self) -> list[str]:
         """The damaged ones of the shards that must be made again; each is read once more, whatever was wrong before."""
         numbers = [number for shard in self.again.values() for number in self._numbers(shard)]
-        keys = dict.fromkeys(key for number in numbers for key in self._candidates(number))
-        return [key for key in keys if _is_damaged(self._store, key)]
+        keys = {key: number for number in numbers for key in self._candidates(number)}
+        return [key for key, number in keys.items() if self._is_damaged(key, number)]
+
+    def keys_again(self) -> list[str]:
+        return [self._key(number) for shard in self.again.values() for number in self._numbers(shard)]
 
     def records(self) -> list[str]:
-        numbers = [number for shard in self.again.values() for number in self._numbers(shard)]
-        return [self._key(number) for number in numbers if number in self._found]
+        there = {self._key(number) for number in self._found}
+        return [key for key in self.keys_again() if key in there]
 
     def _candidates(self, number: int) -> Iterator[str]:
         """What the record names; where nobody can tell what it named, all that may be its shard's."""
@@ -122,7 +125,16 @@ class _Size:
         if isinstance(record, ShardRecord):
             yield from (found.key for found in _objects(record))
         elif record is not None:
-            yield from (entry.key for entry in self._store.list(_name(self._size, number)))
+            yield from (entry.key for entry in self._store.list(data_name(self._size, number)))
+
+    def _is_damaged(self, key: str, number: int) -> bool:
+        try:
+            return _is_damaged(self._store, key)
+        except StoreUnreachable:
+            raise
+        except StoreError as error:
+            self._lasting(number, str(error))
+            return False
 
     def _check(self, shard: PlannedShard) -> None:
         numbers = self._numbers(shard)
@@ -181,7 +193,7 @@ class _Size:
         except PixnerdError as error:
             return error
         own = (record.plan, record.size, record.number) == (self._plan.digest, self._size, number)
-        start = _name(self._size, number)
+        start = data_name(self._size, number)
         if own and all(found.key.startswith(f"{start}{found.sha256}.") for found in _objects(record)):
             return record
         return RecordError("its record speaks of another shard", remedy="make it again")
@@ -201,23 +213,18 @@ class _Size:
         return shard_key(self._plan.digest, self._size, number)
 
 
-def _name(size: str, number: int) -> str:
-    """How the keys of a shard's data begin: their hash follows."""
-    return f"data/{size}/{number:05d}-"
-
-
 def _objects(record: ShardRecord) -> list[DataObject]:
     return [record.index, *([] if record.tar is None else [record.tar])]
 
 
 def _is_damaged(store: Store, key: str) -> bool:
-    named = re.search(r"-([0-9a-f]{64})\.\w+$", key)
+    named = named_sha256(key)
     if named is None or not store.exists(key):
         return False
     with TemporaryDirectory(prefix="pixnerd-verify-") as folder:
         path = Path(folder, "object")
         store.download(key, path)
-        return sha256_of(path) != named[1]
+        return sha256_of(path) != named
 
 
 def _as_planned(rows: list[int], shard: PlannedShard) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -149,6 +150,12 @@ def put_data(store: Store, prefix: str, name: str, data: bytes | Path, sha256: s
     if store.size(found.key) != size:
         store.put(found.key, data)
     return found
+
+
+def named_sha256(key: str) -> str | None:
+    """The hash that a data object's key holds; None if it holds none."""
+    found = re.search(r"-([0-9a-f]{64})(?:\.[^/]*)?$", key)
+    return found and found[1]
 
 
 def get_data(store: Store, data: DataObject) -> bytes:

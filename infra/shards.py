@@ -98,6 +98,11 @@ def shard_key(plan: str, size: str, number: int) -> str:
     return f"{shard_prefix(plan, size)}{number:05d}.json"
 
 
+def data_name(size: str, number: int) -> str:
+    """How the keys of a shard's data begin: their hash follows."""
+    return f"data/{size}/{number:05d}-"
+
+
 def shard_number(key: str) -> int:
     return int(Path(key).stem)
 
@@ -197,6 +202,6 @@ def read_parquet(store: Store, found: DataObject, columns: Sequence[str] | None)
     except pa.ArrowInvalid as error:
         raise DataError(
             f"{store.url}/{found.key} is not a readable table ({error})",
-            remedy="it was written by another program or version; if it is a shard's, run `pixnerd data verify "
-            "--drop-damaged`, then prepare again",
+            remedy="it was written by another program or version: a shard's goes with `pixnerd data verify "
+            "--drop-damaged`, another's with the record that names it; then run again",
         ) from None

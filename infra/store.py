@@ -130,12 +130,12 @@ class Store(ABC):
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """The objects whose keys start with `prefix`, sorted by key, read page by page."""
-        for entry in self.listed(prefix):
+        for entry in self.list_unchecked(prefix):
             check_key(entry.key)
             yield entry
 
     @abstractmethod
-    def listed(self, prefix: str = "") -> Iterator[Entry]:
+    def list_unchecked(self, prefix: str = "") -> Iterator[Entry]:
         """The same, with keys that nobody has checked: of what others have put there."""
 
     @abstractmethod
@@ -243,7 +243,7 @@ class FileStore(Store):
             _sync_folder(path.parent)
             return True
 
-    def listed(self, prefix: str = "") -> Iterator[Entry]:
+    def list_unchecked(self, prefix: str = "") -> Iterator[Entry]:
         folder, slash, _ = prefix.rpartition("/")
         top = self._path(folder) if slash else self.root
         yield from self._walk(top, folder + slash, prefix)
@@ -290,7 +290,7 @@ class FileStore(Store):
         folder = self._path(SCRATCH)
         with self._explained(SCRATCH, writing=True):
             folder.mkdir(parents=True, exist_ok=True)
-            try:
+            try:  # not through tempfile, whose files may never get a name
                 return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), "w+b")
             except OSError:  # not every filesystem has them
                 return tempfile.TemporaryFile(dir=folder)
@@ -393,7 +393,7 @@ class S3Store(Store):
     def create(self, key: str, data: bytes | Path) -> bool:
         return self._write(key, data, {"IfNoneMatch": "*"})
 
-    def listed(self, prefix: str = "") -> Iterator[Entry]:
+    def list_unchecked(self, prefix: str = "") -> Iterator[Entry]:
         ask = {"Bucket": self.bucket, "Prefix": self.base + prefix, "MaxKeys": self.settings.page_size}
         while True:
             with self._explained(prefix):

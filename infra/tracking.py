@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from infra.config import Settings, operational
 
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 DIGEST_TAG = "pixnerd.digest"
 _SQLITE = "sqlite:///"  # and the path
 _BATCH = 900  # the server takes at most 1,000 metrics in a call
+_LOCK_SECONDS = 60.0  # that others may take to open a database file; who holds it longer is stopped or hangs
+_LOCK_EVERY = 0.1
 
 T = TypeVar("T")
 
@@ -208,8 +210,21 @@ def _alone(uri: str) -> Iterator[None]:
         yield
         return
     with open(f"{path}.lock", "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        _lock(file)
         yield
+
+
+def _lock(file: IO[bytes]) -> None:
+    """The kernel by itself would wait without end."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"another process still holds {file.name} after {_LOCK_SECONDS:g} s") from None
+        time.sleep(_LOCK_EVERY)
 
 
 def _observed(work: Callable[[], T]) -> T | None:

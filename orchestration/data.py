@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from data_prep import gc
 from data_prep.forget import Forgotten, forget, read_list
-from data_prep.job import summary_key
 from data_prep.look import Histogram, Summary, contact_sheet, draw, printable, summarise
-from data_prep.verify import Verified, verify
+from data_prep.mend import drop
+from data_prep.verify import verify
 from infra.errors import DataError, SettingsError
 from infra.records import StageRecord
 from infra.store import Store, open_store
@@ -31,7 +31,7 @@ class Prepared(NamedTuple):
 def prepared(store: Store) -> list[Prepared]:
     """The newest edition of every plan."""
     newest: dict[str, StageRecord] = {}
-    for record in sorted(stage_records(store, "prepare"), key=lambda record: record.started):
+    for record in _by_start(store, "prepare"):
         newest[record.output["plan"]] = record
     if not newest:
         raise DataError(f"nothing has been prepared in {store.url}", remedy="run `pixnerd prepare` first")
@@ -39,6 +39,10 @@ def prepared(store: Store) -> list[Prepared]:
         Prepared(record.stage, plan, record.output["edition"], list(record.output["sizes"]))
         for plan, record in newest.items()
     ]
+
+
+def _by_start(store: Store, kind: str) -> list[StageRecord]:
+    return sorted(stage_records(store, kind), key=lambda record: record.started)
 
 
 # ------------------------------------------------------------------------------------------------ show
@@ -57,7 +61,11 @@ def show_data(
     opened = open_store(store)
     shown = []
     scored = _scored(opened, scores)
-    for found, one in _sizes(prepared(opened), size):
+    chosen = _sizes(prepared(opened), size)
+    if scored and not {(plan, of_size) for plan, of_size, _ in scored} & {(found.plan, one) for found, one in chosen}:
+        known = ", ".join(sorted({of_size for _, of_size, _ in scored}))
+        raise SettingsError(f"there are no such scores at the size `{size}`", remedy=f"sizes that have them: {known}")
+    for found, one in chosen:
         digests = [scorer for plan, of_size, scorer in scored if (plan, of_size) == (found.plan, one)]
         summary = summarise(opened, found.plan, found.edition, one, columns=columns, scores=digests)
         pictures = {} if out is None else _pictures(opened, summary, out, seed)
@@ -70,17 +78,17 @@ def show_data(
         print_json(shown)
 
 
-def _sizes(all_prepared: list[Prepared], size: str | None) -> Iterator[tuple[Prepared, str]]:
+def _sizes(all_prepared: list[Prepared], size: str | None) -> list[tuple[Prepared, str]]:
     chosen = [(found, one) for found in all_prepared for one in found.sizes if size in (None, one)]
     if not chosen:
         known = sorted({one for found in all_prepared for one in found.sizes})
         raise SettingsError(f"nothing was prepared at the size `{size}`", remedy=f"sizes: {', '.join(known)}")
-    return iter(chosen)
+    return chosen
 
 
 def _scored(store: Store, names: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Plan, size and scorer of the scores that are called so: by their stage, or by a digest."""
-    made = [(record.stage, record.output) for record in stage_records(store, "score")] if names else []
+    """Plan, size and scorer of the scores that are called so: by their stage, whose last ones they are, or a digest."""
+    made = [(record.stage, record.output) for record in _by_start(store, "score")] if names else []
     for name in names:
         if not any(name in (stage, output["scorer"]) for stage, output in made):
             known = ", ".join(sorted({stage for stage, _ in made}))
@@ -88,12 +96,10 @@ def _scored(store: Store, names: Sequence[str]) -> list[tuple[str, str, str]]:
                 f"there are no scores called `{name}` in {store.url}",
                 remedy=f"scores: {known}" if known else "run a recipe with a `score` stage first",
             )
-    found = [
-        (output["plan"], output["size"], output["scorer"])
-        for stage, output in made
-        if {stage, output["scorer"]} & {*names}
-    ]
-    return list(dict.fromkeys(found))
+    newest = {(stage, output["plan"], output["size"]): output["scorer"] for stage, output in made if stage in names}
+    by_stage = [(plan, size, scorer) for (_, plan, size), scorer in newest.items()]
+    by_digest = [(output["plan"], output["size"], output["scorer"]) for _, output in made if output["scorer"] in names]
+    return list(dict.fromkeys([*by_stage, *by_digest]))
 
 
 def _pictures(store: Store, summary: Summary, out: Path, seed: int) -> dict[str, str]:
@@ -149,7 +155,8 @@ def verify_data(store: str, *, drop_damaged: bool = False, as_json: bool) -> Non
     opened = open_store(store)
     all_prepared = prepared(opened)
     checked = {found.plan: verify(opened, found.plan, found.edition) for found in all_prepared}
-    dropped = _drop(opened, checked) if drop_damaged else {}
+    damaged = {plan: result for plan, result in checked.items() if drop_damaged and result.again}
+    dropped = {plan: drop(opened, plan, result) for plan, result in damaged.items()}
     if as_json:
         print_json({plan: result._asdict() | {"dropped": dropped.get(plan, [])} for plan, result in checked.items()})
     else:
@@ -161,7 +168,9 @@ def verify_data(store: str, *, drop_damaged: bool = False, as_json: bool) -> Non
     if dropped and not as_json:
         stages = " and ".join(f"`{stage}`" for stage in dict.fromkeys(again))
         count = len({key for keys in dropped.values() for key in keys})
-        print(f"deleted {count:,} objects and records: they kept damaged shards from being made again")
+        print(
+            f"deleted {count:,} objects and records: they kept damaged shards, and what came of them, from being made"
+        )
         print(f"now run `pixnerd prepare RECIPE --store {store}`, with the recipe that has the stage {stages}")
     problems = sum(len(result.problems) for result in checked.values())
     lasting = sum(result.lasting for result in checked.values())
@@ -173,32 +182,6 @@ def verify_data(store: str, *, drop_damaged: bool = False, as_json: bool) -> Non
             "mend the disk or the server if it fails; delete a shard's record that is in no plan if its input is gone"
         )
         raise DataError(f"{lasting} things in {store} are wrong that no new shard mends", remedy=remedy)
-
-
-def _drop(store: Store, checked: dict[str, Verified]) -> dict[str, list[str]]:
-    """Delete what keeps damaged shards from being made again, and nothing else; the keys, by plan.
-
-    First data, then their records, then those that say that all is done: killed anywhere, another verify still tells of
-    what is left to do. Data go whoever names them, as nobody can use them; an object that has its hash stays.
-    """
-    damaged = {plan: result for plan, result in checked.items() if result.again}
-    done = {plan: list(_say_done(store, plan)) for plan in damaged}
-    steps = [
-        *(result.objects for result in damaged.values()),
-        *(result.records for result in damaged.values()),
-        *done.values(),
-    ]
-    for key in dict.fromkeys(key for keys in steps for key in keys):
-        store.delete(key)
-    return {plan: [*result.objects, *result.records, *done[plan]] for plan, result in damaged.items()}
-
-
-def _say_done(store: Store, plan: str) -> Iterator[str]:
-    """The records of all editions of a plan that say so: while they stand, nothing of theirs is made again."""
-    yield from (entry.key for entry in store.list(summary_key(plan, "").removesuffix(".json")))
-    for record in stage_records(store, "prepare"):
-        if record.output["plan"] == plan:
-            yield f"stages/prepare/{record.digest_of_work}.json"
 
 
 # ------------------------------------------------------------------------------------------------ forget
@@ -239,6 +222,8 @@ def _print_forgotten(found: Forgotten, asked: int, *, dry_run: bool) -> None:
 
 def collect_data(store: str, *, older_than_hours: float, dry_run: bool, as_json: bool) -> None:
     found = gc.collect(open_store(store), older_than_hours, dry_run=dry_run)
+    if not found.objects:
+        raise DataError(f"there is no data in {store}", remedy="check --store")
     if as_json:
         counts = {folder: count._asdict() for folder, count in found.orphans.items()}
         print_json(found._asdict() | {"orphans": counts, "dry_run": dry_run})

@@ -116,8 +116,8 @@ def _records(found: _TextLines, fields: int | None = None) -> Iterator[list[str]
     """[] for an empty line, None for what is damaged; `fields` are those of a record, once that is known."""
     for line in found:
         row, is_open = _csv_row(line)
-        if is_open:
-            yield from _spanning(found, line or "", fields)
+        if line is not None and is_open:
+            yield from _spanning(found, line, fields)
         else:
             yield row
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.forget import LISTS, Forgotten, ForgottenRecord, Gone, forget, read_list
+from data_prep.forget import LISTS, Forgotten, ForgottenRecord, Gone, concerning, forget, read_list
 from data_prep.plan import Plan
 from data_prep.snapshot import SnapshotSettings, snapshot, snapshot_key
 from infra.errors import DataError, SettingsError
@@ -201,6 +201,13 @@ def test_a_shard_that_comes_later_is_looked_through(fresh: tuple[Store, Plan]) -
     assert rows[0]["key"] not in keys_in(fresh)
 
 
+def test_a_list_concerns_shards_where_its_item_was_rejected(fresh: tuple[Store, Plan]) -> None:
+    store, plan = fresh
+    key = next(row["key"] for row in rows_of(fresh) if not row["accepted"])
+    forget(store, [key], "asked for")
+    assert concerning(store, plan, "16"), "made again, such a shard may hold it"
+
+
 def test_lists_add_up_and_are_written_once(fresh: tuple[Store, Plan]) -> None:
     store = fresh[0]
     keys = [row["key"] for row in rows_of(fresh) if row["accepted"] and row["row"] % 10 < 8][:3]
@@ -311,11 +318,13 @@ def checkpoint(store: Store, folder: str, data: SnapshotRecord, start_from: str 
 
 
 def test_items_that_nobody_knows_are_an_error(fresh: tuple[Store, Plan], tmp_path: Path) -> None:
-    for items in (["a", "b"], ["f" * 64], []):
+    for items in (["a", "b"], ["f" * 64]):
         with pytest.raises(DataError, match="none of the"):
             forget(fresh[0], items, "asked")
     with pytest.raises(DataError, match="none of the"):
         forget(open_store(str(tmp_path)), ["a"], "asked")
+    with pytest.raises(SettingsError, match="names no items"):
+        forget(fresh[0], [], "asked")
     assert not list(fresh[0].list(LISTS))
 
 

@@ -113,6 +113,18 @@ def test_what_a_snapshot_draws_from_stays_without_its_shards_records(tmp_path: P
     assert {entry.key for entry in store.list("data/") if entry.key.endswith(".tar")} == halves[0] | halves[1]
 
 
+def test_names_and_files_that_are_none_of_ours_stop_nothing(prepared: tuple[FileStore, Plan]) -> None:
+    store, _ = prepared
+    key, named = orphan(store, "data/16"), orphan(store, "data/16", b"named by a stranger")
+    (store.root / "notes").mkdir()
+    (store.root / "notes" / "lines.json").write_bytes(b'{"a": 1}\n{"b": "' + named.encode() + b'"}\n')
+    for odd in (b"bad\xff.json", b"data/bad\xff-" + b"0" * 64 + b".tar"):
+        Path(os.fsdecode(os.fsencode(store.root) + b"/" + odd)).write_bytes(b"{")
+    found = collect(store, 0.0)
+    assert (found.first, found.foreign) == ([key], 1)
+    assert not store.exists(key) and store.exists(named)
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"key": "\xff"}', b"[" * 100_000])
 def test_a_record_that_cannot_be_read_ends_it(prepared: tuple[FileStore, Plan], damage: bytes) -> None:
     store, _ = prepared
@@ -166,11 +178,11 @@ class Busy(FileStore):
     ending: tuple[str, bytes] | None = None
     lists = 0
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
+    def list_unchecked(self, prefix: str = "") -> Iterator[Entry]:
         self.lists += 1
         if self.ending is not None and self.lists == 2:
             self.put(*self.ending)
-        yield from super().list(prefix)
+        yield from super().list_unchecked(prefix)
 
 
 @pytest.mark.parametrize("there", [False, True])

@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import originals
-from data_prep.job import PrepareSummary, prepare, retry_failed
+from data_prep.job import PrepareSummary, prepare, retry_failed, summary_key
 from data_prep.plan import PrepareSettings, read_plan
 from data_prep.rejections import Cause
 from data_prep.verify import verify
 from infra.config import parse
 from infra.errors import DataError
-from infra.shards import list_shards, read_index, shard_prefix
+from infra.shards import list_shards, read_index, shard_key, shard_prefix
 from infra.store import Store, open_store
 from tests.data_prep import zoo
 from tests.data_prep.corpora import contents, shaded
@@ -206,6 +206,19 @@ def test_originals_that_are_not_kept_are_gone_and_a_second_size_says_so(web: Web
     assert prepare(store, settings) == summary
     with pytest.raises(DataError, match=r"originals .* are gone"):
         prepare(store, settings_for(tmp_path / "lists", sizes=[24]))
+
+
+def test_a_shard_that_is_made_again_downloads_again_what_was_not_kept(web: Web, store: Store, tmp_path: Path) -> None:
+    write_list(tmp_path / "lists", web)
+    settings = settings_for(tmp_path / "lists", keep_originals=False)
+    summary = prepare(store, settings)
+    before, asked = without_originals(store), len(web.requests)
+    store.delete(shard_key(summary.plan, "16", 0))
+    store.delete(summary_key(summary.plan, summary.edition))
+    assert prepare(store, settings) == summary
+    assert len(web.requests) > asked
+    assert without_originals(store) == before
+    assert not [entry.key for entry in store.list("data/originals/") if entry.key.endswith(".tar")]
 
 
 def test_the_same_originals_give_the_same_bytes_whoever_did_the_work(web: Web, store: Store, tmp_path: Path) -> None:

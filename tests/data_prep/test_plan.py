@@ -198,3 +198,21 @@ def test_settings_that_cannot_be(corpus: Path) -> None:
         with pytest.raises(SettingsError) as error:
             parse(type(settings_for(corpus)), settings_for(corpus).model_dump() | changes)
         assert message in str(error.value)
+
+
+def test_a_damaged_plan_is_an_error_of_one_line(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", 4)
+    store, settings = open_store(str(tmp_path / "store")), settings_for(tmp_path / "corpus")
+    plan = make_plan(store, settings)
+    store.put(f"plans/{plan.digest}/00000.parquet", b"PAR1")
+    with pytest.raises(DataError, match=r"00000\.parquet is not a readable plan") as error:
+        make_plan(store, settings)
+    store.delete(f"plans/{plan.digest}/00000.parquet")
+    assert "delete it" in error.value.remedy
+    assert make_plan(store, settings) == plan
+
+
+@pytest.mark.parametrize("wrong", [{"rows_per_shard": 10**20}, {"sizes": [10**6]}, {"shard_mib": 10**12}])
+def test_settings_that_would_fill_the_memory_are_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SettingsError):
+        settings_for(tmp_path, **wrong)

@@ -154,9 +154,8 @@ class Run(NamedTuple):
 def run_of(folder: Path, **stages: dict[str, Any]) -> Run:
     write_corpus(folder / "corpus", 30)
     source = settings_for(folder / "corpus").sources[0].model_dump(exclude_unset=True)
-    whole = {
-        name: {"kind": "prepare", "sources": [source], "rows_per_shard": 8} | more for name, more in stages.items()
-    }
+    prepared = {"kind": "prepare", "sources": [source], "rows_per_shard": 8}
+    whole = {name: more if "kind" in more else prepared | more for name, more in stages.items()}
     recipe = folder / "mine.yaml"
     recipe.write_text(yaml.safe_dump({"name": "mine", "stages": whole}))
     store = open_store(str(folder / "store"))
@@ -196,6 +195,38 @@ def test_what_verify_says_to_do_mends_it(tmp_path: Path, capsys: pytest.CaptureF
     run()
     verify_data(run.store.url, as_json=True)
     assert without_times(contents(run.store)) == without_times(before)
+
+
+def test_what_was_made_of_damaged_shards_is_made_again_as_well(tmp_path: Path):
+    data = {"kind": "snapshot", "shards": "prepare"}
+    run = run_of(tmp_path, prepare={"sizes": [32, 16]}, small=data | {"size": 16}, large=data | {"size": 32})
+    run()
+    [stage] = stage_records(run.store, "prepare")
+    plan, edition = stage.output["plan"], stage.output["edition"]
+    scored(
+        (run.store, read_plan(run.store, plan, edition)), "clip", clip_score=lambda keys: pa.array([1.0] * len(keys))
+    )
+    before = contents(run.store)
+    small, large = (
+        next(record.output["record"] for record in stage_records(run.store, "snapshot") if record.stage == name)
+        for name in ("small", "large")
+    )
+    broken = run.records()[1]
+    spoil(run.store, run.tar(broken))
+    verify_data(run.store.url, drop_damaged=True, as_json=True)
+    left = contents(run.store)
+    assert small not in left and large in left
+    assert [key for key in left if key.startswith("stages/snapshot/")] == [
+        key for key in before if key.startswith("stages/snapshot/") and large.encode() in before[key]
+    ]
+    scores = [key for key in before if key.startswith("scores/")]
+    assert [key for key in scores if key not in left] == [f"scores/{plan}/16/clip/00001.json"]
+    run()
+    found = contents(run.store)
+    assert without_times({key: data for key, data in found.items() if key in before}) == without_times(
+        {key: data for key, data in before.items() if key in found}
+    )
+    assert before.keys() - found.keys() == {f"scores/{plan}/16/clip/00001.json"}
 
 
 def done_in(store: Store, before: dict[str, bytes]) -> list[str]:
