@@ -54,11 +54,11 @@ class FetchSettings(Settings):
     connect_seconds: float = operational(10.0, gt=0, description="what one connection may take to stand")
     retries: int = operational(2, ge=0, le=100, description="further tries, for causes that can pass")
     backoff: float = operational(1.0, ge=0, description="seconds before the first retry; doubled for each after it")
-    at_once: int = operational(256, ge=1, description="downloads at once, of the whole job")
+    at_once: int = operational(256, ge=1, description="downloads at once, of one job")
     per_host: int = operational(
-        8, ge=1, description="downloads at once from one host, of the whole job; no more tasks than that download"
+        8, ge=1, description="downloads at once from one host, of one job; no more of its tasks than that download"
     )
-    ahead_mib: int = operational(256, ge=1, description="finished downloads, of the whole job, that wait to be stored")
+    ahead_mib: int = operational(256, ge=1, description="finished downloads, of one job, that wait to be stored")
     user_agent: str = Field("pixnerd", pattern=r"^[A-Za-z0-9_-]+$", description="also answers to X-Robots-Tag")
     contact: str = operational("", pattern=r"^[!-~]*$", description="a page or address where site owners can complain")
 
@@ -78,8 +78,8 @@ def fetch(
     """One result for each URL, as it comes: a host that hangs holds up its own items only.
 
     A Rejection among the URLs is handed through. Once `ahead_mib` of bodies are held nothing further is started, so
-    that no more than those and `at_once` bodies under way are ever in memory. `lookup` stands in for the system's
-    resolver.
+    that no more than those and `at_once` bodies under way are ever in memory. The limits in `settings` are this call's
+    own: whoever makes several calls at once hands each its share. `lookup` stands in for the system's resolver.
     """
     downloads = _Downloads(settings, max_bytes, lookup or look_up)
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -50,3 +52,16 @@ TRANSIENT: frozenset[Cause] = frozenset(
 class Rejection(NamedTuple):
     cause: Cause
     detail: str = ""
+
+
+WORST = 3  # causes that are named
+
+
+def counted(rejected: Mapping[str, int]) -> str:
+    """For a line of text: how many were rejected, and the worst causes: `4 rejected (3 gone, 1 dns)`."""
+    counts = Counter(rejected)
+    worst = counts.most_common(WORST)
+    causes = [f"{count:,} {cause}" for cause, count in worst]
+    if rest := counts.total() - sum(count for _, count in worst):
+        causes.append(f"{rest:,} other")
+    return f"{counts.total():,} rejected" + (f" ({', '.join(causes)})" if causes else "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -22,6 +21,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from data_prep.rejections import counted
+
 if TYPE_CHECKING:
     from infra.records import EvalReport, StageRecord
     from orchestration.workflow import Node, Plan
@@ -29,9 +30,8 @@ if TYPE_CHECKING:
 
 _LINE_EVERY = 10.0  # seconds between two plain lines of one stage
 
-WORST = 3  # causes of rejection that are named
-
 _SIGNS = {"reused": "=", "running": ">", "finished": "+", "failed": "!", "skipped": "-"}
+_PLAN_SIGNS = {"done": "=", "open": "?", "new": ">"}
 
 
 class Screen:
@@ -52,7 +52,7 @@ class Screen:
         )
         self._task = self._bars.add_task("", visible=False)
         self._began = self._last_line = time.monotonic()
-        self._pace = _Pace(0.0, 0, self._began)
+        self._pace = _Pace()
 
     def __enter__(self) -> Screen:
         self._bars.start()
@@ -66,7 +66,7 @@ class Screen:
     def stage(self, node: Node, event: str, text: str) -> None:
         """What happened to a stage."""
         self._bars.update(self._task, visible=False)
-        self._pace = _Pace(0.0, 0, time.monotonic())
+        self._pace = _Pace()
         self._line(f"{_SIGNS[event]} {node.name:<12} {event:<8} {text}".rstrip())
 
     def progress(self, stage: str, so_far: StageProgress) -> None:
@@ -95,9 +95,9 @@ class Screen:
 class _Pace:
     """How far a stage has come since it was first heard of, which need not be its beginning."""
 
-    first: float
-    total: int
-    since: float
+    first: float = 0.0
+    total: int = 0
+    since: float = 0.0
     done: float = 0.0
     seconds: float = 0.0
 
@@ -135,7 +135,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def show_plan(plans: Sequence[Plan]) -> None:
     for plan in plans:
-        print(f"{'=' if plan.state == 'done' else '>'} {plan.node.name:<12} {plan.state:<5} {plan.why}")
+        print(f"{_PLAN_SIGNS[plan.state]} {plan.node.name:<12} {plan.state:<5} {plan.why}")
 
 
 def prepared(record: StageRecord, done_now: float) -> str:
@@ -144,13 +144,8 @@ def prepared(record: StageRecord, done_now: float) -> str:
     told = [f"{speed:,.0f} images/s"] if done_now else []
     several = len(record.output["sizes"]) > 1
     for size, counts in record.output["sizes"].items():
-        rejected = Counter(counts["rejected"])
-        worst = [f"{count:,} {cause}" for cause, count in rejected.most_common(WORST)]
-        if rest := rejected.total() - sum(count for _, count in rejected.most_common(WORST)):
-            worst.append(f"{rest:,} other")
-        causes = f" ({', '.join(worst)})" if worst else ""
         accepted = f"{size}: " * several + f"{counts['accepted']:,} accepted"
-        told.append(f"{accepted}, {rejected.total():,} rejected{causes}")
+        told.append(f"{accepted}, {counted(counts['rejected'])}")
     return "; ".join(told)
 
 

@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 
 from data_prep.forget import LISTS, concerning
 from data_prep.plan import PrepareSettings, read_plan
+from data_prep.rejections import counted
 from data_prep.score import ScoreSettings, scorer_digest
 from data_prep.snapshot import SnapshotSettings
 from infra.config import Settings
@@ -145,14 +146,13 @@ def prepare(context: Context, settings: PrepareSettings, inputs: Inputs) -> Outp
         sources[number] = sources[number].model_copy(update={"url": record.output["folder"]})
 
     def show(so_far: Prepared) -> None:
-        rejected = Counter(next(iter(so_far.rejected.values()), {}))
-        worst = ", ".join(f"{count:,} {cause}" for cause, count in rejected.most_common(3))
+        rejected = next(iter(so_far.rejected.values()), {})
         parts = [
             f"{so_far.shards:,} of {so_far.planned_shards:,} shards",
             f"{so_far.inputs:,} of {so_far.planned_inputs:,} images",
             f"{so_far.downloads:,} of {so_far.planned_downloads:,} downloads" if so_far.planned_downloads else "",
             f"{so_far.per_second:.0f} images/s" if so_far.per_second else "",
-            f"{rejected.total():,} rejected ({worst})" if rejected else "",
+            counted(rejected) if rejected else "",
         ]
         context.progress(", ".join(filter(None, parts)), so_far.shards, so_far.planned_shards)
 

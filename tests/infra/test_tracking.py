@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import pickle
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from infra import tracking
 from infra.tracking import Run, Tracker
 
 
@@ -61,6 +63,20 @@ def test_a_file_that_is_no_database_stops_nothing(tmp_path: Path, caplog: pytest
         assert tracker.run("a", "b").run_id is None
     assert [r.message for r in caplog.records if r.name == "infra.tracking"] == [
         "MLflow did not take a call and the work goes on without it ((sqlite3.DatabaseError) file is not a database)"
+    ]
+
+
+def test_a_lock_whose_holder_hangs_stops_nothing_and_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tracking, "_LOCK_SECONDS", 0.3)
+    with (tmp_path / "mlflow.db.lock").open("ab") as held, caplog.at_level(logging.WARNING):
+        fcntl.flock(held, fcntl.LOCK_EX)
+        tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "test")
+        assert tracker.run("a", "b").run_id is None
+    assert [r.message for r in caplog.records if r.name == "infra.tracking"] == [
+        "MLflow did not take a call and the work goes on without it "
+        f"(another process still holds {tmp_path}/mlflow.db.lock after 0.3 s)"
     ]
 
 
