@@ -76,7 +76,6 @@ class Progress:
     rows: int
     failures: dict[str, int]
     per_second: float  # rows, in this run
-    seconds_left: float | None
 
 
 class Place(NamedTuple):
@@ -375,11 +374,11 @@ class _Tally:
     failures: Counter[str] = field(default_factory=Counter)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
     began: float = 0.0
-    before: tuple[int, int] = (0, 0)
+    rows_before: int = 0
 
     def begin(self) -> None:
         """From here on it is this run's speed."""
-        self.began, self.before = time.monotonic(), (self.shards, self.rows)
+        self.began, self.rows_before = time.monotonic(), self.rows
 
     def add(self, record: ScoreRecord) -> None:
         self.shards += 1
@@ -389,9 +388,8 @@ class _Tally:
 
     def progress(self) -> Progress:
         passed = max(time.monotonic() - self.began, 1e-9)
-        shards, rows = self.shards - self.before[0], self.rows - self.before[1]
-        left = (self.planned - self.shards) * passed / shards if shards else None
-        return Progress(self.shards, self.planned, self.rows, dict(self.failures), rows / passed, left)
+        per_second = (self.rows - self.rows_before) / passed
+        return Progress(self.shards, self.planned, self.rows, dict(self.failures), per_second)
 
     def summary(self, place: Place, scorer: ScorerSettings) -> ScoreSummary:
         assert self.shards == self.planned, "a shard was lost or counted twice"
