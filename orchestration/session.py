@@ -51,7 +51,7 @@ def run_workflow(
         else:
             terminal.show_plan(plans)
         return
-    if all(opened.exists(node.key) for node in nodes):
+    if all(workflow.is_done(node, opened) for node in nodes):
         with terminal.Screen(quiet=as_json) as screen:
             records = workflow.finished(nodes, opened, _say(screen, opened))
     else:
@@ -81,11 +81,8 @@ def _retry_failed(recipe: recipes.Recipe, store: Store) -> None:
     from data_prep.job import retry_failed
     from data_prep.sources import UrlList
 
-    found = {name: data for name, data in recipe.stages.items() if data.get("kind") == "prepare"}
-    stages = {
-        name: parse(PrepareSettings, {key: value for key, value in data.items() if key != "kind"}, where=name)
-        for name, data in found.items()
-    }
+    parsed = {name: workflow.parse_stage(name, data)[1] for name, data in recipe.stages.items()}
+    stages = {name: settings for name, settings in parsed.items() if isinstance(settings, PrepareSettings)}
     for name, settings in stages.items():
         for source in settings.sources:
             if isinstance(source, UrlList) and source.url.startswith(STAGE_URL):
@@ -178,7 +175,7 @@ def make_report(name: str, *, store: str | None, assignments: Sequence[str], out
     recipe = recipes.load(name, assignments)
     opened = _store(store, recipe.name)
     nodes = [node for node in workflow.graph(recipe, opened) if not node.kind.reads_all]
-    records = [read_record(opened, node.key, StageRecord) for node in nodes if opened.exists(node.key)]
+    records = [read_record(opened, node.key, StageRecord) for node in nodes if workflow.is_done(node, opened)]
     if not records:
         raise DataError(f"no stage of `{name}` is done in {opened.url}", remedy=f"run `pixnerd run {name}` first")
     title = next(

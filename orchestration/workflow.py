@@ -8,9 +8,10 @@ follow it new, and everything else is found where it was, in this run and in any
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any, Literal
 
 from infra.config import Settings, digest, nearest, parse
@@ -36,7 +37,7 @@ class Node:
         return f"stages/{self.kind.name}/{self.digest}.json"
 
 
-State = Literal["done", "new"]
+State = Literal["done", "open", "new"]  # open: whether it must run is not known before other stages have run
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def graph(recipe: Recipe, store: Store | None = None) -> list[Node]:
     What stages read from outside counts as it is there now; of the store, if there is one. Where the stages before one
     must tell what that is, and have not run, its digest is settled by `run` when they have.
     """
-    parsed = {name: _parse_stage(name, data) for name, data in recipe.stages.items()}
+    parsed = {name: parse_stage(name, data) for name, data in recipe.stages.items()}
     nodes: dict[str, Node] = {}
     done: dict[str, StageRecord] = {}
 
@@ -77,12 +78,17 @@ def graph(recipe: Recipe, store: Store | None = None) -> list[Node]:
         records = {field: done[target] for field, target in inputs.items() if target in done}
         node = _node(name, kind, settings, inputs, below, store, records)
         nodes[name] = node
-        if store is not None and node.settled and store.exists(node.key):
+        if store is not None and is_done(node, store):
             done[name] = read_record(store, node.key, StageRecord)
 
     for name in parsed:
         place(name, ())
     return list(nodes.values())
+
+
+def is_done(node: Node, store: Store) -> bool:
+    """Whether its work is recorded: what lies under a digest that is not settled may be a record of other work."""
+    return node.settled and store.exists(node.key)
 
 
 def _node(
@@ -108,7 +114,7 @@ def _settled(node: Node, store: Store, done: dict[str, StageRecord]) -> Node:
     return _node(node.name, node.kind, node.settings, node.inputs, below, store, records)
 
 
-def _parse_stage(name: str, data: dict[str, Any]) -> tuple[StageKind, Settings]:
+def parse_stage(name: str, data: dict[str, Any]) -> tuple[StageKind, Settings]:
     kind = KINDS.get(str(data.get("kind")))
     if kind is None:
         near = nearest(str(data.get("kind")), KINDS)
@@ -138,32 +144,67 @@ def only(nodes: Sequence[Node], kind: str) -> list[Node]:
     return [node for node in nodes if node.name in needed]
 
 
-def plan(nodes: Iterable[Node], store: Store) -> list[Plan]:
+Earlier = Callable[[str], dict[str, StageRecord]]  # a kind -> its records in the store, by digest
+
+
+def plan(nodes: Sequence[Node], store: Store) -> list[Plan]:
     """What a run would do to each stage, and why."""
+
+    @cache
+    def earlier(kind: str) -> dict[str, StageRecord]:
+        found = (read_record(store, entry.key, StageRecord) for entry in store.list(f"stages/{kind}/"))
+        return {record.digest_of_work: record for record in found}
+
+    by_name = {node.name: node for node in nodes}
     plans: dict[str, Plan] = {}
     for node in nodes:
-        if node.settled and store.exists(node.key):
+        if is_done(node, store):
             plans[node.name] = Plan(node, "done", f"its record is {node.key}")
+        elif _may_be_recorded(node, by_name, earlier):
+            waits = [name for name in dict.fromkeys(node.inputs.values()) if plans[name].state != "done"]
+            why = f"waits for {', '.join(waits)}; reused if what it reads is then as it was"
+            plans[node.name] = Plan(node, "open", why)
         else:
-            plans[node.name] = Plan(node, "new", _why_new(node, plans, store))
+            plans[node.name] = Plan(node, "new", _why_new(node, plans, earlier))
     return list(plans.values())
 
 
-def _why_new(node: Node, above: dict[str, Plan], store: Store) -> str:
+def _may_be_recorded(node: Node, nodes: dict[str, Node], earlier: Earlier) -> bool:
+    """Whether one of the records may turn out to be the node's once the stages that it reads from have run."""
+    records = () if node.settled else earlier(node.kind.name).values()
+    return any(_fits(record, node, nodes, earlier) for record in records)
+
+
+def _fits(record: StageRecord, node: Node, nodes: dict[str, Node], earlier: Earlier) -> bool:
+    """Whether the record is of the same settings and inputs; what is read from outside, no record tells."""
+    return (
+        record.settings == node.settings.results()
+        and record.inputs.keys() == node.inputs.keys()
+        and all(_may_be(nodes[node.inputs[field]], made, nodes, earlier) for field, made in record.inputs.items())
+    )
+
+
+def _may_be(node: Node, made: str, nodes: dict[str, Node], earlier: Earlier) -> bool:
+    """Whether a digest that was made before may turn out to be the node's."""
+    if node.settled or made == node.digest:
+        return made == node.digest
+    record = earlier(node.kind.name).get(made)
+    if record is not None:
+        return _fits(record, node, nodes, earlier)
+    return all(made != other.digest for other in nodes.values() if other.settled)  # its record was deleted
+
+
+def _why_new(node: Node, above: dict[str, Plan], earlier: Earlier) -> str:
+    own = [record for record in earlier(node.kind.name).values() if record.stage == node.name]
+    last = max(own, key=lambda record: record.started, default=None)
+    changed = [] if last is None else _changes(last.settings, node.settings.results())
+    if last is not None and changed:
+        return f"changed since {last.started}: {', '.join(changed)}"
     new = [name for name in dict.fromkeys(node.inputs.values()) if above[name].state == "new"]
     if new:
         return f"follows {', '.join(new)}"
-    earlier = [
-        record
-        for entry in store.list(f"stages/{node.kind.name}/")
-        if (record := read_record(store, entry.key, StageRecord)).stage == node.name
-    ]
-    if not earlier:
+    if last is None:
         return "has not run yet"
-    last = max(earlier, key=lambda record: record.started)
-    changed = _changes(last.settings, node.settings.results())
-    if changed:
-        return f"changed since {last.started}: {', '.join(changed)}"
     if last.inputs == node.below:
         return "what it reads besides other stages is not as it was last time: files, or what is forgotten"
     return "its inputs are others than last time"
@@ -189,7 +230,7 @@ def run(nodes: list[Node], context: Context, say: Say) -> dict[str, StageRecord]
             say(node, "skipped", f"needs {', '.join(dict.fromkeys(missing))}")
             continue
         node = _settled(node, context.store, records)
-        if context.store.exists(node.key):
+        if is_done(node, context.store):
             records |= finished([node], context.store, say)
             continue
         say(node, "running", "")

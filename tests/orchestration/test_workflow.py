@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from data_prep.forget import forget
 from infra.config import Settings, operational
@@ -14,7 +16,7 @@ from infra.records import StageRecord
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import Store, open_store
 from infra.tracking import Run
-from orchestration import workflow
+from orchestration import session, workflow
 from pipelines.recipes import Recipe
 from pipelines.stages import Context, StageKind, stage_reference
 from tests.data_prep.corpora import settings_for, write_corpus
@@ -46,6 +48,10 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     kinds = {
         "make": StageKind("make", Made, work),
         "tell": StageKind("tell", Made, work, reads_all=True),
+        # What it reads from outside, only the stages before it can tell.
+        "find": StageKind(
+            "find", Made, work, outside=lambda settings, store, inputs: [r.output["sum"] for r in inputs.values()]
+        ),
     }
     monkeypatch.setattr(workflow, "KINDS", kinds)
     return names
@@ -61,6 +67,17 @@ def recipe(**stages: dict[str, Any]) -> Recipe:
 
 
 CHAIN = {"a": {"value": 1}, "b": {"above": "a", "value": 2}, "c": {"above": "b"}, "d": {"value": 7}}
+
+
+def states(store: Store, made: Recipe) -> dict[str, str]:
+    return {plan.node.name: plan.state for plan in workflow.plan(workflow.graph(made, store), store)}
+
+
+def drop(store: Store, made: Recipe, *names: str) -> None:
+    """Deletes the records of stages, as `data verify --drop-damaged` does."""
+    for node in workflow.graph(made, store):
+        if node.name in names:
+            store.delete(node.key)
 
 
 def go(store: Store, made: Recipe) -> dict[str, str]:
@@ -82,12 +99,7 @@ def test_a_changed_setting_makes_its_stage_and_what_follows_new(store: Store, ra
     go(store, recipe(**CHAIN))
     ran.clear()
     changed = recipe(**{**CHAIN, "b": {"above": "a", "value": 3}})
-    assert {p.node.name: p.state for p in workflow.plan(workflow.graph(changed, store), store)} == {
-        "a": "done",
-        "b": "new",
-        "c": "new",
-        "d": "done",
-    }
+    assert states(store, changed) == {"a": "done", "b": "new", "c": "new", "d": "done"}
     go(store, changed)
     assert ran == ["b", "c"]
 
@@ -114,6 +126,93 @@ def test_the_plan_says_why(store: Store, ran: list[str]):
     why = {p.node.name: p.why for p in workflow.plan(changed, store)}
     assert "value 2 -> 3" in why["b"]
     assert why["c"] == "follows b"
+
+
+@pytest.mark.parametrize("kind", ["make", "find"])
+def test_what_may_be_reused_once_a_dropped_stage_is_made_again_is_not_called_new(
+    store: Store, ran: list[str], kind: str
+):
+    made = recipe(**{**CHAIN, "b": {"kind": kind, "above": "a"}, "all": {"kind": "tell"}})
+    go(store, made)
+    drop(store, made, "a")
+    ran.clear()
+    assert states(store, made) == {"a": "new", "b": "open", "c": "open", "d": "done", "all": "open"}
+    why = {plan.node.name: plan.why for plan in workflow.plan(workflow.graph(made, store), store)}
+    assert why["b"] == "waits for a; reused if what it reads is then as it was"
+    assert why["all"].startswith("waits for a, b, c; ")
+    assert go(store, made) == {"a": "finished", "b": "reused", "c": "reused", "d": "reused", "all": "reused"}
+    assert ran == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["make", "find"])
+def test_what_follows_two_dropped_stages_may_be_reused_as_well(store: Store, ran: list[str], kind: str):
+    made = recipe(**{**CHAIN, "b": {"kind": kind, "above": "a"}})
+    go(store, made)
+    drop(store, made, "b", "a")
+    ran.clear()
+    assert states(store, made) == {"a": "new", "b": "new", "c": "open", "d": "done"}
+    go(store, made)
+    assert ran == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["make", "find"])
+def test_what_is_changed_is_new_whatever_it_waits_for(store: Store, ran: list[str], kind: str):
+    made = recipe(**{**CHAIN, "b": {"kind": kind, "above": "a"}})
+    go(store, made)
+    drop(store, made, "a")
+    ran.clear()
+    changed = recipe(**{**CHAIN, "b": {"kind": kind, "above": "a", "value": 3}})
+    assert states(store, changed) == {"a": "new", "b": "new", "c": "new", "d": "done"}
+    why = {plan.node.name: plan.why for plan in workflow.plan(workflow.graph(changed, store), store)}
+    assert "value 0 -> 3" in why["b"]
+    assert why["c"] == "follows b"
+    go(store, changed)
+    assert ran == ["a", "b", "c"]
+
+
+def test_commands_take_no_record_for_a_stages_own_before_its_digest_is_settled(
+    store: Store, ran: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    made = recipe(**CHAIN)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(made.model_dump()))
+    name = str(tmp_path / "mine.yaml")
+
+    def told(stages: str) -> Any:
+        session.make_report(name, store=store.url, assignments=[], out=tmp_path / "page.html", as_json=True)
+        return json.loads(capsys.readouterr().out)[stages]
+
+    def plans(*, as_json: bool) -> str:
+        session.run_workflow(name, store=store.url, assignments=[], address=None, dry_run=True, as_json=as_json)
+        return capsys.readouterr().out
+
+    go(store, made)
+    assert told("stages") == ["a", "b", "c", "d"]
+    drop(store, made, "a")
+    assert told("stages") == ["d"]
+    assert [line[:20].split() for line in plans(as_json=False).splitlines()] == [
+        [">", "a", "new"],
+        ["?", "b", "open"],
+        ["?", "c", "open"],
+        ["=", "d", "done"],
+    ]
+    assert [plan["state"] for plan in json.loads(plans(as_json=True))] == ["new", "open", "open", "done"]
+
+
+def test_a_stage_that_reads_all_is_not_reused_while_one_of_them_fails(
+    store: Store, ran: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    made = recipe(a={"value": 1}, all={"kind": "tell"})
+    go(store, made)
+    drop(store, made, "a")
+    ran.clear()
+    monkeypatch.setitem(workflow.KINDS, "make", StageKind("make", Made, failing))
+    with pytest.raises(StageFailed):
+        go(store, made)
+    assert ran == ["all"]
+
+
+def failing(context: Context, settings: Made, inputs: Any) -> dict[str, Any]:
+    raise DataError("the disk is full", remedy="make room")
 
 
 def test_stages_run_in_the_order_of_their_needs(store: Store, ran: list[str]):
@@ -171,24 +270,21 @@ def test_what_is_forgotten_renews_the_snapshots_that_it_may_concern(store: Store
     def nodes(*names: str) -> list[workflow.Node]:
         return [node for node in workflow.graph(made, store) if not names or node.name in names]
 
-    def states() -> dict[str, str]:
-        return {plan.node.name: plan.state for plan in workflow.plan(nodes(), store)}
-
     def run(*names: str) -> dict[str, StageRecord]:
         return workflow.run(nodes(*names), context, lambda node, event, text: None)
 
     one = run("one", "data_one")
-    assert states() == {"one": "done", "data_one": "done", "two": "new", "data_two": "new"}
+    assert states(store, made) == {"one": "done", "data_one": "done", "two": "new", "data_two": "new"}
     early, late = accepted(store, one["one"])[:2]
     forget(store, [early["key"]], "before the second corpus was prepared")
-    assert states() == {"one": "done", "data_one": "new", "two": "new", "data_two": "new"}
+    assert states(store, made) == {"one": "done", "data_one": "new", "two": "new", "data_two": "new"}
     done = run()
-    assert set(states().values()) == {"done"}, "the digest with the list in it is found again"
+    assert set(states(store, made).values()) == {"done"}, "the digest with the list in it is found again"
     counts = {name: dict(done[name].output["counts"]) for name in ("data_one", "data_two")}
     assert counts["data_one"]["not forgotten"] == counts["data_one"]["accepted"] - 1
     assert counts["data_two"]["not forgotten"] == counts["data_two"]["accepted"] - 1, "its twin, in shards made since"
     forget(store, [late["key"]], "of the first corpus alone", twins=False)
-    assert states() == {"one": "done", "data_one": "new", "two": "done", "data_two": "done"}
+    assert states(store, made) == {"one": "done", "data_one": "new", "two": "done", "data_two": "done"}
     [why] = [plan.why for plan in workflow.plan(nodes("one", "data_one"), store) if plan.node.name == "data_one"]
     assert "what is forgotten" in why
     assert dict(run()["data_one"].output["counts"])["not forgotten"] == counts["data_one"]["accepted"] - 2

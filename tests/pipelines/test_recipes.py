@@ -64,5 +64,5 @@ def test_an_unknown_recipe_names_the_nearest():
 def test_the_readmes_recipe_has_no_misspelt_setting():
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     recipe = yaml.safe_load(readme.partition("```yaml\n")[2].partition("```")[0])
-    parsed = {name: workflow._parse_stage(name, stage) for name, stage in recipe["stages"].items()}
+    parsed = {name: workflow.parse_stage(name, stage) for name, stage in recipe["stages"].items()}
     assert [kind.name for kind, _ in parsed.values()] == ["prepare", "score", "snapshot"]
