@@ -104,7 +104,7 @@ class _Size:
         planned = range(self._plan.planned * self._plan.sizes[self._size])
         for key in sorted(keys.difference(map(self._key, planned))):
             if key.endswith(".json"):
-                self._lasting(Path(key).stem, "in no plan")
+                self._lasting(Path(key).stem.lstrip("0") or "0", "in no plan")
 
     def objects(self) -> list[str]:
         """The damaged ones of the shards that must be made again; each is read once more, whatever was wrong before."""
