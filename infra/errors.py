@@ -12,6 +12,7 @@
     ├── TrainingError             training diverged or a worker died for good
     ├── EvaluationError           prompts, images or a judge are not usable
     ├── ClusterError              Ray could not be started, reached, or given what was asked for
+    ├── TakenOver                 another driver has taken this work over, while nothing was heard of this one
     └── StageFailed               a stage of a workflow failed; wraps the cause
 
 `message` says what happened, `remedy` what to do about it: both are required, since an error without a next step is a
@@ -82,6 +83,10 @@ class EvaluationError(PixnerdError):
 
 
 class ClusterError(PixnerdError):
+    pass
+
+
+class TakenOver(PixnerdError):
     pass
 
 

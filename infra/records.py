@@ -162,23 +162,38 @@ def get_data(store: Store, data: DataObject) -> bytes:
     """The bytes of a data object, held against the hash in its name."""
     found = store.get(data.key)
     if hashlib.sha256(found).hexdigest() != data.sha256:
-        raise _damaged(store, data)
+        raise _damaged(store, data.key)
     return found
 
 
 def fetch_data(store: Store, data: DataObject, path: Path) -> None:
     """Download an object and hold its bytes against its name; what does not match never appears at `path`."""
+    _fetch(store, data.key, data.sha256, path)
+
+
+def fetch_named(store: Store, key: str, path: Path) -> None:
+    """The same for those who know a data object only by its key."""
+    sha256 = named_sha256(key)
+    if sha256 is None:
+        raise DataError(
+            f"{store.url}/{key} carries no hash in its name, so nobody can tell whether it is whole",
+            remedy="make what names it anew: pixnerd writes no such name",
+        )
+    _fetch(store, key, sha256, path)
+
+
+def _fetch(store: Store, key: str, sha256: str, path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    store.download(data.key, partial)
-    if sha256_of(partial) != data.sha256:
+    store.download(key, partial)
+    if sha256_of(partial) != sha256:
         partial.unlink()
-        raise _damaged(store, data)
+        raise _damaged(store, key)
     partial.replace(path)
 
 
-def _damaged(store: Store, data: DataObject) -> DataError:
+def _damaged(store: Store, key: str) -> DataError:
     return DataError(
-        f"{store.url}/{data.key} is damaged: its bytes do not have the hash in its name",
+        f"{store.url}/{key} is damaged: its bytes do not have the hash in its name",
         remedy="if it is a shard's, run `pixnerd data verify --drop-damaged`; else delete it and the record that names "
         "it; then run again: it is made anew",
     )

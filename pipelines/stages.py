@@ -8,6 +8,7 @@ becomes the `output` of its record, which is all that later stages know of it.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -30,6 +31,8 @@ from infra.store import Store
 from infra.tracking import Run, Tracker
 from pipelines.evaluation.run import GenevalSettings, prompts_digest
 from training.loop import TrainSettings
+
+log = logging.getLogger(__name__)
 
 Output = dict[str, Any]
 Inputs = Mapping[str, StageRecord]
@@ -302,6 +305,10 @@ def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
             speed = f"{message['train/images_per_second']:.0f} images/s"
             text = f"step {message['step']} of {message['steps']}, loss {message['train/loss']:.4f}, {speed}"
             context.progress(text, message["step"], message["steps"])
+        if message["event"] == "told":
+            log.warning("%s: %s", context.stage, message["text"])
+        if message["event"] == "waiting":
+            context.progress(f"another run on {message['host']} trains this already; waiting for it to end")
 
     record = fit(job, show)
     return {

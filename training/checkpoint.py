@@ -1,29 +1,33 @@
 """Training states to resume from, and checkpoints to use: both are data objects first and one record last.
 
-    <prefix>/state/<step>-<rank>-<sha256>.safetensors   each rank's ranges of the flat fp32 vectors
-    <prefix>/states/<step>.json                          the state is whole (written by rank 0, after all ranks)
-    <prefix>/checkpoint/<name>-<sha256>                  config.json, model.safetensors (EMA), text/, repa head
-    <prefix>/checkpoint.json                             the run is done
+    <prefix>/state/<step>-<rank>-<attempt>-<sha256>.safetensors   each rank's ranges of the flat fp32 vectors
+    <prefix>/states/<step>-<attempt>.json     the state is whole (written by rank 0, after all ranks)
+    <prefix>/checkpoint/<name>-<sha256>       config.json, model.safetensors (EMA), text/, repa head, SHA256SUMS
+    <prefix>/checkpoint.json                  the run is done
 
-Any number of ranks can resume from a state: ranges of flat vectors are cut anew.
+Any number of ranks can resume from a state: ranges of flat vectors are cut anew. An attempt is one start of all ranks;
+whatever it writes carries its name, so two that work on one run at the same time never mix their parts, and neither
+deletes what only the other one's records name. Each of their states is whole and of one step, so either may go on from
+the other's.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.distributed as dist
+from pydantic import model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from infra.config import digest
-from infra.errors import CheckpointError, NotFound
+from infra.errors import CheckpointError, DataError, NotFound, RecordError
 from infra.files import sha256_of
 from infra.records import CheckpointRecord, DataObject, Record, fetch_data, put_data, read_record, write_record
 from infra.store import Store
@@ -31,79 +35,187 @@ from training import model as models
 from training.ema import Ema
 from training.engine import Engine
 from training.model.fit import differences, refuse, shapes
+from training.team import Team
 
-KEPT_STATES = 2  # the newest, and the one before it for whoever has begun to read it
+KEPT_STEPS = 2  # the newest state, and the one before it in case the newest is damaged
+_NAME = re.compile(r"/(\d+)(?:-\w+)?\.json$")  # of a state's record; schema 1 named no attempt
 
 
 class StateFile(Record):
     data: DataObject
     ranges: dict[str, tuple[int, int]]  # tensor name -> its range of the flat vector
+    step: int | None = None  # of the rank that wrote it; schema 1 did not tell
+    attempt: str = ""
 
 
 class TrainingState(Record):
+    newest_schema: ClassVar[int] = 2
+    schema_version: int = 2
     run: str
     step: int
     position: int  # samples consumed
     files: list[StateFile]
     curve: list[dict[str, float]]  # what was logged up to this step
+    attempt: str = ""
+
+    @model_validator(mode="after")
+    def _is_of_one_step(self) -> TrainingState:
+        if self.schema_version > 1 and any((f.step, f.attempt) != (self.step, self.attempt) for f in self.files):
+            raise ValueError("its parts are of several steps or attempts")
+        return self
 
 
 def save_state(
-    store: Store, prefix: str, engine: Engine, ema: Ema, *, run: str, step: int, position: int, curve: list[Any]
+    store: Store,
+    prefix: str,
+    team: Team,
+    engine: Engine,
+    ema: Ema,
+    *,
+    run: str,
+    attempt: str,
+    step: int,
+    position: int,
+    curve: list[Any],
+    allowed: Callable[[], None],
 ) -> None:
-    """Every rank calls it; when it returns on rank 0 the state is committed."""
-    tensors, ranges = engine.state(), {}
-    for group, (shard, (start, end)) in enumerate(zip(ema.shards, engine.ranges(), strict=True)):
-        tensors[f"ema.{group}"] = shard[: end - start]
-    for name in tensors:
-        ranges[name] = engine.ranges()[int(name.rpartition(".")[2])]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "state.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-        data = put_data(store, f"{prefix}/state", f"{step:08d}-{engine.rank:05d}.safetensors", path)
-    files: list[Any] = [None] * engine.ranks
-    dist.all_gather_object(files, StateFile(data=data, ranges=ranges))
-    if engine.rank == 0:
-        state = TrainingState(run=run, step=step, position=position, files=files, curve=curve)
-        write_record(store, f"{prefix}/states/{step:08d}.json", state)
-        _drop_old_states(store, prefix)
-    dist.barrier()
+    """Every rank calls it; when it returns the state is committed. `allowed` raises if this run is another's by now."""
+
+    def put_part() -> StateFile:
+        tensors, ranges = engine.state(), {}
+        for group, (shard, (start, end)) in enumerate(zip(ema.shards, engine.ranges(), strict=True)):
+            tensors[f"ema.{group}"] = shard[: end - start]
+        for name in tensors:
+            ranges[name] = engine.ranges()[int(name.rpartition(".")[2])]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "state.safetensors"
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+            name = f"{step:08d}-{engine.rank:05d}-{attempt}.safetensors"
+            data = put_data(store, f"{prefix}/state", name, path)
+        return StateFile(data=data, ranges=ranges, step=step, attempt=attempt)
+
+    def commit(files: list[StateFile]) -> None:
+        allowed()
+        state = TrainingState(run=run, attempt=attempt, step=step, position=position, files=files, curve=curve)
+        written = write_record(store, f"{prefix}/states/{step:08d}-{attempt}.json", state)
+        assert written, "an attempt commits each step once"
+        drop_states(store, prefix, kept=KEPT_STEPS)
+
+    files = team.each(put_part)
+    team.check_agreed((step, position, attempt), "the state to commit")
+    team.decided(lambda: commit(files))
 
 
-def _drop_old_states(store: Store, prefix: str) -> None:
-    """The record goes first: a state whose record is there must be whole."""
-    for key in sorted(entry.key for entry in store.list(f"{prefix}/states/"))[:-KEPT_STATES]:
-        state = read_record(store, key, TrainingState)
+def drop_states(store: Store, prefix: str, *, kept: int) -> None:
+    """Deletes the states of all but the newest `kept` steps; somebody else may do the same at this moment.
+
+    The record goes first: a state whose record is there must be whole. One that cannot be read is left to `data gc`.
+    """
+    keys = _state_keys(store, prefix)
+    steps = sorted({step for step, _ in keys})
+    stay = steps[-kept:] if kept else []
+    for step, key in keys:
+        if step in stay:
+            continue
+        try:
+            state = read_record(store, key, TrainingState)
+        except (NotFound, RecordError):
+            continue
         store.delete(key)
         for file in state.files:
             store.delete(file.data.key)
 
 
-def newest_state(store: Store, prefix: str) -> TrainingState | None:
-    keys = sorted(entry.key for entry in store.list(f"{prefix}/states/"))
-    return read_record(store, keys[-1], TrainingState) if keys else None
+def _state_keys(store: Store, prefix: str) -> list[tuple[int, str]]:
+    """The step and the key of every state's record, in the order of their steps."""
+    found = ((_NAME.search(entry.key), entry.key) for entry in store.list(f"{prefix}/states/"))
+    return sorted((int(name[1]), key) for name, key in found if name)
 
 
-def load_state(store: Store, state: TrainingState, engine: Engine, ema: Ema) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        opened = []
-        for number, file in enumerate(state.files):
-            path = Path(folder) / f"{number}.safetensors"
-            fetch_data(store, file.data, path)
-            opened.append((file.ranges, safe_open(path, "pt")))
+class Found(NamedTuple):
+    key: str
+    state: TrainingState | None
+    problem: str = ""
 
-        def read(name: str, start: int, end: int) -> torch.Tensor:
-            pieces = list(_overlaps(opened, name, start, end))
-            if sum(len(piece) for piece in pieces) != end - start:
-                raise CheckpointError(
-                    f"the training state at step {state.step} does not fit this model ({name} is of another length)",
-                    remedy="the model's settings have changed: start another run",
-                )
-            return torch.cat(pieces) if pieces else torch.zeros(0)
 
-        engine.load_state(read, state.step)
-        for group, (shard, (start, end)) in enumerate(zip(ema.shards, engine.ranges(), strict=True)):
-            shard[: end - start] = read(f"ema.{group}", start, end).to(shard)
+def newest_state(store: Store, prefix: str, left_out: Container[str] = ()) -> Found | None:
+    """The state of the highest step. One whose record cannot be read has no `state`, and says why."""
+    for _, key in reversed(_state_keys(store, prefix)):
+        if key in left_out:
+            continue
+        try:
+            return Found(key, read_record(store, key, TrainingState))
+        except NotFound:
+            continue  # dropped since it was listed
+        except RecordError as error:
+            return Found(key, None, error.message)
+    return None
+
+
+def resume(
+    store: Store, prefix: str, team: Team, engine: Engine, ema: Ema, tell: Callable[[str], None]
+) -> TrainingState | None:
+    """The newest whole state, loaded on every rank; None where the run has not committed one.
+
+    A damaged state is told of and the one before it is taken. Where all are damaged the run does not begin anew by
+    itself: that may be weeks of work, and is for its owner to say.
+    """
+    damaged: dict[str, str] = {}
+    while (found := team.decided(lambda: newest_state(store, prefix, damaged))) is not None:
+        key, state, problem = found
+        with tempfile.TemporaryDirectory() as folder:
+            if state is not None:
+                problem = next(filter(None, team.each(partial(_fetch_parts, store, state, engine, Path(folder)))), "")
+            if state is not None and not problem:
+                team.check_agreed((state.step, state.position, state.digest()), "where to go on from")
+                _load(state, Path(folder), engine, ema)
+                return state
+        damaged[key] = problem
+        tell(f"the training state {key} is not used: {problem}")
+    team.decided(lambda: _refuse_to_begin_anew(store, prefix, damaged))
+    return None
+
+
+def _refuse_to_begin_anew(store: Store, prefix: str, damaged: dict[str, str]) -> None:
+    """What has vanished was no damage: another driver has come further, dropped it, and left what is newer."""
+    left = [problem for key, problem in damaged.items() if store.exists(key)]
+    if left:
+        raise CheckpointError(
+            f"every training state of this run is damaged ({'; '.join(left)})",
+            remedy=f"to train from the beginning, delete {prefix}/states/ in {store.url} and run again",
+        )
+
+
+def _fetch_parts(store: Store, state: TrainingState, engine: Engine, folder: Path) -> str:
+    """The files of which this rank needs a range, held against their hashes; what is wrong with one, if anything."""
+    own = engine.ranges()
+    for number, file in enumerate(state.files):
+        spans = (file.ranges.get(f"master.{group}", (0, 0)) for group in range(len(own)))
+        if any(max(span[0], mine[0]) < min(span[1], mine[1]) for span, mine in zip(spans, own, strict=True)):
+            try:
+                fetch_data(store, file.data, folder / f"{number}.safetensors")
+            except (NotFound, DataError) as error:
+                return error.message
+    return ""
+
+
+def _load(state: TrainingState, folder: Path, engine: Engine, ema: Ema) -> None:
+    """The fetched files' ranges into the engine and the EMA."""
+    paths = {number: folder / f"{number}.safetensors" for number in range(len(state.files))}
+    opened = [(state.files[number].ranges, safe_open(path, "pt")) for number, path in paths.items() if path.exists()]
+
+    def read(name: str, start: int, end: int) -> torch.Tensor:
+        pieces = list(_overlaps(opened, name, start, end))
+        if sum(len(piece) for piece in pieces) != end - start:
+            raise CheckpointError(
+                f"the training state at step {state.step} does not fit this model ({name} is of another length)",
+                remedy="the model's settings have changed: start another run",
+            )
+        return torch.cat(pieces) if pieces else torch.zeros(0)
+
+    engine.load_state(read, state.step)
+    for group, (shard, (start, end)) in enumerate(zip(ema.shards, engine.ranges(), strict=True)):
+        shard[: end - start] = read(f"ema.{group}", start, end).to(shard)
 
 
 def _overlaps(opened: list[Any], name: str, start: int, end: int) -> Iterator[torch.Tensor]:
@@ -133,6 +245,7 @@ def publish_folder(store: Store, folder: Path) -> CheckpointRecord:
     """A checkpoint folder of this machine as a record in a store; the same folder gives the same record."""
     if not (folder / models.CONFIG).is_file():
         raise CheckpointError(f"{folder} holds no {models.CONFIG}", remedy="name the folder of a checkpoint")
+    models.check_files(folder, *(path.name for path in folder.iterdir()))
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     hashes = {p.relative_to(folder).as_posix(): sha256_of(p) for p in files}
     name = digest(hashes)
@@ -149,8 +262,11 @@ def published(store: Store, prefix: str) -> CheckpointRecord | None:
 
 
 def fetch(store: Store, record: CheckpointRecord, folder: Path) -> Path:
-    """The checkpoint as an ordinary folder, its bytes held against their names."""
-    return fetch_files(store, record.files, folder)
+    """The checkpoint as an ordinary folder, its bytes held against their names; it carries its hashes."""
+    fetch_files(store, record.files, folder)
+    if not (folder / models.SUMS).is_file():  # published before checkpoints carried them
+        models.write_sums(folder)
+    return folder
 
 
 def fetch_files(store: Store, files: dict[str, DataObject], folder: Path) -> Path:

@@ -26,6 +26,7 @@ from pydantic import Field
 
 from infra.config import Settings, operational
 from infra.errors import DataError
+from infra.records import fetch_named
 from infra.store import Store
 
 
@@ -107,7 +108,8 @@ def _decoded(data: bytes) -> np.ndarray:
 
 
 class Reader:
-    """Rows of a selection as images and captions. Tars are fetched whole once and then read in ranges."""
+    """Rows of a selection as images and captions. Tars are fetched whole once, held against their hashes, and then read
+    in ranges."""
 
     def __init__(self, store: Store, selection: pa.Table, cache: Path, seed: int) -> None:
         self.store, self.cache, self.seed = store, cache, seed
@@ -149,7 +151,7 @@ class Reader:
         if tar not in self._files:
             path = self.cache / self.tar_names[tar].replace("/", "_")
             if not path.exists():
-                self.store.download(self.tar_names[tar], path)
+                fetch_named(self.store, self.tar_names[tar], path)
             self._files[tar] = path.open("rb")
         return self._files[tar]
 

@@ -85,11 +85,28 @@ class Engine:
             "steps_per_print": sys.maxsize,
             "wall_clock_breakdown": False,
         }
+        rounded = precision == "bf16"
+        exact = {p: p.detach().clone() for p in module.parameters() if rounded and p.requires_grad}
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=adamw(module.parameters(), optim), config=config, dist_init_required=False
         )
         self._zero = self._engine.optimizer
         self.device = self._engine.device
+        if rounded:
+            self._restore_masters(exact)
+
+    @torch.no_grad()
+    def _restore_masters(self, exact: dict[nn.Parameter, torch.Tensor]) -> None:
+        """DeepSpeed makes the masters of weights that it has rounded to bf16 already; here they get their own again.
+
+        Else a stage would begin with every weight moved by up to 0.4 %, before it has learnt anything.
+        """
+        for group, (master, (start, end)) in enumerate(zip(self.masters, self.ranges(), strict=True)):
+            offsets = self._zero.round_robin_bit16_offsets[group]
+            for parameter, offset in zip(self._zero.round_robin_bit16_groups[group], offsets, strict=True):
+                first, last = max(start, offset), min(end, offset + parameter.numel())
+                if first < last:
+                    master[first - start : last - start] = exact[parameter].flatten()[first - offset : last - offset]
 
     def step(self, micro_batches: Iterable[Any], lr: float) -> tuple[list[Any], float]:
         """Forward, backward and update; the module gives (loss, report) for each micro-batch.
@@ -136,6 +153,7 @@ class Engine:
 
     def load_state(self, read: Callable[[str, int, int], torch.Tensor], step: int) -> None:
         """`read(name, start, end)` gives a range of a flat vector that was saved after `step` updates."""
+        optimizer, moments = self._zero.optimizer, {}
         for group, (master, (start, end)) in enumerate(zip(self.masters, self.ranges(), strict=True)):
             values = {}
             for kind in KINDS:
@@ -144,8 +162,9 @@ class Engine:
                 values[kind] = flat.detach()
             with torch.no_grad():
                 master.copy_(values.pop("master"))
-            if step:
-                self._zero.optimizer.state[master] = {"step": torch.tensor(float(step)), **values}
+            moments[group] = {"step": torch.tensor(float(step)), **values}
+        if step:  # PyTorch knows where its optimiser wants each of them: a fused one counts steps on the GPU
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         self._zero.update_lp_params()
 
     def gather(self, shards: list[torch.Tensor]) -> dict[str, torch.Tensor]:

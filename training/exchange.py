@@ -65,6 +65,7 @@ def import_file(
         models.save(unfinished, net, extra, _unshared(weights))
         if head:
             save_file({name: tensor.contiguous() for name, tensor in _unshared(head).items()}, unfinished / models.HEAD)
+            models.write_sums(unfinished)
     return extra
 
 
@@ -211,5 +212,6 @@ def _own_head(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
         f"{path} has no published layout",
         "take the file out of the folder to export the network alone",
     )
+    models.check_files(folder, models.HEAD)
     head: dict[str, Tensor] = load_file(path)
     return head

@@ -3,8 +3,10 @@
     build or inherit the network -> shard it -> resume where a state was committed -> steps, with the EMA behind them ->
     a committed state now and then -> the EMA weights as a checkpoint, its record last
 
-Data order, noise, times and drops depend on the position alone, so a run that was stopped and resumed, or resumed on
-another number of ranks, continues the same stream of samples.
+What the store says is asked by rank 0 alone and told to the others, and all of them compare what they are about to do:
+so two drivers on one run at the same time cannot make a model of mixed steps. Data order, noise, times and drops depend
+on the position alone, so a run that was stopped and resumed, or resumed on another number of ranks, continues the same
+stream of samples.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +23,10 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
 from pydantic import Field, model_validator
 from safetensors.torch import save_file
 
+from infra.claim import Claim
 from infra.config import Settings, operational, parse
 from infra.errors import SettingsError, TrainingError
 from infra.records import CheckpointRecord, DataObject, SnapshotRecord, put_data
@@ -43,6 +46,7 @@ from training.model.pixnerd import PixNerd
 from training.model.presets import ModelConfig, preset
 from training.optim import OptimSettings, learning_rate
 from training.task import Meter, ObjectiveSettings, Preparer, Trained
+from training.team import Team
 
 Files = dict[str, DataObject]
 
@@ -110,7 +114,12 @@ class Job:
     vision: Files | str | None
     start_from: CheckpointRecord | None
     run: Run
+    claim: Claim | None = None  # the driver's, where there may be several
     scratch: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
+
+    def check_claim(self) -> None:
+        if self.claim is not None:
+            self.claim.check()
 
 
 Say = Callable[[dict[str, Any]], None]
@@ -118,26 +127,49 @@ Say = Callable[[dict[str, Any]], None]
 
 def train(job: Job, say: Say) -> CheckpointRecord:
     """Runs on every rank; torch.distributed is up."""
-    if (done := checkpoint.published(job.store, job.prefix)) is not None:
+    team = Team()
+    if (done := team.decided(lambda: checkpoint.published(job.store, job.prefix))) is not None:
         return done
     settings = job.settings
+    attempt = team.decided(lambda: uuid.uuid4().hex[:12])
     folder = Path(tempfile.mkdtemp(prefix="pixnerd-train-", dir=job.scratch))
     try:
         parts = _build(job, folder)
-        engine = _shard(parts, settings)
+        engine = _shard(parts, settings, team.size)
         ema = Ema(engine.masters, settings.ema)
-        step, position, curve = _resume(job, engine, ema)
+        state = checkpoint.resume(
+            job.store, job.prefix, team, engine, ema, lambda text: say({"event": "told", "text": text})
+        )
+        step, position, curve = (state.step, state.position, list(state.curve)) if state else (0, 0, [])
         say({"event": "start", "step": step, "steps": settings.steps})
         reader = Reader(job.store, read_selection(job.store, job.snapshot), folder, settings.seed)
         batches = Batches(
             reader, settings.reading, batch=settings.batch, rank=engine.rank, ranks=engine.ranks, seed=settings.seed
         ).iterate(position)
+
+        def save(step: int) -> None:
+            checkpoint.save_state(
+                job.store,
+                job.prefix,
+                team,
+                engine,
+                ema,
+                run=job.digest,
+                attempt=attempt,
+                step=step,
+                position=step * settings.batch,
+                curve=curve,
+                allowed=job.check_claim,
+            )
+            job.run.flush()
+            say({"event": "saved", "step": step})
+
         try:
-            _steps(job, parts, engine, ema, batches, step, curve, say)
+            _steps(job, parts, engine, ema, batches, step, curve, say, save)
         finally:
             batches.close()  # type: ignore[attr-defined]
             reader.close()
-        return _publish(job, parts, engine, ema, curve)
+        return _publish(job, parts, team, engine, ema, curve)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -196,8 +228,7 @@ def _build(job: Job, folder: Path) -> Parts:
     return Parts(trained, text, text_folder, None if settings.train_text else text, vision)
 
 
-def _shard(parts: Parts, settings: TrainSettings) -> Engine:
-    ranks = dist.get_world_size()
+def _shard(parts: Parts, settings: TrainSettings, ranks: int) -> Engine:
     share = settings.batch // ranks
     micro = min(settings.micro_batch or share, share)
     return Engine(
@@ -210,14 +241,6 @@ def _shard(parts: Parts, settings: TrainSettings) -> Engine:
     )
 
 
-def _resume(job: Job, engine: Engine, ema: Ema) -> tuple[int, int, list[dict[str, float]]]:
-    state = checkpoint.newest_state(job.store, job.prefix)
-    if state is None:
-        return 0, 0, []
-    checkpoint.load_state(job.store, state, engine, ema)
-    return state.step, state.position, list(state.curve)
-
-
 def _steps(
     job: Job,
     parts: Parts,
@@ -227,6 +250,7 @@ def _steps(
     first: int,
     curve: list[dict[str, float]],
     say: Say,
+    save: Callable[[int], None],
 ) -> None:
     settings, meter = job.settings, Meter()
     for encoder in (parts.frozen_text, parts.vision):
@@ -249,12 +273,7 @@ def _steps(
             row, meter = meter.read(engine.ranks, seconds, rate), Meter()
             _log(job, engine, row, done, curve, say)
         if done % settings.save_every == 0 and done < settings.steps:
-            position = done * settings.batch
-            checkpoint.save_state(
-                job.store, job.prefix, engine, ema, run=job.digest, step=done, position=position, curve=curve
-            )
-            job.run.flush()
-            say({"event": "saved", "step": done})
+            save(done)
 
 
 def _log(job: Job, engine: Engine, row: dict[str, float], step: int, curve: list[dict[str, float]], say: Say) -> None:
@@ -269,37 +288,42 @@ def _log(job: Job, engine: Engine, row: dict[str, float], step: int, curve: list
         say({"event": "log", "step": step, "steps": job.settings.steps, **row})
 
 
-def _publish(job: Job, parts: Parts, engine: Engine, ema: Ema, curve: list[dict[str, float]]) -> CheckpointRecord:
-    """The EMA weights, gathered on rank 0, as a checkpoint folder; the other ranks read the record that it wrote."""
+def _publish(
+    job: Job, parts: Parts, team: Team, engine: Engine, ema: Ema, curve: list[dict[str, float]]
+) -> CheckpointRecord:
+    """The EMA weights, gathered on rank 0, as a checkpoint folder; its states are needed no more."""
+    settings = job.settings
     weights = engine.gather(ema.shards)
-    if engine.rank == 0:
 
-        def write(folder: Path) -> None:
-            _load_prefix(parts.trained, weights)
-            own_text = parts.text_folder is not None or job.settings.train_text > 0
-            models.save(folder, parts.trained.net, {"text_encoder": "text" if own_text else job.text})
-            if own_text:
-                parts.text.save(folder / "text")
-            if parts.trained.head is not None:
-                save_file(parts.trained.head.state_dict(), folder / models.HEAD)
+    def write(folder: Path) -> None:
+        _load_prefix(parts.trained, weights)
+        own_text = parts.text_folder is not None or settings.train_text > 0
+        models.save(folder, parts.trained.net, {"text_encoder": "text" if own_text else job.text})
+        if own_text:
+            parts.text.save(folder / "text")
+        if parts.trained.head is not None:
+            save_file(parts.trained.head.state_dict(), folder / models.HEAD)
+        models.write_sums(folder)
 
-        checkpoint.publish(
+    def publish() -> CheckpointRecord:
+        job.check_claim()
+        record = checkpoint.publish(
             job.store,
             job.prefix,
             write,
             run=job.digest,
-            step=job.settings.steps,
-            position=job.settings.steps * job.settings.batch,
+            step=settings.steps,
+            position=settings.steps * settings.batch,
             snapshot=job.snapshot.digest(),
             start_from=job.start_from.digest() if job.start_from is not None else None,
             parameters=sum(p.numel() for p in parts.trained.net.parameters()),
             curve=_store_curve(job, curve),
         )
+        checkpoint.drop_states(job.store, job.prefix, kept=0)
         job.run.flush()
-    dist.barrier()
-    record = checkpoint.published(job.store, job.prefix)
-    assert record is not None
-    return record
+        return record
+
+    return team.decided(publish)
 
 
 def _load_prefix(trained: Trained, weights: dict[str, torch.Tensor]) -> None:

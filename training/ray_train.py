@@ -9,8 +9,10 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from infra.claim import held
 from infra.cluster import Channel
 from infra.errors import PixnerdError, TrainingError
 from infra.records import CheckpointRecord
@@ -19,9 +21,26 @@ from training.loop import Job
 
 
 def fit(job: Job, show: Callable[[dict[str, Any]], None]) -> CheckpointRecord:
-    """Trains to the end, or raises; `show` gets rank 0's progress while it runs."""
-    if (done := checkpoint.published(job.store, job.prefix)) is not None:
-        return done
+    """Trains to the end, or raises; `show` gets rank 0's progress while it runs.
+
+    Of several drivers one trains, and the others wait for its checkpoint, or for its end.
+    """
+
+    def done() -> bool:
+        return checkpoint.published(job.store, job.prefix) is not None
+
+    def waiting(host: str) -> None:
+        show({"event": "waiting", "host": host})
+
+    with held(job.store, f"{job.prefix}/drivers", done, waiting) as claim:
+        if claim is not None:
+            _fit(replace(job, claim=claim), show)
+    record = checkpoint.published(job.store, job.prefix)
+    assert record is not None, "training ended without a checkpoint"
+    return record
+
+
+def _fit(job: Job, show: Callable[[dict[str, Any]], None]) -> None:
     import torch
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -42,9 +61,6 @@ def fit(job: Job, show: Callable[[dict[str, Any]], None]) -> CheckpointRecord:
             trainer.fit()
         except Exception as error:  # Ray wraps what a worker raised; ours is taken out again below
             raise _cause(error) from error
-    record = checkpoint.published(job.store, job.prefix)
-    assert record is not None, "training ended without a checkpoint"
-    return record
 
 
 def _threads(job: Job) -> int:

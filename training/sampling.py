@@ -148,6 +148,7 @@ class Artist:
         net.to(PRECISIONS[settings.precision or _saved_precision(folder, config)])
         text = None
         if source is not None:
+            models.check_files(folder, "text")
             text = TextEncoder(source, config.text_tokens, rounded=config.round_text).to(device)
             if text.width != config.text_dim:
                 raise CheckpointError(

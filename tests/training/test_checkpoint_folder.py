@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ def test_a_network_comes_back_as_it_was(net: PixNerd, tmp_path: Path, dtype: tor
     net.to(dtype)
     save(tmp_path / "a", net, {"step": 7})
     again = load(tmp_path / "a")
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["config.json", "model.safetensors"]
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == ["SHA256SUMS", "config.json", "model.safetensors"]
     assert again.config == net.config
     assert read_config(tmp_path / "a")[1] == {"step": 7}
     for name, tensor in net.state_dict().items():
@@ -49,7 +51,7 @@ def test_a_checkpoint_is_never_written_over(net: PixNerd, tmp_path: Path):
         save(tmp_path, net)
 
 
-@pytest.mark.parametrize("dies_at", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("dies_at", ["config.json", "model.safetensors", "SHA256SUMS"])
 def test_a_save_that_dies_leaves_no_checkpoint(
     net: PixNerd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: str
 ):
@@ -116,3 +118,22 @@ def test_settings_that_are_not_ours_are_refused(net: PixNerd, tmp_path: Path, ch
     config.write_text("{")
     with pytest.raises(CheckpointError, match="damaged"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_one_flipped_bit_is_refused(net: PixNerd, tmp_path: Path, name: str):
+    """In the weights it would draw another picture; in the settings a digit is another one, and still valid."""
+    save(tmp_path, net, {"note": "0"})
+    path = tmp_path / name
+    data = bytearray(path.read_bytes())
+    data[-1 if name == "model.safetensors" else data.rindex(b"0")] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged.*take its line out of SHA256SUMS"):
+        load(tmp_path)
+    (tmp_path / "SHA256SUMS").unlink()  # a folder from elsewhere carries no hashes, and is taken as it is
+    load(tmp_path)
+
+
+def test_the_hashes_are_those_that_coreutils_check(net: PixNerd, tmp_path: Path):
+    save(tmp_path, net)
+    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=tmp_path, check=True)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from infra.errors import DataError
+from infra.records import put_data
 from infra.shards import SELECTION_SCHEMA, TarWriter
 from infra.store import open_store
 from training.data import Batches, DataSettings, Order, Reader
@@ -78,15 +79,16 @@ def reader_of(tmp_path: Path, kind: str, sides: list[int]) -> Reader:
     for shard in range(3):
         packed = io.BytesIO()
         tar = TarWriter(packed)
-        for row in range(4 * shard, 4 * shard + 4):
-            side = sides[row]
-            member = tar.add(f"{row}.x", saved(np.full((side, side, 3), 20 * row, np.uint8), kind))
-            values = (str(row), f"t/{shard}.tar", *member, side, side, [f"row {row}", f"long row {row}"], [0.25, 0.75])
-            values = (*values, "source", f"{side}x{side}")
+        rows = range(4 * shard, 4 * shard + 4)
+        images = [saved(np.full((sides[row], sides[row], 3), 20 * row, np.uint8), kind) for row in rows]
+        members = [tar.add(f"{row}.x", image) for row, image in zip(rows, images, strict=True)]
+        tar.finish()
+        key = put_data(store, "t", f"{shard}.tar", packed.getvalue()).key
+        for row, member in zip(rows, members, strict=True):
+            captions = [f"row {row}", f"long row {row}"], [0.25, 0.75]
+            values = (str(row), key, *member, sides[row], sides[row], *captions, "source", "bucket")
             for name, value in zip(SELECTION_SCHEMA.names, values, strict=True):
                 columns[name].append(value)
-        tar.finish()
-        store.put(f"t/{shard}.tar", packed.getvalue())
     table = pa.table({f.name: pa.array(columns[f.name], f.type) for f in SELECTION_SCHEMA}, schema=SELECTION_SCHEMA)
     (tmp_path / "cache").mkdir()
     return Reader(store, table, tmp_path / "cache", seed=0)
@@ -134,5 +136,16 @@ def test_reading_ahead_gives_what_reading_gives(reader: Reader):
 
 def test_a_damaged_image_is_named(reader: Reader):
     reader.lengths = reader.lengths // 2
-    with pytest.raises(DataError, match=r"row 0 of t/0\.tar"):
+    with pytest.raises(DataError, match=r"row 0 of t/0-[0-9a-f]{64}\.tar"):
         reader.image(0)
+
+
+def test_a_tar_that_lost_a_bit_is_not_read(reader: Reader):
+    """The bit lies in a picture's last bytes: it would still decode, to another picture."""
+    key = reader.tar_names[1]
+    data = bytearray(reader.store.get(key))
+    data[int(reader.offsets[4] + reader.lengths[4]) - 3] ^= 1
+    reader.store.put(key, bytes(data))
+    reader.image(0)
+    with pytest.raises(DataError, match="do not have the hash in its name"):
+        reader.image(4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from infra.errors import CheckpointError, DataError, SettingsError, TrainingError
-from infra.records import CheckpointRecord, DataObject, SnapshotRecord, get_data
-from infra.store import Store, open_store
+from infra.claim import held
+from infra.config import canonical_json
+from infra.errors import CheckpointError, SettingsError, StoreError, TakenOver, TrainingError
+from infra.records import CheckpointRecord, DataObject, SnapshotRecord, get_data, read_record
+from infra.store import FileStore, Store, open_store
 from tests.training import small_run
-from training import checkpoint
+from training import checkpoint, loop
 from training import model as models
+from training.ema import Ema
 from training.loop import Job, train
 from training.sampling import Artist, SampleSettings
+from training.team import Team
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +61,15 @@ def make(store: Store, snapshot: SnapshotRecord, encoders: Any) -> Any:
 
 class Killed(Exception):
     pass
+
+
+class Unpublished(FileStore):
+    """No checkpoint is taken, so that the states which led to it stay."""
+
+    def create(self, key: str, data: bytes | Path) -> bool:
+        if key.endswith("/checkpoint.json"):
+            raise StoreError("the store is full", remedy="make room")
+        return super().create(key, data)
 
 
 def run(job: Job, kill_after: int | None = None) -> CheckpointRecord:
@@ -108,12 +122,21 @@ def test_a_finished_run_is_not_run_again(make: Any, undisturbed: CheckpointRecor
     assert train(job, lambda message: pytest.fail(f"it ran again: {message}")) == undisturbed
 
 
-def test_only_the_newest_states_are_kept(store: Store, make: Any, alone: None):
+def states(store: Store, job: Job) -> list[int]:
+    """The steps of the committed states, each of them whole."""
+    found = [read_record(store, e.key, checkpoint.TrainingState) for e in store.list(f"{job.prefix}/states/")]
+    parts = {entry.key for entry in store.list(f"{job.prefix}/state/")}
+    assert parts == {file.data.key for state in found for file in state.files}
+    return [state.step for state in found]
+
+
+def test_only_the_newest_states_are_kept_and_none_of_a_finished_run(store: Store, make: Any, alone: None):
     job = make("states", steps=9, save_every=1)
+    with pytest.raises(Killed):
+        run(job, kill_after=7)
+    assert states(store, job) == [6, 7]
     run(job)
-    kept = [entry.key for entry in store.list(f"{job.prefix}/states/")]
-    assert [key.rpartition("/")[2] for key in kept] == ["00000007.json", "00000008.json"]
-    assert len(list(store.list(f"{job.prefix}/state/"))) == 2
+    assert states(store, job) == []
 
 
 def test_micro_batches_give_the_same_model(store: Store, make: Any, undisturbed: CheckpointRecord, tmp_path: Path):
@@ -154,6 +177,34 @@ def test_a_stage_starts_from_the_average_of_the_one_before(
     assert after.keys() == before.keys()
 
 
+def test_in_bf16_a_stage_that_learns_nothing_moves_no_weight(
+    store: Store, make: Any, undisturbed: CheckpointRecord, tmp_path: Path
+):
+    """Its masters are the fp32 weights that it starts from, not those rounded to bf16."""
+    changes = {"precision": "bf16", "optim": {"lr": 1e-12}, "ema": {"decay": 0.0}, "steps": 2}
+    still = run(make("bf16", start_from=undisturbed, **changes))
+    before, after = (weights(store, record, tmp_path / str(k)) for k, record in enumerate((undisturbed, still)))
+    assert all(torch.allclose(before[name], after[name], rtol=1e-6, atol=1e-10) for name in before)
+
+
+def test_a_resumed_optimiser_is_as_pytorch_itself_loads_it(store: Store, make: Any, alone: None, tmp_path: Path):
+    """A fused one keeps its count of steps beside the weights; PyTorch moves it there, and so must a resume."""
+    job = make("optimiser")
+    with pytest.raises(Killed):
+        run(job, kill_after=3)
+    parts = loop._build(job, tmp_path)
+    engine = loop._shard(parts, job.settings, 1)
+    assert checkpoint.resume(store, job.prefix, Team(), engine, Ema(engine.masters, job.settings.ema), pytest.fail)
+    inner = engine._zero.optimizer
+    twin = torch.optim.AdamW([{"params": group["params"]} for group in inner.param_groups], fused=True)
+    twin.load_state_dict(inner.state_dict())
+    for master in engine.masters:
+        ours, theirs = inner.state[master], twin.state[master]
+        assert float(ours["step"]) == 3
+        assert {k: (v.dtype, v.device) for k, v in ours.items()} == {k: (v.dtype, v.device) for k, v in theirs.items()}
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_another_shape_to_start_from_is_refused_by_name(make: Any, undisturbed: CheckpointRecord):
     wider = {**small_run.MODEL, "field_channels": 16}
     with pytest.raises(CheckpointError, match=r"does not fit: .*field.* is \[\d"):
@@ -181,13 +232,80 @@ def test_a_damaged_state_is_not_resumed_from(store: Store, make: Any, alone: Non
     job = make("damaged")
     with pytest.raises(Killed):
         run(job, kill_after=3)
-    state = checkpoint.newest_state(store, job.prefix)
-    assert state is not None
+    _, state, _ = checkpoint.newest_state(store, job.prefix)
     data = bytearray(store.get(state.files[0].data.key))
     data[-1] ^= 1
     store.put(state.files[0].data.key, bytes(data))
-    with pytest.raises(DataError, match="do not have the hash"):
+    with pytest.raises(CheckpointError, match=r"every training state .*do not have the hash"):
         run(job)
+    store.delete(state.files[0].data.key)
+    with pytest.raises(CheckpointError, match=r"every training state .*there is no object"):
+        run(job)
+
+
+@pytest.mark.parametrize("damage", ["part flipped", "part missing", "record cut"])
+def test_behind_a_damaged_state_the_one_before_is_resumed_from_and_it_is_told(
+    store: Store,
+    make: Any,
+    undisturbed: CheckpointRecord,
+    damage: str,
+):
+    job = make(f"older-{damage.replace(' ', '-')}", save_every=1)
+    with pytest.raises(Killed):
+        run(job, kill_after=3)
+    key, state, _ = checkpoint.newest_state(store, job.prefix)
+    part = state.files[0].data.key
+    if damage == "part flipped":
+        data = store.get(part)
+        store.put(part, data[:-1] + bytes([data[-1] ^ 1]))
+    elif damage == "part missing":
+        store.delete(part)
+    else:
+        store.put(key, store.get(key)[:-9])
+    said: list[dict[str, Any]] = []
+    record = train(job, said.append)
+    assert [message["step"] for message in said if message["event"] == "start"] == [2]
+    assert [key in message["text"] for message in said if message["event"] == "told"] == [True]
+    assert record.files["model.safetensors"].sha256 == undisturbed.files["model.safetensors"].sha256
+
+
+def test_a_state_of_an_earlier_version_is_resumed_from(store: Store, make: Any, undisturbed: CheckpointRecord):
+    job = make("earlier")
+    with pytest.raises(Killed):
+        run(job, kill_after=3)
+    key, state, _ = checkpoint.newest_state(store, job.prefix)
+    old = {name: value for name, value in state.model_dump(mode="json").items() if name != "attempt"}
+    old |= {
+        "schema_version": 1,
+        "files": [{k: f[k] for k in ("data", "ranges", "schema_version")} for f in old["files"]],
+    }
+    store.delete(key)
+    store.put(f"{job.prefix}/states/00000003.json", json.dumps(old).encode())
+    assert run(job).files["model.safetensors"].sha256 == undisturbed.files["model.safetensors"].sha256
+
+
+def test_a_state_of_mixed_parts_can_be_neither_written_nor_read(store: Store, make: Any, alone: None):
+    job = make("mixed")
+    with pytest.raises(Killed):
+        run(job, kill_after=3)
+    key, state, _ = checkpoint.newest_state(store, job.prefix)
+    for change in ({"step": 2}, {"attempt": "another"}):
+        mixed = [*state.files, state.files[0].model_copy(update=change)]
+        with pytest.raises(ValueError, match="several steps or attempts"):
+            checkpoint.TrainingState(**state.model_dump(exclude={"files"}), files=mixed)
+        store.put(key, canonical_json(state.model_copy(update={"files": mixed})).encode())
+        with pytest.raises(CheckpointError, match="every training state"):
+            run(job)
+
+
+def test_a_driver_whose_run_was_taken_over_commits_nothing(store: Store, make: Any, alone: None):
+    job = make("taken")
+    with held(store, f"{job.prefix}/drivers", lambda: False, pytest.fail) as claim:
+        store.put(f"{job.prefix}/drivers/000002.json", store.get(claim.key).replace(claim.driver.encode(), b"b" * 12))
+        with pytest.raises(TakenOver):
+            run(replace(job, claim=claim))
+    assert not list(store.list(f"{job.prefix}/states/"))
+    assert checkpoint.published(store, job.prefix) is None
 
 
 def test_what_was_trained_draws_the_same_picture_twice(store: Store, undisturbed: CheckpointRecord, tmp_path: Path):
@@ -213,11 +331,11 @@ def test_two_ranks_give_what_one_gives_and_one_resumes_what_two_began(
     whole, parts = weights(store, undisturbed, tmp_path / "1"), weights(store, two, tmp_path / "2")
     assert all(torch.allclose(whole[name], parts[name], atol=2e-4) for name in whole)
 
-    # The two ranks' state at step 3, found by a run of one rank.
-    state = checkpoint.newest_state(store, "training/two")
-    assert state is not None
+    # A run of one rank goes on from the two ranks' state.
+    began = make("began", workers=2, retries=0)
+    with pytest.raises(StoreError, match="the store is full"):
+        fit(replace(began, store=Unpublished(store.root)), seen.append)
+    _, state, _ = checkpoint.newest_state(store, began.prefix)
     assert len(state.files) == 2
-    began = replace(make("began"), prefix="training/began")
-    checkpoint.write_record(store, f"{began.prefix}/states/00000003.json", state)
-    resumed = weights(store, run(began), tmp_path / "3")
+    resumed = weights(store, run(replace(began, settings=make("began").settings)), tmp_path / "3")
     assert all(torch.allclose(parts[name], resumed[name], atol=2e-4) for name in parts)

@@ -1,4 +1,4 @@
-"""The network, and the folder that holds one: `config.json` and `model.safetensors`."""
+"""The network, and the folder that holds one: `config.json`, `model.safetensors`, and the hashes of both."""
 
 from __future__ import annotations
 
@@ -15,22 +15,25 @@ from torch import Tensor
 
 from infra.config import parse
 from infra.errors import CheckpointError, SettingsError
-from infra.files import appearing
+from infra.files import appearing, sha256_of
 from training.model.embed import Condition, Text
 from training.model.fit import Shape, differences, refuse, shapes
 from training.model.pixnerd import PixNerd
 from training.model.presets import PRESETS, ModelConfig, preset
+from training.model.sums import SUMS, check_files, sums_text, write_sums
 
 __all__ = [
     "CONFIG",
     "HEAD",
     "PRESETS",
+    "SUMS",
     "WEIGHTS",
     "Condition",
     "ModelConfig",
     "PixNerd",
     "Stored",
     "Text",
+    "check_files",
     "header",
     "load",
     "outline",
@@ -38,6 +41,7 @@ __all__ = [
     "read_config",
     "read_header",
     "save",
+    "write_sums",
 ]
 
 SCHEMA = 1
@@ -63,12 +67,17 @@ def save(
     config = {"schema_version": SCHEMA, "model": net.config.model_dump(mode="json"), "extra": dict(extra or {})}
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    # The inner one takes its place first: without its settings the folder is no checkpoint.
-    with appearing(folder / CONFIG) as config_file, appearing(folder / WEIGHTS) as weights_file:
+    # The innermost takes its place first: without its settings the folder is no checkpoint.
+    with (
+        appearing(folder / CONFIG) as config_file,
+        appearing(folder / WEIGHTS) as weights_file,
+        appearing(folder / SUMS) as sums_file,
+    ):
         config_file.write_text(text, encoding="utf-8")
         save_file({name: t.detach().contiguous().cpu() for name, t in state.items()}, weights_file)
         # safetensors lets nobody but the owner read; whoever may read the settings may read the weights.
         weights_file.chmod(config_file.stat().st_mode)
+        sums_file.write_text(sums_text({file.name: sha256_of(file) for file in (config_file, weights_file)}))
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu") -> PixNerd:
@@ -77,6 +86,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> PixNerd:
     config, _ = read_config(folder)
     net = outline(config)
     read_header(folder, config)
+    check_files(folder, WEIGHTS)
     with _whole(folder / WEIGHTS):
         state = load_file(folder / WEIGHTS, device=str(device))
     net.load_state_dict(state, assign=True)
@@ -141,6 +151,8 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     if version != SCHEMA:
         raise CheckpointError(f"{path} has schema {version}, this is {SCHEMA}", remedy="use the pixnerd that wrote it")
     try:
-        return parse(ModelConfig, model), extra
+        parsed = parse(ModelConfig, model)
     except SettingsError as error:
         raise CheckpointError(f"{path}: {error.message}", remedy=error.remedy) from None
+    check_files(Path(folder), CONFIG)
+    return parsed, extra
