@@ -15,6 +15,7 @@ from typing import Any
 
 from infra.config import Settings, operational
 from infra.errors import ClusterError
+from infra.head import check_head, own_token
 
 
 class ClusterSettings(Settings):
@@ -47,6 +48,10 @@ def connect(settings: ClusterSettings | None = None) -> None:
     for name, value in _LOCAL_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     address = settings.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        check_head(address)
+    else:
+        own_token()
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
@@ -60,10 +65,14 @@ def connect(settings: ClusterSettings | None = None) -> None:
                 logging_level="ERROR",
             )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = f"the Ray cluster at {address}" if address else "a local Ray"
+        if address:
+            raise ClusterError(
+                f"the Ray cluster at {address} answers, but could not be joined ({error})",
+                remedy="run this on a machine of the cluster (`ray start --address=...` makes this one into one), with "
+                "the cluster's versions of Python and Ray",
+            ) from error
         raise ClusterError(
-            f"{where} could not be {'reached' if address else 'started'} ({error})",
-            remedy="check the address with `ray status`" if address else "free memory and /tmp space, then run again",
+            f"a local Ray could not be started ({error})", remedy="free memory and /tmp space, then run again"
         ) from error
 
 

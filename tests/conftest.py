@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from infra.head import own_token
+
 # A deadline for a single example would fail on a busy machine; pytest's timeout is the one that counts.
 settings.register_profile("pixnerd", deadline=None)
 settings.load_profile("pixnerd")
@@ -22,6 +24,7 @@ def ray_cluster() -> Iterator[str]:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    own_token()
     folder = tempfile.mkdtemp(prefix="pn-", dir="/tmp")  # short: sockets in it have at most 107 characters
     try:
         ray.init(
