@@ -27,7 +27,7 @@ from heapq import heappop, heappush
 from importlib.metadata import version
 from itertools import islice
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 from urllib.parse import urljoin
 
 import aiohttp
@@ -36,7 +36,7 @@ from yarl import URL
 
 from data_prep.addresses import HttpUrl, Lookup, PrivateAddress, Resolver, any_socket, http_url, look_up, public_socket
 from data_prep.rejections import TRANSIENT, Cause, Rejection
-from infra.config import Settings, operational
+from infra.config import Settings, operational, spelt
 
 _log = logging.getLogger(__name__)
 
@@ -59,8 +59,12 @@ class FetchSettings(Settings):
         8, ge=1, description="downloads at once from one host, of one job; no more of its tasks than that download"
     )
     ahead_mib: int = operational(256, ge=1, description="finished downloads, of one job, that wait to be stored")
-    user_agent: str = Field("pixnerd", pattern=r"^[A-Za-z0-9_-]+$", description="also answers to X-Robots-Tag")
-    contact: str = operational("", pattern=r"^[!-~]*$", description="a page or address where site owners can complain")
+    user_agent: Annotated[str, spelt(r"[A-Za-z0-9_-]+", "a word of letters, digits, `_` and `-`")] = Field(
+        "pixnerd", description="also answers to X-Robots-Tag"
+    )
+    contact: Annotated[str, spelt(r"[!-~]*", "plain ASCII without blanks")] = operational(
+        "", description="a page or address where site owners can complain"
+    )
 
 
 class Fetched(NamedTuple):

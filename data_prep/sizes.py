@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from infra.config import Settings
+from infra.config import Settings, spelt
 
 Format = Literal["jpeg", "webp", "png"]
 Subsampling = Literal["444", "422", "420"]
@@ -27,9 +27,10 @@ class Bucket(NamedTuple):
 
 
 class Buckets(Settings):
-    name: str = Field(
-        pattern=r"^[a-z][a-z0-9_.-]*$", max_length=60, description="what its shards and records are called"
-    )
+    name: Annotated[
+        str,
+        spelt(r"[a-z][a-z0-9_.-]{0,59}", "at most 60 small letters, digits, `_`, `.` and `-`, a letter first"),
+    ] = Field(description="what its shards and records are called")
     side: int = Field(
         ge=PATCH, le=LARGEST, description="the budget: no bucket has more pixels than a square of this side"
     )

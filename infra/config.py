@@ -7,26 +7,26 @@ workers and timeouts change how long work takes, never what comes out, and must 
 
 from __future__ import annotations
 
-import copy
-import difflib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
-from pydantic_core import ErrorDetails, core_schema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic_core import core_schema
 
 from infra.errors import SettingsError
+from infra.problems import Misfit, shown, tell
+from infra.problems import nearest as nearest
 
 _OPERATIONAL = "operational"
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     def results(self) -> dict[str, Any]:
         """The settings that change results, as plain JSON values: what the digest is made of."""
@@ -130,102 +130,45 @@ class Secret:
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-def parse(cls: type[S], data: Any, *, where: str = "") -> S:
-    """Settings from plain data; the error names every wrong key and the nearest right one."""
+def check(cls: type[Settings], data: Any) -> None:
+    """For validators: whether a value makes these settings."""
+    try:
+        cls.model_validate(data)
+    except ValidationError as error:
+        raise Misfit(cls, error) from None
+
+
+class Refused(ValueError):
+    """What a validator says of a value, where it knows what to do as well."""
+
+    def __init__(self, message: str, *, remedy: str) -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+
+def spelt(pattern: str, like: str) -> AfterValidator:
+    """Text of this form: `like` says it in words, as the error does."""
+
+    def match(text: str) -> str:
+        if re.fullmatch(pattern, text) is None:
+            raise Refused(f"{shown(text)} cannot be used", remedy=f"write {like}")
+        return text
+
+    return AfterValidator(match)
+
+
+def parse(cls: type[S], data: Any, *, where: str = "", shared: Mapping[str, Any] | None = None) -> S:
+    """Settings from plain data; the error names every wrong key and the nearest right one.
+
+    `where` they were written, and `shared`: other such places -> what settings of this kind have in common there.
+    """
     if not isinstance(data, Mapping):
         raise SettingsError(
-            f"{where or cls.__name__} must be a mapping of settings, got {type(data).__name__}",
+            f"{f'`{where}`' if where else cls.__name__} must be a mapping of settings, not {shown(data)}",
             remedy="write `name: value` lines",
         )
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False)
-        raise SettingsError(
-            "; ".join(_problem(cls, problem, where) for problem in problems[:5]), remedy=_remedy(cls, problems)
-        ) from None
-
-
-def _problem(cls: type[Settings], problem: ErrorDetails, where: str) -> str:
-    path = ".".join([*([where] if where else []), *(str(part) for part in problem["loc"])])
-    if problem["type"] == "extra_forbidden":
-        return f"unknown setting `{path}`"
-    if problem["type"] == "missing":
-        return f"`{path}` is not set"
-    text = problem["msg"].removeprefix("Value error, ")
-    return f"`{path}`: {text[:1].lower()}{text[1:]}"
-
-
-def _remedy(cls: type[Settings], problems: list[ErrorDetails]) -> str:
-    for problem in problems:
-        if problem["type"] == "extra_forbidden":
-            known = _known_keys(cls, [str(part) for part in problem["loc"][:-1]])
-            near = nearest(str(problem["loc"][-1]), known)
-            return f"did you mean `{near}`?" if near else f"known here: {', '.join(sorted(known))}"
-    return "correct the value and run again"
-
-
-def _known_keys(cls: type[Settings], path: list[str]) -> list[str]:
-    """The keys that the settings class at `path` knows; list indexes and union tags are stepped over."""
-    here: type[BaseModel] = cls
-    for part in path:
-        field = here.model_fields.get(part)
-        if field is None:
-            continue
-        inner = _settings_in(field.annotation)
-        if inner is None:
-            break
-        here = inner
-    return list(here.model_fields)
-
-
-def _settings_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        if found := _settings_in(argument):
-            return found
-    return None
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return matches[0] if matches else None
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SettingsError(f"there is no file {path}", remedy="check the path") from None
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be read ({error.strerror})", remedy="check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        place = str(getattr(error, "problem_mark", "")).strip() or str(path)
-        raise SettingsError(f"{path} is not valid YAML {place}", remedy="correct it at the place named") from None
-    if not isinstance(data, dict):
-        raise SettingsError(f"{path} holds no settings", remedy="write `name: value` lines")
-    settings: dict[str, Any] = data
-    return settings
-
-
-def override(data: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """A copy of `data` with each `a.b=value` of the command line put in; values are YAML (`3`, `true`, `[1, 2]`)."""
-    result = copy.deepcopy(data)
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        keys = path.strip().split(".")
-        if not equals or not all(keys):
-            raise SettingsError(f"`--set {assignment}` is not an assignment", remedy="write --set name.part=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise SettingsError(f"the value in `--set {assignment}` is not YAML", remedy="quote it") from None
-        here = result
-        for key in keys[:-1]:
-            here = here.setdefault(key, {})
-            if not isinstance(here, dict):
-                raise SettingsError(f"`{key}` in `--set {assignment}` holds no settings", remedy="check the path")
-        here[keys[-1]] = value
-    return result
+        told = tell(cls, error, data, {where: data, **(shared or {})})
+        raise SettingsError(told.message, remedy=told.remedy) from None

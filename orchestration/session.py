@@ -148,7 +148,7 @@ def evaluate_folder(
     checkpoint: str, out: str, assignments: Sequence[str], *, address: str | None, as_json: bool
 ) -> None:
     """A folder is first made into a record in the store named by --out, then scored as a workflow's checkpoint is."""
-    from infra.config import override
+    from infra.written import override
     from pipelines.evaluation.run import GenevalSettings, geneval
     from training import checkpoint as checkpoints
 

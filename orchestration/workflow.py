@@ -8,14 +8,16 @@ follow it new, and everything else is found where it was, in this run and in any
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
+from types import MappingProxyType
 from typing import Any, Literal
 
 from infra.config import Settings, digest, nearest, parse
 from infra.errors import PixnerdError, SettingsError, StageFailed
+from infra.problems import shown
 from infra.records import StageRecord, read_record, write_record
 from infra.store import Store
 from pipelines.recipes import Recipe
@@ -53,7 +55,7 @@ def graph(recipe: Recipe, store: Store | None = None) -> list[Node]:
     What stages read from outside counts as it is there now; of the store, if there is one. Where the stages before one
     must tell what that is, and have not run, its digest is settled by `run` when they have.
     """
-    parsed = {name: parse_stage(name, data) for name, data in recipe.stages.items()}
+    parsed = {name: parse_stage(name, data, recipe.defaults) for name, data in recipe.stages.items()}
     nodes: dict[str, Node] = {}
     done: dict[str, StageRecord] = {}
 
@@ -114,15 +116,21 @@ def _settled(node: Node, store: Store, done: dict[str, StageRecord]) -> Node:
     return _node(node.name, node.kind, node.settings, node.inputs, below, store, records)
 
 
-def parse_stage(name: str, data: dict[str, Any]) -> tuple[StageKind, Settings]:
+def parse_stage(
+    name: str, data: dict[str, Any], defaults: Mapping[str, dict[str, Any]] = MappingProxyType({})
+) -> tuple[StageKind, Settings]:
+    """`defaults`: what the stages of each kind start from; it is in the data already."""
     kind = KINDS.get(str(data.get("kind")))
     if kind is None:
         near = nearest(str(data.get("kind")), KINDS)
         raise SettingsError(
-            f"`{name}.kind` is {data.get('kind')!r}, which is not a kind of stage",
+            f"`{name}.kind` is {shown(data.get('kind'))}, which is not a kind of stage",
             remedy=f"did you mean `{near}`?" if near else f"known: {', '.join(KINDS)}",
         )
-    return kind, parse(kind.settings, {k: v for k, v in data.items() if k != "kind"}, where=name)
+    settings = {k: v for k, v in data.items() if k != "kind"}
+    return kind, parse(
+        kind.settings, settings, where=name, shared={f"defaults.{kind.name}": defaults.get(kind.name, {})}
+    )
 
 
 def only(nodes: Sequence[Node], kind: str) -> list[Node]:

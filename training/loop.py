@@ -23,11 +23,11 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from safetensors.torch import save_file
 
 from infra.claim import Claim
-from infra.config import Settings, operational, parse
+from infra.config import Refused, Settings, check, operational
 from infra.errors import SettingsError, TrainingError
 from infra.records import CheckpointRecord, DataObject, SnapshotRecord, put_data
 from infra.shards import read_selection
@@ -72,6 +72,22 @@ class TrainSettings(Settings):
     save_every: int = operational(500, ge=1, description="steps between committed states; a multiple of log_every")
     retries: int = operational(2, ge=0, description="restarts after a worker died")
 
+    @field_validator("preset")
+    @classmethod
+    def _has_a_size(cls, name: str) -> str:
+        try:
+            preset(name)
+        except SettingsError as error:
+            raise Refused(error.message, remedy=error.remedy) from None
+        return name
+
+    @field_validator("model")
+    @classmethod
+    def _changes_the_preset(cls, given: dict[str, Any], settings: ValidationInfo) -> dict[str, Any]:
+        if "preset" in settings.data:
+            check(ModelConfig, preset(settings.data["preset"]).model_dump() | given)
+        return given
+
     @model_validator(mode="after")
     def _fits(self) -> TrainSettings:
         share = self.batch // self.workers
@@ -95,10 +111,7 @@ class TrainSettings(Settings):
         return self
 
     def network(self) -> ModelConfig:
-        try:
-            return parse(ModelConfig, {**preset(self.preset).model_dump(), **self.model}, where="model")
-        except SettingsError as error:
-            raise ValueError(str(error)) from None
+        return ModelConfig(**(preset(self.preset).model_dump() | self.model))
 
 
 @dataclass

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor
 
-from infra.config import Settings, operational, parse
+from infra.config import Refused, Settings, operational, parse
 from infra.errors import CheckpointError, SettingsError
 from training import model as models
 from training.compiled import compile_network
@@ -58,7 +58,7 @@ class SampleSettings(Settings):
         try:
             solver(name)
         except SettingsError as error:
-            raise ValueError(str(error)) from None
+            raise Refused(error.message, remedy=error.remedy) from None
         return name
 
     @field_validator("interval")

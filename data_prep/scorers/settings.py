@@ -10,13 +10,15 @@ from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from infra.config import Fraction, Secret, Settings, digest, operational
+from infra.config import Fraction, Secret, Settings, digest, operational, spelt
 from infra.errors import CheckpointError
 from infra.files import sha256_of
 from infra.shards import INDEX_SCHEMA
 
 # A column's name stands in filters, so it is a word.
-Column = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,62}$")]
+Column = Annotated[
+    str, spelt(r"[A-Za-z_][A-Za-z0-9_]{0,62}", "a word of at most 63 letters, digits and `_`, no digit first")
+]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 # The files of a model's folder that change what it computes.
@@ -126,7 +128,7 @@ class ClipSettings(_ScorerSettings):
 class Ask(Settings):
     """One caption of every image."""
 
-    kind: str = Field(min_length=1, max_length=64, pattern=r"^[ -~]+$", description="the caption's kind")
+    kind: Annotated[str, spelt(r"[ -~]{1,64}", "1 to 64 letters of ASCII")] = Field(description="the caption's kind")
     prompt: str = Field(min_length=1, max_length=20_000)
     max_tokens: int = Field(256, ge=1, le=8192)
 

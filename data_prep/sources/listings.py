@@ -13,7 +13,7 @@ from heapq import merge
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 
 import pyarrow as pa
 from pydantic import Field, field_validator
@@ -23,7 +23,7 @@ from data_prep.rejections import Cause, Rejection
 from data_prep.sources import parquet, words
 from data_prep.sources.parquet import RowWriter
 from data_prep.sources.raw import IMAGE_SUFFIXES, TABLES, Corpus, Input, Range, RawItem
-from infra.config import operational
+from infra.config import operational, spelt
 from infra.errors import SettingsError
 from infra.records import put_data
 from infra.shards import sample_key
@@ -38,8 +38,8 @@ class TextFolder(Corpus):
     """Images in a folder and its subfolders, each with its caption in a text file beside it."""
 
     kind: Literal["text_folder"]
-    caption_suffix: str = Field(
-        ".txt", pattern=r"^(\.\w+)?$", description="of the text beside an image; empty: images alone"
+    caption_suffix: Annotated[str, spelt(r"(\.\w+)?", "a suffix such as .txt, or nothing")] = Field(
+        ".txt", description="of the text beside an image; empty: images alone"
     )
 
 

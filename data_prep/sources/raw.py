@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field
 
 from data_prep.rejections import Rejection
-from infra.config import Settings, nearest, operational
+from infra.config import Settings, nearest, operational, spelt
 from infra.errors import SettingsError
 from infra.shards import INDEX_SCHEMA, SPLIT_DIGITS, sample_key
 
@@ -20,7 +20,10 @@ IMAGE_SUFFIXES = (
 TABLES = "data/tables"  # listings, and inputs that were turned into Parquet
 ROW = "pixnerd_row"  # in a table of selected rows: which row of the input each one is
 
-SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+SourceName = Annotated[
+    str,
+    spelt(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "at most 100 letters, digits, `_`, `.` and `-`, no mark first"),
+]
 
 
 class Corpus(Settings):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import tars, words
 from data_prep.sources.raw import Input, Range, RawItem, check_kept
+from infra.config import Refused, spelt
 from infra.errors import SettingsError
 from infra.store import Store
 
@@ -30,7 +31,7 @@ class WebDataset(tars.Tars):
         description="texts by their extension (txt) and fields of the JSON (json.prompt, json.turns.1.value); "
         "a caption's kind is the extension or the field (txt, prompt, turns.1.value); none: images alone",
     )
-    json_extension: str = Field("json", pattern=r"^\w+$")
+    json_extension: Annotated[str, spelt(r"\w+", "an extension without its point")] = "json"
     keep: dict[str, Kept] = Field(
         {}, description="fields of the JSON to carry into the index; a value of another type becomes null"
     )
@@ -45,7 +46,7 @@ class WebDataset(tars.Tars):
             try:
                 check_kept(name)
             except SettingsError as error:
-                raise ValueError(f"{error.message}: keep it as another, and say in `fields` what it is") from None
+                raise Refused(error.message, remedy="keep it as another, and say in `fields` what it is") from None
         return given
 
     @model_validator(mode="after")

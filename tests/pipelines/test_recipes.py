@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -47,13 +48,69 @@ def test_the_command_line_names_a_stage_first():
     assert recipes.load("demo", ["defaults.train.batch=8"]).stages["low"]["batch"] == 8
 
 
+def test_the_command_line_names_a_kind_and_means_all_its_stages():
+    made = recipes.load("demo", ["train.steps=7", "low.steps=8", "evaluate.sampling.steps=3", "prepare.sizes=[16]"])
+    assert [made.stages[name]["steps"] for name in ("low", "high", "sft")] == [8, 7, 7]
+    assert {made.stages[f"{name}_score"]["sampling"]["steps"] for name in ("low", "high", "sft")} == {3}
+    assert made.stages["prepare"]["sizes"] == [16]
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
-    [("stf.steps=7", "did you mean `sft`"), ("defaults.trian.batch=8", "no stage is of that kind")],
+    [
+        ("stf.steps=7", "unknown setting `stf.steps`: did you mean `sft`"),
+        ("trian.steps=7", "did you mean `train`"),
+        ("defaults.trian.batch=8", "no stage is of that kind: did you mean `train`"),
+        ("default.train.batch=8", "did you mean `defaults`"),
+        ("zzz.x=1", "its first part is a stage: corpus, prepare, low_data"),
+        ("defaults.train.steps=7", "changes nothing: low, high, sft say it for themselves: write --set train.steps=7"),
+        ("defaults.train.optim={warmup: 3, lr: 1}", "changes nothing: low, high, sft"),
+        ("prepare.sources.3.url=x", "`stages.prepare.sources` .* is a list of 1"),
+    ],
 )
-def test_a_misspelt_assignment_is_refused(assignment: str, message: str):
+def test_an_assignment_that_does_nothing_is_refused(assignment: str, message: str):
     with pytest.raises(SettingsError, match=message):
         recipes.load("demo", [assignment])
+
+
+STAGE = {"kind": "corpus"}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"name": "../../evil", "stages": {"a": STAGE}}, "`name`: '../../evil' cannot be used: write at most 100"),
+        ({"name": "/tmp/x", "stages": {"a": STAGE}}, "`name`: '/tmp/x' cannot be used"),
+        ({"name": "..", "stages": {"a": STAGE}}, "`name`: '..' cannot be used"),
+        ({"name": "a\n", "stages": {"a": STAGE}}, "cannot be used"),
+        ({"name": "", "stages": {"a": STAGE}}, "`name`: '' cannot be used"),
+        ({"name": 7, "stages": {"a": STAGE}}, "`name` must be text, not the number 7: put it into quotes: '7'"),
+        ({"stages": {"a": STAGE}}, "`name` is not set"),
+        ({"name": "x", "stages": {"a/b": STAGE}}, "`stages.a/b`: 'a/b' cannot be used: write at most 100"),
+        ({"name": "x", "stages": {"a.b": STAGE}}, "'a.b' cannot be used"),
+        ({"name": "x", "stages": {7: STAGE}}, "`stages.7` is named by what is no text"),
+        ({"name": "x", "stages": {}}, "`stages` must not be empty"),
+        ({"name": "x", "stages": None}, "`stages` must be a mapping of `name: value` lines, not nothing"),
+        ({"name": "x", "stages": [STAGE]}, "`stages` must be a mapping of `name: value` lines, not a list"),
+        ({"name": "x", "stages": {"a": None}}, "`stages.a` must be a mapping of `name: value` lines, not nothing"),
+        ({"name": "x", "stages": {"a": STAGE}, "defaults": 3}, "`defaults` must be a mapping"),
+        ({"name": "x", "stages": {"a": STAGE}, "defaults": {"corpus": 3}}, "`defaults.corpus` must be a mapping"),
+        ({"name": "x", "stages": {"a": STAGE}, "default": {}}, "unknown setting `default`: did you mean `defaults`?"),
+        ({"name": "x", "zzz": 3}, "unknown setting `zzz`: known here: name, about, extends, defaults, stages"),
+    ],
+)
+def test_a_recipe_of_another_shape_is_refused(tmp_path: Path, data: dict[str, Any], message: str):
+    with pytest.raises(SettingsError) as caught:
+        recipes.load(write(tmp_path, "x", data))
+    assert message in str(caught.value)
+
+
+def test_a_mistake_in_the_defaults_is_told_as_theirs(tmp_path: Path):
+    data = {"name": "x", "defaults": {"corpus": {"counts": 3}}, "stages": {"a": STAGE, "b": STAGE | {"seed": "x"}}}
+    with pytest.raises(SettingsError, match=r"unknown setting `defaults\.corpus\.counts`: did you mean `count`"):
+        workflow.graph(recipes.load(write(tmp_path, "x", data)))
+    with pytest.raises(SettingsError, match=r"`b\.seed` must be a whole number"):
+        workflow.graph(recipes.load(write(tmp_path, "x", {**data, "defaults": None})))
 
 
 def test_an_unknown_recipe_names_the_nearest():

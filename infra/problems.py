@@ -1,0 +1,263 @@
+"""What is wrong with settings, in words for whoever wrote them.
+
+Pydantic tells it in its own: validators and the branches of unions stand in its paths, and it complains of every branch
+that does not fit. Here each mistake is told once, under the path at which it was written.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+Path = tuple[str | int, ...]
+
+MOST = 5  # mistakes that are told at once
+LONGEST = 40  # letters of a value that are repeated
+
+# What was expected, by pydantic's word for the mistake of giving something else.
+_EXPECTED = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping of `name: value` lines"),
+    "string_type": "text",
+    "literal_error": "one of {expected}",
+}
+
+# What the value must be, by pydantic's word for the limit that it breaks.
+_LIMITS = {
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "multiple_of": "a multiple of {multiple_of:g}",
+    "finite_number": "a finite number",
+}
+_LENGTHS = {
+    "too_short": "must have at least {min_length} values, not {actual_length}",
+    "too_long": "must have at most {max_length} values, not {actual_length}",
+    "string_too_short": "must have at least {min_length} letters",
+    "string_too_long": "must have at most {max_length} letters",
+    "string_unicode": "must be text that can be written as UTF-8",
+}
+
+
+class Misfit(ValueError):
+    """What a validator says of a value of which it made further settings."""
+
+    def __init__(self, cls: type[BaseModel], error: ValidationError) -> None:
+        super().__init__(cls.__name__)
+        self.cls, self.error = cls, error
+
+
+class Problem(NamedTuple):
+    path: Path  # as it was written
+    after: str  # what follows the path in the sentence
+    remedy: str = ""
+    before: str = ""
+    expected: str = ""  # of a value of another type: a union may expect several
+
+
+class Told(NamedTuple):
+    message: str
+    remedy: str
+
+
+def tell(cls: type[BaseModel], error: ValidationError, data: Mapping[Any, Any], prefix: Mapping[str, Any]) -> Told:
+    """One sentence of all that is wrong. `prefix`: where the settings were written -> what was written there.
+
+    The first place is where they belong; another one holds what settings of their kind have in common.
+    """
+    problems = _once(_problems(cls, error, data))
+    told = [Told(f"{p.before}`{_where(p.path, data, prefix)}`{p.after}", p.remedy) for p in problems]
+    if len(told) == 1:
+        return told[0]._replace(remedy=told[0].remedy or "correct the value and run again")
+    parts = [f"{message} ({remedy})" if remedy else message for message, remedy in told[:MOST]]
+    more = f"; and {len(told) - MOST} more" if len(told) > MOST else ""
+    return Told("; ".join(parts) + more, "correct them and run again")
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def shown(value: object) -> str:
+    """A value as its writer knows it."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return repr(value if len(value) <= LONGEST else f"{value[:LONGEST]}...")
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list"
+    return str(value)[:LONGEST]
+
+
+# ------------------------------------------------------------------------------------------------ one by one
+
+
+def _problems(cls: type[BaseModel], error: ValidationError, data: Any, above: Path = ()) -> list[Problem]:
+    found = []
+    for detail in error.errors(include_url=False):
+        inner = detail.get("ctx", {}).get("error")
+        path = _written(detail["loc"], data, missing=detail["type"] == "missing")
+        if isinstance(inner, Misfit):
+            found += [p._replace(path=path + p.path) for p in _problems(inner.cls, inner.error, value_at(data, path))]
+        else:
+            found.append(_problem(cls, detail, path, data))
+    return found
+
+
+def _problem(cls: type[BaseModel], detail: ErrorDetails, path: Path, data: Any) -> Problem:
+    kind, context = detail["type"], detail.get("ctx", {})
+    value, quiet = value_at(data, path), _may_be_secret(cls, path, data)
+    not_this = "" if quiet else f", not {shown(value)}"
+    if kind == "missing":
+        return _missing(path, detail["loc"])
+    if kind == "invalid_key" or (kind == "string_type" and "[key]" in detail["loc"]):
+        return Problem(path, " is named by what is no text", "put the name into quotes, or take it out")
+    if kind == "extra_forbidden":
+        known = [name for model in classes_at(cls, path[:-1], data) for name in model.model_fields]
+        near = nearest(str(path[-1]), known)
+        remedy = f"did you mean `{near}`?" if near else f"known here: {', '.join(sorted(set(known)))}"
+        return Problem(path, "", remedy, before="unknown setting ")
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return _no_kind(path, value, _tags(classes_at(cls, path, data)))
+    if kind in _EXPECTED:
+        return _expected(kind, path, value, str(context.get("expected", "")), not_this)
+    if kind in _LIMITS:
+        return Problem(path, f" must be {_LIMITS[kind].format(**context)}{not_this}")
+    if kind in _LENGTHS:
+        empty = context.get("min_length") == 1
+        return Problem(path, " must not be empty" if empty else f" {_LENGTHS[kind].format(**context)}")
+    if kind in ("value_error", "assertion_error"):
+        said = context.get("error")
+        return Problem(path, f": {_first_small(str(said))}", getattr(said, "remedy", ""))
+    return Problem(path, f" cannot be {shown(value)}" if not quiet else " cannot be what it is")
+
+
+def _missing(path: Path, loc: Path) -> Problem:
+    if isinstance(path[-1], int):
+        return Problem(path[:-1], f" must have at least {path[-1] + 1} values")
+    return Problem(path, " is not set", f"add a line `{path[-1]}: ...`")
+
+
+def _no_kind(path: Path, value: Any, tags: list[str]) -> Problem:
+    known = f"known: {', '.join(tags)}"
+    given = value.get("kind") if isinstance(value, Mapping) else None
+    if given is None:
+        return Problem((*path, "kind"), " is not set", known)
+    near = nearest(str(given), tags)
+    return Problem(
+        (*path, "kind"), f" is {shown(given)}, which is not known", f"did you mean `{near}`?" if near else known
+    )
+
+
+def _expected(kind: str, path: Path, value: Any, literals: str, not_this: str) -> Problem:
+    remedy = ""
+    if isinstance(value, int | float) and (kind == "string_type" or f"'{value}'" in literals):
+        remedy = f"put it into quotes: '{value}'"  # YAML reads a number where text was meant
+        not_this = not_this.replace(", not", ", not the number")
+    elif kind == "literal_error" and isinstance(value, str):
+        near = nearest(value, [word.strip(" '") for word in literals.replace(" or ", ",").split(",")])
+        remedy = f"did you mean `{near}`?" if near else ""
+    return Problem(path, not_this, remedy, expected=_EXPECTED[kind].format(expected=literals.replace("'", "")))
+
+
+def _first_small(text: str) -> str:
+    """A sentence that goes on after a colon; names in capitals stay."""
+    return text if text[1:2].isupper() else f"{text[:1].lower()}{text[1:]}"
+
+
+def _once(problems: list[Problem]) -> list[Problem]:
+    """Of the branches of a union, those whose type was meant; where none fits, all that would have."""
+    found: dict[Path, Problem] = {}
+    for problem in problems:
+        deeper = any(len(p.path) > len(problem.path) and p.path[: len(problem.path)] == problem.path for p in problems)
+        exact = any(p.path == problem.path and not p.expected for p in problems)
+        if problem.expected and (deeper or exact):
+            continue
+        before = found.get(problem.path)
+        if before is None:
+            found[problem.path] = problem
+        elif before.expected and problem.expected and problem.expected not in before.expected.split(" or "):
+            found[problem.path] = before._replace(
+                expected=f"{before.expected} or {problem.expected}", remedy=before.remedy or problem.remedy
+            )
+    return [p._replace(after=f" must be {p.expected}{p.after}") if p.expected else p for p in found.values()]
+
+
+# ------------------------------------------------------------------------------------------------ paths
+
+
+def _written(loc: Path, data: Any, *, missing: bool) -> Path:
+    """The path without what pydantic put into it, which leads nowhere in the data; what is missing ends it."""
+    path: Path = ()
+    for part in loc[:-1] if missing else loc:
+        if _has(data, part):
+            data, path = data[part], (*path, part)
+    return (*path, loc[-1]) if missing else path
+
+
+def _has(value: Any, part: str | int) -> bool:
+    if isinstance(value, Mapping):
+        return part in value
+    return isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
+
+
+def value_at(data: Any, path: Path) -> Any:
+    for part in path:
+        if not _has(data, part):
+            return None
+        data = data[part]
+    return data
+
+
+def _where(path: Path, data: Any, prefix: Mapping[str, Any]) -> str:
+    own, *others = prefix or [""]
+    value = value_at(data, path)
+    for other in others if path else ():
+        if _leads_somewhere(prefix[other], path) and value_at(prefix[other], path) == value:
+            own = other
+    return ".".join([*([own] if own else []), *map(str, path)]) or "settings"
+
+
+def _leads_somewhere(data: Any, path: Path) -> bool:
+    return _has(value_at(data, path[:-1]), path[-1])
+
+
+def classes_at(cls: type[BaseModel], path: Path, data: Any) -> list[type[BaseModel]]:
+    """The settings classes that what stands at the path may be."""
+    here, value = [cls], data
+    for part in path:
+        fields = [model.model_fields[part] for model in here if isinstance(part, str) and part in model.model_fields]
+        value = value[part] if _has(value, part) else None
+        if fields:
+            here = [model for field in fields for model in _classes_in(field.annotation)]
+        fitting = [model for model in here if isinstance(value, Mapping) and value.get("kind") in _tags([model])]
+        here = fitting or here
+    return here
+
+
+def _classes_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _classes_in(argument)]
+
+
+def _tags(models: Iterable[type[BaseModel]]) -> list[str]:
+    fields = [model.model_fields["kind"] for model in models if "kind" in model.model_fields]
+    return [str(tag) for field in fields for tag in get_args(field.annotation)]
+
+
+def _may_be_secret(cls: type[BaseModel], path: Path, data: Any) -> bool:
+    return any(model.model_config.get("hide_input_in_errors") for model in classes_at(cls, path[:-1], data))

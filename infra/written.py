@@ -1,0 +1,147 @@
+"""Settings as they are written: YAML files, and the assignments of the command line.
+
+A file may come from anybody. It is read by the safe loader, which makes plain values only; a key that stands twice, an
+alias that contains itself, and aliases that stand for far more than what was written are refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from infra.errors import SettingsError
+
+MOST_VALUES = 100_000  # of a file, with every alias written out
+MERGE = "tag:yaml.org,2002:merge"
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    path = Path(path)
+    try:
+        data = read_yaml(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise SettingsError(f"there is no file {path}", remedy="check the path") from None
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read ({error.strerror})", remedy="check the path") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path} is no text in UTF-8", remedy="save it as UTF-8, or name another file") from None
+    except NotYaml as error:
+        raise SettingsError(f"{path}{error}", remedy="correct it there, and run again") from None
+    if not isinstance(data, dict):
+        raise SettingsError(f"{path} holds no settings", remedy="write `name: value` lines")
+    settings: dict[str, Any] = data
+    return settings
+
+
+class NotYaml(ValueError):
+    """Begins with the place, to follow a file's name: `, line 3, column 5: ...`."""
+
+
+def read_yaml(text: str) -> Any:
+    try:
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise NotYaml(f"{place}: {error.problem or error.context or 'this is no YAML'}") from None
+    except yaml.YAMLError as error:  # a character that YAML has not
+        raise NotYaml(f": {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise NotYaml(": it is nested too deeply") from None
+    except ValueError as error:  # a date that does not exist, a number of thousands of digits
+        raise NotYaml(f": a value cannot be read ({str(error).splitlines()[0]})") from None
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_document(self) -> yaml.Node | None:
+        node = super().compose_document()
+        if node is not None:
+            _measure(node, {})
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Here no merged keys have been put in yet: those may well stand in the mapping, too."""
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == MERGE:
+                continue
+            before = first.setdefault((key.tag, key.value), key)
+            if before is not key:
+                raise yaml.MarkedYAMLError(
+                    problem=f"`{key.value}` is set for the second time, first in line {before.start_mark.line + 1}",
+                    problem_mark=key.start_mark,
+                )
+        return node
+
+
+def _measure(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values the node holds, those behind aliases each time they are named; 0 while it is being measured."""
+    size = known.get(id(node))
+    if size is None:
+        known[id(node)] = 0
+        size = 1 + sum(_measure(part, known) for part in _parts(node))
+        known[id(node)] = size
+    if not 0 < size <= MOST_VALUES:
+        problem = f"this stands for more than {MOST_VALUES:,} values" if size else "this contains itself, by an alias"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    return size
+
+
+def _parts(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+# ------------------------------------------------------------------------------------------------ assignments
+
+
+def override(data: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """A copy of `data` with each `a.b=value` of the command line put in; values are YAML (`3`, `true`, `[1, 2]`).
+
+    A part of a list is named by its number, from 0: `prepare.sources.0.url=...`.
+    """
+    result = copy.deepcopy(data)
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise SettingsError(f"`--set {assignment}` is not an assignment", remedy="write --set name.part=value")
+        try:
+            value = read_yaml(text)
+        except NotYaml as error:
+            raise SettingsError(f"the value of `--set {assignment}`{error}", remedy="put it into quotes") from None
+        here: Any = result
+        for number, key in enumerate(keys[:-1]):
+            here = _inside(here, key, f"`{'.'.join(keys[:number])}` in `--set {assignment}`")
+        here[_place(here, keys[-1], f"`{'.'.join(keys[:-1])}` in `--set {assignment}`")] = value
+    return result
+
+
+def _inside(here: Any, key: str, name: str) -> Any:
+    place = _place(here, key, name)
+    if isinstance(here, dict) and here.get(key) is None:
+        here[key] = {}
+    return here[place]
+
+
+def _place(here: Any, key: str, name: str) -> str | int:
+    if isinstance(here, dict):
+        return key
+    if not isinstance(here, list):
+        raise SettingsError(f"{name} holds no settings", remedy="check the path")
+    if not key.isdecimal() or int(key) >= len(here):
+        raise SettingsError(
+            f"{name} is a list of {len(here)}, counted from 0",
+            remedy="name a part of it by its number, or give the whole list",
+        )
+    return int(key)
