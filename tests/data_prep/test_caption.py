@@ -344,10 +344,10 @@ def test_the_key_is_sent_and_never_told(tmp_path: Path):
         ({"api_key": "sk-very-secret"}, "never as the value itself"),
         ({"url": "http://me:secret@host/v1"}, "use api_key"),
         ({"url": "file:///etc/passwd"}, "written http://"),
-        ({"asks": []}, "at least 1"),
+        ({"asks": []}, "must not be empty"),
         ({"asks": [{"kind": "a", "prompt": "b"}] * 2}, "two captions have one kind"),
-        ({"asks": [{"kind": "a\x00", "prompt": "b"}]}, "pattern"),
-        ({"name": "captions failure"}, "pattern"),
+        ({"asks": [{"kind": "a\x00", "prompt": "b"}]}, "write 1 to 64 letters of ASCII"),
+        ({"name": "captions failure"}, "write a word"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], said: str):

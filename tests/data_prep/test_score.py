@@ -241,7 +241,7 @@ def test_a_value_that_is_no_number_is_a_counted_null(clip: Path, tmp_path: Path)
         ({"heads": [{"name": "key", "file": "x"}]}, "the index's"),
         ({"heads": [{"name": "captions", "file": "x"}]}, "the index's"),
         ({"heads": [{"name": "a", "file": "x"}, {"name": "a", "file": "y"}]}, "occurs twice"),
-        ({"heads": [{"name": "no word", "file": "x"}]}, "pattern"),
+        ({"heads": [{"name": "no word", "file": "x"}]}, "cannot be used: write a word"),
         ({"pretrained": "openai"}, "has its own"),
         ({"model": "ViT-B-32"}, "names the weights"),
         ({"batch": 3}, "unknown setting"),
