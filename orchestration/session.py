@@ -12,13 +12,14 @@ from typing import Literal
 from data_prep.plan import PrepareSettings
 from infra.cluster import ClusterSettings, connect, disconnect
 from infra.config import digest, parse
-from infra.errors import DataError, SettingsError
+from infra.errors import CheckpointError, DataError, SettingsError
 from infra.records import EvalReport, StageRecord, read_record
 from infra.store import Store, open_store
 from infra.tracking import Tracker, TrackingSettings
 from orchestration import terminal, workflow
 from orchestration.terminal import print_json
 from pipelines import recipes
+from pipelines.fitting import check_training
 from pipelines.stages import STAGE_URL, Context
 
 
@@ -50,7 +51,9 @@ def run_workflow(
             print_json([{"stage": p.node.name, "state": p.state, "why": p.why, "digest": p.node.digest} for p in plans])
         else:
             terminal.show_plan(plans)
+        _check_fit(nodes, opened, address)
         return
+    _check_fit(nodes, opened, address)
     if all(workflow.is_done(node, opened) for node in nodes):
         with terminal.Screen(quiet=as_json) as screen:
             records = workflow.finished(nodes, opened, _say(screen, opened))
@@ -61,6 +64,18 @@ def run_workflow(
         print_json({name: record.model_dump(mode="json") for name, record in records.items()})
     else:
         terminal.show_result(records.values(), _reports(opened, records))
+
+
+def _check_fit(nodes: Sequence[workflow.Node], store: Store, address: str | None) -> None:
+    """Nothing is built for a stage that cannot be trained as it is set."""
+    todo = [node.name for node in nodes if not workflow.is_done(node, store)]
+    try:
+        check_training({node.name: node.settings for node in nodes}, todo)
+    except CheckpointError as error:
+        if address is None:
+            raise
+        # The cluster's machines load the encoders, and they may reach what this one does not.
+        print(f"warning: from this machine, {error}", file=sys.stderr)
 
 
 def _say(screen: terminal.Screen, store: Store) -> workflow.Say:

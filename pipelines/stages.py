@@ -8,6 +8,7 @@ becomes the `output` of its record, which is all that later stages know of it.
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from collections import Counter
@@ -24,12 +25,22 @@ from data_prep.plan import PrepareSettings, read_plan
 from data_prep.rejections import counted
 from data_prep.score import ScoreSettings, scorer_digest
 from data_prep.snapshot import SnapshotSettings
-from infra.config import Settings
+from infra.config import Settings, parse
 from infra.errors import SettingsError, StageFailed
-from infra.records import CheckpointRecord, DataObject, EvalReport, SnapshotRecord, StageRecord, put_data, read_record
+from infra.records import (
+    CheckpointRecord,
+    DataObject,
+    EvalReport,
+    SnapshotRecord,
+    StageRecord,
+    get_data,
+    put_data,
+    read_record,
+)
 from infra.store import Store
 from infra.tracking import Run, Tracker
 from pipelines.evaluation.run import GenevalSettings, prompts_digest
+from training.encoders.known import known
 from training.loop import TrainSettings
 
 log = logging.getLogger(__name__)
@@ -287,11 +298,14 @@ def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
     given = inputs["encoders"].output if "encoders" in inputs else None
     start = inputs.get("start_from")
     data = read_record(store, inputs["data"].output["record"], SnapshotRecord)
+    plain = settings.model_dump(exclude=own)
+    size = int(data.size) if data.size.isdigit() else None
+    plain["model"] = fitted(settings.model, size, _text_width(store, settings, inputs))
     job = Job(
         store=store,
         prefix=f"training/{context.digest}",
         digest=context.digest,
-        settings=TrainSettings(**settings.model_dump(exclude=own)),
+        settings=parse(TrainSettings, plain),
         snapshot=data,
         text=_files(given["text"]) if given else settings.text_encoder,
         vision=_files(given["vision"]) if given else settings.vision_encoder,
@@ -315,8 +329,26 @@ def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
         "record": f"{job.prefix}/checkpoint.json",
         "parameters": record.parameters,
         "images_seen": record.position,
-        "image_size": settings.network().image_size,
+        "image_size": job.settings.network().image_size,
     }
+
+
+def fitted(model: Mapping[str, Any], size: int | None, width: int) -> dict[str, Any]:
+    """A network's settings; where they do not say otherwise, its sides are its data's, and its text its encoder's."""
+    return {"text_dim": width, **({} if size is None else {"image_size": size}), **model}
+
+
+def _text_width(store: Store, settings: TrainStage, inputs: Inputs) -> int:
+    """As it is set; else of the network whose weights are inherited, or of the text encoder."""
+    if "text_dim" in settings.model:
+        return int(settings.model["text_dim"])
+    if "start_from" in inputs:
+        start = read_record(store, inputs["start_from"].output["record"], CheckpointRecord)
+        return int(json.loads(get_data(store, start.files["config.json"]))["model"]["text_dim"])
+    if "encoders" in inputs:
+        config = _files(inputs["encoders"].output["text"])["config.json"]
+        return int(json.loads(get_data(store, config))["hidden_size"])
+    return known(settings.text_encoder).width
 
 
 def _files(plain: dict[str, Any]) -> dict[str, DataObject]:

@@ -43,7 +43,7 @@ from training.encoders.text import TextEncoder
 from training.encoders.vision import VisionEncoder
 from training.engine import Engine, Precision
 from training.model.pixnerd import PixNerd
-from training.model.presets import ModelConfig, preset
+from training.model.presets import ModelConfig, preset, training_settings
 from training.optim import OptimSettings, learning_rate
 from training.task import Meter, ObjectiveSettings, Preparer, Trained
 from training.team import Team
@@ -71,6 +71,11 @@ class TrainSettings(Settings):
     log_every: int = operational(20, ge=1)
     save_every: int = operational(500, ge=1, description="steps between committed states; a multiple of log_every")
     retries: int = operational(2, ge=0, description="restarts after a worker died")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_preset_has_it(cls, given: Any) -> Any:
+        return training_settings(given) if isinstance(given, dict) else given
 
     @field_validator("preset")
     @classmethod

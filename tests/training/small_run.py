@@ -17,16 +17,20 @@ from training.loop import Job, TrainSettings
 
 MODEL = {
     "image_size": 16,
+    "patch_size": 8,
     "hidden": 32,
     "heads": 2,
     "blocks": 2,
     "text_dim": 32,
     "text_tokens": 16,
+    "text_blocks": 0,
+    "text_padding": "masked",
+    "open_gates": True,
     "field_blocks": 1,
     "field_channels": 8,
 }
 SETTINGS = {
-    "preset": "tiny",
+    "preset": "XXL/16-dct",  # its training settings are the defaults; the small presets have their own
     "model": MODEL,
     "steps": 6,
     "batch": 4,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -141,6 +142,43 @@ PRESETS: dict[str, ModelConfig] = {
         open_gates=True,
     ),
 }
+
+# How a preset is trained where a recipe does not say: a small network on a CPU needs other settings than a large one.
+_TRAINING: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "precision": "fp32",
+        # A vision encoder that is worth being aligned with is far larger than this network.
+        "objective": {"time_shift": 4.0, "repa": 0.0},
+        "optim": {"lr": 1.0e-3, "warmup": 50, "betas": [0.9, 0.99]},
+        "ema": {"decay": 0.99, "warmup": True},
+    }
+}
+
+
+def training_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe says of a training run, over what its preset says: the defaults of a preset fit each other.
+
+    The block that is aligned with a vision encoder lies as deep as the published one, the sixth of sixteen.
+    """
+    found = dict(given)
+    network = PRESETS.get(str(given.get("preset")))
+    if network is None:
+        return found
+    for name, default in _TRAINING.get(str(given["preset"]), {}).items():
+        _fill(found, name, default)
+    model = given.get("model")
+    blocks = model.get("blocks", network.blocks) if isinstance(model, Mapping) else network.blocks
+    if isinstance(blocks, int):
+        _fill(found, "objective", {"repa_block": max(1, -(-6 * blocks // 16))})
+    return found
+
+
+def _fill(settings: dict[str, Any], name: str, default: Any) -> None:
+    """Mappings are filled up key by key; whatever else is given stays as it is."""
+    if isinstance(default, Mapping) and isinstance(given := settings.get(name, {}), Mapping):
+        settings[name] = {**default, **given}
+    else:
+        settings.setdefault(name, default)
 
 
 def preset(name: str) -> ModelConfig:

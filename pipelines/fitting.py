@@ -1,0 +1,84 @@
+"""Whether what a recipe joins fits together, told before anything is built: training, its encoders and its data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from infra.config import Settings, parse
+from infra.errors import PixnerdError, SettingsError
+from pipelines.stages import EncodersStage, SnapshotStage, TrainStage, fitted
+from training.encoders.known import Known, known
+from training.loop import TrainSettings
+
+_SMALL = "or let `{stage}.encoders` name a stage of kind `encoders`: its small ones need no hub and suit `preset: tiny`"
+
+
+def check_training(stages: Mapping[str, Settings], todo: Iterable[str]) -> None:
+    """Refuse stages that cannot be trained as they are set; `todo` are those that will run.
+
+    Their encoders are looked for where they will be loaded from: this may ask the hub, once and for seconds.
+    """
+    for name in todo:
+        settings = stages[name]
+        if isinstance(settings, TrainStage):
+            _check_network(name, settings, stages, _text_width(name, settings, stages))
+            if settings.objective.repa and settings.encoders is None:
+                _check_vision(name, settings)
+
+
+def _check_network(name: str, settings: TrainStage, stages: Mapping[str, Settings], width: int) -> None:
+    size = _size(stages.get(settings.data))
+    set_size, set_width = (settings.model.get(field) for field in ("image_size", "text_dim"))
+    if size is not None and set_size not in (None, size):
+        raise SettingsError(
+            f"`{name}.model.image_size` is {set_size}, but the images of `{settings.data}` are of size {size}",
+            remedy="leave model.image_size out: it follows the data; or name other data",
+        )
+    if set_width not in (None, width):
+        raise SettingsError(
+            f"`{name}.model.text_dim` is {set_width}, but the text encoder's features are {width} wide",
+            remedy="leave model.text_dim out: it follows the encoder; or name another encoder",
+        )
+    plain = settings.model_dump(include=set(TrainSettings.model_fields))
+    parse(TrainSettings, {**plain, "model": fitted(settings.model, size, width)}, where=name)
+
+
+def _size(data: Settings | None) -> int | None:
+    return data.size if isinstance(data, SnapshotStage) and isinstance(data.size, int) else None
+
+
+def _text_width(name: str, settings: TrainStage, stages: Mapping[str, Settings]) -> int:
+    """Of the encoder that the stage inherits with its weights, is given by another stage, or names."""
+    above = stages.get(settings.start_from or "")
+    if isinstance(above, TrainStage) and _has_text(above, stages):
+        return _text_width(str(settings.start_from), above, stages)
+    made = stages.get(settings.encoders or "")
+    if isinstance(made, EncodersStage):
+        return made.text.hidden
+    return _known(name, "text", settings.text_encoder, _SMALL.format(stage=name)).width
+
+
+def _has_text(settings: TrainStage, stages: Mapping[str, Settings]) -> bool:
+    """Whether a stage's checkpoint holds its text encoder, which a stage that starts from it then takes over."""
+    above = stages.get(settings.start_from or "")
+    own = settings.encoders is not None or settings.train_text > 0 or Path(settings.text_encoder).exists()
+    return own or (isinstance(above, TrainStage) and _has_text(above, stages))
+
+
+def _check_vision(name: str, settings: TrainStage) -> None:
+    ways = f"or set `{name}.objective.repa` to 0, {_SMALL.format(stage=name)}"
+    if _known(name, "vision", settings.vision_encoder, ways).patch_size is None:
+        raise SettingsError(
+            f"`{name}.vision_encoder` is {settings.vision_encoder}, which has no patches: it does not look at images",
+            remedy="name a DINOv2 of transformers' format",
+        )
+
+
+def _known(name: str, what: str, source: str, ways: str) -> Known:
+    try:
+        return known(source)
+    except PixnerdError as error:
+        raise type(error)(
+            f"`{name}` cannot have its {what} encoder {source}: {error.message}", remedy=f"{error.remedy}, {ways}"
+        ) from None
