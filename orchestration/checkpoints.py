@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from infra.errors import CheckpointError, SettingsError
 from orchestration import terminal
+from orchestration.patience import doing
 from orchestration.terminal import print_json
 from training import exchange
 from training import model as models
@@ -36,6 +37,7 @@ _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 def show_checkpoint(checkpoint: Path, *, as_json: bool) -> None:
     """A folder of ours, or a file of the published layout; no weights are read."""
+    doing(f"reading {checkpoint}")
     if checkpoint.is_file():
         _show_file(checkpoint, as_json=as_json)
         return
@@ -156,6 +158,7 @@ def fetch_checkpoint(stage: str, folder: Path, store: str, *, as_json: bool) -> 
     from orchestration.session import stage_records
     from training import checkpoint as checkpoints
 
+    doing(f"fetching the newest checkpoint of `{stage}`")
     opened = open_store(store)
     found = [r for r in stage_records(opened, "train") if r.stage == stage]
     if not found:
@@ -184,6 +187,7 @@ def import_checkpoint(
     text_encoder: str | None,
     as_json: bool,
 ) -> None:
+    doing(f"reading {file} and writing {folder}")
     exchange.import_file(file, folder, network=network, trained_size=trained_size, text_encoder=text_encoder)
     config, extra = models.read_config(folder)
     if as_json:
@@ -202,6 +206,7 @@ def import_checkpoint(
 def export_checkpoint(
     checkpoint: Path, file: Path, *, network: Literal["ema", "raw", "both"] | None, as_json: bool
 ) -> None:
+    doing(f"reading {checkpoint} and writing {file}")
     facts = exchange.export_folder(checkpoint, file, network=network)
     if as_json:
         print_json(facts)

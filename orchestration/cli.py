@@ -14,6 +14,7 @@ import typer
 from typer.exceptions import TyperException
 
 from infra.errors import PixnerdError
+from orchestration import patience
 
 app = typer.Typer(
     name="pixnerd",
@@ -75,6 +76,11 @@ def main() -> None:
 def _fail(text: str, code: int) -> None:
     print(text, file=sys.stderr)
     sys.exit(code)
+
+
+@app.callback()
+def _watched(context: typer.Context) -> None:
+    context.with_resource(patience.of_command())
 
 
 @app.command(epilog="Example: pixnerd run demo --store s3://my-bucket/pixnerd --set sft.steps=200")

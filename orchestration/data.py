@@ -15,6 +15,7 @@ from infra.errors import DataError, SettingsError
 from infra.records import StageRecord
 from infra.store import Store, open_store
 from orchestration import terminal
+from orchestration.patience import doing
 from orchestration.session import stage_records
 from orchestration.terminal import print_json
 
@@ -58,6 +59,7 @@ def show_data(
     seed: int,
     as_json: bool,
 ) -> None:
+    doing("reading what was prepared")
     opened = open_store(store)
     shown = []
     scored = _scored(opened, scores)
@@ -153,6 +155,7 @@ def _range(found: Histogram) -> str:
 
 def verify_data(store: str, *, drop_damaged: bool = False, as_json: bool) -> None:
     opened = open_store(store)
+    doing("reading every shard again")
     all_prepared = prepared(opened)
     checked = {found.plan: verify(opened, found.plan, found.edition) for found in all_prepared}
     damaged = {plan: result for plan, result in checked.items() if drop_damaged and result.again}
@@ -189,6 +192,7 @@ def verify_data(store: str, *, drop_damaged: bool = False, as_json: bool) -> Non
 
 def forget_data(path: Path, store: str, *, reason: str, twins: bool, dry_run: bool, as_json: bool) -> None:
     items = read_list(path)
+    doing("looking for the items in every index")
     found = forget(open_store(store), items, reason, twins=twins, dry_run=dry_run)
     if as_json:
         print_json(found._asdict())
@@ -221,6 +225,7 @@ def _print_forgotten(found: Forgotten, asked: int, *, dry_run: bool) -> None:
 
 
 def collect_data(store: str, *, older_than_hours: float, dry_run: bool, as_json: bool) -> None:
+    doing("looking for data that no record names")
     found = gc.collect(open_store(store), older_than_hours, dry_run=dry_run)
     if not found.objects:
         raise DataError(f"there is no data in {store}", remedy="check --store")

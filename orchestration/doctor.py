@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from infra.errors import PixnerdError
+from orchestration.patience import doing
 
 PACKAGES = (
     "ray",
@@ -37,6 +38,7 @@ class Finding(NamedTuple):
 
 
 def examine(store: str | None) -> list[Finding]:
+    doing("looking at this machine")
     findings = [_python(), *map(_package, PACKAGES), _compiler(), _deepspeed_op(), _memory(), _disk(), _shm(), _gpu()]
     if store is not None:
         findings.append(_store(store))

@@ -17,6 +17,7 @@ from infra.records import EvalReport, StageRecord, read_record
 from infra.store import Store, open_store
 from infra.tracking import Tracker, TrackingSettings
 from orchestration import terminal, workflow
+from orchestration.patience import doing
 from orchestration.terminal import print_json
 from pipelines import recipes
 from pipelines.fitting import check_training
@@ -34,6 +35,7 @@ def run_workflow(
     until: Literal["prepare", "train"] | None = None,
     retry_failed: bool = False,
 ) -> None:
+    doing("reading the recipe, and what the store holds of it")
     recipe = recipes.load(name, assignments)
     opened = _store(store, recipe.name)
     if retry_failed and dry_run:
@@ -69,6 +71,7 @@ def run_workflow(
 def _check_fit(nodes: Sequence[workflow.Node], store: Store, address: str | None) -> None:
     """Nothing is built for a stage that cannot be trained as it is set."""
     todo = [node.name for node in nodes if not workflow.is_done(node, store)]
+    doing("looking for encoders")
     try:
         check_training({node.name: node.settings for node in nodes}, todo)
     except CheckpointError as error:
@@ -138,8 +141,10 @@ def _context(store: Store, name: str, address: str | None, quiet: bool) -> Itera
     settings = TrackingSettings(uri=os.environ.get("MLFLOW_TRACKING_URI"))
     uri = settings.uri or f"sqlite:///{home / 'mlflow.db'}"
     with terminal.Screen(quiet=quiet) as screen:
+        screen.doing(f"joining the Ray cluster at {address}" if address else "starting Ray")
         connect(ClusterSettings(address=address))
         try:
+            screen.doing("opening MLflow")
             tracker = Tracker(uri, settings.experiment, None if settings.uri else home / "mlartifacts")
             parent = tracker.run(name, digest([name, store.url]))
             try:
@@ -149,6 +154,7 @@ def _context(store: Store, name: str, address: str | None, quiet: bool) -> Itera
                 raise
             parent.end()
         finally:
+            screen.doing("leaving the Ray cluster" if address else "stopping Ray")
             disconnect()
 
 
@@ -172,6 +178,7 @@ def evaluate_folder(
     opened.probe()
     record = checkpoints.publish_folder(opened, Path(checkpoint))
     with terminal.Screen(quiet=as_json) as screen:
+        screen.doing(f"joining the Ray cluster at {address}" if address else "starting Ray")
         connect(ClusterSettings(address=address))
         try:
             prefix = f"evaluations/{digest([record.digest(), settings.results()])}"
@@ -187,6 +194,7 @@ def evaluate_folder(
 def make_report(name: str, *, store: str | None, assignments: Sequence[str], out: Path, as_json: bool) -> None:
     from pipelines.report import build
 
+    doing("reading the records of the stages")
     recipe = recipes.load(name, assignments)
     opened = _store(store, recipe.name)
     nodes = [node for node in workflow.graph(recipe, opened) if not node.kind.reads_all]

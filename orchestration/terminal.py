@@ -22,13 +22,12 @@ from rich.progress import (
 from rich.table import Table
 
 from data_prep.rejections import counted
+from orchestration.patience import SILENCE, Watch
 
 if TYPE_CHECKING:
     from infra.records import EvalReport, StageRecord
     from orchestration.workflow import Node, Plan
     from pipelines.stages import Progress as StageProgress
-
-_LINE_EVERY = 10.0  # seconds between two plain lines of one stage
 
 _SIGNS = {"reused": "=", "running": ">", "finished": "+", "failed": "!", "skipped": "-"}
 _PLAN_SIGNS = {"done": "=", "open": "?", "new": ">"}
@@ -53,20 +52,32 @@ class Screen:
         self._task = self._bars.add_task("", visible=False)
         self._began = self._last_line = time.monotonic()
         self._pace = _Pace()
+        self._unsaid = ""  # the newest progress, if it came too soon after a line
+        self._watch = Watch(self._remind)
 
     def __enter__(self) -> Screen:
         self._bars.start()
+        self._watch.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._watch.__exit__(kind, error, trace)
         self._bars.stop()
+
+    def doing(self, what: str) -> None:
+        """What goes on until something else is told; it is said only if that takes long."""
+        self._unsaid = ""
+        self._watch.doing(what)
+        if not self._bars.disable:
+            self._bars.remove_task(self._task)  # one that has had a total cannot be without one again
+            self._task = self._bars.add_task(what, total=None)
 
     def stage(self, node: Node, event: str, text: str) -> None:
         """What happened to a stage."""
-        self._bars.update(self._task, visible=False)
         self._pace = _Pace()
+        self.doing(f"at {node.name}" if event == "running" else "working")
         self._line(f"{_SIGNS[event]} {node.name:<12} {event:<8} {text}".rstrip())
 
     def progress(self, stage: str, so_far: StageProgress) -> None:
@@ -75,10 +86,17 @@ class Screen:
     def count(self, text: str, done: float, total: int) -> None:
         """A part of a thing moves the bar on as well."""
         self._pace = self._pace.after(done, total)
+        self._watch.doing(f"at {text}")
         if not self._bars.disable:
             self._bars.update(self._task, description=text, completed=done, total=total or None, visible=True)
-        elif time.monotonic() - self._last_line > _LINE_EVERY:
-            self._line(", ".join(filter(None, [f"  {text}", self._pace.left()])))
+            return
+        self._unsaid = ", ".join(filter(None, [f"  {text}", self._pace.left()]))
+        if time.monotonic() - self._last_line > SILENCE:
+            self._line(self._unsaid)
+
+    def _remind(self, still: str) -> None:
+        if self._bars.disable:  # else there is a bar that moves
+            self._line(self._unsaid or still)
 
     @property
     def done_now(self) -> float:
@@ -86,6 +104,8 @@ class Screen:
         return self._pace.part
 
     def _line(self, text: str) -> None:
+        self._unsaid = ""
+        self._watch.spoke()
         self._last_line = time.monotonic()
         seconds = int(self._last_line - self._began)
         self._console.print(f"{seconds // 60:3d}:{seconds % 60:02d} {text}", markup=False)

@@ -315,6 +315,8 @@ def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
     _log_lineage(context, settings, data, inputs["data"].output["record"])
 
     def show(message: dict[str, Any]) -> None:
+        if message["event"] == "start":
+            context.progress(f"step {message['step']} of {message['steps']}", message["step"], message["steps"])
         if message["event"] == "log":
             speed = f"{message['train/images_per_second']:.0f} images/s"
             text = f"step {message['step']} of {message['steps']}, loss {message['train/loss']:.4f}, {speed}"
@@ -324,6 +326,7 @@ def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
         if message["event"] == "waiting":
             context.progress(f"another run on {message['host']} trains this already; waiting for it to end")
 
+    context.progress(f"starting {settings.workers} ranks" if settings.workers > 1 else "starting")
     record = fit(job, show)
     return {
         "record": f"{job.prefix}/checkpoint.json",
