@@ -15,11 +15,11 @@ that aborts incomplete uploads.
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import math
 import os
-import random
 import shutil
 import stat
 import tempfile
@@ -39,6 +39,7 @@ from pydantic import ConfigDict, field_validator, model_validator
 
 from infra.config import Secret, Settings, operational
 from infra.errors import NotFound, SettingsError, StoreError, StoreUnreachable, UnsafeStore
+from infra.outage import ride_out
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -48,7 +49,14 @@ STALE_SECONDS = 24 * 3600.0  # a scratch file this old belongs to a process that
 COPY_BYTES = 1 << 20
 MIB = 1 << 20
 MAX_PARTS = 10_000  # of one multipart upload
-LONGEST_PAUSE = 20.0
+PATIENCE = 75.0  # seconds that an outage may last; a claim on work outlives it (infra/claim.py)
+FIRST_PAUSE = 0.2
+IMPATIENCE = 2.0  # for whoever waits at a prompt
+# What a network filesystem answers while its server is away, and after it has come back.
+AWAY = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED),
+    *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+}
 
 
 @dataclass(frozen=True)
@@ -68,9 +76,9 @@ class StoreSettings(Settings):
     access_key: Secret | None = operational(None)
     secret_key: Secret | None = operational(None)
     path_style: bool | None = operational(None)  # None: yes where an endpoint is named, no on AWS itself
-    retries: int = operational(8, ge=0)
+    patience: float = operational(PATIENCE, ge=0)  # seconds that an outage may last
     timeout: float = operational(60.0, gt=0)  # seconds without a byte
-    backoff: float = operational(0.2, ge=0)  # seconds, the mean of the first pause
+    backoff: float = operational(FIRST_PAUSE, ge=0)  # seconds, the longest that the first pause can be
     connections: int = operational(8, ge=1)  # parts of one large object in flight
     multipart_threshold: int = operational(64 * MIB, ge=1)
     part_size: int = operational(16 * MIB, ge=5 * MIB)  # S3 takes no smaller ones, except for the last
@@ -187,12 +195,12 @@ def open_store(url: str, settings: StoreSettings | None = None) -> Store:
     """The store at a URL; nothing is contacted or created yet."""
     scheme, separator, rest = url.partition("://")
     if not separator and url and not url.startswith(("file:", "s3:")):
-        return FileStore(Path(url).expanduser())
+        return FileStore(Path(url).expanduser(), (settings or StoreSettings()).patience)
     if separator and scheme.lower() == "file":
         host, slash, path = rest.partition("/")
         if host not in ("", "localhost") or not slash:
             raise SettingsError("a file:// URL names no host", remedy="write file:///absolute/path, or a plain path")
-        return FileStore(Path("/" + unquote(path)))
+        return FileStore(Path("/" + unquote(path)), (settings or StoreSettings()).patience)
     if separator and scheme.lower() == "s3":
         return S3Store(rest, settings or StoreSettings())
     raise SettingsError(
@@ -202,98 +210,131 @@ def open_store(url: str, settings: StoreSettings | None = None) -> Store:
 
 
 class FileStore(Store):
-    """A folder. Objects are written in its `.tmp` first, so the folder must be one filesystem."""
+    """A folder. Objects are written in its `.tmp` first, so the folder must be one filesystem.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root.resolve()
+    It may be one of another machine. While that is away the calls wait, and whichever the outage met is made again: so
+    each can be made twice.
+    """
+
+    def __init__(self, root: Path, patience: float = PATIENCE) -> None:
+        self.root, self.patience = root.resolve(), patience
         self.url = self.root.as_uri()
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         _check_range(start, end)
-        path = self._path(key)
-        with self._explained(key), path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(start)
-            return file.read(max(0, (size if end is None else min(end, size)) - start))
+
+        def read() -> bytes:
+            with self._path(key).open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                file.seek(start)
+                return file.read(max(0, (size if end is None else min(end, size)) - start))
+
+        return self._do(key, read)
 
     def opened(self, key: str) -> BinaryIO:
         """The object to read from, here and there, without a way to it each time."""
-        path = self._path(key)
-        with self._explained(key):
-            return path.open("rb")
+        return self._do(key, lambda: self._path(key).open("rb"))
 
     def put(self, key: str, data: bytes | Path) -> None:
-        path = self._path(key)
-        with self._scratch(key, data) as temporary, self._explained(key, writing=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
+        with self._scratch(key, data) as temporary:
+            number = self._do(key, lambda: temporary.stat().st_ino, writing=True)
+
+            def move() -> None:
+                path = self._path(key)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.replace(temporary, path)
+                except FileNotFoundError:
+                    if not path.exists() or path.stat().st_ino != number:
+                        raise
+                    # It was moved by a call whose answer was lost.
+                _sync_folder(path.parent)
+
+            self._do(key, move, writing=True)
 
     def create(self, key: str, data: bytes | Path) -> bool:
-        path = self._path(key)
-        with self._scratch(key, data) as temporary, self._explained(key, writing=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                if path.is_dir():
-                    raise IsADirectoryError(path) from None
-                # NFS may lose the answer to a link that it made and fail the repeated call; the link count knows.
-                return temporary.stat().st_nlink > 1
-            _sync_folder(path.parent)
-            return True
+        with self._scratch(key, data) as temporary:
+
+            def link() -> bool:
+                path = self._path(key)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(temporary, path)
+                except FileExistsError:
+                    if path.is_dir():
+                        raise IsADirectoryError(path) from None
+                    # The answer to a link that was made may have been lost; the link count knows.
+                    if temporary.stat().st_nlink < 2:
+                        return False
+                _sync_folder(path.parent)
+                return True
+
+            return self._do(key, link, writing=True)
 
     def list_unchecked(self, prefix: str = "") -> Iterator[Entry]:
         folder, slash, _ = prefix.rpartition("/")
-        top = self._path(folder) if slash else self.root
-        yield from self._walk(top, folder + slash, prefix)
+        yield from self._walk(folder + slash, prefix)
 
-    def _walk(self, folder: Path, base: str, prefix: str) -> Iterator[Entry]:
-        with self._explained(base):
-            try:
-                with os.scandir(folder) as found:
-                    # With its slash, a folder sorts where the keys below it do.
-                    here = [(base + e.name + ("/" if e.is_dir(follow_symlinks=False) else ""), e) for e in found]
-            except (FileNotFoundError, NotADirectoryError):
-                return
-        for key, entry in sorted(here, key=lambda pair: os.fsencode(pair[0])):
-            if not key.startswith(prefix) and not prefix.startswith(key):
-                continue
-            if key.endswith("/"):
-                if key != f"{SCRATCH}/":
-                    yield from self._walk(folder / entry.name, key, prefix)
-            elif entry.is_file(follow_symlinks=False):
-                with suppress(FileNotFoundError):  # deleted since it was seen
-                    about = entry.stat(follow_symlinks=False)
-                    yield Entry(key, about.st_size, about.st_mtime)
+    def _walk(self, base: str, prefix: str) -> Iterator[Entry]:
+        for key, entry in self._do(base, lambda: self._below(base, prefix)):
+            if entry is not None:
+                yield entry
+            elif key != f"{SCRATCH}/":
+                yield from self._walk(key, prefix)
+
+    def _below(self, base: str, prefix: str) -> list[tuple[str, Entry | None]]:
+        """What a folder holds: files, and folders, which come without an entry."""
+        found: list[tuple[str, Entry | None]] = []
+        try:
+            listed = os.scandir(self._path(base[:-1]) if base else self.root)
+        except (FileNotFoundError, NotADirectoryError):
+            return found
+        with listed:
+            for item in listed:
+                folder = item.is_dir(follow_symlinks=False)
+                key = base + item.name + "/" * folder  # with its slash, a folder sorts where the keys below it do
+                if not key.startswith(prefix) and not prefix.startswith(key):
+                    continue
+                if folder:
+                    found.append((key, None))
+                elif item.is_file(follow_symlinks=False):
+                    with suppress(FileNotFoundError):  # deleted since it was seen
+                        about = item.stat(follow_symlinks=False)
+                        found.append((key, Entry(key, about.st_size, about.st_mtime)))
+        return sorted(found, key=lambda pair: os.fsencode(pair[0]))
 
     def size(self, key: str) -> int | None:
-        path = self._path(key)
         try:
-            with self._explained(key):
-                found = path.stat()
+            found = self._do(key, lambda: self._path(key).stat())
         except NotFound:
             return None
         return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def delete(self, key: str) -> None:
-        path = self._path(key)
-        with suppress(NotFound), self._explained(key):
-            path.unlink()
+        with suppress(NotFound):
+            self._do(key, lambda: self._path(key).unlink())
 
     def download(self, key: str, path: Path) -> None:
-        source = self._path(key)
-        with _appearing(path) as file, self._explained(key), source.open("rb") as found:
-            shutil.copyfileobj(found, file, COPY_BYTES)
+        with _appearing(path) as file:
+
+            def copy() -> None:
+                with self._path(key).open("rb") as found:
+                    file.seek(0)
+                    file.truncate()
+                    shutil.copyfileobj(found, file, COPY_BYTES)
+
+            self._do(key, copy)
 
     def spool(self) -> BinaryIO:
-        folder = self._path(SCRATCH)
-        with self._explained(SCRATCH, writing=True):
+        def begin() -> BinaryIO:
+            folder = self._path(SCRATCH)
             folder.mkdir(parents=True, exist_ok=True)
             try:  # not through tempfile, whose files may never get a name
                 return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), "w+b")
             except OSError:  # not every filesystem has them
                 return tempfile.TemporaryFile(dir=folder)
+
+        return self._do(SCRATCH, begin, writing=True)
 
     def probe(self) -> None:
         super().probe()
@@ -317,24 +358,34 @@ class FileStore(Store):
     @contextmanager
     def _scratch(self, key: str, data: bytes | Path) -> Iterator[Path]:
         """The data in a file of this filesystem, safely on disk."""
-        folder = self._path(SCRATCH)
-        temporary = folder / uuid.uuid4().hex
+        temporary = self.root / SCRATCH / uuid.uuid4().hex
         source = data.open("rb") if isinstance(data, Path) else None
+
+        def fill() -> None:
+            self._path(SCRATCH).mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)  # of an attempt that failed
+            if source is None or not _named(source, temporary):
+                with temporary.open("xb") as file:
+                    if source is None:
+                        file.write(data)  # type: ignore[arg-type]
+                    else:
+                        if source.seekable():  # not a pipe, which only the first attempt can read
+                            source.seek(0)
+                        shutil.copyfileobj(source, file, COPY_BYTES)
+                    _sync(file)
+
         try:
-            with self._explained(key, writing=True):
-                folder.mkdir(parents=True, exist_ok=True)
-                if source is None or not _named(source, temporary):
-                    with temporary.open("xb") as file:
-                        if source is None:
-                            file.write(data)  # type: ignore[arg-type]
-                        else:
-                            shutil.copyfileobj(source, file, COPY_BYTES)
-                        _sync(file)
+            self._do(key, fill, writing=True)
             yield temporary
         finally:
             if source is not None:
                 source.close()
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # a later probe sweeps
+                temporary.unlink(missing_ok=True)
+
+    def _do(self, key: str, work: Callable[[], T], *, writing: bool = False) -> T:
+        with self._explained(key, writing=writing):
+            return ride_out(self.url, work, _away, self.patience, FIRST_PAUSE)
 
     @contextmanager
     def _explained(self, key: str, *, writing: bool = False) -> Iterator[None]:
@@ -350,6 +401,8 @@ class FileStore(Store):
                 raise _not_found(self, key) from None
             if isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError):
                 remedy = "on disk a key cannot be an object and a folder at once: choose another key"
+            elif _away(error):
+                remedy = "see that the disk is sound, or the server that it is mounted from up, then run again"
             else:
                 remedy = "check the disk and its free space; the filesystem must allow hard links"
             raise StoreError(f"{self.url} failed at {key!a} ({error.strerror or error})", remedy=remedy) from error
@@ -439,7 +492,8 @@ class S3Store(Store):
 
     def probe(self) -> None:
         # Whoever waits at a prompt wants to hear of a wrong endpoint now, not after all the patience of a long job.
-        impatient = self.settings.model_copy(update={"retries": min(self.settings.retries, 2)})
+        patience, timeout = min(self.settings.patience, IMPATIENCE), min(self.settings.timeout, 10.0)
+        impatient = self.settings.model_copy(update={"patience": patience, "timeout": timeout})
         Store.probe(S3Store(self.url.removeprefix("s3://"), impatient))
 
     def _read(self, name: str, start: int, end: int | None) -> tuple[tuple[int, str], Iterator[bytes]]:
@@ -560,17 +614,12 @@ class S3Store(Store):
             return self._client[1]
 
     def _retry(self, work: Callable[[], T], when: Callable[[Exception], bool] | None = None) -> T:
-        """Exponential backoff with full jitter, for causes that pass by themselves."""
-        for attempt in range(self.settings.retries):
-            try:
-                return work()
-            except _boto_errors() as error:
-                if not (when or _transient)(error):
-                    raise
-                pause = random.uniform(0, min(LONGEST_PAUSE, 2 * self.settings.backoff * 2**attempt))
-                log.info("%s: %s; trying again in %.1f s", self.url, _cause(error), pause)
-            time.sleep(pause)
-        return work()
+        passes = when or _transient
+
+        def cause(error: Exception) -> str:
+            return _cause(error) if isinstance(error, _boto_errors()) and passes(error) else ""
+
+        return ride_out(self.url, work, cause, self.settings.patience, self.settings.backoff)
 
     @contextmanager
     def _explained(self, key: str) -> Iterator[None]:
@@ -605,7 +654,7 @@ class S3Store(Store):
             return _not_found(self, key)
         if _transient(error):
             return StoreError(
-                f"{self.url} kept failing at {key!a} ({_cause(error)})", remedy="look at the server, or raise retries"
+                f"{self.url} kept failing at {key!a} ({_cause(error)})", remedy="look at the server, then run again"
             )
         return StoreError(
             f"{self.url} refused {key!a} ({_cause(error)})", remedy="look up the code in the server's log"
@@ -708,6 +757,11 @@ def _transient(error: Exception) -> bool:
         return False
     torn = boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ResponseParserError
     return isinstance(error, torn) or _status(error) in TRANSIENT_STATUS or _code(error) in TRANSIENT_CODES
+
+
+def _away(error: Exception) -> str:
+    """What passes by itself of a folder's errors."""
+    return str(error.strerror) if isinstance(error, OSError) and error.errno in AWAY else ""
 
 
 # -- shared ----------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 COUNT = 90
 BAD = {3: Cause.TRUNCATED, 5: Cause.MISSING, 7: Cause.NO_CAPTION, 8: Cause.TOO_SMALL}  # by place in every ten rows
-PATIENT = {"timeout": 3.0, "retries": 12, "backoff": 0.05}
+PATIENT = {"timeout": 3.0, "backoff": 0.05}
 
 
 @pytest.fixture(scope="module")

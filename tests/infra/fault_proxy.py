@@ -24,6 +24,7 @@ class FaultProxy(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.requests: list[str] = []  # "METHOD /path?query", as they came
         self.released = threading.Event()
+        self.away: Fault | None = None  # what every request meets, while it is set
         self._plan: list[tuple[str, str, Fault]] = []
         self._lock = threading.Lock()
 
@@ -49,6 +50,8 @@ class FaultProxy(ThreadingHTTPServer):
     def take(self, method: str, path: str) -> Fault | None:
         with self._lock:
             self.requests.append(f"{method} {path}")
+            if self.away is not None:
+                return self.away
             for number, (wanted, text, fault) in enumerate(self._plan):
                 if wanted == method and text in path:
                     del self._plan[number]

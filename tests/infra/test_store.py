@@ -5,10 +5,10 @@ s3:// runs against moto's HTTP server, or against the server that PIXNERD_TEST_S
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import pickle
-import random
 import signal
 import subprocess
 import sys
@@ -28,10 +28,12 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 import infra.store as store_module
+from infra import notices, outage
 from infra.config import digest
 from infra.errors import NotFound, SettingsError, StoreError, StoreUnreachable, UnsafeStore
 from infra.store import Entry, FileStore, S3Store, Store, StoreSettings, open_store, spool_path
-from tests.infra.fault_proxy import FaultProxy
+from tests.infra.faked_time import faked_time
+from tests.infra.fault_proxy import Fault, FaultProxy
 
 MIB = 1 << 20
 SECRET = "keep-this-to-yourself"
@@ -68,7 +70,7 @@ def client(endpoint: str) -> Any:
 
 
 def s3_settings(endpoint: str, **more: Any) -> StoreSettings:
-    few = {"backoff": 0.01, "retries": 4, "multipart_threshold": 6 * MIB, "part_size": 5 * MIB}
+    few = {"backoff": 0.01, "patience": 20.0, "multipart_threshold": 6 * MIB, "part_size": 5 * MIB}
     return StoreSettings.model_validate({"endpoint_url": endpoint, **few, **more})
 
 
@@ -364,7 +366,7 @@ def test_credentials_in_the_wrong_place_are_refused_and_not_repeated() -> None:
 
 
 def test_how_a_store_is_reached_does_not_change_results() -> None:
-    other = StoreSettings.model_validate({"endpoint_url": "http://a", "retries": 1, "path_style": True})
+    other = StoreSettings.model_validate({"endpoint_url": "http://a", "patience": 1.0, "path_style": True})
     assert digest(other) == digest(StoreSettings())
 
 
@@ -377,7 +379,7 @@ def test_keys_from_settings_are_used_and_never_shown(
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     store = s3_store(proxy.url, access_key="env:MY_KEY", secret_key="env:MY_SECRET")
-    with caplog.at_level(logging.DEBUG, "infra.store"):
+    with caplog.at_level(logging.DEBUG, "infra"):
         store.put("a", b"1")
         proxy.spoil((503, "SlowDown"), "GET")
         assert store.get("a") == b"1"
@@ -472,6 +474,64 @@ def test_a_link_whose_answer_was_lost_still_counts(tmp_path: Path, monkeypatch: 
     assert store.create("a", b"1") is True
 
 
+class Away:
+    """A server of files that is away for a while: the named call of `os` fails, after it was made or before."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, call: str, *, times: int = 3, made: bool = False) -> None:
+        self.real, self.left, self.made = getattr(os, call), times, made
+        patch.setattr(os, call, self)
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        if self.left and "/store" in str(given):
+            self.left -= 1
+            if self.made:
+                self.real(*given, **named)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return self.real(*given, **named)
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["not made", "answer lost"])
+@pytest.mark.parametrize(("verb", "call"), [("put", "replace"), ("create", "link"), ("put", "mkdir")])
+def test_a_folder_of_another_machine_may_be_away_for_a_while(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    verb: str,
+    call: str,
+    made: bool,
+) -> None:
+    clock, store = faked_time(monkeypatch), FileStore(tmp_path / "store")
+    away = Away(monkeypatch, call, times=8 if not made else 1, made=made and call != "mkdir")
+    with caplog.at_level(logging.WARNING):
+        assert getattr(store, verb)("a/b", b"1") in (None, True)
+    assert (away.left, store.get("a/b")) == (0, b"1")
+    assert not list((store.root / ".tmp").iterdir())
+    assert (len(caplog.records), "Stale file handle" in caplog.text) == ((0, False) if made else (1, True))
+    assert clock.slept
+
+
+def test_reading_waits_for_a_folder_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faked_time(monkeypatch)
+    store = FileStore(tmp_path / "store")
+    store.put("a/b", b"1")
+    with monkeypatch.context() as patch:
+        away = [Away(patch, call) for call in ("scandir", "stat", "unlink")]
+        assert [entry.key for entry in store.list()] == ["a/b"]
+        assert store.size("a/b") == 1
+        store.download("a/b", tmp_path / "copy")
+        store.delete("a/b")
+        assert [one.left for one in away] == [0, 0, 0]
+    assert list(store.list()) == []
+
+
+def test_a_folder_that_stays_away_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, store = faked_time(monkeypatch), FileStore(tmp_path / "store")
+    Away(monkeypatch, "link", times=1000)
+    with pytest.raises(StoreError, match=r"Stale file handle.*mounted from"):
+        store.create("a", b"1")
+    assert sum(clock.slept) == pytest.approx(store.patience)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
@@ -508,7 +568,7 @@ PASSING = [(500, "InternalError"), (503, "SlowDown"), (502, ""), (504, ""), (429
 
 @pytest.mark.parametrize("faults", [PASSING, ["hang"]], ids=["answers", "silence"])
 def test_what_passes_by_itself_is_tried_again(proxy: FaultProxy, tmp_path: Path, faults: list[Any]) -> None:
-    store = s3_store(proxy.url, timeout=0.5, backoff=0.001, retries=10)
+    store = s3_store(proxy.url, timeout=0.5, backoff=0.001)
 
     def spoil(method: str, text: str = "") -> None:
         for fault in faults:
@@ -661,30 +721,60 @@ def test_what_stays_wrong_is_said_at_once(
 
 
 def test_patience_ends(faulty: S3Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    pauses: list[float] = []
-
-    def longest(low: float, high: float) -> float:
-        pauses.append(high)
-        return low
-
-    monkeypatch.setattr(random, "uniform", longest)
-    monkeypatch.setattr(store_module, "LONGEST_PAUSE", 0.07)
-    proxy.spoil((503, "SlowDown"), "GET", times=9)
+    clock = faked_time(monkeypatch)
+    proxy.away = (503, "SlowDown")
     with pytest.raises(StoreError, match="503 SlowDown"):
         faulty.get("a")
-    assert len(proxy.requests) == faulty.settings.retries + 1
-    assert pauses == pytest.approx([0.02, 0.04, 0.07, 0.07])
+    assert sum(clock.slept) == pytest.approx(faulty.settings.patience)
+
+
+@pytest.mark.parametrize("fault", [(503, "SlowDown"), "drop"], ids=str)
+def test_an_outage_is_ridden_out_by_single_calls_of_many_threads_and_told_once(
+    faulty: S3Store, proxy: FaultProxy, fault: Fault, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outage, "TOLD_AFTER", 0.1)
+    monkeypatch.setattr(outage, "LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr(notices, "_last", {})
+    before = [f"before/{number}" for number in range(8)]
+    for key in before:
+        faulty.put(key, key.encode())
+    proxy.requests.clear()
+    proxy.away = fault
+    with caplog.at_level(logging.WARNING), ThreadPoolExecutor(16) as pool:
+        read = [pool.submit(faulty.get, key) for key in before]
+        made = [pool.submit(faulty.create, f"after/{number}", b"1") for number in range(8)]
+        while len(proxy.requests) < 16 * 5:  # each has failed again and again
+            time.sleep(0.01)
+        proxy.away = None
+        assert [one.result() for one in read] == [key.encode() for key in before]
+        assert [one.result() for one in made] == [True] * 8
+    told = [record.message for record in caplog.records]
+    assert len(told) == 1, told
+    assert told[0].startswith(f"{faulty.url} is out of order (")
+
+
+@pytest.mark.slow
+def test_a_whole_minute_is_ridden_out_as_the_settings_are(s3: str) -> None:
+    with FaultProxy(s3) as closing, FaultProxy(s3) as silent, ThreadPoolExecutor(32) as pool:
+        place = f"s3://pixnerd-test/{uuid.uuid4().hex}"
+        stores = [open_store(place, StoreSettings(endpoint_url=proxy.url)) for proxy in (closing, silent)]
+        stores[0].put("a", b"1")
+        closing.away, silent.away = "drop", "hang"
+        read = [pool.submit(store.get, "a") for store in stores for _ in range(16)]
+        time.sleep(60.0)
+        closing.away = silent.away = None
+        silent.released.set()
+        assert [one.result() for one in read] == [b"1"] * 32
 
 
 def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    pauses: list[float] = []
-    monkeypatch.setattr(time, "sleep", pauses.append)
+    clock = faked_time(monkeypatch)
     store = open_store("s3://bucket", StoreSettings(endpoint_url="http://127.0.0.1:1"))
     with pytest.raises(StoreUnreachable, match=r"127\.0\.0\.1:1 \(EndpointConnectionError\).*endpoint_url"):
         store.probe()
-    assert 0 < sum(pauses) < 3  # a person waits
+    assert 0 < sum(clock.slept) < 3  # a person waits
 
 
 def test_nobody_said_who_we_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
