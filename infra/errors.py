@@ -12,6 +12,7 @@
     ├── TrainingError             training diverged or a worker died for good
     ├── EvaluationError           prompts, images or a judge are not usable
     ├── ClusterError              Ray could not be started, reached, or given what was asked for
+    ├── TrackingError             MLflow did not take what the work needs it to take
     ├── TakenOver                 another driver has taken this work over, while nothing was heard of this one
     └── StageFailed               a stage of a workflow failed; wraps the cause
 
@@ -83,6 +84,10 @@ class EvaluationError(PixnerdError):
 
 
 class ClusterError(PixnerdError):
+    pass
+
+
+class TrackingError(PixnerdError):
     pass
 
 

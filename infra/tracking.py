@@ -1,32 +1,40 @@
-"""MLflow, and only here: one parent run a workflow, one nested run a stage, metrics in asynchronous batches.
+"""MLflow, and only here: one parent run a workflow, one nested run a stage.
 
-Tracking observes the work and must never stop it: when a call fails, the failure is reported once and the run goes on.
-The records in the store stay the truth; MLflow shows them. Nested runs carry the digest of the stage's work as a tag,
-so a resumed stage continues the run it began.
+Tracking observes the work and must never stop it or hold it up. Whatever is logged is handed to a thread, which keeps
+the order, waits while MLflow is away and goes on when it is back; what could not be told it is told to the user, once.
+The records in the store stay the truth; MLflow shows them. Only the driver logs: what its workers have to say reaches
+it as messages, so a database in a file needs to be seen by one machine alone. Nested runs carry the digest of the
+stage's work as a tag, so a resumed stage continues the run it began.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
+from infra.calls import Calls, NotTaken
 from infra.config import Settings, operational
-
-log = logging.getLogger(__name__)
+from infra.errors import TrackingError
 
 DIGEST_TAG = "pixnerd.digest"
+SOURCE_TAG = "pixnerd.source"
 _SQLITE = "sqlite:///"  # and the path
 _BATCH = 900  # the server takes at most 1,000 metrics in a call
 _LOCK_SECONDS = 60.0  # that others may take to open a database file; who holds it longer is stopped or hangs
 _LOCK_EVERY = 0.1
+_REGISTER_SECONDS = 90.0  # that may pass until a model is registered
+_FLUSH_SECONDS = 1.0
+_CLOSE_SECONDS, _CLOSE_AWAY_SECONDS = 12.0, 2.0  # for what waits at the end: with an MLflow that answers, and without
 
-T = TypeVar("T")
+Call = Callable[[Any, str], object]  # is given MLflow's client and the run's id
 
 
 class TrackingSettings(Settings):
@@ -35,168 +43,207 @@ class TrackingSettings(Settings):
 
 
 class Tracker:
-    """One experiment on one MLflow server or database."""
+    """One experiment on one MLflow server or database, which is opened when it answers."""
 
     def __init__(self, uri: str, experiment: str, artifacts: Path | None = None) -> None:
-        self.uri, self.experiment = uri, experiment
-        _prepare()
-        self._experiment_id = _observed(lambda: self._open(artifacts))
-
-    def _open(self, artifacts: Path | None) -> str:
-        from mlflow import MlflowClient
-
-        with _alone(self.uri):
-            self._client = MlflowClient(self.uri)
-            return self._find_or_create(artifacts)
-
-    def _find_or_create(self, artifacts: Path | None) -> str:
-        found = self._client.get_experiment_by_name(self.experiment)
-        if found is not None:
-            return str(found.experiment_id)
-        location = artifacts.absolute().as_uri() if artifacts else None
-        return str(self._client.create_experiment(self.experiment, artifact_location=location))
+        self.uri, self.experiment, self._artifacts = uri, experiment, artifacts
+        _prepare(uri)
+        self._calls = Calls(f"MLflow at {_masked(uri.removeprefix(_SQLITE))}", _judge)
+        self._client: Any = None
+        self._experiment_id = ""
+        self._refusal: Exception | None = None
 
     def run(self, name: str, digest: str, parent: Run | None = None, tags: Mapping[str, str] | None = None) -> Run:
         """The run of the work with this digest: the one begun earlier, or a new one."""
-        if self._experiment_id is None:
-            return Run(self.uri, None)
-        run_id = _observed(lambda: self._begun(name, digest, parent) or self._begin(name, digest, parent, tags or {}))
-        return Run(self.uri, run_id)
 
-    def _begun(self, name: str, digest: str, parent: Run | None) -> str | None:
+        def begin() -> tuple[Any, str]:
+            client = self._opened()
+            above = parent.begun()[1] if parent is not None else ""
+            return client, self._begun(name, digest, above) or self._begin(name, digest, above, tags or {})
+
+        run = Run(self._calls, begin)
+        run.call(lambda client, run_id: None)
+        return run
+
+    def register(
+        self, name: str, alias: str, run: Run, source: str, tags: Mapping[str, str], metrics: Mapping[str, float]
+    ) -> str:
+        """A version of a registered model that stands for a checkpoint in the store; returns the version."""
+        try:
+            return self._calls.ask(
+                lambda: self._register(name, alias, run.begun()[1], source, tags, metrics), _REGISTER_SECONDS
+            )
+        except NotTaken as error:
+            raise TrackingError(
+                f"{self._calls.name} did not take the model ({error})",
+                remedy="mend that, or set MLFLOW_TRACKING_URI to another server; then run again: the rest is done",
+            ) from None
+
+    def close(self) -> None:
+        """The end: what waits has some last seconds, and what is left then is told."""
+        self._calls.close(_CLOSE_SECONDS, _CLOSE_AWAY_SECONDS)
+
+    def _opened(self) -> Any:
+        if self._refusal is not None:
+            raise self._refusal
+        if self._client is None:
+            try:
+                self._client = self._open()
+            except Exception as error:
+                if _judge(error)[1] == "refuses":
+                    self._refusal = error
+                raise
+        return self._client
+
+    def _open(self) -> Any:
+        from mlflow import MlflowClient
+
+        with _alone(self.uri):
+            client = MlflowClient(self.uri)
+            found = client.get_experiment_by_name(self.experiment)
+            if found is None:
+                location = self._artifacts.absolute().as_uri() if self._artifacts else None
+                self._experiment_id = str(client.create_experiment(self.experiment, artifact_location=location))
+            else:
+                self._experiment_id = str(found.experiment_id)
+        return client
+
+    def _begun(self, name: str, digest: str, parent: str) -> str | None:
         query = f"tags.`{DIGEST_TAG}` = '{digest}' and tags.`mlflow.runName` = '{name}'"
-        if parent is not None and parent.run_id:
-            query += f" and tags.`mlflow.parentRunId` = '{parent.run_id}'"
+        if parent:
+            query += f" and tags.`mlflow.parentRunId` = '{parent}'"
         found = self._client.search_runs([self._experiment_id], query, max_results=1)
         if not found:
             return None
         self._client.update_run(found[0].info.run_id, status="RUNNING")
         return str(found[0].info.run_id)
 
-    def _begin(self, name: str, digest: str, parent: Run | None, tags: Mapping[str, str]) -> str:
+    def _begin(self, name: str, digest: str, parent: str, tags: Mapping[str, str]) -> str:
         all_tags = {**tags, DIGEST_TAG: digest}
-        if parent is not None and parent.run_id:
-            all_tags["mlflow.parentRunId"] = parent.run_id
+        if parent:
+            all_tags["mlflow.parentRunId"] = parent
         run = self._client.create_run(self._experiment_id, run_name=name, tags=all_tags)
         return str(run.info.run_id)
 
-    def register(
-        self, name: str, alias: str, run: Run, source: str, tags: Mapping[str, str], metrics: Mapping[str, float]
-    ) -> str | None:
-        """A version of a registered model that points at a checkpoint in the store; returns the version."""
-        if run.run_id is None:
-            return None
-        return _observed(lambda: self._register(name, alias, run, source, tags, metrics))
-
     def _register(
-        self, name: str, alias: str, run: Run, source: str, tags: Mapping[str, str], metrics: Mapping[str, float]
+        self, name: str, alias: str, run_id: str, source: str, tags: Mapping[str, str], metrics: Mapping[str, float]
     ) -> str:
         import mlflow
         from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
 
-        known = self._client.search_model_versions(f"name='{name}' and run_id='{run.run_id}'")
+        known = self._client.search_model_versions(f"name='{name}' and run_id='{run_id}'")
         if known:  # an earlier attempt of this stage came as far as this
             self._client.set_registered_model_alias(name, alias, known[0].version)
             return str(known[0].version)
         mlflow.set_tracking_uri(self.uri)
+        all_tags = {**tags, SOURCE_TAG: source}
         model = mlflow.create_external_model(
-            name=name, source_run_id=run.run_id, tags=dict(tags), experiment_id=self._experiment_id
+            name=name, source_run_id=run_id, tags=all_tags, experiment_id=self._experiment_id
         )
         now = int(time.time() * 1000)
         logged = [Metric(key, value, now, 0, model_id=model.model_id) for key, value in metrics.items()]
-        self._client.log_batch(run.run_id, metrics=logged)
+        self._client.log_batch(run_id, metrics=logged)
         try:
             self._client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+        # A server takes no path as a version's source that is not below its own artifacts, but it does take a model.
         version = self._client.create_model_version(
-            name, source, run_id=run.run_id, tags=dict(tags), model_id=model.model_id
+            name, f"models:/{model.model_id}", run_id=run_id, tags=all_tags, model_id=model.model_id
         )
         self._client.set_registered_model_alias(name, alias, version.version)
         return str(version.version)
 
 
 class Run:
-    """A handle that travels to workers: where to log, and under which run. Without a run it logs nowhere."""
+    """Where a stage's figures go: nothing here waits for MLflow, or fails. Without a tracker they go nowhere."""
 
-    def __init__(self, uri: str, run_id: str | None) -> None:
-        self.uri, self.run_id = uri, run_id
-        self._client: Any = None
-        self._pending: list[Any] = []
+    def __init__(self, calls: Calls | None = None, begin: Callable[[], tuple[Any, str]] | None = None) -> None:
+        self._calls, self._begin = calls, begin
+        self._known: tuple[Any, str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"uri": self.uri, "run_id": self.run_id, "_client": None, "_pending": []}
+        if self._calls:
+            raise TypeError("only the driver logs: a worker's figures reach it as messages")
+        return self.__dict__
 
-    def _call(self, work: Callable[[Any], T]) -> T | None:
-        if self.run_id is None:
-            return None
-        if self._client is None:
-            _prepare()
-            from mlflow import MlflowClient
+    @property
+    def run_id(self) -> str | None:
+        """None as long as MLflow has not told it."""
+        return self._known[1] if self._known else None
 
-            self._client = _observed(lambda: MlflowClient(self.uri))
-        if self._client is None:
-            self.run_id = None  # told once; from here on nothing is logged
-            return None
-        return _observed(lambda: work(self._client))
+    def begun(self) -> tuple[Any, str]:
+        """MLflow's client and the run's id; for calls that are being made."""
+        assert self._begin is not None, "a run without a tracker is not begun"
+        if self._known is None:
+            self._known = self._begin()
+        return self._known
+
+    def call(self, work: Call) -> None:
+        if self._calls:
+            self._calls.add(lambda: work(*self.begun()))
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Asynchronous: returns at once; `flush` waits."""
-        self.metric_rows([(step, values)])
+        if self._calls:
+            self._calls.add_row(self._log_rows, (int(time.time() * 1000), step, values))
 
-    def metric_rows(self, rows: list[tuple[int, Mapping[str, float]]]) -> None:
-        if self.run_id is None:
-            return
+    def _log_rows(self, rows: list[tuple[int, int, Mapping[str, float]]]) -> None:
+        """Values with the time when they were so, not when MLflow heard of them: logged again they are the same."""
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        metrics = [Metric(key, float(value), now, step) for step, values in rows for key, value in values.items()]
+        client, run_id = self.begun()
+        metrics = [Metric(key, float(value), now, step) for now, step, row in rows for key, value in row.items()]
         for start in range(0, len(metrics), _BATCH):
-            batch = metrics[start : start + _BATCH]
-            pending = self._call(lambda c, b=batch: c.log_batch(self.run_id, metrics=b, synchronous=False))  # type: ignore[misc]
-            if pending is not None:
-                self._pending.append(pending)
+            client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
 
     def params(self, values: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
+        def log(client: Any, run_id: str) -> None:
+            from mlflow.entities import Param
 
-        params = [Param(key, str(value)[:500]) for key, value in values.items()]
-        self._call(lambda c: c.log_batch(self.run_id, params=params))
+            client.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in values.items()])
+
+        self.call(log)
 
     def tags(self, values: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
+        def log(client: Any, run_id: str) -> None:
+            from mlflow.entities import RunTag
 
-        self._call(lambda c: c.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in values.items()]))
+            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in values.items()])
+
+        self.call(log)
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        self._call(lambda c: c.log_artifact(self.run_id, str(path), folder or None))
+        self.call(lambda client, run_id: client.log_artifact(run_id, str(path), folder or None))
 
     def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any], context: str) -> None:
         """What the run read, as MLflow's dataset lineage."""
-        import json
 
-        from mlflow.entities import Dataset, DatasetInput, InputTag
+        def log(client: Any, run_id: str) -> None:
+            from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        entity = Dataset(
-            name=name,
-            digest=digest,
-            source_type="pixnerd",
-            source=json.dumps({"uri": source}),
-            profile=json.dumps(dict(profile)),
-        )
-        tagged = DatasetInput(entity, [InputTag("mlflow.data.context", context)])
-        self._call(lambda c: c.log_inputs(self.run_id, datasets=[tagged]))
+            entity = Dataset(
+                name=name,
+                digest=digest,
+                source_type="pixnerd",
+                source=json.dumps({"uri": source}),
+                profile=json.dumps(dict(profile)),
+            )
+            tagged = DatasetInput(entity, [InputTag("mlflow.data.context", context)])
+            client.log_inputs(run_id, datasets=[tagged])
 
-    def flush(self) -> None:
-        for pending in self._pending:
-            _observed(pending.wait)
-        self._pending = []
+        self.call(log)
+
+    def flush(self, seconds: float = _FLUSH_SECONDS) -> bool:
+        """Whether all that was logged so far has reached MLflow, at the latest after so many seconds."""
+        return self._calls.wait(seconds) if self._calls else True
 
     def end(self, status: str = "FINISHED") -> None:
-        self.flush()
-        self._call(lambda c: c.set_terminated(self.run_id, status))
+        self.call(lambda client, run_id: client.set_terminated(run_id, status))
+
+
+NOWHERE = Run()
 
 
 @contextmanager
@@ -227,29 +274,57 @@ def _lock(file: IO[bytes]) -> None:
         time.sleep(_LOCK_EVERY)
 
 
-def _observed(work: Callable[[], T]) -> T | None:
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
+# What MLflow answers, or its client, while it cannot do what it would do otherwise.
+_AWAY = {"TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED"}
 
-    try:
-        return work()
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        log.warning(
-            "MLflow did not take a call and the work goes on without it (%s)",
-            (str(error) or type(error).__name__).splitlines()[0],
+
+def _judge(error: Exception) -> tuple[str, str]:
+    """What went wrong, in a line, and whether MLflow is away, faulty, or refuses the call."""
+    from mlflow.exceptions import MlflowException, RestException
+    from requests.exceptions import RequestException
+    from sqlalchemy.exc import OperationalError
+
+    if isinstance(error, MlflowException):
+        away = error.error_code in _AWAY or (
+            error.error_code == "INTERNAL_ERROR" and not isinstance(error, RestException)
         )
-        return None
+        faulty = error.error_code == "INTERNAL_ERROR"
+    else:
+        away = isinstance(error, RequestException | OperationalError | ConnectionError | TimeoutError)
+        faulty = False
+    return _said(error), "away" if away else "faulty" if faulty else "refuses"
 
 
-def _prepare() -> None:
-    """What MLflow reads at import: no calls home, no talk on the terminal, no minutes of retries for a server that is
-    down while the work could go on without it."""
+def _said(error: BaseException) -> str:
+    """The first cause's words: what is wrapped around them is long, and tells of MLflow's ways only."""
+    while (before := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
+        error = before
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return _masked(lines[0])[:300]
+
+
+def _masked(text: str) -> str:
+    """Without the user and password that an address may hold."""
+    return re.sub(r"//[^/@\s]+@", "//", text)
+
+
+def _prepare(uri: str) -> None:
+    """What MLflow reads at import: no calls home, no talk on the terminal, and no retries, which are ours.
+
+    It is imported here, not by the thread: two threads that import the same packages may trip over each other's.
+    """
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_LOGGING_LEVEL": "ERROR",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # a database that is locked is told with its whole traceback otherwise
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
         "GIT_PYTHON_REFRESH": "quiet",
     }.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.ERROR)
+    import mlflow
+
+    if not uri.startswith("http"):
+        import mlflow.store.model_registry.sqlalchemy_store
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ from data_prep.plan import PrepareSettings
 from infra.cluster import ClusterSettings, connect, disconnect
 from infra.config import digest, parse
 from infra.errors import CheckpointError, DataError, SettingsError
+from infra.notices import watched
 from infra.records import EvalReport, StageRecord, read_record
 from infra.store import Store, open_store
 from infra.tracking import Tracker, TrackingSettings
@@ -138,21 +139,23 @@ def _home(store: Store, name: str) -> Path:
 @contextmanager
 def _context(store: Store, name: str, address: str | None, quiet: bool) -> Iterator[tuple[Context, terminal.Screen]]:
     home = _home(store, name)
-    settings = TrackingSettings(uri=os.environ.get("MLFLOW_TRACKING_URI"))
+    settings = TrackingSettings(uri=os.environ.get("MLFLOW_TRACKING_URI") or None)
     uri = settings.uri or f"sqlite:///{home / 'mlflow.db'}"
     with terminal.Screen(quiet=quiet) as screen:
         screen.doing(f"joining the Ray cluster at {address}" if address else "starting Ray")
         connect(ClusterSettings(address=address))
         try:
             screen.doing("opening MLflow")
-            tracker = Tracker(uri, settings.experiment, None if settings.uri else home / "mlartifacts")
-            parent = tracker.run(name, digest([name, store.url]))
-            try:
-                yield Context(store, home, tracker, parent, screen.progress), screen
-            except BaseException:
-                parent.end("FAILED")
-                raise
-            parent.end()
+            artifacts = None if uri.startswith("http") else home / "mlartifacts"  # a server has a place of its own
+            with closing(Tracker(uri, settings.experiment, artifacts)) as tracker:
+                parent = tracker.run(name, digest([name, store.url]))
+                try:
+                    with watched():
+                        yield Context(store, home, tracker, parent, screen.progress), screen
+                except BaseException:
+                    parent.end("FAILED")
+                    raise
+                parent.end()
         finally:
             screen.doing("leaving the Ray cluster" if address else "stopping Ray")
             disconnect()
@@ -182,7 +185,8 @@ def evaluate_folder(
         connect(ClusterSettings(address=address))
         try:
             prefix = f"evaluations/{digest([record.digest(), settings.results()])}"
-            report = geneval(opened, prefix, record, settings, screen.count)
+            with watched():
+                report = geneval(opened, prefix, record, settings, screen.count)
         finally:
             disconnect()
     if as_json:

@@ -38,7 +38,7 @@ from infra.records import (
     read_record,
 )
 from infra.store import Store
-from infra.tracking import Run, Tracker
+from infra.tracking import NOWHERE, Run, Tracker
 from pipelines.evaluation.run import GenevalSettings, prompts_digest
 from training.encoders.known import known
 from training.loop import TrainSettings
@@ -56,9 +56,6 @@ class Progress:
     text: str
     done: int = 0
     total: int = 0
-
-
-NOWHERE = Run("", None)
 
 
 @dataclass(frozen=True)
@@ -310,7 +307,7 @@ def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
         text=_files(given["text"]) if given else settings.text_encoder,
         vision=_files(given["vision"]) if given else settings.vision_encoder,
         start_from=read_record(store, start.output["record"], CheckpointRecord) if start else None,
-        run=context.run,
+        run=NOWHERE,  # rank 0 may be on a machine that does not see the tracker's database
     )
     _log_lineage(context, settings, data, inputs["data"].output["record"])
 
@@ -321,6 +318,7 @@ def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
             speed = f"{message['train/images_per_second']:.0f} images/s"
             text = f"step {message['step']} of {message['steps']}, loss {message['train/loss']:.4f}, {speed}"
             context.progress(text, message["step"], message["steps"])
+            context.run.metrics({name: value for name, value in message.items() if "/" in name}, message["step"])
         if message["event"] == "told":
             log.warning("%s: %s", context.stage, message["text"])
         if message["event"] == "waiting":
@@ -469,8 +467,6 @@ def register(context: Context, settings: RegisterStage, inputs: Inputs) -> Outpu
     tags = {"pixnerd.checkpoint": checkpoint.digest(), "pixnerd.snapshot": checkpoint.snapshot, "judge": report.judge}
     scores = {name: interval.value for name, interval in report.scores.items()}
     made = context.tracker.register(settings.model, settings.alias, context.run, source, tags, scores)
-    if made is None:
-        raise StageFailed("MLflow did not take the model", remedy="check tracking.uri and run again: the rest is done")
     return {"model": settings.model, "version": made, "alias": settings.alias, "source": source}
 
 

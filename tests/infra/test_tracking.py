@@ -1,30 +1,62 @@
-"""MLflow on SQLite: nested runs that are found again, metrics that arrive, failures that stop nothing."""
+"""MLflow on SQLite: nested runs that are found again, metrics that arrive, and work that waits for none of it."""
 
 from __future__ import annotations
 
 import fcntl
-import logging
 import pickle
+import socket
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from infra import tracking
-from infra.tracking import Run, Tracker
+from infra import calls, notices, tracking
+from infra.errors import TrackingError
+from infra.tracking import NOWHERE, Run, Tracker
+
+LONG = 240.0  # seconds for what takes one or two where nothing else runs
+SECRET = "keep-this-to-yourself"
+
+
+@pytest.fixture(autouse=True)
+def nothing_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(notices, "_last", {})
+    monkeypatch.setattr(calls, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(calls, "LONGEST_PAUSE", 0.1)
 
 
 @pytest.fixture(scope="module")
-def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
+def tracker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracker]:
     folder = tmp_path_factory.mktemp("mlflow")
-    return Tracker(f"sqlite:///{folder}/mlflow.db", "test", folder / "artifacts")
+    with closing(Tracker(f"sqlite:///{folder}/mlflow.db", "test", folder / "artifacts")) as tracker:
+        yield tracker
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """A server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 def client(tracker: Tracker):
     from mlflow import MlflowClient
 
     return MlflowClient(tracker.uri)
+
+
+def known(run: Run) -> str:
+    assert run.flush(LONG)
+    assert run.run_id is not None
+    return run.run_id
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name == "infra.notices"]
 
 
 OPENS = """
@@ -35,7 +67,10 @@ from infra.tracking import Tracker
 print("ready", flush=True)
 sys.stdin.read()
 tracker = Tracker(sys.argv[1], "test")
-print(tracker.run("a", sys.argv[2]).run_id)
+run = tracker.run("a", sys.argv[2])
+run.flush(240)
+print(run.run_id)
+tracker.close()
 """
 
 
@@ -48,55 +83,126 @@ def test_two_processes_that_open_a_fresh_database_at_once_both_log(tmp_path: Pat
     for process in both:
         process.stdin.close()
         process.stdin = None
-    said = [process.communicate(timeout=60) for process in both]
+    said = [process.communicate(timeout=280) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     ids = [out.strip() for out, _ in said]
     assert len({*ids, "None"}) == 3, said
-    tracker = Tracker(uri, "test")
-    assert [tracker.run("a", name).run_id for name in ("one", "two")] == ids
+    with closing(Tracker(uri, "test")) as tracker:
+        assert [known(tracker.run("a", name)) for name in ("one", "two")] == ids
 
 
-def test_a_file_that_is_no_database_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_file_that_is_no_database_stops_nothing_and_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "mlflow.db").write_bytes(b"no database, but long enough to be read as one" * 100)
-    with caplog.at_level(logging.WARNING):
-        tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "test")
-        assert tracker.run("a", "b").run_id is None
-    assert [r.message for r in caplog.records if r.name == "infra.tracking"] == [
-        "MLflow did not take a call and the work goes on without it ((sqlite3.DatabaseError) file is not a database)"
+    with closing(Tracker(f"sqlite:///{tmp_path}/mlflow.db", "test")) as tracker:
+        run = tracker.run("a", "b")
+        run.metrics({"x": 1.0}, 0)
+        assert run.flush(LONG)
+        with pytest.raises(TrackingError, match=r"did not take the model \(file is not a database\)"):
+            tracker.register("m", "champion", run, "s3://a", {}, {})
+    assert told(caplog) == [
+        f"MLflow at {tmp_path}/mlflow.db refuses a call (file is not a database); the work goes on without it"
     ]
 
 
-def test_a_lock_whose_holder_hangs_stops_nothing_and_is_told_once(
+def test_another_process_that_opens_the_file_is_waited_for_by_nobody(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(tracking, "_LOCK_SECONDS", 0.3)
-    with (tmp_path / "mlflow.db.lock").open("ab") as held, caplog.at_level(logging.WARNING):
+    monkeypatch.setattr(tracking, "_LOCK_SECONDS", 0.1)
+    with (tmp_path / "mlflow.db.lock").open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", "test")
-        assert tracker.run("a", "b").run_id is None
-    assert [r.message for r in caplog.records if r.name == "infra.tracking"] == [
-        "MLflow did not take a call and the work goes on without it "
-        f"(another process still holds {tmp_path}/mlflow.db.lock after 0.3 s)"
+        run = tracker.run("a", "b")
+        while not told(caplog):
+            assert not run.flush(0.01)
+    assert known(run)
+    tracker.close()
+    assert told(caplog) == [
+        f"MLflow at {tmp_path}/mlflow.db does not answer "
+        f"(another process still holds {tmp_path}/mlflow.db.lock after 0.1 s); the work goes on, and what it logs waits"
     ]
 
 
 def test_a_stage_is_nested_and_found_again(tracker: Tracker):
     parent = tracker.run("workflow", "w")
     stage = tracker.run("train", "a", parent)
-    found = client(tracker).get_run(stage.run_id)
+    found = client(tracker).get_run(known(stage))
     assert found.data.tags["mlflow.parentRunId"] == parent.run_id
-    assert tracker.run("train", "a", parent).run_id == stage.run_id
-    assert tracker.run("train", "b", parent).run_id != stage.run_id
+    assert known(tracker.run("train", "a", parent)) == stage.run_id
+    assert known(tracker.run("train", "b", parent)) != stage.run_id
 
 
-def test_metrics_arrive_also_from_a_worker(tracker: Tracker):
-    run = pickle.loads(pickle.dumps(tracker.run("metrics", "m")))
-    for step in range(30):
-        run.metrics({"train/loss": 1 / (step + 1), "repa/cosine": 0.5}, step)
+def history(tracker: Tracker, run: Run, name: str = "train/loss") -> list[tuple[int, float]]:
+    """As it was logged: steps in their order, each once."""
+    found = client(tracker).get_metric_history(known(run), name)
+    return [(metric.step, metric.value) for metric in found]
+
+
+CURVE = [(step, 1 / (step + 1)) for step in range(250)]
+
+
+def test_metrics_arrive_all_and_in_order(tracker: Tracker):
+    run = tracker.run("metrics", "m")
+    for step, loss in CURVE:
+        run.metrics({"train/loss": loss, "repa/cosine": 0.5}, step)
     run.end()
-    history = client(tracker).get_metric_history(run.run_id, "train/loss")
-    assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == [(s, 1 / (s + 1)) for s in range(30)]
+    assert history(tracker, run) == CURVE
     assert client(tracker).get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_a_locked_database_holds_up_nothing_and_loses_nothing(tracker: Tracker):
+    run = tracker.run("locked", "l")
+    path = Path(tracker.uri.removeprefix("sqlite:///"))
+    known(run)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        for step, loss in CURVE:
+            run.metrics({"train/loss": loss}, step)
+        run.end()
+        assert not run.flush(0.01)  # all this was said while nobody could write a word
+        other.execute("ROLLBACK")
+    assert history(tracker, run) == CURVE
+
+
+def test_a_server_that_never_answers_holds_up_nothing_and_the_loss_is_told(
+    silent: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(calls, "STUCK_AFTER", 0.1)
+    monkeypatch.setattr(tracking, "_CLOSE_AWAY_SECONDS", 0.2)
+    tracker = Tracker(silent, "test")
+    run = tracker.run("a", "b")
+    for step, loss in CURVE:
+        run.metrics({"train/loss": loss}, step)
+    assert not run.flush(0.01)
+    run.end()
+    tracker.close()
+    assert told(caplog) == [
+        f"MLflow at {silent} did not get 252 of the things logged (no answer in time); "
+        "the records in the store hold the results"
+    ]
+
+
+def test_nobody_waits_for_long_at_a_save_or_at_the_end():
+    assert tracking._FLUSH_SECONDS <= 1
+    assert tracking._CLOSE_AWAY_SECONDS + calls.STUCK_AFTER < tracking._CLOSE_SECONDS <= 15
+
+
+def test_a_server_that_is_down_stops_nothing_and_is_told_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tracking, "_REGISTER_SECONDS", 0.5)
+    monkeypatch.setattr(tracking, "_CLOSE_AWAY_SECONDS", 0.1)
+    tracker = Tracker(f"http://me:{SECRET}@127.0.0.1:9", "test")
+    run = tracker.run("a", "b")
+    run.metrics({"x": 1.0}, 0)
+    run.params({"y": 2})
+    with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9 did not take the model \(.*refused.*MLFLOW_TRACKING_URI"):
+        tracker.register("m", "champion", run, "s3://a", {}, {})
+    run.end()
+    tracker.close()
+    waits, lost = told(caplog)
+    assert waits.startswith("MLflow at http://127.0.0.1:9 does not answer (")
+    assert "4 of the things logged" in lost
+    assert SECRET not in caplog.text
 
 
 def test_data_and_scores_make_a_lineage(tracker: Tracker, tmp_path: Path):
@@ -105,11 +211,23 @@ def test_data_and_scores_make_a_lineage(tracker: Tracker, tmp_path: Path):
     run.params({"optim.lr": 1e-3})
     version = tracker.register("model", "champion", run, "file:///store/c", {"k": "v"}, {"geneval/overall": 0.7})
     made = client(tracker).get_model_version_by_alias("model", "champion")
-    assert (str(made.version), made.source, made.run_id) == (version, "file:///store/c", run.run_id)
+    assert (str(made.version), made.run_id) == (version, run.run_id)
+    assert made.tags == {"k": "v", "pixnerd.source": "file:///store/c"}
     found = client(tracker).get_run(run.run_id)
     assert found.data.metrics["geneval/overall"] == 0.7
     assert found.inputs.dataset_inputs[0].dataset.digest == "abc"
     assert found.data.params["optim.lr"] == "0.001"
+
+
+def test_what_a_version_points_at_is_what_a_server_accepts(tracker: Tracker):
+    from mlflow.exceptions import MlflowException
+    from mlflow.server.handlers import _validate_source_model
+
+    tracker.register("accepted", "champion", tracker.run("accepted", "a"), "file:///store/c", {}, {})
+    made = client(tracker).get_model_version_by_alias("accepted", "champion")
+    _validate_source_model(made.source, made.source.removeprefix("models:/"))
+    with pytest.raises(MlflowException, match="Invalid model version source"):
+        _validate_source_model("/store/c", "")
 
 
 def test_registering_again_after_a_kill_makes_no_second_version(tracker: Tracker):
@@ -123,24 +241,17 @@ def test_another_run_makes_a_second_version_that_takes_the_alias(tracker: Tracke
     first = tracker.register("twice", "champion", tracker.run("again", "1"), "s3://a/1", {}, {})
     second = tracker.register("twice", "champion", tracker.run("again", "2"), "s3://a/2", {}, {})
     assert first != second
-    assert client(tracker).get_model_version_by_alias("twice", "champion").source == "s3://a/2"
+    made = client(tracker).get_model_version_by_alias("twice", "champion")
+    assert made.tags["pixnerd.source"] == "s3://a/2"
 
 
-def test_a_server_that_is_down_stops_nothing_and_is_told_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with caplog.at_level(logging.WARNING):
-        tracker = Tracker("http://127.0.0.1:9", "test")
-        run = tracker.run("a", "b")
-        run.metrics({"x": 1.0}, 0)
-        run.params({"y": 2})
-        run.end()
-        assert tracker.register("m", "champion", run, "s3://a", {}, {}) is None
-    assert len([r for r in caplog.records if r.name == "infra.tracking"]) == 1
-
-
-def test_without_a_run_nothing_is_logged():
-    run = Run("http://127.0.0.1:9", None)
+def test_without_a_tracker_nothing_is_logged():
+    run = pickle.loads(pickle.dumps(NOWHERE))
     run.metrics({"x": 1.0}, 0)
     run.end()
+    assert run.flush()
+
+
+def test_a_run_does_not_travel_to_where_its_database_may_not_be_seen(tracker: Tracker):
+    with pytest.raises(TypeError, match="only the driver logs"):
+        pickle.dumps(tracker.run("travels", "t"))

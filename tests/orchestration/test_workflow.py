@@ -15,7 +15,7 @@ from infra.errors import DataError, SettingsError, StageFailed
 from infra.records import StageRecord
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import Store, open_store
-from infra.tracking import Run
+from infra.tracking import NOWHERE, Run
 from orchestration import session, workflow
 from pipelines.recipes import Recipe
 from pipelines.stages import Context, StageKind, stage_reference
@@ -31,7 +31,7 @@ class Made(Settings):
 
 class NoTracker:
     def run(self, *args: Any) -> Run:
-        return Run("", None)
+        return NOWHERE
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def drop(store: Store, made: Recipe, *names: str) -> None:
 def go(store: Store, made: Recipe) -> dict[str, str]:
     """Runs it; returns what was said of each stage last."""
     said: dict[str, str] = {}
-    context = Context(store, Path(), NoTracker(), Run("", None), lambda stage, progress: None)  # type: ignore[arg-type]
+    context = Context(store, Path(), NoTracker(), NOWHERE, lambda stage, progress: None)  # type: ignore[arg-type]
     workflow.run(workflow.graph(made, store), context, lambda node, event, text: said.update({node.name: event}))
     return said
 
@@ -265,7 +265,7 @@ def test_what_is_forgotten_renews_the_snapshots_that_it_may_concern(store: Store
             "data_two": {"kind": "snapshot", "shards": "two", "size": 16},
         },
     )
-    context = Context(store, tmp_path, NoTracker(), Run("", None), lambda stage, progress: None)  # type: ignore[arg-type]
+    context = Context(store, tmp_path, NoTracker(), NOWHERE, lambda stage, progress: None)  # type: ignore[arg-type]
 
     def nodes(*names: str) -> list[workflow.Node]:
         return [node for node in workflow.graph(made, store) if not names or node.name in names]

@@ -10,7 +10,7 @@ from data_prep.snapshot import SnapshotSettings, snapshot
 from infra.config import parse
 from infra.records import CheckpointRecord, DataObject, SnapshotRecord, put_data
 from infra.store import Store
-from infra.tracking import Run
+from infra.tracking import NOWHERE
 from tests.data_prep.corpora import prepare_here, settings_for
 from training.encoders import text, vision
 from training.loop import Job, TrainSettings
@@ -80,5 +80,5 @@ def job_in(
         text=encoders["text"],
         vision=encoders["vision"],
         start_from=start_from,
-        run=Run("", None),
+        run=NOWHERE,
     )
