@@ -28,7 +28,7 @@ from data_prep.originals import Work
 from data_prep.plan import KnownAs, Plan, PlannedShard, PrepareSettings, make_plan
 from data_prep.sources import Range, UrlList, inputs, ranges
 from infra.cluster import sigterm
-from infra.errors import ClusterError, PixnerdError
+from infra.errors import ClusterError, Stopped
 from infra.records import Record, ShardRecord, read_record, write_record
 from infra.shards import shard_prefix
 from infra.store import Store, open_store
@@ -201,7 +201,7 @@ class _Job:
                         running[remotes[type(task.what)].remote(*self._orders(task))] = task
                     ready, _ = ray.wait(list(running), timeout=0.5)
                     if stopped.is_set():
-                        raise PixnerdError(
+                        raise Stopped(
                             f"stopped by SIGTERM with {left} shards left",
                             remedy="run the same command again; it goes on from there",
                         )

@@ -29,7 +29,7 @@ from data_prep.scorers import Sample, Scorer
 from data_prep.scorers.settings import ClipSettings, EndpointSettings, ScorerSettings
 from infra.cluster import sigterm
 from infra.config import Settings, digest, operational
-from infra.errors import ClusterError, DataError, PixnerdError
+from infra.errors import ClusterError, DataError, Stopped
 from infra.records import (
     Record,
     ScoreRecord,
@@ -220,7 +220,7 @@ def _run(store: Store, settings: ScoreSettings, place: Place, todo: list[int]) -
                     ray.kill(idle.pop())  # its place may be what another worker still waits for
                 ready, _ = ray.wait(list(running), timeout=0.5)
                 if stopped.is_set():
-                    raise PixnerdError(
+                    raise Stopped(
                         f"stopped by SIGTERM with {len(waiting) + len(running)} shards left",
                         remedy="run the same command again; it goes on from there",
                     )

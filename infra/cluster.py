@@ -10,9 +10,12 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
+from infra import guard, scratch
+from infra.causes import exhausted, first_line
 from infra.config import Settings, operational
 from infra.errors import ClusterError
 from infra.head import check_head, own_token
@@ -38,6 +41,18 @@ _LOCAL_ENVIRONMENT = {
 }
 
 
+# The processes of a local cluster without which nothing can go on, as the system calls them, and as we do.
+_NEEDED = {
+    "gcs_server": "the head process of Ray on this machine (gcs_server)",
+    "raylet": "Ray's raylet on this machine",
+}
+
+_STARTS = 3  # of a local Ray that gives up, after half a minute, since the machine is busy
+_ANSWER_SECONDS = 10.0  # a mailbox on a busy machine takes less
+
+_open = ExitStack()  # what a local cluster needs for as long as it is there
+
+
 def connect(settings: ClusterSettings | None = None) -> None:
     """Join the cluster, or start a local one; a second call finds the first one's and does nothing."""
     import ray
@@ -53,53 +68,109 @@ def connect(settings: ClusterSettings | None = None) -> None:
     else:
         own_token()
     try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        else:
+        with _handlers_kept():
+            if address:
+                ray.init(address=address, log_to_driver=False, logging_level="CRITICAL")
+            else:
+                _start(settings)
+    except Exception as error:
+        _open.close()
+        lack = exhausted(error)
+        if address and not lack:
+            raise ClusterError(
+                f"the Ray cluster at {address} answers, but could not be joined ({first_line(error)})",
+                remedy="run this on a machine of the cluster (`ray start --address=...` makes this one into one), with "
+                "the cluster's versions of Python and Ray",
+            ) from error
+        raise ClusterError(
+            f"a local Ray could not be started ({lack.message if lack else first_line(error)})",
+            remedy=lack.remedy if lack else "free memory and /tmp space, then run again",
+        ) from error
+    except BaseException:
+        _open.close()
+        raise
+
+
+def _start(settings: ClusterSettings) -> None:
+    """Everything that Ray and its workers write to the disk lies in folders that are removed, now or by a later run."""
+    import ray
+
+    session = _open.enter_context(scratch.folder("ray", scratch.short_place()))
+    _open.enter_context(scratch.everything_in(_open.enter_context(scratch.folder("run"))))
+    for left in reversed(range(_STARTS)):
+        others = guard.children(os.getpid())
+        try:
             ray.init(
                 address="local",
                 num_cpus=settings.cpus or len(os.sched_getaffinity(0)),
                 object_store_memory=settings.object_store_mb * 2**20,
                 include_dashboard=settings.dashboard,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level="CRITICAL",
+                _temp_dir=str(session),
             )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        if address:
-            raise ClusterError(
-                f"the Ray cluster at {address} answers, but could not be joined ({error})",
-                remedy="run this on a machine of the cluster (`ray start --address=...` makes this one into one), with "
-                "the cluster's versions of Python and Ray",
-            ) from error
-        raise ClusterError(
-            f"a local Ray could not be started ({error})", remedy="free memory and /tmp space, then run again"
-        ) from error
+            break
+        except Exception as error:
+            ray.shutdown()
+            for pid in set(guard.children(os.getpid())) - set(others):
+                os.kill(pid, signal.SIGKILL)
+            if not left or "timed out" not in str(error).lower():
+                raise
+    for pid in guard.children(os.getpid()):
+        if name := _NEEDED.get(Path(f"/proc/{pid}/comm").read_text().strip()):
+            guard.watch(name, pid)
 
 
 def disconnect() -> None:
     """Leave the cluster; a local one is stopped with all its processes."""
     import ray
 
-    if ray.is_initialized():
-        ray.shutdown()
+    guard.unwatch()
+    try:
+        if ray.is_initialized():
+            ray.shutdown()
+    finally:
+        _open.close()
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Ray puts a handler of its own on SIGTERM, which ends the process in the middle of whatever it does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Channel:
-    """Messages from tasks and training workers to whoever watches: small dicts, in order, none lost while it lives."""
+    """Messages from tasks and training workers to whoever watches: small dicts, in order.
+
+    They only show how far the work is: where they cannot be sent or received, the work goes on without them.
+    """
 
     def __init__(self) -> None:
         import ray
 
-        self._actor = ray.remote(num_cpus=0)(_Mailbox).remote()
+        # A mailbox that dies, for want of memory for one, starts again, without what was in it.
+        self._actor = ray.remote(num_cpus=0, max_restarts=-1)(_Mailbox).remote()
 
     def send(self, message: dict[str, Any]) -> None:
         """Does not wait: reporting progress must never hold up the work."""
-        self._actor.put.remote(message)
+        with suppress(Exception):
+            self._actor.put.remote(message)
 
     def receive(self) -> list[dict[str, Any]]:
+        """None while nobody answers: progress must never hold up the end of the work either."""
         import ray
 
-        messages: list[dict[str, Any]] = ray.get(self._actor.take.remote())
+        try:
+            messages: list[dict[str, Any]] = ray.get(self._actor.take.remote(), timeout=_ANSWER_SECONDS)
+        except ray.exceptions.RayError:
+            return []
         return messages
 
     def close(self) -> None:
@@ -143,9 +214,9 @@ class _Mailbox:
 
 @contextmanager
 def sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, in place of the end of the process."""
+    """An event that SIGTERM sets, in place of the end of the process, where no command sees to that (infra.guard)."""
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    if guard.in_charge() or threading.current_thread() is not threading.main_thread():
         yield asked  # signals are the main thread's business
         return
     before = signal.signal(signal.SIGTERM, lambda *_: asked.set())

@@ -14,7 +14,8 @@
     ├── ClusterError              Ray could not be started, reached, or given what was asked for
     ├── TrackingError             MLflow did not take what the work needs it to take
     ├── TakenOver                 another driver has taken this work over, while nothing was heard of this one
-    └── StageFailed               a stage of a workflow failed; wraps the cause
+    ├── StageFailed               a stage of a workflow failed; wraps the cause
+    └── Stopped                   exit code 143: somebody asked for it by SIGTERM
 
 `message` says what happened, `remedy` what to do about it: both are required, since an error without a next step is a
 dead end. Programming errors are asserts and ordinary exceptions, never these.
@@ -97,3 +98,7 @@ class TakenOver(PixnerdError):
 
 class StageFailed(PixnerdError):
     pass
+
+
+class Stopped(PixnerdError):
+    exit_code = 143

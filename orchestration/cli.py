@@ -1,19 +1,21 @@
 """The `pixnerd` command. Heavy imports stand inside the commands, so that `--help` answers at once.
 
-Exit codes: 0 done, 1 the work failed, 2 bad usage or settings.
+Exit codes: 0 done, 1 the work failed, 2 bad usage or settings, 130 or 143 stopped by SIGINT or SIGTERM.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from typer.exceptions import TyperException
 
-from infra.errors import PixnerdError
+from infra import guard
+from infra.causes import explained, first_line
 from orchestration import patience
 
 app = typer.Typer(
@@ -56,26 +58,27 @@ def main() -> None:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments or bool(os.environ.get("PIXNERD_DEBUG"))
     arguments = [argument for argument in arguments if argument != "--debug"]
-    try:
-        sys.exit(app(args=arguments, prog_name="pixnerd", standalone_mode=False) or 0)
-    except PixnerdError as error:
-        if debug:
-            raise
-        _fail(f"error: {error.message}: {error.remedy}", error.exit_code)
-    except TyperException as error:
-        _fail(f"error: {str(error).rstrip('.')} (see pixnerd {' '.join(arguments[:1])} --help)", 2)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped; the same command goes on from here", 130)
-    except Exception as error:  # the last line of defence: a bug must not greet users with a traceback
-        if debug:
-            raise
-        text = str(error).strip().splitlines()
-        _fail(f"internal error: {type(error).__name__}: {text[0] if text else ''} (--debug shows where)", 1)
+
+    def command() -> int:
+        try:
+            return app(args=arguments, prog_name="pixnerd", standalone_mode=False) or 0
+        except typer.Abort:
+            raise KeyboardInterrupt from None
+
+    def explain(error: Exception) -> tuple[str, int]:
+        text, code = _explained(error, arguments[:1])
+        return (text, code) if not debug else ("".join(traceback.format_exception(error)), code)
+
+    sys.exit(guard.run(command, explain, apart=not debug))
 
 
-def _fail(text: str, code: int) -> None:
-    print(text, file=sys.stderr)
-    sys.exit(code)
+def _explained(error: Exception, command: list[str]) -> tuple[str, int]:
+    if isinstance(error, TyperException):
+        return f"error: {str(error).rstrip('.')} (see pixnerd {' '.join(command)} --help)", 2
+    if found := explained(error):
+        return f"error: {found.message}: {found.remedy}", found.exit_code
+    # The last line of defence: a bug must not greet users with a traceback.
+    return f"internal error: {type(error).__name__}: {first_line(error)} (--debug shows where)", 1
 
 
 @app.callback()

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from types import MappingProxyType
 from typing import Any, Literal
 
+from infra.causes import explained
 from infra.config import Settings, digest, nearest, parse
-from infra.errors import PixnerdError, SettingsError, StageFailed
+from infra.errors import NotFound, PixnerdError, RecordError, SettingsError, StageFailed, Stopped
 from infra.problems import shown
 from infra.records import StageRecord, read_record, write_record
 from infra.store import Store
@@ -160,8 +162,13 @@ def plan(nodes: Sequence[Node], store: Store) -> list[Plan]:
 
     @cache
     def earlier(kind: str) -> dict[str, StageRecord]:
-        found = (read_record(store, entry.key, StageRecord) for entry in store.list(f"stages/{kind}/"))
-        return {record.digest_of_work: record for record in found}
+        found = {}
+        for entry in store.list(f"stages/{kind}/"):
+            # One that is damaged or just deleted is unrelated work's: a stage's own is read before this.
+            with suppress(RecordError, NotFound):
+                record = read_record(store, entry.key, StageRecord)
+                found[record.digest_of_work] = record
+        return found
 
     by_name = {node.name: node for node in nodes}
     plans: dict[str, Plan] = {}
@@ -244,13 +251,16 @@ def run(nodes: list[Node], context: Context, say: Say) -> dict[str, StageRecord]
         say(node, "running", "")
         try:
             records[node.name] = _run_one(node, context, records)
-        except PixnerdError as error:
-            failures[node.name] = error
-            say(node, "failed", str(error))
+        except Exception as error:
+            failure = explained(error)
+            if failure is None or isinstance(failure, Stopped):
+                raise
+            failures[node.name] = failure
+            say(node, "failed", str(failure))
         else:
             say(node, "finished", f"{records[node.name].seconds:.1f} s")
-    for name, failure in failures.items():
-        raise StageFailed(f"the stage `{name}` failed: {failure.message}", remedy=failure.remedy) from failure
+    for name, failed in failures.items():
+        raise StageFailed(f"the stage `{name}` failed: {failed.message}", remedy=failed.remedy) from failed
     return records
 
 
@@ -268,8 +278,8 @@ def _run_one(node: Node, context: Context, records: dict[str, StageRecord]) -> S
     stage_context = context.for_stage(node.name, node.kind.name, node.digest)
     try:
         output = node.kind.work(stage_context, node.settings, inputs)
-    except BaseException:
-        stage_context.run.end("FAILED")
+    except BaseException as error:
+        stage_context.run.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     stage_context.run.end()
     record = StageRecord(
