@@ -10,14 +10,14 @@ have come or changed while the others were read are read as well, just before an
 that found its data there before they were deleted and writes its record after that: then `verify` tells of a missing
 object and how to have it made again. No job at work, no such race.
 
-Whatever else lies in a store (training states, checkpoints, pictures) is not looked at: it lies with its own records.
+Whatever else lies in a store (checkpoints, pictures) is not looked at: it lies with its own records. Training states
+are `training.leftovers`'s.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -57,7 +57,7 @@ class Garbage(NamedTuple):
 
 def collect(store: Store, older_than_hours: float = 24.0, *, dry_run: bool = False) -> Garbage:
     """Find the orphans, and delete them unless it is a dry run. A record that cannot be read ends it before that."""
-    limit = time.time() - 3600 * older_than_hours
+    limit = store.now() - 3600 * older_than_hours
     data: list[Entry] = []
     records: dict[str, float] = {}
     for entry in store.list_unchecked():  # whatever lies there: a name that is none of ours stops nothing

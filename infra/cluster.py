@@ -63,6 +63,7 @@ def connect(settings: ClusterSettings | None = None) -> None:
     for name, value in _LOCAL_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     address = settings.address or os.environ.get("RAY_ADDRESS")
+    ray._private.worker.print_to_stdstream = _to_standard_error
     if address:
         check_head(address)
     else:
@@ -119,6 +120,11 @@ def _start(settings: ClusterSettings) -> None:
     for pid in guard.children(os.getpid()):
         if name := _NEEDED.get(Path(f"/proc/{pid}/comm").read_text().strip()):
             guard.watch(name, pid)
+
+
+def _to_standard_error(data: dict[str, Any], *_: object, **__: object) -> None:
+    """What Ray's processes tell the driver. Ray prints it to standard output, where results are printed."""
+    os.write(2, "".join(f"{line}\n" for line in data["lines"]).encode(errors="replace"))
 
 
 def disconnect() -> None:

@@ -33,7 +33,7 @@ class Removed(NamedTuple):
         return Removed(self.folders + other.folders, self.bytes + other.bytes)
 
     def __str__(self) -> str:
-        return f"{self.folders:,} folders, {self.bytes / 2**20:,.1f} MiB" if self.folders else "nothing"
+        return f"{self.folders:,} folders, {self.bytes / 2**20:,.1f} MiB"
 
 
 @contextmanager
@@ -82,16 +82,14 @@ def remove(path: Path) -> int:
             else:
                 with suppress(OSError):
                     below.unlink()
-    with suppress(OSError):
-        (path / HELD).unlink()
-    with suppress(OSError):
-        path.rmdir()
+    if all(below.name == HELD for below in _inside(path)):
+        with suppress(OSError):
+            (path / HELD).unlink(missing_ok=True)
+            path.rmdir()
     return found
 
 
-def sweep(
-    parents: Iterable[Path] = (), pattern: str = f"{PREFIX}.*", *, least_age: float = 0.0, dry_run: bool = False
-) -> Removed:
+def sweep(parents: Iterable[Path] = (), pattern: str = f"{PREFIX}.*", *, dry_run: bool = False) -> Removed:
     """Remove this user's folders in `parents` whose names match and which nobody holds; none: temporary folders."""
     total = Removed(0, 0)
     for parent in dict.fromkeys(parents or places()):

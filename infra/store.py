@@ -16,6 +16,7 @@ that aborts incomplete uploads.
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
 import logging
 import math
@@ -29,8 +30,9 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -157,6 +159,10 @@ class Store(ABC):
     @abstractmethod
     def download(self, key: str, path: Path) -> None:
         """Copy the object to a file, which appears whole or not at all."""
+
+    @abstractmethod
+    def now(self) -> float:
+        """Seconds since the epoch by the clock that `Entry.modified` is of, which need not be this machine's."""
 
     def exists(self, key: str) -> bool:
         return self.size(key) is not None
@@ -336,12 +342,18 @@ class FileStore(Store):
 
         return self._do(SCRATCH, begin, writing=True)
 
+    def now(self) -> float:
+        with suppress(OSError), tempfile.TemporaryFile(dir=self.root) as new:
+            return os.fstat(new.fileno()).st_mtime
+        return time.time()  # it cannot be written: then nothing there can be deleted either
+
     def probe(self) -> None:
         super().probe()
+        stale = self.now() - STALE_SECONDS
         with suppress(FileNotFoundError):
             for entry in os.scandir(self.root / SCRATCH):
                 with suppress(FileNotFoundError):  # another probe was faster
-                    if entry.stat().st_mtime < time.time() - STALE_SECONDS:
+                    if entry.stat().st_mtime < stale and _is_free(Path(entry.path)):
                         os.unlink(entry)
 
     def _path(self, key: str) -> Path:
@@ -359,13 +371,18 @@ class FileStore(Store):
     def _scratch(self, key: str, data: bytes | Path) -> Iterator[Path]:
         """The data in a file of this filesystem, safely on disk."""
         temporary = self.root / SCRATCH / uuid.uuid4().hex
-        source = data.open("rb") if isinstance(data, Path) else None
+        with ExitStack() as opened:
+            source = opened.enter_context(data.open("rb")) if isinstance(data, Path) else None
 
-        def fill() -> None:
-            self._path(SCRATCH).mkdir(parents=True, exist_ok=True)
-            temporary.unlink(missing_ok=True)  # of an attempt that failed
-            if source is None or not _named(source, temporary):
-                with temporary.open("xb") as file:
+            def fill() -> None:
+                self._path(SCRATCH).mkdir(parents=True, exist_ok=True)
+                temporary.unlink(missing_ok=True)  # of an attempt that failed
+                if source is not None and _named(source, temporary):
+                    _hold(source)
+                    return
+                with ExitStack() as attempt:
+                    file = attempt.enter_context(temporary.open("xb"))
+                    _hold(file)
                     if source is None:
                         file.write(data)  # type: ignore[arg-type]
                     else:
@@ -373,15 +390,14 @@ class FileStore(Store):
                             source.seek(0)
                         shutil.copyfileobj(source, file, COPY_BYTES)
                     _sync(file)
+                    opened.enter_context(attempt.pop_all())  # held until it has its name
 
-        try:
-            self._do(key, fill, writing=True)
-            yield temporary
-        finally:
-            if source is not None:
-                source.close()
-            with suppress(OSError):  # a later probe sweeps
-                temporary.unlink(missing_ok=True)
+            try:
+                self._do(key, fill, writing=True)
+                yield temporary
+            finally:
+                with suppress(OSError):  # a later probe sweeps
+                    temporary.unlink(missing_ok=True)
 
     def _do(self, key: str, work: Callable[[], T], *, writing: bool = False) -> T:
         with self._explained(key, writing=writing):
@@ -489,6 +505,13 @@ class S3Store(Store):
                         raise StoreError(
                             f"{key!a} in {self.url} was replaced while it was read", remedy="run again; write it once"
                         )
+
+    def now(self) -> float:
+        ask = {"Bucket": self.bucket, "Prefix": self.base + SCRATCH, "MaxKeys": 1}
+        with self._explained(SCRATCH):
+            answer = self._retry(lambda: self._s3().list_objects_v2(**ask))
+        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        return parsedate_to_datetime(date).timestamp() if date else time.time()
 
     def probe(self) -> None:
         # Whoever waits at a prompt wants to hear of a wrong endpoint now, not after all the patience of a long job.
@@ -795,6 +818,22 @@ def _named(file: BinaryIO, path: Path) -> bool:
         return False
     _sync(file)
     return True
+
+
+def _hold(file: BinaryIO) -> None:
+    """Until it is closed, however its process ends, nobody takes it for left by a killed one."""
+    with suppress(OSError):  # not every filesystem has locks
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_free(path: Path) -> bool:
+    """Whether no process holds the file."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except OSError:
+        return False
 
 
 def _sync(file: BinaryIO) -> None:

@@ -14,7 +14,7 @@ from data_prep.verify import verify
 from infra.errors import DataError, SettingsError
 from infra.records import StageRecord
 from infra.store import Store, open_store
-from orchestration import terminal
+from orchestration import leftovers, terminal
 from orchestration.patience import doing
 from orchestration.session import stage_records
 from orchestration.terminal import print_json
@@ -226,12 +226,15 @@ def _print_forgotten(found: Forgotten, asked: int, *, dry_run: bool) -> None:
 
 def collect_data(store: str, *, older_than_hours: float, dry_run: bool, as_json: bool) -> None:
     doing("looking for data that no record names")
-    found = gc.collect(open_store(store), older_than_hours, dry_run=dry_run)
-    if not found.objects:
+    opened = open_store(store)
+    found = gc.collect(opened, older_than_hours, dry_run=dry_run)
+    if not found.objects and not any(True for _ in opened.list_unchecked()):
         raise DataError(f"there is no data in {store}", remedy="check --store")
+    left = leftovers.remove(opened, None, older_than_hours, dry_run=dry_run)
     if as_json:
-        counts = {folder: count._asdict() for folder, count in found.orphans.items()}
-        print_json(found._asdict() | {"orphans": counts, "dry_run": dry_run})
+        orphans = {folder: count._asdict() for folder, count in found.orphans.items()}
+        told = {"orphans": orphans, "temporary": left.folders._asdict(), "states": left.states._asdict()}
+        print_json(found._asdict() | told | {"dry_run": dry_run})
         return
     count = sum(count.objects for count in found.orphans.values())
     size = sum(count.bytes for count in found.orphans.values())
@@ -245,6 +248,7 @@ def collect_data(store: str, *, older_than_hours: float, dry_run: bool, as_json:
         print(f"left alone: {found.young:,} younger than {older_than_hours:g} hours, which a job may be about to name")
     if found.foreign:
         print(f"left alone: {found.foreign:,} whose names hold no hash, so that they are not pixnerd's")
+    print(f"{said} of what killed runs had left: {left}" if str(left) else "killed runs have left nothing else")
 
 
 def _mebibytes(size: int) -> str:

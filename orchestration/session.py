@@ -17,7 +17,7 @@ from infra.notices import watched
 from infra.records import EvalReport, StageRecord, read_record
 from infra.store import Store, open_store
 from infra.tracking import Tracker, TrackingSettings
-from orchestration import terminal, workflow
+from orchestration import leftovers, terminal, workflow
 from orchestration.patience import doing
 from orchestration.terminal import print_json
 from pipelines import recipes
@@ -61,6 +61,8 @@ def run_workflow(
         with terminal.Screen(quiet=as_json) as screen:
             records = workflow.finished(nodes, opened, _say(screen, opened))
     else:
+        if left := str(leftovers.remove(opened, _home(opened, recipe.name))):
+            print(f"removed what killed runs had left: {left}", file=sys.stderr)
         with _context(opened, recipe.name, address, quiet=as_json) as (context, screen):
             records = workflow.run(nodes, context, _say(screen, opened))
     if as_json:

@@ -25,6 +25,7 @@ from data_prep.plan import PrepareSettings, read_plan
 from data_prep.rejections import counted
 from data_prep.score import ScoreSettings, scorer_digest
 from data_prep.snapshot import SnapshotSettings
+from infra import scratch
 from infra.config import Settings, parse
 from infra.errors import SettingsError, StageFailed
 from infra.records import (
@@ -114,9 +115,9 @@ def corpus(context: Context, settings: CorpusStage, inputs: Inputs) -> Output:
     folder = context.home / "corpus" / context.digest
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as name:
-            write_corpus(Path(name) / "new", settings.count, settings.seed, settings.size)
-            (Path(name) / "new").rename(folder)
+        with scratch.folder("corpus", folder.parent) as unfinished:
+            write_corpus(unfinished / "new", settings.count, settings.seed, settings.size)
+            (unfinished / "new").rename(folder)
     files = Counter(path.suffix.lstrip(".") for path in (folder / "images").iterdir())
     return {"folder": str(folder.absolute()), "files": dict(sorted(files.items()))}
 

@@ -451,6 +451,39 @@ def test_probe_sweeps_what_killed_writers_left(tmp_path: Path) -> None:
     assert (old.exists(), young.exists()) == (False, True)
 
 
+def test_probe_leaves_a_live_writers_file_whatever_the_clocks_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FileStore(tmp_path)
+    days_ahead = time.time() + 2 * store_module.STALE_SECONDS
+    seen = []
+
+    def replace(source: Path, target: Path) -> None:
+        """In the middle of a write, others probe: one whose clock is wrong, and one that finds the file old."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(time, "time", lambda: days_ahead)
+            FileStore(tmp_path).probe()
+        os.utime(source, (time.time() - 2 * store_module.STALE_SECONDS,) * 2)
+        FileStore(tmp_path).probe()
+        seen.append(source)
+        os.rename(source, target)
+
+    monkeypatch.setattr(store_module.os, "replace", replace)
+    store.put("key", b"data")
+    with store.spool() as spool:
+        spool.write(b"large")
+        store.put("large", store_module.spool_path(spool))
+    assert (store.get("key"), store.get("large"), len(seen)) == (b"data", b"large", 2)
+
+
+def test_now_is_the_stores_own_clock(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put("key", b"data")
+    modified = next(iter(store.list())).modified
+    if isinstance(store, FileStore):  # the server of the other one runs in this process
+        monkeypatch.setattr(time, "time", lambda: 1e10)
+    assert abs(store.now() - modified) < 600
+
+
 def test_on_disk_a_key_is_an_object_or_a_folder(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
     store.put("a/b", b"1")
