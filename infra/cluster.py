@@ -48,7 +48,7 @@ _NEEDED = {
 }
 
 _STARTS = 3  # of a local Ray that gives up, after half a minute, since the machine is busy
-_ANSWER_SECONDS = 10.0  # a mailbox on a busy machine takes less
+_ANSWER_SECONDS = 5.0  # a mailbox on a busy machine takes less
 
 _open = ExitStack()  # what a local cluster needs for as long as it is there
 
@@ -182,17 +182,22 @@ class Channel:
     def close(self) -> None:
         import ray
 
-        ray.kill(self._actor)
+        with suppress(Exception):
+            ray.kill(self._actor)
 
     @contextmanager
     def watched(self, show: Callable[[dict[str, Any]], None], every: float = 0.5) -> Iterator[None]:
         """Calls `show` for every message that arrives while the body runs."""
         done = threading.Event()
 
+        def show_all() -> None:
+            for message in self.receive():
+                with suppress(OSError):  # of a terminal that was closed
+                    show(message)
+
         def watch() -> None:
             while not done.wait(every):
-                for message in self.receive():
-                    show(message)
+                show_all()
 
         thread = threading.Thread(target=watch, name="channel", daemon=True)
         thread.start()
@@ -201,8 +206,7 @@ class Channel:
         finally:
             done.set()
             thread.join()
-            for message in self.receive():
-                show(message)
+            show_all()
             self.close()
 
 

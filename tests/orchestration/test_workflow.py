@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 
 from data_prep.forget import forget
 from infra.config import Settings, operational
-from infra.errors import DataError, SettingsError, StageFailed
+from infra.errors import DataError, SettingsError, StageFailed, Stopped
 from infra.records import StageRecord
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import Store, open_store
@@ -128,6 +129,16 @@ def test_the_plan_says_why(store: Store, ran: list[str]):
     assert why["c"] == "follows b"
 
 
+def test_a_damaged_record_of_other_work_does_not_stop_the_plan(store: Store, ran: list[str]):
+    go(store, recipe(**CHAIN))
+    for number, damage in enumerate((b"", b"{", b"[]", b'{"schema_version": 99}', b"\xff")):
+        store.put(f"stages/make/{number:016x}.json", damage)
+    changed = recipe(**{**CHAIN, "b": {"above": "a", "value": 3}})
+    assert states(store, changed) == {"a": "done", "b": "new", "c": "new", "d": "done"}
+    why = {plan.node.name: plan.why for plan in workflow.plan(workflow.graph(changed, store), store)}
+    assert "value 2 -> 3" in why["b"]
+
+
 @pytest.mark.parametrize("kind", ["make", "find"])
 def test_what_may_be_reused_once_a_dropped_stage_is_made_again_is_not_called_new(
     store: Store, ran: list[str], kind: str
@@ -228,6 +239,31 @@ def test_a_failure_stops_what_needs_it_and_nothing_else(store: Store, ran: list[
     ran.clear()
     go(store, recipe(a={"value": 1}, b={"above": "a"}, c={"value": 5}))
     assert ran == ["a", "b"], "c was done, the failed stage was not"
+
+
+@pytest.mark.parametrize("wish", [KeyboardInterrupt(), Stopped("stopped by SIGTERM", remedy="run again")], ids=repr)
+def test_who_is_asked_to_stop_runs_no_other_stage(
+    store: Store, ran: list[str], monkeypatch: pytest.MonkeyPatch, wish: BaseException
+):
+    def stop(context: Context, settings: Made, inputs: Any) -> dict[str, Any]:
+        ran.append(context.stage)
+        raise wish
+
+    monkeypatch.setitem(workflow.KINDS, "stop", StageKind("stop", Made, stop))
+    with pytest.raises(type(wish)):
+        go(store, recipe(a={}, b={"kind": "stop"}, c={"value": 3}))
+    assert ran == ["a", "b"]
+
+
+def test_a_full_disk_fails_a_stage_as_other_errors_do(store: Store, ran: list[str], monkeypatch: pytest.MonkeyPatch):
+    def fail(context: Context, settings: Made, inputs: Any) -> dict[str, Any]:
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/x")
+
+    monkeypatch.setitem(workflow.KINDS, "fail", StageKind("fail", Made, fail))
+    with pytest.raises(StageFailed, match=r"the stage `b` failed: the disk is full \(/tmp/x\)") as caught:
+        go(store, recipe(a={}, b={"kind": "fail"}, c={"value": 3}))
+    assert "TMPDIR" in caught.value.remedy
+    assert ran == ["a", "c"]
 
 
 def test_a_stage_that_reads_all_is_made_again_once_all_is_there(store: Store, ran: list[str]):
