@@ -27,7 +27,7 @@ from infra.errors import ClusterError, PixnerdError
 
 STOPPED = "stopped; the same command goes on from here"
 INTERRUPTED = 128 + signal.SIGINT
-GRACE = 10.0  # seconds in which the work may end by itself
+GRACE = 8.0  # seconds in which the work may end by itself
 ONE_ASKING = 1.0  # seconds in which a second signal is the same wish: some send it to a process and to its group
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SUBREAPER, _DEATH_SIGNAL = 36, 1  # of prctl
@@ -251,10 +251,9 @@ class _Watch:
 
     def _conclude(self, status: int) -> int:
         """The command's exit code, once what there is to say has been said."""
-        if self.code is None:  # it had no time to remove what it wrote
-            scratch.sweep()
         if self.code == 0:
             return 0
+        scratch.sweep()  # whoever was killed could not
         if self.asked is not None or (self.code == INTERRUPTED and self.lost is None):
             return _stopped(self.asked or signal.SIGINT)
         if self.code is not None and self.code != INTERRUPTED:

@@ -61,8 +61,7 @@ def run_workflow(
         with terminal.Screen(quiet=as_json) as screen:
             records = workflow.finished(nodes, opened, _say(screen, opened))
     else:
-        if left := str(leftovers.remove(opened, _home(opened, recipe.name))):
-            print(f"removed what killed runs had left: {left}", file=sys.stderr)
+        _tidy(opened, _home(opened, recipe.name))
         with _context(opened, recipe.name, address, quiet=as_json) as (context, screen):
             records = workflow.run(nodes, context, _say(screen, opened))
     if as_json:
@@ -126,6 +125,11 @@ def _reports(store: Store, records: dict[str, StageRecord]) -> dict[str, EvalRep
     }
 
 
+def _tidy(store: Store, home: Path | None = None) -> None:
+    if left := str(leftovers.remove(store, home)):
+        print(f"removed what killed runs had left: {left}", file=sys.stderr)
+
+
 def _store(url: str | None, name: str) -> Store:
     return open_store(url or f"runs/{name}")
 
@@ -181,6 +185,7 @@ def evaluate_folder(
     settings = parse(GenevalSettings, override({}, assignments))
     opened = open_store(out)
     opened.probe()
+    _tidy(opened)
     record = checkpoints.publish_folder(opened, Path(checkpoint))
     with terminal.Screen(quiet=as_json) as screen:
         screen.doing(f"joining the Ray cluster at {address}" if address else "starting Ray")
