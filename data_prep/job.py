@@ -13,12 +13,13 @@ rejected; the shard, and the job, go on without it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -26,15 +27,18 @@ from data_prep import originals
 from data_prep.fetch import FetchSettings
 from data_prep.originals import Work
 from data_prep.plan import KnownAs, Plan, PlannedShard, PrepareSettings, make_plan
+from data_prep.rejections import counted, remedy
 from data_prep.sources import Range, UrlList, inputs, ranges
 from infra.cluster import sigterm
-from infra.errors import ClusterError, Stopped
+from infra.errors import ClusterError, DataError, Stopped
 from infra.records import Record, ShardRecord, read_record, write_record
-from infra.shards import shard_prefix
+from infra.shards import shard_key, shard_prefix
 from infra.store import Store, open_store
 
 if TYPE_CHECKING:
     from data_prep.make import Decoder
+
+_log = logging.getLogger(__name__)
 
 WORKER_LIFE = 200  # shards: native libraries leak a little, a new process does not
 
@@ -58,6 +62,20 @@ class PrepareSummary(Record):
     versions: list[dict[str, str]]  # more than one if the decoders changed between runs
 
 
+def check_accepted(summary: PrepareSummary) -> None:
+    """Raises where nothing is left for anybody to use; tells of a size of which that is true."""
+    without = {size: counts.rejected for size, counts in summary.sizes.items() if not counts.accepted}
+    for size, rejected in without.items():
+        if not rejected:
+            raise DataError("the sources hold no images", remedy="check each source's `url`, and what lies there")
+        if len(without) == len(summary.sizes):
+            raise DataError(
+                f"no image was accepted: {counted(rejected)}",
+                remedy=f"{remedy(rejected)}; `pixnerd data show` tells more",
+            )
+        _log.warning("no image was accepted at size %s: %s: %s", size, counted(rejected), remedy(rejected))
+
+
 @dataclass(frozen=True)
 class Progress:
     shards: int
@@ -68,7 +86,8 @@ class Progress:
     planned_downloads: int
     accepted: dict[str, int]  # size -> count
     rejected: dict[str, dict[str, int]]  # size -> cause -> count
-    per_second: float  # inputs, in this run
+    own_inputs: int  # of those in `inputs`, the ones that this run worked on; another may be at work beside it
+    per_second: float  # of those
 
 
 def prepare(
@@ -85,7 +104,7 @@ def prepare(
         return read_record(store, key, PrepareSummary)
     tally = _Tally(plan, _tried_again(store, settings, plan))
     for shard, records in _done(store, plan):
-        tally.add(shard, records)
+        tally.add(shard, Made(records, own=False))
     job = _Job(store, settings, plan, decoder, [shard for shard in plan.shards if shard.number not in tally.done])
     tally.begin(sum(task.what.part.rows for task in job.downloads))
     if job.missing:
@@ -147,6 +166,13 @@ def _done(store: Store, plan: Plan) -> Iterator[tuple[PlannedShard, list[ShardRe
             yield shard, records
 
 
+class Made(NamedTuple):
+    """What a planned shard became."""
+
+    records: list[ShardRecord]
+    own: bool  # False if another run had made it before this one came to it
+
+
 @dataclass(frozen=True)
 class _Task:
     """Something that Ray works on. What kills its worker is tried again: a shard then with its decoder guarded.
@@ -179,7 +205,7 @@ class _Job:
         self.downloads = deque(_Task(work) for work in sorted(self.needed_by, key=lambda work: work.key))
         self.shards = deque(_Task(shard) for shard, works in self.missing.items() if not works)
 
-    def run(self) -> Iterator[tuple[Work | PlannedShard, list[ShardRecord]]]:
+    def run(self) -> Iterator[tuple[Work | PlannedShard, Made]]:
         """What has been made, as it gets done, in no particular order."""
         import ray
 
@@ -291,13 +317,13 @@ def _downloaded(store: Store, works: dict[KnownAs, list[Work]]) -> set[Work]:
     return {work for here in works.values() for work in here if work.key in there}
 
 
-def _result(ref: Any, task: _Task) -> list[ShardRecord] | None:
+def _result(ref: Any, task: _Task) -> Made | None:
     """None if the task's process died, so that it must be tried once more, with care."""
     import ray
     from ray import exceptions
 
     try:
-        made: list[ShardRecord] = ray.get(ref)
+        made: Made = ray.get(ref)
     except exceptions.RayTaskError as error:
         raise error.cause from None
     except (exceptions.WorkerCrashedError, exceptions.NodeDiedError, exceptions.OutOfMemoryError) as error:
@@ -315,9 +341,9 @@ def _name(what: Work | PlannedShard) -> str:
     return f"{kind} {what.number} ({what.source}, {what.part.input})"
 
 
-def _download(store: Store, source: UrlList, settings: FetchSettings, work: Work) -> list[ShardRecord]:
+def _download(store: Store, source: UrlList, settings: FetchSettings, work: Work) -> Made:
     originals.make(store, source, settings, work)
-    return []  # no shard yet
+    return Made([], own=True)  # no shard yet
 
 
 def _make(
@@ -328,8 +354,11 @@ def _make(
     works: list[Work],
     decoder: Decoder | None,
     guarded: bool,
-) -> list[ShardRecord]:
+) -> Made:
     """What a Ray worker does. torch is imported here, in the worker, not by whoever plans."""
+    keys = [shard_key(plan.digest, size, number) for size in plan.sizes for number in plan.numbers(shard, size)]
+    if all(store.exists(key) for key in keys):
+        return Made([read_record(store, key, ShardRecord) for key in keys], own=False)
     import torch
 
     from data_prep import make, quarantine
@@ -339,7 +368,7 @@ def _make(
     outcomes = partial(
         quarantine.outcomes if guarded else make.plain_outcomes, settings=settings, decoder=decoder or decode
     )
-    return make.make_shard(store, settings, plan, shard, works, outcomes)
+    return Made(make.make_shard(store, settings, plan, shard, works, outcomes), own=True)
 
 
 @dataclass
@@ -354,15 +383,16 @@ class _Tally:
     rejected: dict[str, Counter[str]] = field(default_factory=dict)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
     began: float = 0.0
-    inputs_before: int = 0
+    own_inputs: int = 0
     expected: int = 0  # inputs of the shards that are done, as they were planned
 
     def begin(self, downloads: int) -> None:
         """From here on it is this run's speed."""
         self.planned_downloads = downloads
-        self.began, self.inputs_before = time.monotonic(), self.inputs
+        self.began = time.monotonic()
 
-    def add(self, shard: PlannedShard, records: list[ShardRecord]) -> None:
+    def add(self, shard: PlannedShard, made: Made) -> None:
+        records = made.records
         counts = {size: sum(r.inputs for r in records if r.size == size) for size in self.plan.sizes}
         assert len(set(counts.values())) == 1, "the sizes of a shard have different inputs"
         inputs = next(iter(counts.values()))
@@ -370,6 +400,7 @@ class _Tally:
         self.done.add(shard.number)
         self.expected += shard.expected
         self.inputs += inputs
+        self.own_inputs += inputs if made.own else 0
         for record in records:
             self.accepted[record.size] += record.accepted
             self.rejected.setdefault(record.size, Counter()).update(record.rejected)
@@ -386,7 +417,8 @@ class _Tally:
             planned_downloads=self.planned_downloads,
             accepted=dict(self.accepted),
             rejected={size: dict(causes) for size, causes in self.rejected.items()},
-            per_second=(self.inputs - self.inputs_before) / seconds,
+            own_inputs=self.own_inputs,
+            per_second=self.own_inputs / seconds,
         )
 
     def summary(self) -> PrepareSummary:

@@ -49,6 +49,45 @@ TRANSIENT: frozenset[Cause] = frozenset(
 )
 
 
+# Where a cause took everything: what to do, with the setting that decides it.
+REMEDIES: dict[Cause, str] = {
+    Cause.BAD_NAME: "let the source's `image` name the column that holds the files' names",
+    Cause.OUTSIDE_FOLDER: "let `url` be the folder that all files lie in, and `image` their names in it",
+    Cause.MISSING: "let `url` be the folder that the files lie in, and `image` the column of their names in it",
+    Cause.UNREADABLE: "let this user read the files below the source's `url`",
+    Cause.TOO_MANY_BYTES: "raise the source's `max_bytes`",
+    Cause.NO_CAPTION: "let the source's `captions` (of a text_folder: `caption_suffix`) name what holds the captions; "
+    "empty, it takes images alone",
+    Cause.BAD_CAPTION: "raise the source's `max_caption`, or write the captions as UTF-8",
+    Cause.BAD_METADATA: "write whole JSON beside the images, or let `captions` and `keep` name none of it",
+    Cause.BAD_URL: "let the source's `image` name the column of URLs, http or https",
+    Cause.PRIVATE_ADDRESS: "set `fetch.allow_private` to true if hosts of a private network may be asked",
+    Cause.DNS: "look at the hosts' names and at this network, then run again with --retry-failed",
+    Cause.CONNECTION: "look at the hosts and at this network, then run again with --retry-failed",
+    Cause.CERTIFICATE: "let the hosts show whole certificates, or list their files by http",
+    Cause.TIMEOUT: "raise `fetch.seconds`, or lower `fetch.at_once`, and run again with --retry-failed",
+    Cause.RATE_LIMITED: "lower `fetch.per_host`, and run again with --retry-failed",
+    Cause.SERVER_ERROR: "look at the hosts, then run again with --retry-failed",
+    Cause.GONE: "list URLs that are still there",
+    Cause.HTTP_ERROR: "list URLs that lead to the files themselves, without a log-in",
+    Cause.TOO_MANY_REDIRECTS: "raise `fetch.redirects`, or list the URLs that it ends at",
+    Cause.OPTED_OUT: "ask the hosts' owners; `fetch.opt_out` says whether their wish is honoured",
+    Cause.EMPTY: "fetch the files again: they are empty",
+    Cause.UNKNOWN_FORMAT: "convert the files: JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF are read",
+    Cause.TOO_MANY_PIXELS: "raise `max_pixels`",
+    Cause.TRUNCATED: "fetch the files again: they end too early",
+    Cause.CORRUPT: "fetch the files again: they are damaged",
+    Cause.UNSUPPORTED: "convert the files to 8 bits a colour",
+    Cause.DECODER_CRASH: "convert the files with another program",
+    Cause.TOO_SMALL: "lower `sizes`: pictures are never enlarged",
+}
+
+
+def remedy(rejected: Mapping[str, int]) -> str:
+    """For the cause that took most."""
+    return REMEDIES[Cause(Counter(rejected).most_common(1)[0][0])]
+
+
 class Rejection(NamedTuple):
     cause: Cause
     detail: str = ""

@@ -75,7 +75,7 @@ class Progress:
     planned_shards: int
     rows: int
     failures: dict[str, int]
-    per_second: float  # rows, in this run
+    per_second: float  # rows that this run scored
 
 
 class Place(NamedTuple):
@@ -120,14 +120,14 @@ def score(
     done = _numbers(store, place)
     tally = _Tally(len(numbers))
     for record in _records(store, [place.key(number) for number in numbers if number in done]):
-        tally.add(record)
+        tally.add(record, own=False)
     tally.begin()
     todo = [number for number in numbers if number not in done]
     if todo:
         if progress:
             progress(tally.progress())
-        for record in _run(store, settings, place, todo):
-            tally.add(record)
+        for record, own in _run(store, settings, place, todo):
+            tally.add(record, own=own)
             if progress:
                 progress(tally.progress())
     summary = tally.summary(place, settings.scorer)
@@ -201,8 +201,13 @@ def _records(store: Store, keys: list[str]) -> Iterator[ScoreRecord]:
 # The pool
 
 
-def _run(store: Store, settings: ScoreSettings, place: Place, todo: list[int]) -> Iterator[ScoreRecord]:
-    """The record of each shard as it gets done, in no particular order."""
+class Done(NamedTuple):
+    record: ScoreRecord
+    own: bool  # False if another job had made it before this one came to it
+
+
+def _run(store: Store, settings: ScoreSettings, place: Place, todo: list[int]) -> Iterator[Done]:
+    """Each shard as it gets done, in no particular order."""
     import ray
 
     settings = settings.model_copy(update={"scorer": settings.scorer.located()})
@@ -226,14 +231,14 @@ def _run(store: Store, settings: ScoreSettings, place: Place, todo: list[int]) -
                     )
                 for task in ready:
                     worker, number, attempt = running[task]
-                    record = _result(task, number, attempt)
+                    done = _result(task, number, attempt)
                     del running[task]
-                    if record is None:
+                    if done is None:
                         waiting.appendleft((number, attempt + 1))
                         idle.append(make(store, settings, place))
                     else:
                         idle.append(worker)
-                        yield record
+                        yield done
         finally:
             for worker in [*idle, *(worker for worker, _, _ in running.values())]:
                 ray.kill(worker)
@@ -256,13 +261,13 @@ def _workers(settings: ScoreSettings) -> int:
     return min(settings.workers or fits, fits)
 
 
-def _result(task: Any, number: int, attempt: int) -> ScoreRecord | None:
+def _result(task: Any, number: int, attempt: int) -> Done | None:
     """None if the worker's process died, and the shard is worth another try."""
     import ray
     from ray import exceptions
 
     try:
-        record: ScoreRecord = ray.get(task)
+        done: Done = ray.get(task)
     except exceptions.RayTaskError as error:
         raise error.cause from None
     except (exceptions.RayActorError, exceptions.NodeDiedError, exceptions.OutOfMemoryError) as error:
@@ -272,7 +277,7 @@ def _result(task: Any, number: int, attempt: int) -> ScoreRecord | None:
                 remedy="look for the out-of-memory killer in the node's log; have fewer workers or more memory",
             ) from None
         return None
-    return record
+    return done
 
 
 class _Worker:
@@ -282,13 +287,15 @@ class _Worker:
         self.store, self.settings, self.place = store, settings, place
         self.scorer: Scorer | None = None
 
-    def score(self, number: int) -> ScoreRecord:
+    def score(self, number: int) -> Done:
+        if self.store.exists(self.place.key(number)):
+            return Done(read_record(self.store, self.place.key(number), ScoreRecord), own=False)
         if self.scorer is None:
             if scorer_digest(self.settings) != self.place.scorer:
                 raise DataError("the scorer's weights differ between machines", remedy="give every node the same files")
             self.scorer = load(self.settings)
         try:
-            return score_shard(self.store, self.scorer, self.place, number)
+            return Done(score_shard(self.store, self.scorer, self.place, number), own=True)
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, by name: an endpoint's worker has no torch
                 raise
@@ -323,8 +330,6 @@ def load(settings: ScoreSettings) -> Scorer:
 def score_shard(store: Store, scorer: Scorer, place: Place, number: int) -> ScoreRecord:
     """The work of one task, whole and repeatable: the table first, its record last."""
     key = place.key(number)
-    if store.exists(key):
-        return read_record(store, key, ScoreRecord)
     shard = read_record(store, shard_key(place.plan, place.size, number), ShardRecord)
     keys: list[str] = []
     rows: list[dict[str, Any]] = []
@@ -374,22 +379,22 @@ class _Tally:
     failures: Counter[str] = field(default_factory=Counter)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
     began: float = 0.0
-    rows_before: int = 0
+    own_rows: int = 0
 
     def begin(self) -> None:
         """From here on it is this run's speed."""
-        self.began, self.rows_before = time.monotonic(), self.rows
+        self.began = time.monotonic()
 
-    def add(self, record: ScoreRecord) -> None:
+    def add(self, record: ScoreRecord, *, own: bool) -> None:
         self.shards += 1
         self.rows += record.rows
+        self.own_rows += record.rows if own else 0
         self.failures.update(record.failures)
         self.versions[repr(sorted(record.versions.items()))] = record.versions
 
     def progress(self) -> Progress:
         passed = max(time.monotonic() - self.began, 1e-9)
-        per_second = (self.rows - self.rows_before) / passed
-        return Progress(self.shards, self.planned, self.rows, dict(self.failures), per_second)
+        return Progress(self.shards, self.planned, self.rows, dict(self.failures), self.own_rows / passed)
 
     def summary(self, place: Place, scorer: ScorerSettings) -> ScoreSummary:
         assert self.shards == self.planned, "a shard was lost or counted twice"

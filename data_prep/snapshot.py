@@ -17,7 +17,7 @@ found among all accepted samples, forgotten ones too, so forgetting an item neve
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import product
@@ -36,10 +36,12 @@ from data_prep.captions import Bools, Ints, Mix, Mixed, appended, caption_mix, r
 from data_prep.filters import LONGEST, columns_in, masks, parse_filter
 from data_prep.forget import Gone, concerning
 from data_prep.plan import all_shards, read_plan
+from data_prep.rejections import counted, remedy
 from data_prep.score import SideTables
 from data_prep.stream import READERS, in_order
 from infra.config import Settings, digest, nearest, operational
 from infra.errors import DataError, SettingsError
+from infra.problems import Wrong
 from infra.records import ShardRecord, SnapshotRecord, put_data, read_record, write_record
 from infra.shards import SELECTION_SCHEMA, SPLIT_DIGITS, parquet_bytes, read_index, shard_prefix
 from infra.store import Store
@@ -54,7 +56,7 @@ FOOTER = 1 << 16  # bytes at the end of an index: they tell its columns
 ACCEPTED, REMEMBERED, MIXED = "accepted", "not forgotten", "has a caption of the mix"
 WEIGHTED, HELD_OUT = "as often as its source weighs", "not held out"
 REMEDIES = {
-    ACCEPTED: "every input was rejected: `pixnerd data show` says why",
+    ACCEPTED: "check each source's `url`, and what lies there",
     REMEMBERED: "prepare images that nobody asked to forget",
     MIXED: "give `captions` a kind, a source or a length that they have",
     WEIGHTED: "give `weights` more for the sources that are left",
@@ -118,7 +120,8 @@ def snapshot(store: Store, plan: str, edition: str, settings: SnapshotSettings) 
     if store.exists(key):
         return read_record(store, key, SnapshotRecord)
     shards = all_shards(store, planned, str(settings.size))
-    _check(settings, {shard.source for shard in planned.shards})
+    for wrong in wrongs(settings, {shard.source for shard in planned.shards}):
+        raise SettingsError(f"`{wrong.field}` {wrong.message}", remedy=wrong.remedy)
     selection = _Selection(store, shards, settings, gone)
     name = Path(key).stem
     with TemporaryDirectory(prefix="pixnerd-snapshot-") as folder:
@@ -144,19 +147,19 @@ def snapshot(store: Store, plan: str, edition: str, settings: SnapshotSettings) 
     return record
 
 
-def _check(settings: SnapshotSettings, known: set[str]) -> None:
+def wrongs(settings: SnapshotSettings, sources: Collection[str]) -> Iterator[Wrong]:
+    """What does not go together, in shards of these sources."""
     if settings.duplicates is not None and "duplicate" not in columns_in(settings.filter):
-        raise SettingsError(
-            "`duplicates` is set, but the filter does not ask", remedy="add `not duplicate` to the filter, or unset it"
+        yield Wrong(
+            "duplicates", "is set, but the filter does not ask", "add `not duplicate` to the filter, or unset it"
         )
-    rules = settings.captions if isinstance(settings.captions, list) else []
-    for name in [*settings.weights, *(rule.source for rule in rules if rule.source is not None)]:
-        if name not in known:
-            near = nearest(name, known)
-            raise SettingsError(
-                f"the shards are of no source called `{name}`",
-                remedy=f"did you mean `{near}`?" if near else f"sources: {', '.join(sorted(known))}",
-            )
+    weighed = [(f"weights.{name}", name) for name in settings.weights]
+    rules = [(f"captions.{number}.source", rule.source) for number, rule in enumerate(rules_of(settings.captions))]
+    for field, name in [*weighed, *rules]:
+        if name is not None and name not in sources:
+            near = nearest(name, sources)
+            remedy = f"did you mean `{near}`?" if near else f"sources: {', '.join(sorted(sources))}"
+            yield Wrong(field, f"means a source called `{name}`, of which there are no shards", remedy)
 
 
 def _write(paths: Sequence[Path], parts: Iterable[Part]) -> list[int]:
@@ -235,7 +238,7 @@ class _Selection:
         for part in in_order(self._part, numbers, self.settings.readers):
             self.tally.add(part)
             yield part
-        self.tally.check(self.settings)
+        self.tally.check(self.settings, sum((Counter(shard.rejected) for shard in self.shards), Counter()))
 
     def _part(self, number: int) -> Part:
         table = self._accepted(number)
@@ -458,7 +461,7 @@ class _Tally:
         total = sum(self._shares.values())
         return {label: round(share / total, 6) for label, share in sorted(self._shares.items())} if total else {}
 
-    def check(self, settings: SnapshotSettings) -> None:
+    def check(self, settings: SnapshotSettings, rejected: Counter[str]) -> None:
         counts = self.counts()
         before = counts[self.steps.index(MIXED) - 1][1]
         for rule in rules_of(settings.captions):
@@ -469,9 +472,9 @@ class _Tally:
                     remedy=f"did you mean `{near}`?" if near else f"kinds: {', '.join(sorted(self._kinds))}",
                 )
         if not self._training:
-            raise self._nothing_left(counts)
+            raise self._nothing_left(counts, rejected)
 
-    def _nothing_left(self, counts: list[tuple[str, int]]) -> DataError:
+    def _nothing_left(self, counts: list[tuple[str, int]], rejected: Counter[str]) -> DataError:
         """An error that names the step after which training has no sample."""
         chosen = dict(counts)[MIXED]
         if chosen and chosen == self._held_out:
@@ -479,6 +482,8 @@ class _Tally:
         elif chosen:
             counts = [*counts[:-1], (WEIGHTED, 0)]
         step = next(label for label, count in counts if not count)
+        if step == ACCEPTED and rejected:
+            return DataError(f"no image was accepted at this size: {counted(rejected)}", remedy=remedy(rejected))
         said = ", ".join(f"{label}: {count:,}" for label, count in counts)
         return DataError(
             f"no sample is left for training after `{step}` ({said})",

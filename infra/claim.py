@@ -89,7 +89,7 @@ def _claimed(
     store: Store, prefix: str, done: Callable[[], bool], waiting: Callable[[str], None], every: float
 ) -> Claim | None:
     driver = uuid.uuid4().hex[:12]
-    own = DriverRecord(driver=driver, host=socket.gethostname(), process=_process(os.getpid()))
+    own = DriverRecord(driver=driver, host=socket.gethostname(), process=process_of(os.getpid()))
     pause = threading.Event()
     watched: _Watched | None = None
     while not done():
@@ -125,7 +125,7 @@ class _Watched:
         beat = b""
         with suppress(NotFound):
             beat = self.store.get(f"{self.key}.beat")
-        if beat == ENDED or _known_dead(self.process):
+        if beat == ENDED or runs_here(self.process) is False:
             return False
         if beat != self.beat:
             self.beat, self.since = beat, time.monotonic()
@@ -160,7 +160,7 @@ def _drop(store: Store, prefix: str, number: int) -> bool:
     return there
 
 
-def _process(pid: int) -> str:
+def process_of(pid: int) -> str:
     """A running process, told by its machine's boot and its namespace, number and start; empty if there is none."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -170,8 +170,9 @@ def _process(pid: int) -> str:
         return ""
 
 
-def _known_dead(process: str) -> bool:
-    """Whether it ran on this machine, where its number can be seen, and does not any more."""
-    here = _process(os.getpid()).split()
-    there = process.split()
-    return len(there) == 4 and len(here) == 4 and there[:2] == here[:2] and _process(int(there[2])) != process
+def runs_here(process: str) -> bool | None:
+    """Whether it still runs; None if it was never one of this machine's that can be seen from here."""
+    here, there = process_of(os.getpid()).split(), process.split()
+    if len(there) != 4 or len(here) != 4 or there[:2] != here[:2]:
+        return None
+    return process_of(int(there[2])) == process

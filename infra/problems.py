@@ -63,6 +63,14 @@ class Problem(NamedTuple):
     expected: str = ""  # of a value of another type: a union may expect several
 
 
+class Wrong(NamedTuple):
+    """What is wrong with a setting beside those of other stages; a sentence that begins with the setting."""
+
+    field: str  # `size`, `rules.0.above`
+    message: str
+    remedy: str
+
+
 class Told(NamedTuple):
     message: str
     remedy: str
@@ -74,12 +82,17 @@ def tell(cls: type[BaseModel], error: ValidationError, data: Mapping[Any, Any], 
     The first place is where they belong; another one holds what settings of their kind have in common.
     """
     problems = _once(_problems(cls, error, data))
-    told = [Told(f"{p.before}`{_where(p.path, data, prefix)}`{p.after}", p.remedy) for p in problems]
+    told = [Told(_sentence(problem, where(problem.path, data, prefix)), problem.remedy) for problem in problems]
     if len(told) == 1:
         return told[0]._replace(remedy=told[0].remedy or "correct the value and run again")
     parts = [f"{message} ({remedy})" if remedy else message for message, remedy in told[:MOST]]
     more = f"; and {len(told) - MOST} more" if len(told) > MOST else ""
     return Told("; ".join(parts) + more, "correct them and run again")
+
+
+def _sentence(problem: Problem, path: str) -> str:
+    """All settings together need no name of their own."""
+    return f"{problem.before}`{path}`{problem.after}" if path else problem.after.removeprefix(": ").strip()
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -222,13 +235,14 @@ def value_at(data: Any, path: Path) -> Any:
     return data
 
 
-def _where(path: Path, data: Any, prefix: Mapping[str, Any]) -> str:
+def where(path: Path, data: Any, prefix: Mapping[str, Any]) -> str:
+    """The whole path: of the places where such settings were written, the one that has this."""
     own, *others = prefix or [""]
     value = value_at(data, path)
     for other in others if path else ():
         if _leads_somewhere(prefix[other], path) and value_at(prefix[other], path) == value:
             own = other
-    return ".".join([*([own] if own else []), *map(str, path)]) or "settings"
+    return ".".join([*([own] if own else []), *map(str, path)])
 
 
 def _leads_somewhere(data: Any, path: Path) -> bool:

@@ -17,7 +17,7 @@ from infra.notices import watched
 from infra.records import EvalReport, StageRecord, read_record
 from infra.store import Store, open_store
 from infra.tracking import Tracker, TrackingSettings
-from orchestration import leftovers, terminal, workflow
+from orchestration import leftovers, running, terminal, workflow
 from orchestration.patience import doing
 from orchestration.terminal import print_json
 from pipelines import recipes
@@ -54,6 +54,7 @@ def run_workflow(
             print_json([{"stage": p.node.name, "state": p.state, "why": p.why, "digest": p.node.digest} for p in plans])
         else:
             terminal.show_plan(plans)
+        running.Others(opened, _note).look()
         _check_fit(nodes, opened, address)
         return
     _check_fit(nodes, opened, address)
@@ -62,7 +63,10 @@ def run_workflow(
             records = workflow.finished(nodes, opened, _say(screen, opened))
     else:
         _tidy(opened, _home(opened, recipe.name))
-        with _context(opened, recipe.name, address, quiet=as_json) as (context, screen):
+        with (
+            running.noted(opened, recipe.name, _note),
+            _context(opened, recipe.name, address, quiet=as_json) as (context, screen),
+        ):
             records = workflow.run(nodes, context, _say(screen, opened))
     if as_json:
         print_json({name: record.model_dump(mode="json") for name, record in records.items()})
@@ -83,14 +87,18 @@ def _check_fit(nodes: Sequence[workflow.Node], store: Store, address: str | None
         print(f"warning: from this machine, {error}", file=sys.stderr)
 
 
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
 def _say(screen: terminal.Screen, store: Store) -> workflow.Say:
     """What happened to a stage; where that is the end of a preparation, with what came of it."""
 
     def say(node: workflow.Node, event: str, text: str) -> None:
         if event in ("finished", "reused") and node.kind.name == "prepare":
             record = read_record(store, node.key, StageRecord)
-            done = screen.done_now if event == "finished" else 0.0
-            text = f"{text}, {terminal.prepared(record, done)}"
+            speed = screen.own_per_second(record.output["inputs"]) if event == "finished" else 0.0
+            text = f"{text}, {terminal.prepared(record, speed)}"
         screen.stage(node, event, text)
 
     return say

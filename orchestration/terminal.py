@@ -50,10 +50,11 @@ class Screen:
             disable=quiet or not sys.stderr.isatty(),
         )
         self._task = self._bars.add_task("", visible=False)
-        self._began = self._last_line = time.monotonic()
+        self._began = self._last_line = self.stage_began = time.monotonic()
         self._pace = _Pace()
         self._unsaid = ""  # the newest progress, if it came too soon after a line
         self._watch = Watch(self._remind)
+        self.own = 0.0  # the part of the stage that this run did, as far as it tells
 
     def __enter__(self) -> Screen:
         self._bars.start()
@@ -78,9 +79,12 @@ class Screen:
         """What happened to a stage."""
         self._pace = _Pace()
         self.doing(f"at {node.name}" if event == "running" else "working")
+        if event == "running":
+            self.own, self.stage_began = 0.0, time.monotonic()
         self._line(f"{_SIGNS[event]} {node.name:<12} {event:<8} {text}".rstrip())
 
     def progress(self, stage: str, so_far: StageProgress) -> None:
+        self.own = so_far.own
         self.count(f"{stage}: {so_far.text}", so_far.done, so_far.total)
 
     def count(self, text: str, done: float, total: int) -> None:
@@ -98,10 +102,9 @@ class Screen:
         if self._bars.disable:  # else there is a bar that moves
             self._line(self._unsaid or still)
 
-    @property
-    def done_now(self) -> float:
-        """The part of the stage that was not there before: a run that goes on after another one did only that."""
-        return self._pace.part
+    def own_per_second(self, count: int) -> float:
+        """Of so many that the stage has worked on in all: what this run did of them, in its own time."""
+        return self.own * count / max(time.monotonic() - self.stage_began, 1e-3)
 
     def _line(self, text: str) -> None:
         self._unsaid = ""
@@ -126,10 +129,6 @@ class _Pace:
         if total != self.total or done < self.done:
             return _Pace(done, total, now, done)  # the stage's next part
         return replace(self, done=done, seconds=now - self.since)
-
-    @property
-    def part(self) -> float:
-        return (self.done - self.first) / self.total if self.total else 0.0
 
     def left(self) -> str:
         """Empty while nothing is known."""
@@ -158,10 +157,9 @@ def show_plan(plans: Sequence[Plan]) -> None:
         print(f"{_PLAN_SIGNS[plan.state]} {plan.node.name:<12} {plan.state:<5} {plan.why}")
 
 
-def prepared(record: StageRecord, done_now: float) -> str:
-    """What came of a preparation, at each size; `done_now` is the part that was done within the record's seconds."""
-    speed = done_now * record.output["inputs"] / max(record.seconds, 1e-3)
-    told = [f"{speed:,.0f} images/s"] if done_now else []
+def prepared(record: StageRecord, per_second: float) -> str:
+    """What came of a preparation, at each size; `per_second`: inputs, of those that this run worked on itself."""
+    told = [f"{per_second:,.0f} images/s"] if per_second else []
     several = len(record.output["sizes"]) > 1
     for size, counts in record.output["sizes"].items():
         accepted = f"{size}: " * several + f"{counts['accepted']:,} accepted"
@@ -182,15 +180,11 @@ def show_result(records: Iterable[StageRecord], reports: dict[str, EvalReport]) 
 
 
 def show_scores(reports: dict[str, EvalReport]) -> None:
+    from pipelines.evaluation.statistics import NO_INTERVAL, ends, without_interval
+
     names = list(next(iter(reports.values())).scores)
-    rows = [
-        [
-            name,
-            *(
-                f"{r.scores[name].value:.3f} [{r.scores[name].low:.3f}, {r.scores[name].high:.3f}]"
-                for r in reports.values()
-            ),
-        ]
-        for name in names
-    ]
-    table(["", *reports], rows)
+    scores = [[report.scores[name] for report in reports.values()] for name in names]
+    cells = [[f"{score.value:.3f} {ends(score)}" for score in row] for row in scores]
+    table(["", *reports], [[name, *row] for name, row in zip(names, cells, strict=True)])
+    if any(without_interval(score) for row in scores for score in row):
+        print(NO_INTERVAL)

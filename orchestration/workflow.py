@@ -8,18 +8,19 @@ follow it new, and everything else is found where it was, in this run and in any
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, Literal
 
 from infra.causes import explained
 from infra.config import Settings, digest, nearest, parse
 from infra.errors import NotFound, PixnerdError, RecordError, SettingsError, StageFailed, Stopped
-from infra.problems import shown
+from infra.problems import Wrong, shown, where
 from infra.records import StageRecord, read_record, write_record
 from infra.store import Store
 from pipelines.recipes import Recipe
@@ -78,6 +79,7 @@ def graph(recipe: Recipe, store: Store | None = None) -> list[Node]:
                     remedy=f"did you mean `{near}`?" if near else f"its stages: {', '.join(parsed)}",
                 )
             place(target, (*above, name))
+        _check(name, recipe, parsed, inputs)
         below = {field: nodes[target].digest for field, target in inputs.items()}
         records = {field: done[target] for field, target in inputs.items() if target in done}
         node = _node(name, kind, settings, inputs, below, store, records)
@@ -88,6 +90,33 @@ def graph(recipe: Recipe, store: Store | None = None) -> list[Node]:
     for name in parsed:
         place(name, ())
     return list(nodes.values())
+
+
+def _check(
+    name: str, recipe: Recipe, parsed: Mapping[str, tuple[StageKind, Settings]], inputs: Mapping[str, str]
+) -> None:
+    """Whether a stage goes together with those that it names."""
+    kind, settings = parsed[name]
+    below = {field: parsed[target][1] for field, target in inputs.items()}
+    for wrong in chain(_other_kinds(kind, parsed, inputs), kind.check(settings, below)):
+        path = tuple(int(part) if part.isdecimal() else part for part in wrong.field.split("."))
+        written = {name: recipe.stages[name], f"defaults.{kind.name}": recipe.defaults.get(kind.name, {})}
+        raise SettingsError(f"`{where(path, recipe.stages[name], written)}` {wrong.message}", remedy=wrong.remedy)
+
+
+def _other_kinds(
+    kind: StageKind, parsed: Mapping[str, tuple[StageKind, Settings]], inputs: Mapping[str, str]
+) -> Iterator[Wrong]:
+    """Stages that are named where one of another kind is needed."""
+    for field, target in inputs.items():
+        needed = kind.takes.get(field.partition(".")[0])
+        if needed is not None and parsed[target][0].name != needed:
+            fitting = [name for name, (other, _) in parsed.items() if other.name == needed]
+            yield Wrong(
+                field,
+                f"names `{target}`, whose kind is {parsed[target][0].name}, not {needed}",
+                f"name {' or '.join(fitting)}" if fitting else f"add a stage of the kind {needed}",
+            )
 
 
 def is_done(node: Node, store: Store) -> bool:
@@ -104,7 +133,10 @@ def _node(
     store: Store | None,
     records: dict[str, StageRecord],
 ) -> Node:
-    outside = kind.outside(settings, store, records)
+    try:
+        outside = kind.outside(settings, store, records)
+    except SettingsError as error:
+        raise SettingsError(f"`{name}`: {error.message}", remedy=error.remedy) from None
     work = {"kind": kind.name, "settings": settings.results(), "inputs": below, "outside": outside}
     return Node(name, kind, settings, inputs, below, digest(work), settled=len(records) == len(inputs))
 
@@ -249,6 +281,7 @@ def run(nodes: list[Node], context: Context, say: Say) -> dict[str, StageRecord]
             records |= finished([node], context.store, say)
             continue
         say(node, "running", "")
+        began = time.perf_counter()
         try:
             records[node.name] = _run_one(node, context, records)
         except Exception as error:
@@ -258,7 +291,8 @@ def run(nodes: list[Node], context: Context, say: Say) -> dict[str, StageRecord]
             failures[node.name] = failure
             say(node, "failed", str(failure))
         else:
-            say(node, "finished", f"{records[node.name].seconds:.1f} s")
+            # Its record may be of another run that was faster.
+            say(node, "finished", f"{time.perf_counter() - began:.1f} s")
     for name, failed in failures.items():
         raise StageFailed(f"the stage `{name}` failed: {failed.message}", remedy=failed.remedy) from failed
     return records

@@ -8,11 +8,12 @@ becomes the `output` of its record, which is all that later stages know of it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,7 @@ from data_prep.snapshot import SnapshotSettings
 from infra import scratch
 from infra.config import Settings, parse
 from infra.errors import SettingsError, StageFailed
+from infra.problems import Wrong
 from infra.records import (
     CheckpointRecord,
     DataObject,
@@ -40,6 +42,7 @@ from infra.records import (
 )
 from infra.store import Store
 from infra.tracking import NOWHERE, Run, Tracker
+from pipelines import checks
 from pipelines.evaluation.run import GenevalSettings, prompts_digest
 from training.encoders.known import known
 from training.loop import TrainSettings
@@ -57,6 +60,7 @@ class Progress:
     text: str
     done: int = 0
     total: int = 0
+    own: float = 0.0  # the part of all that this run did, where it tells: others may work beside it
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,8 @@ class Context:
         run = self.tracker.run(stage, of, self.parent, {"pixnerd.kind": kind})
         return replace(self, stage=stage, digest=of, run=run)
 
-    def progress(self, text: str, done: int = 0, total: int = 0) -> None:
-        self.show(self.stage, Progress(text, done, total))
+    def progress(self, text: str, done: int = 0, total: int = 0, own: float = 0.0) -> None:
+        self.show(self.stage, Progress(text, done, total, own))
 
 
 def stage_reference(default: Any = ...) -> Any:
@@ -150,6 +154,7 @@ def source_inputs(settings: PrepareSettings, store: Store | None, inputs: Inputs
 def prepare(context: Context, settings: PrepareSettings, inputs: Inputs) -> Output:
     """Raw images -> shards in the store, every input accounted for."""
     from data_prep.job import Progress as Prepared
+    from data_prep.job import check_accepted
     from data_prep.job import prepare as run
 
     sources = list(settings.sources)
@@ -166,12 +171,14 @@ def prepare(context: Context, settings: PrepareSettings, inputs: Inputs) -> Outp
             f"{so_far.per_second:.0f} images/s" if so_far.per_second else "",
             counted(rejected) if rejected else "",
         ]
-        context.progress(", ".join(filter(None, parts)), so_far.shards, so_far.planned_shards)
+        own = so_far.own_inputs / max(1, so_far.planned_inputs)
+        context.progress(", ".join(filter(None, parts)), so_far.shards, so_far.planned_shards, own)
 
     summary = run(context.store, settings.model_copy(update={"sources": sources}), show)
     for size, counts in summary.sizes.items():
         rejected = {f"prepare/{size}/rejected_{cause}": n for cause, n in counts.rejected.items()}
         context.run.metrics({f"prepare/{size}/accepted": counts.accepted, **rejected}, 0)
+    check_accepted(summary)
     return summary.model_dump(mode="json")
 
 
@@ -420,11 +427,6 @@ def gate(context: Context, settings: GateStage, inputs: Inputs) -> Output:
     judged = reports[settings.scores[0]]
     verdicts = []
     for rule in settings.rules:
-        if rule.above is not None and rule.above not in reports:
-            raise SettingsError(
-                f"`rules.above` names `{rule.above}`, which is not among the gate's scores",
-                remedy=f"name one of {', '.join(settings.scores)}",
-            )
         value = _score(judged, rule.score)
         limits = [("at least", rule.at_least, rule.at_least is None or value >= rule.at_least)]
         if rule.above is not None:
@@ -498,6 +500,11 @@ class StageKind:
     references: Callable[[Any], dict[str, str]] = references
     # What it reads that no setting tells, files' hashes for one; given the records of the stages before it, if done.
     outside: Callable[[Any, Store | None, Inputs], Any] = lambda settings, store, inputs: None
+    # What is wrong beside the settings of the stages that it names, found before any work begins.
+    check: Callable[[Any, Mapping[str, Settings]], Iterable[Wrong]] = lambda settings, below: ()
+    takes: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # a setting that names stages -> the kind that they must be
     reads_all: bool = False  # it reads every other stage of the workflow, those that failed left out
 
 
@@ -505,16 +512,35 @@ KINDS = {
     kind.name: kind
     for kind in (
         StageKind("corpus", CorpusStage, corpus),
-        StageKind("prepare", PrepareSettings, prepare, source_references, outside=source_inputs),
-        StageKind("score", ScoreStage, score, outside=scorer_weights),
-        StageKind("snapshot", SnapshotStage, snapshot, outside=forgotten_lists),
-        StageKind("encoders", EncodersStage, encoders),
-        StageKind("train", TrainStage, train),
+        StageKind("prepare", PrepareSettings, prepare, source_references, source_inputs, takes={"sources": "corpus"}),
+        StageKind("score", ScoreStage, score, outside=scorer_weights, check=checks.score, takes={"shards": "prepare"}),
         StageKind(
-            "evaluate", EvaluateStage, evaluate, outside=lambda settings, store, inputs: prompts_digest(settings)
+            "snapshot",
+            SnapshotStage,
+            snapshot,
+            outside=forgotten_lists,
+            check=checks.snapshot,
+            takes={"shards": "prepare", "scored": "score"},
         ),
-        StageKind("gate", GateStage, gate),
-        StageKind("register", RegisterStage, register),
+        StageKind("encoders", EncodersStage, encoders, takes={"captions": "snapshot"}),
+        StageKind(
+            "train",
+            TrainStage,
+            train,
+            check=checks.train,
+            takes={"data": "snapshot", "start_from": "train", "encoders": "encoders"},
+        ),
+        StageKind(
+            "evaluate",
+            EvaluateStage,
+            evaluate,
+            outside=lambda settings, store, inputs: prompts_digest(settings),
+            takes={"checkpoint": "train"},
+        ),
+        StageKind("gate", GateStage, gate, check=checks.gate, takes={"scores": "evaluate"}),
+        StageKind(
+            "register", RegisterStage, register, takes={"gate": "gate", "checkpoint": "train", "scores": "evaluate"}
+        ),
         StageKind("report", ReportStage, report, reads_all=True),
     )
 }

@@ -5,6 +5,7 @@ A source is a settings class with a `kind`, in the module of its family, and fun
     inputs(source, store, planned)       what it is made of, by name, size and hash: what a plan's digest is made of
     ranges(source, store, found, rows)   an input cut into pieces of about `rows` rows, each the work of one task
     kept_fields(source, store, part)     the columns that it adds to the index
+    kept_columns(source)                 the same, as far as its settings tell
     items(source, store, part)           the raw items of a piece, each with its bytes, its URL or a Rejection
     urls(source, store, part)            of a list of URLs: these alone
 
@@ -58,6 +59,7 @@ __all__ = [
     "WebDataset",
     "inputs",
     "items",
+    "kept_columns",
     "kept_fields",
     "ranges",
     "urls",
@@ -98,6 +100,12 @@ def ranges(source: Source, store: Store, found: Input, rows: int) -> Iterator[Ra
 def kept_fields(source: Source, store: Store, part: Range) -> list[pa.Field]:
     """The columns that the source adds to the index, in its order."""
     found: list[pa.Field] = _FAMILY[source.kind].kept_fields(source, store, part)
+    return found
+
+
+def kept_columns(source: Source) -> dict[str, pa.DataType | None]:
+    """The same as far as the settings tell: a table's types are known once it is read."""
+    found: dict[str, pa.DataType | None] = _FAMILY[source.kind].kept_columns(source)
     return found
 
 

@@ -137,6 +137,10 @@ def kept_fields(source: ListingSource, store: Store, part: Range) -> list[pa.Fie
     return [LABEL] if isinstance(source, ImageNet) else []
 
 
+def kept_columns(source: ListingSource) -> dict[str, pa.DataType]:
+    return {LABEL.name: LABEL.type} if isinstance(source, ImageNet) else {}
+
+
 def items(source: ListingSource, store: Store, part: Range) -> Iterator[RawItem]:
     folder = open_folder(source.url)
     for number, row in parquet.rows(source, store, part, SCHEMA.names):

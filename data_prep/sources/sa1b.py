@@ -61,6 +61,10 @@ def kept_fields(source: Sa1b, store: Store, part: Range) -> list[pa.Field]:
     return parquet.kept_fields(source, store, part, source.keep)
 
 
+def kept_columns(source: Sa1b) -> dict[str, None]:
+    return dict.fromkeys(source.keep)
+
+
 def items(source: Sa1b, store: Store, part: Range) -> Iterator[RawItem]:
     with tars.opened(source, part) as file, parquet.open_rows(source, store, part) as table:
         said = Captions(table, part.table)

@@ -143,6 +143,10 @@ def kept_fields(source: TableSource, store: Store, part: Range) -> list[pa.Field
     return parquet.kept_fields(source, store, part, source.keep)
 
 
+def kept_columns(source: TableSource) -> dict[str, None]:
+    return dict.fromkeys(source.keep)
+
+
 def items(source: TableSource, store: Store, part: Range) -> Iterator[RawItem]:
     folder = open_folder(source.url)
     batch = IMAGE_BATCH if isinstance(source, ParquetImages) else parquet.BATCH

@@ -77,7 +77,11 @@ def ranges(source: WebDataset, store: Store, found: Input, rows: int) -> Iterato
 
 
 def kept_fields(source: WebDataset, store: Store, part: Range) -> list[pa.Field]:
-    return [pa.field(name, _TYPES[kind]) for name, kind in source.keep.items()]
+    return [pa.field(name, kind) for name, kind in kept_columns(source).items()]
+
+
+def kept_columns(source: WebDataset) -> dict[str, pa.DataType]:
+    return {name: _TYPES[kind] for name, kind in source.keep.items()}
 
 
 def items(source: WebDataset, store: Store, part: Range) -> Iterator[RawItem]:

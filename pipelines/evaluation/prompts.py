@@ -7,14 +7,17 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data_prep import shape_world as world
 from data_prep.shape_world import Description
 from infra.errors import EvaluationError
+from infra.problems import tell
 
 Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 TASKS: tuple[Task, ...] = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -64,17 +67,23 @@ def load_prompts(path: Path) -> list[Prompt]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            prompts.append(Prompt.model_validate_json(line))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the line"
-            raise EvaluationError(
-                f"{path}, line {number}: {where}: {first['msg']}", remedy="correct the line, or leave it out"
-            ) from None
+        prompts.append(_read(line, f"{path}, line {number}"))
     if not prompts:
         raise EvaluationError(f"{path} holds no prompts", remedy="name a JSONL file of GenEval metadata")
     return prompts
+
+
+def _read(line: str, place: str) -> Prompt:
+    data: Any = None
+    with suppress(ValueError, RecursionError):
+        data = json.loads(line)
+    if not isinstance(data, dict):
+        raise EvaluationError(f"{place} is no JSON object", remedy="correct the line, or leave it out")
+    try:
+        return Prompt.model_validate(data)
+    except ValidationError as error:
+        told = tell(Prompt, error, data, {})
+        raise EvaluationError(f"{place}: {told.message}", remedy="correct the line, or leave it out") from None
 
 
 # ------------------------------------------------------------------------------------------------- the shape world

@@ -22,7 +22,6 @@ from data_prep import score
 from data_prep.score import ScoreSettings
 from data_prep.scorers import Sample
 from infra.config import parse
-from infra.records import ScoreRecord
 from infra.store import FileStore
 from tests.data_prep import zoo
 
@@ -205,7 +204,7 @@ class DiesOnce(score._Worker):
 
     always = False
 
-    def score(self, number: int) -> ScoreRecord:
+    def score(self, number: int) -> score.Done:
         assert isinstance(self.store, FileStore)
         marker = self.store.root / ".tmp" / "marker"
         if number == 2 and (self.always or not marker.exists()):

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from data_prep import job, originals
 from data_prep.decode import Decoded, decode
 from data_prep.fetch import FetchSettings
-from data_prep.job import PrepareSummary, Progress, prepare, summary_key
+from data_prep.job import PrepareSummary, Progress, SizeSummary, check_accepted, prepare, summary_key
 from data_prep.plan import make_plan
-from data_prep.rejections import Cause, Rejection
+from data_prep.rejections import REMEDIES, Cause, Rejection
 from data_prep.verify import verify
 from infra.errors import ClusterError, DataError, PixnerdError
 from infra.shards import list_shards, read_index
@@ -91,6 +91,21 @@ def test_counts_add_up_and_a_second_run_does_nothing(corpus: Path, store: Store,
     assert prepare(store, settings_for(corpus), decoder=refuse) == summary
 
 
+def test_what_another_run_makes_meanwhile_is_used_and_not_counted_as_ones_own(corpus: Path, store: Store) -> None:
+    settings = settings_for(corpus, in_flight=1)
+    seen: list[Progress] = []
+
+    def beside(progress: Progress) -> None:
+        if progress.shards == 1:
+            prepare_here(store, settings)  # all of it, as another run would
+        seen.append(progress)
+
+    summary = prepare(store, settings, beside)
+    assert summary.inputs == seen[-1].inputs == COUNT
+    assert seen[1].own_inputs == 8
+    assert 8 <= seen[-1].own_inputs <= 16, "the one that was under way at most"
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_same_bytes_whoever_did_the_work(
     corpus: Path, store: Store, undisturbed: dict[str, bytes], workers: int
@@ -126,6 +141,30 @@ def test_a_driver_killed_half_way_is_finished_by_the_next(
     assert 2 <= done < len(plan.shards)
     assert not store.exists(summary_key(plan.digest, plan.edition))
     assert_as_undisturbed(store, undisturbed, prepare(store, settings_for(corpus)))
+
+
+def summary_of(sizes: dict[str, tuple[int, dict[str, int]]]) -> PrepareSummary:
+    made = {
+        size: SizeSummary(shards="", count=1, accepted=accepted, rejected=rejected)
+        for size, (accepted, rejected) in sizes.items()
+    }
+    return PrepareSummary(plan="", edition="", inputs=9, tried_again={}, sizes=made, versions=[])
+
+
+def test_where_nothing_was_accepted_the_setting_is_named_that_refused_most(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(DataError, match=r"accepted: 9 rejected \(6 too_small, 3 gone\): lower `sizes`"):
+        check_accepted(summary_of({"64": (0, {"gone": 3, "too_small": 6}), "512": (0, {"gone": 3, "too_small": 6})}))
+    with pytest.raises(DataError, match=r"the sources hold no images"):
+        check_accepted(summary_of({"64": (0, {})}))
+    assert not caplog.messages
+    check_accepted(summary_of({"64": (9, {}), "512": (0, {"too_small": 9})}))
+    assert caplog.messages == [
+        "no image was accepted at size 512: 9 rejected (9 too_small): lower `sizes`: pictures are never enlarged"
+    ]
+
+
+def test_every_cause_tells_what_to_do() -> None:
+    assert REMEDIES.keys() == set(Cause)
 
 
 def stop(progress: Progress) -> None:

@@ -66,6 +66,14 @@ def test_help_answers_within_a_second():
     assert min(took() for _ in range(5)) < 1.0
 
 
+def test_the_versions_are_told_without_loading_anything():
+    result = pixnerd("--version")
+    assert result.returncode == 0, result.stderr
+    own, others = result.stdout.splitlines()
+    assert re.fullmatch(r"pixnerd \d+\.\d+\.\d+\S*", own)
+    assert re.fullmatch(r"Python 3\.\d+\.\d+, torch \S+, ray \S+, deepspeed \S+, transformers \S+, mlflow \S+", others)
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_shows_an_example(command: list[str]):
     result = pixnerd(*command, "--help")
@@ -211,7 +219,9 @@ def test_warnings_are_shown(tmp_path: Path):
     make_plan(open_store(str(tmp_path / "store")), parse(PrepareSettings, {"sources": [source], "sizes": [16]}))
     pq.write_table(pa.table({"image_id": [3, 4], "caption": ["c", "d"]}), tmp_path / "two.parquet")
     result = pixnerd("prepare", write_recipe(tmp_path, sources=[source]), "--store", tmp_path / "store")
-    assert ends(result).endswith("0 accepted, 4 rejected (2 no_caption, 2 unknown_format)")
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert "no image was accepted: 4 rejected (2 no_caption, 2 unknown_format): let the source's `captions`" in last
     told = [line for line in result.stderr.splitlines() if "captions" in line]
     assert len(told) == 1, result.stderr
     assert "captions of the source `sa` (1) are not for its tars that are planned already (2)" in told[0]
@@ -254,8 +264,8 @@ def test_the_end_of_a_preparation_names_the_worst_causes():
         "512": {"accepted": 9_000, "rejected": {"gone": 5_000, "too_small": 6_000}},
         "64": {"accepted": 20_000, "rejected": {}},
     }
-    record = StageRecord.model_construct(output={"inputs": 20_000, "sizes": sizes}, seconds=10.0)
-    assert terminal.prepared(record, 0.5) == (
+    record = StageRecord.model_construct(output={"inputs": 20_000, "sizes": sizes})
+    assert terminal.prepared(record, 1000.4) == (
         "1,000 images/s; 256: 12,000 accepted, 8,000 rejected (5,000 gone, 2,979 too_small, 20 timeout, 1 other); "
         "512: 9,000 accepted, 11,000 rejected (6,000 too_small, 5,000 gone); 64: 20,000 accepted, 0 rejected"
     )

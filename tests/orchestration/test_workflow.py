@@ -326,6 +326,26 @@ def test_what_is_forgotten_renews_the_snapshots_that_it_may_concern(store: Store
     assert dict(run()["data_one"].output["counts"])["not forgotten"] == counts["data_one"]["accepted"] - 2
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_preparation_that_accepts_nothing_fails_and_so_does_the_next(store: Store, tmp_path: Path):
+    stages = {"one": corpus(tmp_path, "one", 3), "two": {"kind": "snapshot", "shards": "one", "size": 512}}
+    stages["one"]["sizes"] = [512]
+    context = Context(store, tmp_path, NoTracker(), Run("", None), lambda stage, progress: None)  # type: ignore[arg-type]
+    for _ in range(2):
+        said: list[tuple[str, str]] = []
+        with pytest.raises(
+            StageFailed, match=r"`one` failed: no image was accepted: 3 rejected \(3 too_small\): lower"
+        ):
+            workflow.run(
+                workflow.graph(Recipe(name="test", stages=stages), store),
+                context,
+                lambda node, event, text, said=said: said.append((node.name, event)),  # type: ignore[misc]
+            )
+        assert said == [("one", "running"), ("one", "failed"), ("two", "skipped")]
+    stages["one"]["sizes"], stages["two"]["size"] = [16], 16
+    workflow.run(workflow.graph(Recipe(name="test", stages=stages), store), context, lambda node, event, text: None)
+
+
 def test_only_one_kind_and_its_needs(ran: list[str]):
     nodes = workflow.graph(recipe(a={}, b={"above": "a"}, c={"kind": "tell"}))
     assert [node.name for node in workflow.only(nodes, "make")] == ["a", "b"]
