@@ -20,7 +20,7 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from infra.config import canonical_json, digest
 from infra.errors import DataError, RecordError
@@ -101,15 +101,16 @@ class CheckpointRecord(Record):
 
 
 class Interval(BaseModel):
-    """A score with its 95 % interval."""
+    """A score with its 95 % interval, where there is enough to tell one from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 class EvalReport(Record):
+    newest_schema = 2  # a score may have no interval; a report in which all have one is still of the first
     protocol: str  # "geneval", "dpg", "fid"
     judge: str
     prompts: str  # digest of the prompt set
@@ -119,6 +120,12 @@ class EvalReport(Record):
     scores: dict[str, Interval]  # "geneval/overall", "geneval/counting", ...
     details: DataObject  # Parquet: one row per image with the verdict and its reason
     pictures: list[DataObject]  # tars of PNGs, <prompt>-<image>.png
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_its_schema(cls, given: dict[str, Any]) -> dict[str, Any]:
+        scores = [Interval.model_validate(score) for score in given.get("scores", {}).values()]
+        return given if all(score.low is not None for score in scores) else {"schema_version": 2, **given}
 
 
 class StageRecord(Record):

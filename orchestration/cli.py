@@ -17,12 +17,12 @@ from typer.exceptions import TyperException
 from infra import guard
 from infra.causes import explained, first_line
 from orchestration import patience
+from orchestration.completion import recipe_names, setting_paths
 
 app = typer.Typer(
     name="pixnerd",
     help="Train a text-to-image model yourself: raw corpus in, measured and registered PixNerd out.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     epilog="Add --debug to any command to see a failure's whole traceback. Start with: pixnerd run demo",
@@ -42,7 +42,16 @@ StoreOption = Annotated[
     str | None, typer.Option("--store", help="Where everything is kept: a folder or s3://bucket/prefix [runs/RECIPE].")
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a setting, e.g. --set sft.steps=100; may be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Change a setting: --set sft.steps=100 of a stage, --set train.batch=16 of all stages of a kind; may be "
+        "repeated.",
+        autocompletion=setting_paths,
+    ),
+]
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A recipe's name, or the path of a .yaml file.", autocompletion=recipe_names)
 ]
 OnOption = Annotated[str | None, typer.Option("--on", help="Address of a Ray cluster; none: a local one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -51,6 +60,18 @@ RetryOption = Annotated[
     bool,
     typer.Option("--retry-failed", help="Download again what failed for causes that can pass: timeouts, DNS, 5xx."),
 ]
+
+
+def _show_version(asked: bool) -> None:
+    """What stands in a report of a fault; told from what is installed, without loading any of it."""
+    if asked:
+        from importlib.metadata import version
+        from platform import python_version
+
+        packages = ("torch", "ray", "deepspeed", "transformers", "mlflow")
+        print(f"pixnerd {version('pixnerd')}")
+        print(", ".join([f"Python {python_version()}", *(f"{name} {version(name)}" for name in packages)]))
+        raise typer.Exit
 
 
 def main() -> None:
@@ -82,13 +103,18 @@ def _explained(error: Exception, command: list[str]) -> tuple[str, int]:
 
 
 @app.callback()
-def _watched(context: typer.Context) -> None:
+def _before_all(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the versions, and end.")
+    ] = False,
+) -> None:
     context.with_resource(patience.of_command())
 
 
 @app.command(epilog="Example: pixnerd run demo --store s3://my-bucket/pixnerd --set sft.steps=200")
 def run(
-    workflow: Annotated[str, typer.Argument(help="A recipe's name, or the path of a .yaml file.")],
+    workflow: RecipeArgument,
     store: StoreOption = None,
     set_: SetOption = None,
     on: OnOption = None,
@@ -112,7 +138,7 @@ def run(
 
 @app.command(epilog="Example: pixnerd prepare demo --store runs/demo")
 def prepare(
-    config: Annotated[str, typer.Argument(help="A recipe's name or path; its prepare stages are run.")],
+    config: RecipeArgument,
     store: StoreOption = None,
     set_: SetOption = None,
     on: OnOption = None,
@@ -137,7 +163,7 @@ def prepare(
 
 @app.command(epilog="Example: pixnerd train demo --set low.steps=50 --store runs/try")
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name or path; its train stages are run.")],
+    recipe: RecipeArgument,
     store: StoreOption = None,
     set_: SetOption = None,
     on: OnOption = None,
@@ -236,7 +262,9 @@ def sample(
 def geneval(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder.")],
     out: Annotated[str, typer.Option("--out", help="Folder or store URL for pictures, verdicts and the report.")],
-    set_: SetOption = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting, e.g. --set images=8; may be repeated.")
+    ] = None,
     on: OnOption = None,
     json_: JsonOption = False,
 ) -> None:
@@ -392,7 +420,7 @@ def data_forget(
 
 @app.command(epilog="Example: pixnerd report demo --out page.html")
 def report(
-    workflow: Annotated[str, typer.Argument(help="A recipe's name or path.")],
+    workflow: RecipeArgument,
     store: StoreOption = None,
     set_: SetOption = None,
     out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),

@@ -11,9 +11,10 @@ from datetime import datetime
 
 from infra.records import StageRecord
 from infra.store import Store
+from pipelines.evaluation.statistics import ends, without_interval
 from pipelines.page import curves, inputs, lineage, samples, scores, settings
 from pipelines.page.markup import Child, Html, page, tag
-from pipelines.page.parts import amount, check, duration, interval_text, overall
+from pipelines.page.parts import amount, check, duration, overall
 from pipelines.page.story import Picture, Story, read
 from pipelines.page.style import STYLE
 
@@ -63,7 +64,9 @@ def _summary(story: Story) -> str:
     if judged is None or name is None:
         return f"{said} is not measured yet. {took}"
     report = story.reports[judged]
-    return f"{said} scores {report.scores[name].value:.3f} {interval_text(report.scores[name])} on {name}. {took}"
+    score = report.scores[name]
+    interval = "" if without_interval(score) else f" {ends(score)}"
+    return f"{said} scores {score.value:.3f}{interval} on {name}. {took}"
 
 
 def _tiles(story: Story) -> list[Html]:
@@ -71,7 +74,14 @@ def _tiles(story: Story) -> list[Html]:
     tiles = []
     if judged is not None and (name := overall(story.reports[judged])):
         score = story.reports[judged].scores[name]
-        tiles.append(_tile(name, f"{score.value:.3f}", f"95 % interval {interval_text(score)}", "first"))
+        tiles.append(
+            _tile(
+                name,
+                f"{score.value:.3f}",
+                "no 95 % interval" if without_interval(score) else f"95 % interval {ends(score)}",
+                "first",
+            )
+        )
     if model is not None:
         parameters, images, stages = model
         tiles.append(_tile("parameters", amount(parameters), f"{parameters:,}"))

@@ -82,7 +82,9 @@ def test_no_other_top_level_folder():
     assert {name for name in folders if not name.startswith(".")} <= known
 
 
-@pytest.mark.parametrize("module", ["orchestration.cli", "infra.config", "infra.store", "infra.records"])
+@pytest.mark.parametrize(
+    "module", ["orchestration.cli", "infra.config", "infra.store", "infra.records", "pipelines.recipes"]
+)
 def test_light_modules_import_nothing_heavy(module: str):
     heavy = ("torch", "ray", "mlflow", "transformers", "deepspeed", "boto3", "pyarrow", "numpy", "matplotlib")
     code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"

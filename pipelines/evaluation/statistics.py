@@ -18,16 +18,37 @@ Scores = Mapping[str, Sequence[Sequence[float]]]  # task -> prompt -> picture
 
 OVERALL = "overall"
 DRAWS = 10_000
+# Prompts of a task that an interval needs: of five, not even the range of all that was seen holds their population's
+# median with 95 % (1 - 2 / 2**n).
+FEWEST = 6
+NO_INTERVAL = f"–: no interval, as there are fewer than {FEWEST} prompts a task, or all of them alike"
 
 
 def intervals(scores: Scores, *, seed: int = 0, draws: int = DRAWS) -> dict[str, Interval]:
-    """Each task's score and the overall one, with 95 % intervals."""
+    """Each task's score and the overall one, with 95 % intervals where there are prompts enough for them.
+
+    Prompts that all score the same tell nothing of how prompts differ: a task of such has no interval either.
+    """
     rng = np.random.default_rng(seed)
     values, deviations = {}, {}
     for task, prompts in scores.items():
         counts_DP = _resample(len(prompts), draws, rng)
         values[task], deviations[task] = _bootstrap(prompts, counts_DP)
-    return _summary(values, deviations, lowest=0.0)
+    known = {task: len(prompts) >= FEWEST and bool(deviations[task].any()) for task, prompts in scores.items()}
+    known[OVERALL] = all(len(prompts) >= FEWEST for prompts in scores.values()) and any(known.values())
+    return _summary(values, deviations, known, lowest=0.0)
+
+
+def without_interval(score: Interval) -> bool:
+    """Older reports hold intervals of no width where there was nothing to tell one from."""
+    return score.low is None or score.low == score.high
+
+
+def ends(score: Interval) -> str:
+    """Its interval as people read it."""
+    if without_interval(score):
+        return "–"
+    return f"[{score.low:.3f}, {score.high:.3f}]"
 
 
 def paired(a: Scores, b: Scores, *, seed: int = 0, draws: int = DRAWS) -> dict[str, Interval]:
@@ -43,7 +64,8 @@ def paired(a: Scores, b: Scores, *, seed: int = 0, draws: int = DRAWS) -> dict[s
         value_a, deviation_a = _bootstrap(a[task], counts_DP)
         value_b, deviation_b = _bootstrap(b[task], counts_DP)
         values[task], deviations[task] = value_a - value_b, deviation_a - deviation_b
-    return _summary(values, deviations, lowest=-1.0)
+    known = {task: len(prompts) >= FEWEST for task, prompts in a.items()}
+    return _summary(values, deviations, {**known, OVERALL: all(known.values())}, lowest=-1.0)
 
 
 def _resample(prompts: int, draws: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -64,11 +86,17 @@ def _bootstrap(prompts: Sequence[Sequence[float]], counts_DP: npt.NDArray[np.int
     return value, ((counts_DP @ sums_P) / (counts_DP @ sizes_P) - value) * np.sqrt(n / max(n - 1, 1))
 
 
-def _summary(values: Mapping[str, float], deviations: Mapping[str, Floats], lowest: float) -> dict[str, Interval]:
+def _summary(
+    values: Mapping[str, float], deviations: Mapping[str, Floats], known: Mapping[str, bool], lowest: float
+) -> dict[str, Interval]:
     values = {**values, OVERALL: float(np.mean(list(values.values())))}
     deviations = {**deviations, OVERALL: np.mean(list(deviations.values()), axis=0)}
     summary = {}
     for name, value in values.items():
         low, high = value + np.quantile(deviations[name], (0.025, 0.975))
-        summary[name] = Interval(value=value, low=float(max(low, lowest)), high=float(min(high, 1.0)))
+        summary[name] = (
+            Interval(value=value, low=float(max(low, lowest)), high=float(min(high, 1.0)))
+            if known[name]
+            else Interval(value=value, low=None, high=None)
+        )
     return summary

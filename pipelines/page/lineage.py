@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pipelines.evaluation.statistics import ends
 from pipelines.page.graph import Box, graph
 from pipelines.page.markup import Child, Html, tag
-from pipelines.page.parts import duration, ink, interval_text, overall, section, short, swatch, table, words
+from pipelines.page.parts import duration, ink, overall, section, short, swatch, table, words
 from pipelines.page.story import Story
 
 LANES = {"corpus": 0, "prepare": 0, "snapshot": 1, "encoders": 2, "train": 2, "evaluate": 3, "gate": 4, "register": 4}
@@ -60,7 +61,7 @@ def _fact(story: Story, number: int) -> str:
         return f"{story.checkpoints[number].position:,} images{size}"
     if number in story.reports and (name := overall(story.reports[number])):
         score = story.reports[number].scores[name]
-        return f"{score.value:.3f} {interval_text(score)}"
+        return f"{score.value:.3f} {ends(score)}"
     if stage.kind == "corpus":
         return f"{sum(output.get('files', {}).values()):,} files"
     if stage.kind == "encoders":

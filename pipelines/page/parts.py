@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from infra.records import EvalReport, Interval
+from infra.records import EvalReport
 from pipelines.page.markup import Child, Html, tag
 from pipelines.page.story import Story
 from pipelines.page.style import SERIES
@@ -56,10 +56,6 @@ def duration(seconds: float) -> str:
     else:
         said = f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return said.replace(" ", "\xa0")
-
-
-def interval_text(score: Interval) -> str:
-    return f"[{score.low:.3f}, {score.high:.3f}]"
 
 
 def overall(report: EvalReport) -> str | None:

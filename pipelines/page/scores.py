@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pipelines.evaluation.prompts import TASKS
+from pipelines.evaluation.statistics import NO_INTERVAL, ends, without_interval
 from pipelines.page import plots
 from pipelines.page.markup import Child, Html, tag
-from pipelines.page.parts import ink, interval_text, section, short, swatch, table, words
+from pipelines.page.parts import ink, section, short, swatch, table, words
 from pipelines.page.story import Story
 
 
@@ -32,7 +33,8 @@ def column(story: Story, number: int) -> Html:
 def _group(story: Story, group: list[int]) -> Html:
     reports = {k: story.reports[k] for k in group}
     names = sorted({name for report in reports.values() for name in report.scores}, key=_order)
-    most = max([1.0, *(score.high for report in reports.values() for score in report.scores.values())])
+    scores = [score for report in reports.values() for score in report.scores.values()]
+    most = max([1.0, *(score.value if score.high is None else score.high for score in scores)])
     body = [[tag("span", words(name.rpartition("/")[2]), title=name),
              *(_score(story, k, name, most) for k in group)] for name in names]  # fmt: skip
     failed = ", ".join(
@@ -44,6 +46,7 @@ def _group(story: Story, group: list[int]) -> Html:
         short(first.prompts),
         f", {' and '.join(sorted({f'{report.images:,}' for report in reports.values()}))} pictures each. ",
         "Bars are 95 % intervals from a bootstrap over prompts. ",
+        f"{NO_INTERVAL}. " if any(map(without_interval, scores)) else "",
         f"Pictures without a score count as wrong: {failed}." if failed else "No picture failed.",
     ]
     return tag("div", tag("p", about, class_="about"), table(["", *(column(story, k) for k in group)], body, "scores"))
@@ -59,5 +62,6 @@ def _score(story: Story, number: int, name: str, most: float) -> Child:
     score = story.reports[number].scores.get(name)
     if score is None:
         return "–"
-    bar = plots.interval(score.value, score.low, score.high, most, ink(story, number))
-    return [tag("b", f"{score.value:.3f}"), bar, " ", tag("small", interval_text(score))]
+    low, high = (score.value if end is None else end for end in (score.low, score.high))
+    bar = plots.interval(score.value, low, high, most, ink(story, number))
+    return [tag("b", f"{score.value:.3f}"), bar, " ", tag("small", ends(score))]

@@ -8,6 +8,8 @@ import pytest
 from infra.errors import DataError, PixnerdError, RecordError, StageFailed, StoreUnreachable
 from infra.records import (
     DataObject,
+    EvalReport,
+    Interval,
     ShardRecord,
     StageRecord,
     fetch_data,
@@ -102,3 +104,15 @@ def test_the_error_tree_is_the_one_that_is_drawn():
     for kind in all_errors(PixnerdError):
         if kind.__module__ == "infra.errors":
             assert kind.__name__ in infra.errors.__doc__, f"draw {kind.__name__} in the docstring"
+
+
+def test_reports_without_an_interval_are_of_a_newer_schema_and_others_are_as_they_were(tmp_path: Path):
+    store = open_store(str(tmp_path))
+    data = DataObject(key="a", sha256="0" * 64, size=1)
+    given = {"protocol": "geneval", "judge": "j", "prompts": "p", "checkpoint": "c", "images": 1, "failed": 0}
+    for low, schema in ((0.5, 1), (None, 2)):
+        score = Interval(value=0.75, low=low, high=low)
+        report = EvalReport(**given, scores={"a": score}, details=data, pictures=[])  # type: ignore[arg-type]
+        assert report.schema_version == schema
+        write_record(store, f"{schema}.json", report)
+        assert read_record(store, f"{schema}.json", EvalReport) == report

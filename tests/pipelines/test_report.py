@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from infra.records import EvalReport, Interval, put_data, write_record
 from infra.shards import parquet_bytes
 from infra.store import Store, open_store
+from pipelines.evaluation.statistics import ends
 from pipelines.page.graph import Box, arrange, graph
 from pipelines.page.markup import tag
 from pipelines.page.parts import duration
@@ -135,16 +136,14 @@ def test_every_score_is_the_reports(made: Made, page: Element) -> None:
     ]
     for task, row in zip(TASKS, table.rows(), strict=True):
         scores = [report.scores[f"geneval/{task}"] for report in reports]
-        assert row[1:] == [f"{s.value:.3f} [{s.low:.3f}, {s.high:.3f}]" for s in scores]
+        assert row[1:] == [f"{score.value:.3f} {ends(score)}" for score in scores]
 
 
 def test_the_head_tells_of_the_judged_model(made: Made, page: Element) -> None:
     score = made.named["sft_score"].scores["geneval/overall"]
     head = page.one("header")
-    assert (
-        f"scores {score.value:.3f} [{score.low:.3f}, {score.high:.3f}] on geneval/overall"
-        in head.one("p", "lead").text()
-    )
+    assert f"scores {score.value:.3f} on geneval/overall" in head.one("p", "lead").text()
+    assert next(head.one("dl").all("small")).text() == "no 95 % interval"
     assert [tile.text() for tile in head.one("dl").all("b")] == [
         f"{score.value:.3f}",
         "3.08\xa0M",
@@ -184,6 +183,15 @@ def test_lineage_is_that_of_the_digests(made: Made, page: Element) -> None:
         f"{checkpoint.digest()[:8]} step {checkpoint.step:,}, {checkpoint.position:,} images",
         f"{value} {report.digest()[:8]} geneval/overall, high_score",
     ]
+
+
+def test_too_few_prompts_for_an_interval_are_told_of(own: Made) -> None:
+    assert "–: no interval, as there are fewer than 6 prompts a task" in shown(own).text()
+    scores = {name: Interval(value=0.5, low=0.4, high=0.6) for name in own.named["sft_score"].scores}
+    write_record(own.store, "records/known.json", own.named["sft_score"].model_copy(update={"scores": scores}))
+    page = spoilt(own, "sft_score", output={"record": "records/known.json"})
+    assert "scores 0.500 [0.400, 0.600] on geneval/overall" in page.one("p", "lead").text()
+    assert next(page.one("header").one("dl").all("small")).text() == "95 % interval [0.400, 0.600]"
 
 
 def test_evaluations_of_other_prompts_stand_in_a_table_of_their_own(own: Made) -> None:
