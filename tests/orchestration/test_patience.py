@@ -58,7 +58,7 @@ def test_of_several_watches_the_last_one_speaks(clock: Clock):
 
 def news(text: str, done: int) -> Any:
     """A stage's progress; the stages themselves are slow to import."""
-    return SimpleNamespace(text=text, done=done, total=100)
+    return SimpleNamespace(text=text, done=done, total=100, own=0.0)
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
