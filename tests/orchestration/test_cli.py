@@ -130,6 +130,7 @@ def test_a_checkpoint_is_shown(checkpoint: Path):
 def test_a_checkpoint_of_another_shape_is_refused(checkpoint: Path):
     path = checkpoint / "config.json"
     path.write_text(path.read_text().replace('"hidden": 32', '"hidden": 64'))
+    models.write_sums(checkpoint)
     assert "instead of" in fails(1, "checkpoint", "show", checkpoint)
 
 

@@ -26,6 +26,7 @@ from orchestration.drawing import parse_size
 from orchestration.pictures import facts_of
 from orchestration.subjects import Labels, parse_seeds
 from tests.training import small_checkpoint
+from training import model as models
 from training.sampling import _DEFAULTS, Artist
 
 FEW = ("--steps", "3")
@@ -192,7 +193,7 @@ def test_steps_are_only_written_when_asked_for(text: Path, sample: Call, tmp_pat
 
 
 def test_progress_is_plain_lines_elsewhere(text: Path, sample: Call, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(terminal, "_LINE_EVERY", -1.0)
+    monkeypatch.setattr(terminal, "SILENCE", -1.0)
     lines = sample(text, RED, "--out", "o", "--seeds", "0-2", *FEW, "--batch", "2").err.splitlines()
     assert [line.partition("drawing ")[2].partition(", 0:")[0] for line in lines[1:]] == [
         f"{which} of 3, step {step} of 3" for which in ("1-2", "3") for step in (1, 2, 3)
@@ -310,6 +311,7 @@ def test_a_checkpoint_counts_by_its_content_wherever_it_lies(sample: Call, tmp_p
         settings = json.loads(config.read_text())
         settings["extra"]["text_encoder"] = str(tmp_path / place)
         config.write_text(json.dumps(settings))
+        models.write_sums(net)
 
     encoder_at("encoder")
     assert sample(net, RED, *FEW, "--out", "o").code == 0
@@ -518,6 +520,7 @@ def test_a_checkpoint_whose_trained_size_nobody_told(sample: Call, tmp_path: Pat
     folder = small_checkpoint.write_class(tmp_path / "net")
     path = folder / "config.json"
     path.write_text(path.read_text().replace('"image_size": 16', '"image_size": null'))
+    models.write_sums(folder)
     result = sample(folder, "1", *FEW, "--out", "o")
     assert result.code == 2 and "import it again with --trained-size N" in result.err
     result = sample(folder, "1", *FEW, "--out", "o", "--size", "16", "--json")
