@@ -113,6 +113,8 @@ def read_list(path: Path) -> list[str]:
         if path.suffix == ".parquet":
             return _column(path)
         lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise SettingsError(f"there is no file {path}", remedy="name a text file or a Parquet file") from None
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise SettingsError(
             f"the list {path} cannot be read ({type(error).__name__})", remedy="name a text file or a Parquet file"

@@ -112,6 +112,13 @@ def _before_all(
     context.with_resource(patience.of_command())
 
 
+def _check_recipe(name: str, assignments: list[str] | None) -> None:
+    """A mistake in it is told at once: what its stages are made of takes seconds to load."""
+    from pipelines.recipes import load
+
+    load(name, assignments or [])
+
+
 @app.command(epilog="Example: pixnerd run demo --store s3://my-bucket/pixnerd --set sft.steps=200")
 def run(
     workflow: RecipeArgument,
@@ -123,6 +130,7 @@ def run(
     json_: JsonOption = False,
 ) -> None:
     """Run a whole workflow: what is done is reused, what is missing is made."""
+    _check_recipe(workflow, set_)
     from orchestration.session import run_workflow
 
     run_workflow(
@@ -147,6 +155,7 @@ def prepare(
     json_: JsonOption = False,
 ) -> None:
     """Turn raw image-text pairs into shards: a recipe's prepare stages and what they need."""
+    _check_recipe(config, set_)
     from orchestration.session import run_workflow
 
     run_workflow(
@@ -171,6 +180,7 @@ def train(
     json_: JsonOption = False,
 ) -> None:
     """Train: a recipe's train stages and what they need, without evaluation."""
+    _check_recipe(recipe, set_)
     from orchestration.session import run_workflow
 
     run_workflow(recipe, store=store, assignments=set_ or [], address=on, dry_run=dry_run, as_json=json_, until="train")
@@ -427,6 +437,7 @@ def report(
     json_: JsonOption = False,
 ) -> None:
     """Make the page of a workflow again, from the records that are there."""
+    _check_recipe(workflow, set_)
     from orchestration.session import make_report
 
     make_report(workflow, store=store, assignments=set_ or [], out=out, as_json=json_)

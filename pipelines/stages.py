@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -27,7 +27,7 @@ from data_prep.rejections import counted
 from data_prep.score import ScoreSettings, scorer_digest
 from data_prep.snapshot import SnapshotSettings
 from infra import scratch
-from infra.config import Settings, parse
+from infra.config import Settings, parse, spelt
 from infra.errors import SettingsError, StageFailed
 from infra.problems import Wrong
 from infra.records import (
@@ -452,8 +452,12 @@ class RegisterStage(Settings):
     gate: str = stage_reference()
     checkpoint: str = stage_reference()
     scores: str = stage_reference()
-    model: str = "pixnerd"
-    alias: str = "champion"
+    model: Annotated[str, spelt(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}", "letters, digits, blanks, `.`, `_` and `-`")] = (
+        "pixnerd"
+    )
+    alias: Annotated[
+        str, spelt(r"(?!(latest|v\d+)$)[A-Za-z0-9_-]{1,99}", "letters, digits, `_` and `-`, neither latest nor v1")
+    ] = "champion"
 
 
 def register(context: Context, settings: RegisterStage, inputs: Inputs) -> Output:

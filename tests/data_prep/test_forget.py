@@ -331,6 +331,10 @@ def test_items_that_nobody_knows_are_an_error(fresh: tuple[Store, Plan], tmp_pat
 def test_lists_are_lines_or_a_column(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\n  two \r\nhttps://x.org/a b#c\n", encoding="utf-8")
     assert read_list(tmp_path / "a.txt") == ["one", "two", "https://x.org/a b#c"]
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")  # as some editors write it
+    assert read_list(tmp_path / "marked.txt") == ["one", "two"]
+    with pytest.raises(SettingsError, match="there is no file"):
+        read_list(tmp_path / "none.txt")
     pq.write_table(pa.table({"x": [1], "url": ["u"]}), tmp_path / "b.parquet")
     assert read_list(tmp_path / "b.parquet") == ["u"]
     pq.write_table(pa.table({"any": [b"\x01\xff", None]}), tmp_path / "c.parquet")

@@ -100,6 +100,19 @@ def test_bad_usage_is_one_line_and_code_2(arguments: list[str], says: str):
     assert says in fails(2, *arguments)
 
 
+def test_a_mistake_in_a_recipe_is_told_before_anything_heavy_is_loaded(tmp_path: Path):
+    (tmp_path / "x.yaml").write_text("name: x\nname: y\n")
+    code = (
+        "import sys; from orchestration.cli import main\n"
+        f"sys.argv = ['pixnerd', 'run', {str(tmp_path / 'x.yaml')!r}]\n"
+        "try: main()\n"
+        "finally: print('torch' in sys.modules or 'pyarrow' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert (result.returncode, result.stdout) == (2, "False\n")
+    assert "`name` is set for the second time" in result.stderr
+
+
 def test_a_store_that_does_not_answer_is_one_line_and_code_1():
     keys = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "hunter2hunter2"}
     line = fails(1, "run", "demo", "--store", "s3://bucket/x", AWS_ENDPOINT_URL="http://127.0.0.1:9", **keys)

@@ -58,6 +58,10 @@ low_score.checkpoint=low_data
     `low_score.checkpoint` names `low_data`, whose kind is snapshot, not train
 gate.rules.1.above=low_scor
     `gate.rules.1.above` names `low_scor`, which is not among the gate's scores: did you mean `low_score`?
+register.model=mine/best
+    `register.model`: 'mine/best' cannot be used: write letters, digits, blanks
+register.alias=latest
+    `register.alias`: 'latest' cannot be used
 gate.rules.0.score=geneval/all
     `gate.rules.0.score` is geneval/all, which no evaluation has
 """
