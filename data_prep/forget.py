@@ -108,11 +108,15 @@ class Forgotten(NamedTuple):
 
 
 def read_list(path: Path) -> list[str]:
-    """The items of a list: a line each, or a column of a Parquet file (LIST_COLUMNS, or the only one it has)."""
+    """The items of a list, each called as `forget` takes it.
+
+    A text file (UTF-8) has a line for each; blank lines are passed over. Of a Parquet file it is the first of
+    LIST_COLUMNS that it has, or the only column.
+    """
     try:
         if path.suffix == ".parquet":
             return _column(path)
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise SettingsError(f"there is no file {path}", remedy="name a text file or a Parquet file") from None
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:

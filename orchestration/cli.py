@@ -333,7 +333,11 @@ def checkpoint_export(
     ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Write a checkpoint as the published code's file; settings that this code does not know are refused."""
+    """Write a checkpoint as the published code's file.
+
+    A network that this code would compute something else with is refused, as the demo's own is: one that shall be
+    exported is trained with `preset: XXL/16`.
+    """
     from orchestration.checkpoints import export_checkpoint
 
     export_checkpoint(checkpoint, file, network=network, as_json=json_)
@@ -414,7 +418,10 @@ def data_gc(
 def data_forget(
     items: Annotated[
         Path,
-        typer.Argument(help="A text file with an item a line, or Parquet: keys, names, URLs, or sha256 of images."),
+        typer.Argument(
+            help="A text file (UTF-8) with an item a line, or a .parquet file with a column of them, called key, name, "
+            "url, origin, sha256, image_sha256 or pixels_sha256."
+        ),
     ],
     store: StoreOfShards,
     reason: Annotated[str, typer.Option(help="Why; it is kept with the list.")],
@@ -422,7 +429,11 @@ def data_forget(
     dry_run: DryRunOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Take items out of every later snapshot, and say which snapshots and checkpoints have seen them."""
+    """Take items out of every later snapshot, and say which snapshots and checkpoints have seen them.
+
+    An item is called what its corpus calls it (images/00012.jpg), or by its URL, its key in the index, or the sha256 of
+    its encoded image or of its pixels, in hex.
+    """
     from orchestration.data import forget_data
 
     forget_data(items, store, reason=reason, twins=twins, dry_run=dry_run, as_json=json_)

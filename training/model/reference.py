@@ -147,7 +147,11 @@ def refuse_other_than_published(config: ModelConfig) -> None:
     ]
     if not config.field_blocks:
         problems = ["field_blocks is 0, the published code has a field"]
-    refuse(problems, "this network has no published layout", "keep it in this project's own format")
+    refuse(
+        problems,
+        "this network has no published layout, as the published code would compute something else with its weights",
+        "keep it in its folder, which `pixnerd sample` reads; what shall be exported is trained with `preset: XXL/16`",
+    )
 
 
 def find_config(found: Mapping[str, Shape], prefix: str = "") -> ModelConfig:
