@@ -94,6 +94,8 @@ def main() -> None:
 
 
 def _explained(error: Exception, command: list[str]) -> tuple[str, int]:
+    if isinstance(error, TyperException) and str(error).startswith("Usage: "):
+        return str(error), 2  # nothing was asked for, so this is the whole help
     if isinstance(error, TyperException):
         return f"error: {str(error).rstrip('.')} (see pixnerd {' '.join(command)} --help)", 2
     if found := explained(error):

@@ -85,7 +85,8 @@ main()
     command.chmod(0o755)
     [block] = [block for block in blocks(README) if "pixnerd run demo --store runs/demo" in block[0]]
     environment = {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    for line in block:
+    (tmp_path / "withdrawn.txt").write_text("images/000002.jpg\n")
+    for line in [*block, *(line for line in LINES if line.startswith("pixnerd data forget"))]:
         result = subprocess.run(
             ["bash", "-c", line],
             cwd=tmp_path,
@@ -96,6 +97,5 @@ main()
             timeout=600,
         )
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
-    assert {"pictures", "wide", "scores", "looked", "page.html", "champion"} <= {
-        path.name for path in tmp_path.iterdir()
-    }
+    made = {"pictures", "large", "scores", "data-pictures", "page.html", "champion"}
+    assert made <= {path.name for path in tmp_path.iterdir()}

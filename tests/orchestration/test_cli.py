@@ -66,6 +66,14 @@ def test_help_answers_within_a_second():
     assert min(took() for _ in range(5)) < 1.0
 
 
+@pytest.mark.parametrize("group", [[], ["data"]], ids=str)
+def test_whoever_asks_for_nothing_is_shown_what_there_is(group: list[str]):
+    result = pixnerd(*group)
+    assert result.returncode == 2
+    assert result.stderr.lstrip().startswith(f"Usage: {' '.join(['pixnerd', *group])} [OPTIONS] COMMAND")
+    assert "error" not in result.stderr and "(see" not in result.stderr
+
+
 def test_the_versions_are_told_without_loading_anything():
     result = pixnerd("--version")
     assert result.returncode == 0, result.stderr
