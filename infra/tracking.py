@@ -109,14 +109,15 @@ class Tracker:
         return client
 
     def _begun(self, name: str, digest: str, parent: str) -> str | None:
-        query = f"tags.`{DIGEST_TAG}` = '{digest}' and tags.`mlflow.runName` = '{name}'"
-        if parent:
-            query += f" and tags.`mlflow.parentRunId` = '{parent}'"
-        found = self._client.search_runs([self._experiment_id], query, max_results=1)
-        if not found:
+        query = f"tags.`{DIGEST_TAG}` = '{digest}'" + (f" and tags.`mlflow.parentRunId` = '{parent}'" if parent else "")
+        found = self._client.search_runs([self._experiment_id], query)
+        ids = [
+            str(one.info.run_id) for one in found if one.info.run_name == name
+        ]  # a name may hold what a query may not
+        if not ids:
             return None
-        self._client.update_run(found[0].info.run_id, status="RUNNING")
-        return str(found[0].info.run_id)
+        self._client.update_run(ids[0], status="RUNNING")
+        return ids[0]
 
     def _begin(self, name: str, digest: str, parent: str, tags: Mapping[str, str]) -> str:
         all_tags = {**tags, DIGEST_TAG: digest}
