@@ -121,6 +121,33 @@ def _check_recipe(name: str, assignments: list[str] | None) -> None:
     load(name, assignments or [])
 
 
+@app.command(epilog="Example: pixnerd new photos --out mine.yaml")
+def new(
+    path: Annotated[
+        str,
+        typer.Argument(help="A folder of pictures with captions, tars, a table of URLs, Parquet; or a store's URL."),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="The recipe to write. [default: NAME.yaml]")] = None,
+    name: Annotated[str | None, typer.Option(help="What it is called. [default: as the folder or file]")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Which kind of corpus it is, where several lie there: text_folder, url_list, ...")
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(help="The column of pictures, names or URLs, if another one is found.")
+    ] = None,
+    captions: Annotated[
+        list[str] | None, typer.Option("--captions", help="A column of captions, if others are found; repeatable.")
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Look at your own pictures and captions, and write a recipe that trains a first small model on them."""
+    from data_prep.survey import Wanted
+    from orchestration.new import new_recipe
+
+    wanted = Wanted(kind, image, tuple(captions or ()))
+    new_recipe(path, out=out, name=name, wanted=wanted, as_json=json_)
+
+
 @app.command(epilog="Example: pixnerd run demo --store s3://my-bucket/pixnerd --set sft.steps=200")
 def run(
     workflow: RecipeArgument,

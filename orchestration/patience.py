@@ -40,6 +40,8 @@ class Watch:
             self._say(f"  still {self._what}, {now - self._since:.0f} s")
 
     def __enter__(self) -> Watch:
+        for below in _watches[-1:]:
+            self._spoke = below._spoke  # who waits does not care which watch it is that has said nothing
         _watches.append(self)
         threading.Thread(target=self._wait, name="patience", daemon=True).start()
         return self

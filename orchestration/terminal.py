@@ -175,6 +175,8 @@ def show_result(records: Iterable[StageRecord], reports: dict[str, EvalReport]) 
         if record.kind == "register":
             out = record.output
             print(f"registered  {out['model']} version {out['version']} as `{out['alias']}`: {out['source']}")
+        if record.kind == "sample":
+            print(f"pictures    {record.output['sheet']}")
         if record.kind == "report":
             print(f"page        {record.output['path']}")
 

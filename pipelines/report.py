@@ -12,7 +12,7 @@ from datetime import datetime
 from infra.records import StageRecord
 from infra.store import Store
 from pipelines.evaluation.statistics import ends, without_interval
-from pipelines.page import curves, inputs, lineage, samples, scores, settings
+from pipelines.page import curves, drawn, inputs, lineage, samples, scores, settings
 from pipelines.page.markup import Child, Html, page, tag
 from pipelines.page.parts import amount, check, duration, overall
 from pipelines.page.story import Picture, Story, read
@@ -24,6 +24,7 @@ def build(store: Store, title: str, records: list[StageRecord]) -> str:
     story = read(store, records)
     parts = (
         lineage.section_of(story),
+        drawn.section_of(story),
         scores.section_of(story),
         samples.section_of(story),
         curves.section_of(story),
@@ -111,11 +112,12 @@ def _verdict(story: Story) -> Html:
 
 
 def _mosaic(story: Story) -> Html | None:
-    """The judged model's first picture of each task, right or wrong."""
+    """The judged model's first picture of each task, right or wrong; without a judge, of the captions drawn."""
     judged, first = story.judged(), dict[str, Picture]()
     for picture in [] if judged is None else story.pictures.get(judged, []):
         first.setdefault(picture.task, picture)
-    return tag("div", [samples.tile(picture) for picture in first.values()], class_="mosaic") if first else None
+    tiles = [samples.tile(picture) for picture in first.values()] or drawn.mosaic(story)
+    return tag("div", tiles, class_="mosaic") if tiles else None
 
 
 def _foot(story: Story) -> Html:

@@ -1,6 +1,6 @@
 """The stages of a workflow: settings and records in, one record out. Each reads like the paragraph that describes it.
 
-    corpus -> prepare -> score -> snapshot -> encoders -> train -> evaluate -> gate -> register -> report
+    corpus -> prepare -> score -> snapshot -> encoders -> train -> sample, evaluate -> gate -> register -> report
 
 A stage's function gets its context, its settings, and the records of the stages that its settings name; what it returns
 becomes the `output` of its record, which is all that later stages know of it.
@@ -42,8 +42,9 @@ from infra.records import (
 )
 from infra.store import Store
 from infra.tracking import NOWHERE, Run, Tracker
-from pipelines import checks
+from pipelines import checks, samples
 from pipelines.evaluation.run import GenevalSettings, prompts_digest
+from pipelines.samples import DrawSettings
 from training.encoders.known import known
 from training.loop import TrainSettings
 
@@ -380,6 +381,24 @@ def _flat(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ measuring
 
 
+class SampleStage(DrawSettings):
+    checkpoint: str = stage_reference()
+    data: str = stage_reference()
+
+
+def sample(context: Context, settings: SampleStage, inputs: Inputs) -> Output:
+    """A checkpoint -> pictures for captions that training never saw, on the page and on a sheet of their own."""
+    checkpoint = read_record(context.store, inputs["checkpoint"].output["record"], CheckpointRecord)
+    data = read_record(context.store, inputs["data"].output["record"], SnapshotRecord)
+    plain = DrawSettings(**settings.model_dump(exclude={"checkpoint", "data"}))
+    prefix = f"samples/{context.digest}"
+    drawn = samples.draw(context.store, prefix, checkpoint, data, plain, context.progress)
+    path = context.home / f"{context.stage}.png"
+    samples.write_sheet(context.store, drawn, f"{inputs['checkpoint'].stage}, step {checkpoint.step:,}", path)
+    context.run.artifact(path)
+    return {"record": f"{prefix}/drawn.json", "sheet": str(path.absolute()), "prompts": len(drawn.prompts)}
+
+
 class EvaluateStage(GenevalSettings):
     checkpoint: str = stage_reference()
 
@@ -534,6 +553,7 @@ KINDS = {
             check=checks.train,
             takes={"data": "snapshot", "start_from": "train", "encoders": "encoders"},
         ),
+        StageKind("sample", SampleStage, sample, takes={"checkpoint": "train", "data": "snapshot"}),
         StageKind(
             "evaluate",
             EvaluateStage,

@@ -9,6 +9,7 @@ all its columns. JSONL and CSV are turned into Parquet when they are planned.
 from __future__ import annotations
 
 import hashlib
+import os
 import posixpath
 from array import array
 from collections.abc import Iterator, Sequence
@@ -75,6 +76,10 @@ class ParquetImages(Tables):
 
     kind: Literal["parquet_images"]
     image: str = Field("image", description="the column of images")
+    # Where these lie is no part of what they are either: a key is made of a picture's bytes.
+    files: str | None = operational(
+        None, description="the folder of the pictures of which a row holds the path alone, and no bytes"
+    )
     origin_column: str | None = None
 
     def texts(self) -> list[str]:
@@ -90,7 +95,12 @@ def inputs(source: TableSource, store: Store | None, planned: Sequence[Range] = 
     names = matching(folder, source.tables, "tables")
     with ThreadPoolExecutor(READERS) as pool:
         if isinstance(source, ParquetImages):
-            return list(pool.map(lambda name: Input(name, *fingerprint(folder, name)), names))
+            tables = list(pool.map(lambda name: Input(name, *fingerprint(folder, name)), names))
+            if source.files is None:
+                return tables
+            files = _Files(source.files)
+            sizes = _Sizes(files.folder)
+            return [_with_images(source, folder, table, sizes, files) for table in tables]
         found = list(pool.map(lambda name: measured(folder, name), names))
     if isinstance(source, TableFolder):
         sizes = _Sizes(folder)
@@ -150,8 +160,9 @@ def kept_columns(source: TableSource) -> dict[str, None]:
 def items(source: TableSource, store: Store, part: Range) -> Iterator[RawItem]:
     folder = open_folder(source.url)
     batch = IMAGE_BATCH if isinstance(source, ParquetImages) else parquet.BATCH
+    files = _Files(source.files) if isinstance(source, ParquetImages) and source.files is not None else None
     for number, row in parquet.rows(source, store, part, _columns(source).names, batch):
-        yield _item(source, folder, part.input, number, row)
+        yield _item(source, folder, files, part.input, number, row)
 
 
 def urls(source: UrlList, store: Store, part: Range) -> Iterator[tuple[int, str | Rejection]]:
@@ -162,10 +173,12 @@ def urls(source: UrlList, store: Store, part: Range) -> Iterator[tuple[int, str 
 # One item
 
 
-def _item(source: TableSource, folder: Folder, table: str, number: int, row: dict[str, Any]) -> RawItem:
+def _item(
+    source: TableSource, folder: Folder, files: _Files | None, table: str, number: int, row: dict[str, Any]
+) -> RawItem:
     place = f"{table}#{number}"
     captions = words.captions([(kind, row[kind]) for kind in source.captions], source.max_caption)
-    name, identity, image = _image(source, row, place)
+    name, identity, image = _image(source, files, row, place)
     if not isinstance(image, Rejection):
         if isinstance(captions, Rejection):
             image = captions
@@ -192,10 +205,10 @@ class _Image(NamedTuple):
     image: bytes | Url | Rejection | None  # None: to be read by its name
 
 
-def _image(source: TableSource, row: dict[str, Any], place: str) -> _Image:
+def _image(source: TableSource, files: _Files | None, row: dict[str, Any], place: str) -> _Image:
     value = row[source.image]
     if isinstance(source, ParquetImages):
-        return _embedded(value, place, source.max_bytes)
+        return _embedded(value, files, place, source.max_bytes)
     name = words.text(value) or ""
     if isinstance(source, UrlList):
         name, found = name.strip(), _url(value)
@@ -216,16 +229,31 @@ def _url(value: bytes | str | None) -> Url | Rejection:
     return found if isinstance(found, Rejection) else Url(name.strip())
 
 
-def _embedded(value: Any, place: str, limit: int) -> _Image:
+def _embedded(value: Any, files: _Files | None, place: str, limit: int) -> _Image:
     path: str | None = None
     if isinstance(value, dict):
         value, path = value["bytes"], words.text(value.get("path"))
     name = path or place
+    if value is None and path and files is not None:
+        value = files.folder.read(files.inside(path), limit)
+        if isinstance(value, Rejection):
+            return _Image(name, None, value)
     if value is None:
         return _Image(name, None, Rejection(Cause.MISSING, "the row holds no bytes"))
     if len(value) > limit:
         return _Image(name, None, Rejection(Cause.TOO_MANY_BYTES, f"{len(value)} bytes"))
     return _Image(name, hashlib.sha256(value).hexdigest(), value)
+
+
+class _Files:
+    """The folder of pictures that rows name by path alone; absolute paths count from where the folder lies."""
+
+    def __init__(self, url: str) -> None:
+        self.folder = open_folder(url)
+        self._root = os.path.abspath(url.removeprefix("file://"))
+
+    def inside(self, path: str) -> str:
+        return path.removeprefix(f"{self._root}/")
 
 
 # Columns
@@ -245,6 +273,8 @@ def _check(source: TableSource, name: str, schema: pa.Schema) -> None:
             raise SettingsError(
                 f"column `{source.image}` of {name} is {kind}", remedy="name a column of bytes, or of {bytes, path}"
             )
+        if source.files is not None and (inner is kind or kind.get_field_index("path") < 0):
+            raise SettingsError(f"column `{source.image}` of {name} has no paths", remedy="leave `files` out")
 
 
 def check_columns(columns: Columns, name: str, schema: pa.Schema) -> None:
@@ -307,21 +337,28 @@ def _normal(name: bytes) -> bytes:
     return posixpath.normpath(name) if b"./" in name or b"//" in name else name
 
 
-def _with_images(source: TableFolder, folder: Folder, table: Input, sizes: _Sizes) -> Input:
+def _with_images(
+    source: TableFolder | ParquetImages, folder: Folder, table: Input, sizes: _Sizes, files: _Files | None = None
+) -> Input:
     sha256 = hashlib.sha256(bytes.fromhex(table.sha256))
     for names in _image_names(source, folder, table.name):
+        if files is not None:
+            names = [name and os.fsencode(files.inside(os.fsdecode(name))) for name in names]
         sha256.update(sizes.of(names).tobytes())
     return table._replace(sha256=sha256.hexdigest())
 
 
-def _image_names(source: TableFolder, folder: Folder, table: str) -> Iterator[list[bytes | None]]:
+def _image_names(source: TableFolder | ParquetImages, folder: Folder, table: str) -> Iterator[list[bytes | None]]:
     if table.endswith(".parquet"):
         with parquet.opened(folder.open(table), table) as file:
             if not file.metadata.num_rows:
                 return
             _check(source, table, file.schema_arrow)
-            for batch in file.iter_batches(NAME_BATCH, columns=[source.image], use_threads=False):
-                yield batch.column(0).cast(pa.binary()).to_pylist()
+            paths = isinstance(source, ParquetImages)
+            column = f"{source.image}.path" if paths else source.image
+            for batch in file.iter_batches(NAME_BATCH, columns=[column], use_threads=False):
+                names = batch.column(0).field("path") if paths else batch.column(0)
+                yield names.cast(pa.binary()).to_pylist()
         return
     held: list[bytes | None] = []
     for line in lines(folder, table):

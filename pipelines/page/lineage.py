@@ -8,7 +8,8 @@ from pipelines.page.markup import Child, Html, tag
 from pipelines.page.parts import duration, ink, overall, section, short, swatch, table, words
 from pipelines.page.story import Story
 
-LANES = {"corpus": 0, "prepare": 0, "snapshot": 1, "encoders": 2, "train": 2, "evaluate": 3, "gate": 4, "register": 4}
+LANES = {"corpus": 0, "prepare": 0, "snapshot": 1, "encoders": 2, "train": 2, "sample": 3, "evaluate": 3}
+LANES |= {"gate": 4, "register": 4}
 
 
 def section_of(story: Story) -> Html:
@@ -62,6 +63,8 @@ def _fact(story: Story, number: int) -> str:
     if number in story.reports and (name := overall(story.reports[number])):
         score = story.reports[number].scores[name]
         return f"{score.value:.3f} {ends(score)}"
+    if number in story.drawn:
+        return f"{len(story.drawn[number].record.prompts):,} captions drawn"
     if stage.kind == "corpus":
         return f"{sum(output.get('files', {}).values()):,} files"
     if stage.kind == "encoders":

@@ -22,13 +22,20 @@ from infra.records import (
     read_record,
 )
 from infra.store import Store
+from pipelines import samples
 from pipelines.evaluation.generate import read_pictures
 from pipelines.page.fates import Fate, fates
 
 Rows = list[dict[str, Any]]
 
-NAMED: dict[str, type[Record]] = {"snapshot": SnapshotRecord, "train": CheckpointRecord, "evaluate": EvalReport}
+NAMED: dict[str, type[Record]] = {
+    "snapshot": SnapshotRecord,
+    "train": CheckpointRecord,
+    "sample": samples.Drawn,
+    "evaluate": EvalReport,
+}
 SEEDS = 4  # pictures shown of a prompt
+SHOWN = 24  # prompts, of the captions that were drawn
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,14 @@ class Picture:
     png: bytes | None
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What was drawn for captions of the data: each prompt, the picture that it belongs to, and the drawn ones."""
+
+    record: samples.Drawn
+    pictures: list[tuple[samples.Prompt, bytes | None, list[bytes]]]
+
+
 @dataclass
 class Story:
     """The stages in their order, and what their outputs name in the store, by the stage's number."""
@@ -57,6 +72,7 @@ class Story:
     curves: dict[int, Rows] = field(default_factory=dict)
     reports: dict[int, EvalReport] = field(default_factory=dict)
     pictures: dict[int, list[Picture]] = field(default_factory=dict)
+    drawn: dict[int, Shown] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)  # what should be in the store and is not
 
     def inputs(self, number: int) -> dict[str, int]:
@@ -117,6 +133,8 @@ def _read_named(story: Story, number: int) -> None:
     elif isinstance(found, CheckpointRecord):
         story.checkpoints[number] = found
         story.curves[number] = _table(story.store, found.curve) if found.curve else []
+    elif isinstance(found, samples.Drawn):
+        story.drawn[number] = Shown(found, samples.pictures(story.store, found, most=SHOWN))
     elif isinstance(found, EvalReport):
         story.reports[number] = found
         story.pictures[number] = _chosen(story.store, found)

@@ -13,8 +13,10 @@ import pytest
 from data_prep import sources
 from data_prep.rejections import Cause
 from data_prep.sources import Source
+from data_prep.survey import survey
 from infra.errors import StoreError
 from infra.store import Store, open_store
+from tests.data_prep import zoo
 from tests.data_prep.test_sources import all_items, all_ranges, problem, table_folder, text_folder
 from tests.data_prep.test_sources_listings import classes, image_net
 from tests.data_prep.test_sources_sa1b import sa1b, write_tar
@@ -61,6 +63,18 @@ def corpora(folder: Path) -> list[Source]:
         table_folder(folder, "*.jsonl", image="file"),
         parquet_images(folder, "i.*"),
     ]
+
+
+def test_a_corpus_in_a_store_is_found(bucket: Store) -> None:
+    apart = open_store("s3://corpora/found")
+    for number in range(3):
+        apart.put(f"photos/deep/{number}.jpg", zoo.saved(zoo.picture(40, 48), "JPEG"))
+        apart.put(f"photos/deep/{number}.txt", b"a picture of something")
+    apart.put("t.jsonl", b'{"url": "http://host.example/1.jpg", "text": "a thing"}')
+    [source] = survey(f"{apart.url}/photos").sources
+    assert source == {"kind": "text_folder", "name": "photos", "url": f"{apart.url}/photos"}
+    [source] = survey(f"{apart.url}/t.jsonl", lookup=lambda host: []).sources
+    assert (source["kind"], source["url"], source["tables"]) == ("url_list", apart.url, ["t.jsonl"])
 
 
 def test_keys_that_no_store_of_ours_takes_are_refused_one_by_one(store: Store, bucket: Store) -> None:

@@ -214,6 +214,34 @@ def test_images_in_a_column(folder: Path, store: Store, kind: pa.DataType) -> No
     assert [item.key for item in items] == [*known[:2], *place[2:4], known[2]]
 
 
+def test_rows_that_hold_a_path_alone_are_read_from_their_folder(folder: Path, store: Store, tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    (files / "deep").mkdir(parents=True)
+    (files / "deep" / "1.png").write_bytes(b"one")
+    (files / "2.png").write_bytes(b"two, and too large")
+    (tmp_path / "secret").write_bytes(b"secret")
+    paths = [str(files / "deep" / "1.png"), "deep/1.png", "2.png", "3.png", "../secret", str(tmp_path / "secret"), None]
+    images = [{"bytes": None, "path": path} for path in paths] + [{"bytes": b"own", "path": "2.png"}]
+    pq.write_table(pa.table({"image": pa.array(images, STRUCT), "caption": ["x"] * 8}), folder / "t.parquet")
+    source = parquet_images(folder, "*.parquet", files=str(files), max_bytes=10)
+    items = all_items(store, source)
+    outside = [Cause.OUTSIDE_FOLDER] * 2
+    assert [problem(item) for item in items] == [
+        *(None, None, Cause.TOO_MANY_BYTES, Cause.MISSING, *outside, Cause.MISSING, None)
+    ]
+    assert [items[number].image for number in (0, 1, 7)] == [b"one", b"one", b"own"]
+    assert items[0].key == sample_key("s", hashlib.sha256(b"one").hexdigest()), "whatever the picture is called"
+    [before] = sources.inputs(source)
+    (files / "3.png").write_bytes(b"three")
+    [after] = sources.inputs(source)
+    assert before.sha256 != after.sha256, "a picture that has come is noticed"
+    (files / "4.png").write_bytes(b"nobody names it")
+    assert sources.inputs(source) == [after]
+    pq.write_table(pa.table({"image": [b"1"], "caption": ["x"]}), folder / "plain.parquet")
+    with pytest.raises(SettingsError, match="has no paths: leave `files` out"):
+        sources.inputs(parquet_images(folder, "plain.parquet", files=str(files)))
+
+
 @pytest.mark.parametrize("kind", [pa.null(), pa.struct([("bytes", pa.null()), ("path", pa.string())])])
 def test_images_of_which_there_is_none(folder: Path, store: Store, kind: pa.DataType) -> None:
     columns = {"image": pa.nulls(2, kind), "caption": ["a", "b"]}

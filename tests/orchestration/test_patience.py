@@ -46,14 +46,15 @@ def test_a_line_comes_whenever_nothing_else_was_said_for_a_while(clock: Clock):
 def test_of_several_watches_the_last_one_speaks(clock: Clock):
     said: list[str] = []
     with patience.Watch(lambda text: said.append(f"command:{text}"), "loading") as command:
+        clock.now += 5
         with patience.Watch(lambda text: said.append(f"screen:{text}"), "at low") as screen:
-            clock.now += 9
+            clock.now += 4
             command.look()
             screen.look()
         command.look()
         clock.now += 9
         command.look()
-    assert said == ["screen:  still at low, 9 s", "command:  still loading, 18 s"]
+    assert said == ["screen:  still at low, 4 s", "command:  still loading, 18 s"]
 
 
 def news(text: str, done: int) -> Any:

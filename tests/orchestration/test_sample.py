@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from infra.errors import SettingsError
-from orchestration import cli, sheet, terminal
+from orchestration import cli, terminal
 from orchestration.drawing import parse_size
 from orchestration.pictures import facts_of
 from orchestration.subjects import Labels, parse_seeds
+from pipelines import sheet
 from tests.training import small_checkpoint
 from training import model as models
 from training.sampling import _DEFAULTS, Artist

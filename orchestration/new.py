@@ -1,0 +1,88 @@
+"""`pixnerd new`: look at somebody's corpus and write a recipe that runs as it is."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_prep.plan import PrepareSettings
+from data_prep.survey import Survey, Wanted, name_of, survey
+from infra.config import parse
+from infra.errors import SettingsError
+from infra.files import appearing
+from orchestration.patience import doing
+from orchestration.terminal import print_json
+from pipelines.recipes import own
+
+
+def new_recipe(path: str, *, out: Path | None, name: str | None, wanted: Wanted, as_json: bool) -> None:
+    name = name or name_of(path)
+    out = out or Path(f"{name}.yaml")
+    if out.exists():
+        raise SettingsError(f"{out} is there already", remedy="name another --out, or remove it")
+    doing(f"looking at {path}")
+    found = survey(path, wanted)
+    text = own.written(name, path, shlex.quote(str(out)), found)
+    _check(text)
+    try:
+        with appearing(out) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(
+            f"{out} cannot be written ({error.strerror or error})", remedy="name another --out"
+        ) from None
+    then = f"pixnerd run {shlex.quote(str(out))}"
+    if as_json:
+        print_json({"recipe": str(out), "name": name, **_told(found), "next": then})
+    else:
+        _say(found, out, then)
+
+
+def _check(text: str) -> None:
+    """What is made of strangers' names is held against what may be set; the rest is ours."""
+    stage = yaml.safe_load(text)["stages"]["prepare"]
+    parse(PrepareSettings, {key: value for key, value in stage.items() if key != "kind"}, where="prepare")
+
+
+def _told(found: Survey) -> dict[str, Any]:
+    hosts = None if found.hosts is None else found.hosts._asdict()
+    return {**found._asdict(), "hosts": hosts}
+
+
+def _say(found: Survey, out: Path, then: str) -> None:
+    many = f"{found.pictures:,}" if found.counted else f"about {found.pictures:,}"
+    for source in found.sources:
+        captions = ", ".join(source.get("captions", [])) or source.get("caption_suffix", "") or "texts beside them"
+        where = f", in the column {source['image']}" if "image" in source else ""
+        print(f"found    {source['kind']}: pictures{where}; captions: {captions}")
+    sides = f", nearly all {found.shorter_side} px and larger" if found.shorter_side else ""
+    print(f"         {many} pictures{sides}; captions of about {found.words:g} words")
+    for text in found.captions[:1]:
+        print(f"         such as: {' '.join(text.split())[:100]!r}")
+    for warning in [*found.warnings, *_about_hosts(found)]:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"wrote    {out}")
+    print(f"next:    {then}")
+
+
+def _about_hosts(found: Survey) -> list[str]:
+    hosts, said = found.hosts, []
+    if hosts is None:
+        return []
+    if hosts.private and not hosts.public:
+        said.append(
+            f"{', '.join(hosts.private[:3])} lies inside of a network: the recipe sets fetch.allow_private, so that "
+            "downloads may go there; take it out if the list is a stranger's"
+        )
+    elif hosts.private:
+        said.append(
+            f"the list leads to public servers, and to {', '.join(hosts.private[:3])} inside of a network, where "
+            "nothing is asked unless fetch.allow_private is set"
+        )
+    if hosts.unknown:
+        said.append(f"{', '.join(hosts.unknown[:3])} has no address as far as this machine can tell")
+    return said

@@ -1,0 +1,157 @@
+"""Pictures that a checkpoint draws for captions which training never saw, each beside the picture that has the caption.
+
+They are for looking at: nobody scores them. The originals stay where they lie, in the shards; the record says where.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from infra.config import Settings
+from infra.errors import NotFound
+from infra.records import CheckpointRecord, DataObject, Record, SnapshotRecord, read_record, write_record
+from infra.shards import read_selection
+from infra.store import Store
+from pipelines import sheet
+from pipelines.evaluation.generate import generate, read_pictures
+from training.sampling import SampleSettings
+
+
+class DrawSettings(Settings):
+    count: int = Field(8, ge=0, le=1000, description="captions of the data's held-out samples that are drawn")
+    prompts: list[str] = Field([], description="prompts of one's own, drawn before those")
+    images: int = Field(4, ge=1, le=100, description="pictures a prompt, from seeds 0, 1, ...")
+    sampling: SampleSettings = SampleSettings()
+
+    @model_validator(mode="after")
+    def _draws_something(self) -> DrawSettings:
+        if not self.count and not self.prompts:
+            raise ValueError("nothing is drawn: give `prompts`, or a `count` of captions")
+        return self
+
+
+class Original(BaseModel):
+    """Where the picture lies whose caption is drawn."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    tar: str
+    offset: int
+    length: int
+
+
+class Prompt(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    text: str
+    original: Original | None = None
+
+
+class Drawn(Record):
+    checkpoint: str  # digest of its record
+    prompts: list[Prompt]
+    seen: bool  # whether training saw these captions: of data that holds nothing out there are no others
+    images: int
+    tars: list[DataObject]  # of PNGs, <prompt>-<image>.png
+
+
+def draw(
+    store: Store,
+    prefix: str,
+    checkpoint: CheckpointRecord,
+    data: SnapshotRecord,
+    settings: DrawSettings,
+    show: Callable[[str, int, int], None],
+) -> Drawn:
+    key = f"{prefix}/drawn.json"
+    if store.exists(key):
+        return read_record(store, key, Drawn)
+    own = [Prompt(text=text) for text in settings.prompts]
+    prompts = [*own, *_captions(store, data, settings.count)]
+    tars = generate(
+        store,
+        prefix,
+        checkpoint,
+        [prompt.text for prompt in prompts],
+        settings.images,
+        settings.sampling,
+        lambda done, total: show(f"{done} of {total} batches of pictures", done, total),
+    )
+    drawn = Drawn(
+        checkpoint=checkpoint.digest(),
+        prompts=prompts,
+        seen=not data.held_out_rows,
+        images=settings.images,
+        tars=tars,
+    )
+    write_record(store, key, drawn)
+    return read_record(store, key, Drawn)
+
+
+def _captions(store: Store, data: SnapshotRecord, count: int) -> list[Prompt]:
+    """The likeliest captions of samples that lie evenly over the data, no text twice."""
+    rows = read_selection(store, data, held_out=data.held_out_rows > 0)
+    found: dict[str, Prompt] = {}
+    for number in _spread(rows.num_rows):
+        if len(found) >= count:
+            break
+        [row] = rows.slice(number, 1).to_pylist()
+        weights = row["caption_weights"]
+        text = row["captions"][max(range(len(weights)), key=weights.__getitem__)]
+        original = Original(tar=row["tar"], offset=row["offset"], length=row["length"])
+        found.setdefault(text, Prompt(text=text, original=original))
+    return list(found.values())
+
+
+def _spread(rows: int) -> Iterator[int]:
+    """All numbers below `rows`, so that those up to any place are far from each other: halves, quarters and so on."""
+    step = 1 << max(rows - 1, 0).bit_length()
+    if rows:
+        yield 0
+    while step > 1:
+        yield from range(step // 2, rows, step)
+        step //= 2
+
+
+def pictures(store: Store, drawn: Drawn, most: int | None = None) -> list[tuple[Prompt, bytes | None, list[bytes]]]:
+    """The first prompts, the original of each if it has one that is still there, and what was drawn."""
+    pngs = read_pictures(store, drawn.tars)
+    return [
+        (prompt, original(store, prompt), [pngs[number, image] for image in range(drawn.images)])
+        for number, prompt in enumerate(drawn.prompts[:most])
+    ]
+
+
+def original(store: Store, prompt: Prompt) -> bytes | None:
+    if prompt.original is None:
+        return None
+    try:
+        return store.get(prompt.original.tar, prompt.original.offset, prompt.original.offset + prompt.original.length)
+    except NotFound:
+        return None
+
+
+def write_sheet(store: Store, drawn: Drawn, title: str, path: Path) -> None:
+    """One picture of all of them, or of as many as fit, for those who look at files and not at pages."""
+    of = "training" if drawn.seen else "held out"
+    with tempfile.TemporaryDirectory() as folder:
+        rows = []
+        for number, (prompt, first, pngs) in enumerate(pictures(store, drawn)):
+            named = [(f"seed {image}", png) for image, png in enumerate(pngs)]
+            named = [(of, first), *named] if first else named
+            paths = [_put(Path(folder, f"{number}-{place}"), data) for place, (_, data) in enumerate(named)]
+            rows.append(sheet.Row(prompt.text, paths, [name for name, _ in named]))
+        with Image.open(rows[0].pictures[-1]) as some:
+            size = some.height, some.width
+        about = f"{len(rows)} captions, {drawn.images} pictures of each" + (
+            "; on the left the picture that has the caption" if any(p.original for p in drawn.prompts) else ""
+        )
+        next(sheet.sheets(title, about, rows, size)).save(path, "PNG")
+
+
+def _put(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
