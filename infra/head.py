@@ -27,7 +27,7 @@ def check_head(address: str) -> None:
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
         return  # then only Ray knows the certificates
     status, text = _ask(address)
-    if status == "UNAUTHENTICATED":
+    if status == "UNAUTHENTICATED" and _mode() in ("", "disabled", "token"):  # of other modes only Ray knows the tokens
         raise _refused(address)
     if status in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
         cause = "it says nothing" if status == "DEADLINE_EXCEEDED" else text.rpartition("UNKNOWN: ")[2]
@@ -76,7 +76,7 @@ def _ask(address: str) -> tuple[str, str]:
     """The name of gRPC's status, and what it says."""
     import grpc
 
-    token = _token() if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else None
+    token = _token() if _mode() == "token" else None
     sent = (("authorization", f"Bearer {token}"),) if token else ()
     deadline = time.monotonic() + _PATIENCE
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
@@ -93,8 +93,7 @@ def _ask(address: str) -> tuple[str, str]:
 
 
 def _refused(address: str) -> PixnerdError:
-    sent = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
-    if sent:
+    if _mode() == "token":
         return ClusterError(
             f"the Ray cluster at {address} refuses the token of {_token_place()}",
             remedy="set RAY_AUTH_TOKEN to what `ray get-auth-token` prints on the cluster's head",
@@ -104,6 +103,10 @@ def _refused(address: str) -> PixnerdError:
         remedy=f"if {_token_place()} is the cluster's, as on the machine that started it, set RAY_AUTH_MODE=token; "
         "else set RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head as well",
     )
+
+
+def _mode() -> str:
+    return os.environ.get("RAY_AUTH_MODE", "").lower()
 
 
 def _token_place() -> str:

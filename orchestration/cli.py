@@ -53,7 +53,7 @@ SetOption = Annotated[
 RecipeArgument = Annotated[
     str, typer.Argument(help="A recipe's name, or the path of a .yaml file.", autocompletion=recipe_names)
 ]
-OnOption = Annotated[str | None, typer.Option("--on", help="Address of a Ray cluster; none: a local one.")]
+OnOption = Annotated[str | None, typer.Option("--on", help="Address of a Ray cluster, HOST:6379; none: a local one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done to each stage, and why.")]
 RetryOption = Annotated[
