@@ -88,7 +88,7 @@ with held(open_store({store.url!r}), {PREFIX!r}, lambda: False, print):
 
 
 def test_a_number_that_another_process_has_by_now_is_another_process(store: Store):
-    process = claims._process(os.getpid())
+    process = claims.process_of(os.getpid())
     claim_of(store, process[:-1] + ("1" if process[-1] != "1" else "2"))
     with held(store, PREFIX, never, nobody):
         pass

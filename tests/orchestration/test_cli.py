@@ -48,10 +48,11 @@ def pixnerd(*arguments: str | Path, **environment: str) -> subprocess.CompletedP
 
 
 def fails(code: int, *arguments: str | Path, **environment: str) -> str:
-    """It fails with this code and says why in one line, which is returned."""
+    """It fails with this code and says why in one line, which is returned; it may tell of waits as well."""
     result = pixnerd(*arguments, **environment)
     assert result.returncode == code, result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.strip() and "   still " not in line]
+    waits = re.compile(r"^ +\d+:\d\d +still |; waiting until it comes back")
+    lines = [line for line in result.stderr.splitlines() if line.strip() and not waits.search(line)]
     assert len(lines) == 1, result.stderr
     assert "Traceback" not in result.stderr
     return lines[0]

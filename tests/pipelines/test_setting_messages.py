@@ -56,6 +56,7 @@ EXAMPLES: list[tuple[str, dict[str, Any]]] = [
     ("gate", {"scores": ["a", "b"], "rules": [{"at_least": 0.5, "above": "b"}]}),
     ("register", {"gate": "a", "checkpoint": "b", "scores": "c"}),
     ("report", {"title": "x"}),
+    ("sample", {"checkpoint": "a", "data": "b", "prompts": ["a dog"], "sampling": {"steps": 4}}),
 ]
 WRONG = [None, True, -7, 10**9, 2.5, float("nan"), "", "no such / word", [], ["x", 3], {}, {"x": {}}, {3: "x"}]
 

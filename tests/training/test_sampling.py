@@ -240,6 +240,7 @@ def test_a_checkpoints_own_defaults_go_before_its_tasks_and_the_callers_before_b
     assert (found.interval, found.steps, found.guidance) == ((0.3, 1), 10, 3.5)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"steps"', '"stepz"'))
+    models.write_sums(tmp_path)
     with pytest.raises(CheckpointError, match=r"extra\.sampling.*stepz"):
         defaults(folder)
 
