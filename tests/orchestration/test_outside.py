@@ -41,14 +41,14 @@ def test_a_run_on_a_real_head_with_a_real_mlflow_server_ends_registered(tmp_path
         done = pixnerd(run, plain | {"RAY_AUTH_MODE": "token", "MLFLOW_TRACKING_URI": server})
         assert done.returncode == 0, done.stderr
         told = json.loads(done.stdout)  # nothing of MLflow's is among it
-        assert told["register"]["output"]["alias"] == "champion"
+        registered = told["register"]["output"]
 
         from mlflow import MlflowClient
 
         client = MlflowClient(server)
-        made = client.get_model_version_by_alias("pixnerd", "champion")
-        source = told["register"]["output"]["source"]
-        assert (str(made.version), made.tags["pixnerd.source"]) == (told["register"]["output"]["version"], source)
+        made = client.get_model_version_by_alias(registered["model"], "champion")
+        source = registered["source"]
+        assert (str(made.version), made.tags["pixnerd.source"]) == (registered["version"], source)
         store = open_store(str(tmp_path / "store"))
         assert store.exists(source.removeprefix(f"{store.url}/"))
         for stage in ("low", "high", "sft"):
