@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-SILENCE = 8.0  # seconds, at most, without a line: somebody who has waited for ten thinks that it hangs
+SILENCE = 6.0  # seconds without a line: after ten of them one thinks that it hangs, and busy machines add some
 _LOOK_EVERY = 0.5
 
 

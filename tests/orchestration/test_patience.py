@@ -40,7 +40,7 @@ def test_a_line_comes_whenever_nothing_else_was_said_for_a_while(clock: Clock):
             if seconds == 15:
                 watch.spoke()
             watch.look()
-    assert said == ["  still loading, 8 s", "  still starting Ray, 13 s"]
+    assert said == ["  still loading, 6 s", "  still starting Ray, 2 s", "  still starting Ray, 11 s"]
 
 
 def test_of_several_watches_the_last_one_speaks(clock: Clock):
