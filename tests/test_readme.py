@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import typer
-import yaml
 
 from orchestration.cli import app
 
@@ -52,50 +48,3 @@ def test_every_command_that_the_text_names_is_one():
         while isinstance(command, typer.core.TyperGroup) and words and not words[0].startswith("-"):
             assert words[0] in command.commands, said
             command = command.commands[words.pop(0)]  # type: ignore[assignment]
-
-
-@pytest.mark.slow
-def test_the_commands_work_in_order(tmp_path: Path):
-    """On a recipe as the demo's, but small: what is typed is the same, and `demo` means that one."""
-    small = {
-        "name": "demo",
-        "extends": "demo",
-        "defaults": {
-            "train": {"log_every": 2, "save_every": 2},
-            "evaluate": {"per_task": 2, "images": 1, "sampling": {"steps": 2}},
-        },
-        "stages": {
-            "corpus": {"count": 400},
-            "prepare": {"rows_per_shard": 200},
-            **{name: {"steps": 4} for name in ("low", "high", "sft")},
-            "gate": {"rules": [{"at_least": 0.0}]},
-        },
-    }
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
-    command = tmp_path / "bin" / "pixnerd"
-    command.parent.mkdir()
-    command.write_text(
-        f"""#!{sys.executable}
-import sys
-from orchestration.cli import main
-sys.argv = [{str(tmp_path / "small.yaml")!r} if word == "demo" else word for word in sys.argv]
-main()
-"""
-    )
-    command.chmod(0o755)
-    [block] = [block for block in blocks(README) if "pixnerd run demo --store runs/demo" in block[0]]
-    environment = {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    (tmp_path / "withdrawn.txt").write_text("images/000002.jpg\n")
-    for line in [*block, *(line for line in LINES if line.startswith("pixnerd data forget"))]:
-        result = subprocess.run(
-            ["bash", "-c", line],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-        )
-        assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
-    made = {"pictures", "large", "scores", "data-pictures", "page.html", "champion"}
-    assert made <= {path.name for path in tmp_path.iterdir()}

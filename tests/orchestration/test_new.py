@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,12 +11,9 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from infra.errors import PixnerdError, SettingsError
-from infra.records import StageRecord, read_record
-from infra.store import open_store
 from orchestration import cli, session, workflow
 from pipelines import recipes
 from pipelines.recipes import own
-from pipelines.samples import Drawn
 from tests.data_prep.test_survey import PHOTO, WORDS, numbered, tar_of, write_hugging_face, write_urls
 
 
@@ -170,31 +165,3 @@ def test_what_is_held_out_suffices_to_draw_and_no_more(pictures: int) -> None:
     chosen = own.fit(Survey([], [], pictures, True, 512, 9.0, 12, [], None, []))
     assert 0.01 <= chosen.held_out <= 0.2
     assert chosen.side % chosen.patch == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["text_folder", "parquet_images"])
-def test_from_a_folder_to_pictures_of_an_own_model(folder: Path, kind: str) -> None:
-    """The way that a new user goes, with few steps."""
-    CORPORA[kind](folder)
-
-    def pixnerd(*arguments: str) -> str:
-        command = [sys.executable, "-m", "orchestration.cli", *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    pixnerd("new", "photos", "--out", "mine.yaml")
-    few = ("train.steps=4", "train.batch=4", "train.workers=1", "train.log_every=2", "samples.sampling.steps=2")
-    said = pixnerd("run", "mine.yaml", *(part for change in few for part in ("--set", change)))
-    assert re.search(r"^pictures +.*/runs/photos/samples.png$", said, re.MULTILINE)
-    assert Path("runs/photos/samples.png").read_bytes().startswith(b"\x89PNG")
-    page = Path("runs/photos/report.html").read_text()
-    assert "What it draws" in page
-    store = open_store("runs/photos")
-    [entry] = store.list("stages/sample/")
-    drawn = read_record(store, read_record(store, entry.key, StageRecord).output["record"], Drawn)
-    assert {prompt.text for prompt in drawn.prompts} <= set(WORDS)
-    pixnerd("checkpoint", "fetch", "train", "champion", "--store", "runs/photos")
-    pixnerd("sample", "champion", WORDS[0], "--out", "pictures", "--steps", "2")
-    assert Path("pictures/000-0.png").exists()
