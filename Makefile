@@ -24,8 +24,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)   ## the whole path on this machine: raw images -> a trained, measured, registered model -> a page
 	$(BIN)/pixnerd run demo --store $(RUNS)/demo $(ARGS)
 
+# Half of the suite's time is waiting for Ray and for servers, so two processes share it, file by file.
 test: $(READY)   ## the test suite
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(READY)  ## the whole workflow, killed at every stage and resumed
 	$(BIN)/python -m pytest -m slow --timeout 1500 $(ARGS)

@@ -45,9 +45,23 @@ def extensions_folder() -> Path:
     return home / "torch_extensions"
 
 
+def import_deepspeed() -> Any:
+    """DeepSpeed without MLflow, which its autotuner would import, for seconds on every rank; nothing here uses that."""
+    prepare_environment()
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # so Python is told that a module is not there
+    try:
+        import deepspeed
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
+    return deepspeed
+
+
 def build_ops() -> None:
     """Build DeepSpeed's op in advance, so that the first training run does not wait for a compiler."""
-    prepare_environment()
+    import_deepspeed()
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
@@ -67,9 +81,7 @@ class Engine:
         micro_batch: int,
         accumulate: int = 1,
     ) -> None:
-        prepare_environment()
-        import deepspeed
-
+        deepspeed = import_deepspeed()
         deepspeed.utils.logger.setLevel(logging.ERROR)
         ranks = dist.get_world_size()
         self.module, self.rank, self.ranks = module, dist.get_rank(), ranks

@@ -341,6 +341,8 @@ def drive() -> None:
         # Notice within seconds that a node is gone; one that is merely slow is given its ten seconds for each answer.
         checks = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 300}
         head = {"include_dashboard": False, "temp_dir": order.folder, "_system_config": checks}
+        # Ray notes a new cluster's address in a folder that is not there where Ray has never run.
+        Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray").mkdir(exist_ok=True)
         cluster = Cluster(initialize_head=True, head_node_args={**node, **head})
         raylet = cluster.add_node(**node).all_processes["raylet"][0].process.pid
         ray.init(address=cluster.address, **said)

@@ -172,11 +172,10 @@ def main() -> None:
     parser.add_argument("--races", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    from training.engine import prepare_environment
-
-    prepare_environment()
     # What each child would import and load again.
-    import deepspeed  # noqa: F401
+    from training.engine import import_deepspeed
+
+    import_deepspeed()
     import torch
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
     from transformers import Dinov2Model, Qwen2TokenizerFast, Qwen3Model  # noqa: F401

@@ -19,9 +19,11 @@ def constant_table(make: Make) -> Make:
         with torch.inference_mode(False), torch.no_grad():  # or the first caller's mode would stick to the table
             return make(*args)
 
-    @torch.compiler.assume_constant_result
     @functools.wraps(make)
     def table(*args: Any) -> Any:
         return remembered(*args)
 
+    # What torch.compiler.assume_constant_result sets. Calling that would import the compiler, which takes seconds, into
+    # every process that has a network, and most of them never compile it.
+    table._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return cast(Make, table)
