@@ -490,7 +490,8 @@ def test_import_never_writes_over_anything(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     import_file(path, tmp_path / "empty")
     import_file(path, tmp_path / "new" / "folder")
-    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
+    written = sorted(p.name for p in (tmp_path / "new" / "folder").iterdir())
+    assert written == ["SHA256SUMS", "config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize("way", ["import", "export"])
@@ -530,6 +531,7 @@ def test_settings_from_before_a_setting_was_there_are_read(tmp_path: Path):
     config = json.loads(path.read_text())
     assert config["model"].pop("round_text") is True
     path.write_text(json.dumps(config))
+    models.write_sums(tmp_path / "out")
     assert models.load(tmp_path / "out").config.round_text is False
 
 
