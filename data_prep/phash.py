@@ -24,7 +24,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 GRID = 32
-LUMA = (77.0, 150.0, 29.0)  # in 256ths
+LUMA = np.array([77.0, 150.0, 29.0])  # in 256ths
 FINE = 64  # steps of a luma level that a cell's mean is kept in
 ONE = 1 << 12  # what a cosine of 1 is as an integer
 NOISE = 1.0  # luma levels: an orthonormal coefficient this near to the median may pass it when it is stored as a JPEG
@@ -51,7 +51,7 @@ def _grid(pixels_HW3: npt.NDArray[np.uint8]) -> Floats:
     height, width, _ = pixels_HW3.shape
     # 255 x 257 fits into 16 bits, which are summed much faster than 32.
     sums_GN = _strips(pixels_HW3.reshape(height, width * 3), np.uint16 if height <= 257 * GRID else np.uint32)
-    luma_GW = sum((sums_GN[:, channel::3] * weight for channel, weight in enumerate(LUMA)), np.zeros((GRID, width)))
+    luma_GW = sums_GN.reshape(GRID, width, 3) @ LUMA
     cells = _strips(luma_GW.T, np.float64).T
     return np.asarray(np.floor(cells * FINE / (256 * _tall(height) * _tall(width))))
 

@@ -2,7 +2,7 @@
 
 torch's uint8 Lanczos with antialiasing is as good as Pillow's (56 dB against a float Lanczos) at a third of its time,
 and gives the same bytes on every x86 level. Decoding at reduced scale would be no faster and costs 15 dB; making a
-small size out of a larger one would round twice.
+small size out of a larger one would round twice. tests/bench/EXPERIMENTS.md tells what else was tried.
 """
 
 from __future__ import annotations
@@ -57,13 +57,29 @@ def _rounded(one: int, other: int) -> int:
 
 
 def resized(pixels_HW3: Pixels_HW3, box: Box, shape: Bucket) -> Pixels_HW3:
-    part = pixels_HW3[box.top : box.top + box.height, box.left : box.left + box.width]
-    if (box.width, box.height) != shape:
-        # Channels last, as the picture lies in memory: torch has a kernel for it, and nothing is turned around.
-        x_13HW = torch.from_numpy(part)[None].permute(0, 3, 1, 2)
-        y_13HW = torch.nn.functional.interpolate(x_13HW, shape[::-1], mode="lanczos", antialias=True)
-        part = y_13HW[0].permute(1, 2, 0).numpy()
+    """First the height, then the width: whole rows are added up at a seventh less time than columns within them."""
+    part = _part(pixels_HW3, box)
+    if box.height != shape.height:
+        part = _lanczos(part, shape.height, box.width)
+    if box.width != shape.width:
+        part = _lanczos(part, *shape[::-1])
     return np.ascontiguousarray(part)
+
+
+def _part(pixels_HW3: Pixels_HW3, box: Box) -> Pixels_HW3:
+    """The box in one piece, copied row by row: numpy and torch would copy it pixel by pixel."""
+    height, width, channels = pixels_HW3.shape
+    left, right = box.left * channels, (box.left + box.width) * channels
+    rows = pixels_HW3.reshape(height, width * channels)[box.top : box.top + box.height, left:right]
+    return np.ascontiguousarray(rows).reshape(box.height, box.width, channels)
+
+
+def _lanczos(pixels_HW3: Pixels_HW3, height: int, width: int) -> Pixels_HW3:
+    # Channels last, as the picture lies in memory: torch has a kernel for it, and nothing is turned around.
+    x_13HW = torch.from_numpy(pixels_HW3)[None].permute(0, 3, 1, 2)
+    y_13HW = torch.nn.functional.interpolate(x_13HW, (height, width), mode="lanczos", antialias=True)
+    done: Pixels_HW3 = y_13HW[0].permute(1, 2, 0).numpy()
+    return done
 
 
 def encode(pixels_HW3: Pixels_HW3, format: Format, quality: int = 95, subsampling: Subsampling = "444") -> bytes:
