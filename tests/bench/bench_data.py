@@ -2,8 +2,9 @@
 
 Each side is one process with all its children (Ray's as well), and its CPU-seconds and wall seconds are those of the
 whole: from the start of the interpreter to the end of the last child. The server's CPU counts for neither. Equal are
-output size, JPEG quality and chroma (img2dataset's is always 4:2:0), rows a shard and workers; all else is as each
-side does it by default: img2dataset shrinks by area averaging, ours by antialiased Lanczos.
+output size (a bucket has about as many pixels as a square), JPEG quality and chroma (img2dataset's is always 4:2:0),
+rows a shard and workers; all else is as each side does it by default: img2dataset shrinks by area averaging, ours by
+antialiased Lanczos.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def ours(table: Path, out: Path, given: argparse.Namespace) -> list[str]:
     downloads = given.threads * given.workers
     plain = {
         "sources": [{"kind": "url_list", "name": "bench", "url": str(table.parent), "tables": [table.name]}],
-        "sizes": [given.size],
+        "sizes": [{"name": "buckets", "side": given.size} if given.buckets else given.size],
         "quality": given.quality,
         "subsampling": "420",
         "rows_per_shard": given.rows,
@@ -310,6 +311,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--buckets", action="store_true", help="ours makes buckets of as many pixels, theirs squares")
     parser.add_argument("--quality", type=int, default=95)
     parser.add_argument("--rows", type=int, default=1000, help="of a shard")
     parser.add_argument("--workers", type=int, default=2)
@@ -330,7 +332,8 @@ def main() -> None:
         f"{given.items} items from {len(names)} files{', asked for again and again' * (given.items > len(names))}; ",
         end="",
     )
-    print(f"{given.size} px, JPEG {given.quality} 4:2:0, {given.workers} workers, {given.rows} rows a shard")
+    size = f"{given.size} px{' in buckets' * given.buckets}"
+    print(f"{size}, JPEG {given.quality} 4:2:0, {given.workers} workers, {given.rows} rows a shard")
     use_memory_once()
     with TemporaryDirectory(prefix="bench-data-") as scratch, served(given.photos) as (base, server):
         bench = Bench(given, Path(scratch), names, base, server)
