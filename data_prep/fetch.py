@@ -13,35 +13,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import re
 import ssl
 import threading
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from heapq import heappop, heappush
 from importlib.metadata import version
 from itertools import islice
 from queue import SimpleQueue
 from typing import Annotated, NamedTuple
-from urllib.parse import urljoin
 
 import aiohttp
 from pydantic import Field
 from yarl import URL
 
 from data_prep.addresses import HttpUrl, Lookup, PrivateAddress, Resolver, any_socket, http_url, look_up, public_socket
+from data_prep.answers import Failure, plain, refusal, too_long, trouble, unpacked
 from data_prep.rejections import TRANSIENT, Cause, Rejection
 from infra.config import Settings, operational, spelt
 
 _log = logging.getLogger(__name__)
-
-REDIRECTS = frozenset({301, 302, 303, 307, 308})
-OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})  # "none" is "noindex, nofollow"
 
 LOOK_AHEAD = 64  # URLs looked at together for each slot, so that those of other hosts overtake those of a full one
 
@@ -107,11 +100,6 @@ class _Item:
         self.content_type = ""
         self.timed_out = False
         self.task: asyncio.Task[None] | None = None
-
-
-class _Failure(NamedTuple):
-    rejection: Rejection
-    wait: float = 0.0  # seconds that the server asks for before another try
 
 
 class _Downloads:
@@ -256,7 +244,7 @@ class _Downloads:
         except asyncio.CancelledError:
             if not item.timed_out:
                 raise
-            answer = _Failure(Rejection(Cause.TIMEOUT, f"not done within {self._settings.seconds:g} s"))
+            answer = Failure(Rejection(Cause.TIMEOUT, f"not done within {self._settings.seconds:g} s"))
         finally:
             deadline.cancel()
         item.left -= loop.time() - began
@@ -274,14 +262,14 @@ class _Downloads:
             if not waiting:
                 del self._waiting_for_host[host]
 
-    def _follow(self, item: _Item, answer: bytes | HttpUrl | _Failure) -> None:
+    def _follow(self, item: _Item, answer: bytes | HttpUrl | Failure) -> None:
         if isinstance(answer, HttpUrl):
             if item.hops < self._settings.redirects:
                 item.hops += 1
                 self._move(item, answer)
                 heappush(self._waiting, (item.index, item))
                 return
-            answer = _Failure(Rejection(Cause.TOO_MANY_REDIRECTS, f"more than {self._settings.redirects}"))
+            answer = Failure(Rejection(Cause.TOO_MANY_REDIRECTS, f"more than {self._settings.redirects}"))
         if isinstance(answer, bytes):
             self._finish(item, answer)
             return
@@ -314,7 +302,7 @@ class _Downloads:
         self._leave(item.at.host)
         self._results.put(Fetched(item.index, data, item.at.text, item.status, item.content_type, item.tries))
 
-    async def _ask(self, item: _Item) -> bytes | HttpUrl | _Failure:
+    async def _ask(self, item: _Item) -> bytes | HttpUrl | Failure:
         """Ask once, follow nothing: the body, or where it is said to be, or why there is none."""
         item.tries += not item.hops
         item.status, item.content_type = None, ""
@@ -324,35 +312,16 @@ class _Downloads:
             url = URL(item.at.text, encoded=True)
             async with self._session.get(url, headers=headers, allow_redirects=False) as response:
                 item.status = response.status
-                item.content_type = _plain(response.headers.get("Content-Type", ""), 100)
-                refused = self._refusal(response, item.at)
+                item.content_type = plain(response.headers.get("Content-Type", ""), 100)
+                agent = self._settings.user_agent if self._settings.opt_out else None
+                refused = refusal(response, item.at, self._max_bytes, agent)
                 return refused if refused is not None else await self._read(response)
         except PrivateAddress as error:
-            return _Failure(Rejection(Cause.PRIVATE_ADDRESS, str(error)))
+            return Failure(Rejection(Cause.PRIVATE_ADDRESS, str(error)))
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            return _Failure(_trouble(error))
+            return Failure(trouble(error))
 
-    def _refusal(self, response: aiohttp.ClientResponse, asked: HttpUrl) -> HttpUrl | _Failure | None:
-        """What the head of an answer already settles; none if the body is to be read."""
-        status, headers = response.status, response.headers
-        if status not in REDIRECTS and not (
-            200 <= status < 300 and status != 206
-        ):  # 206: a part, which nobody asked for
-            return _Failure(Rejection(_status_cause(status), str(status)), _retry_after(headers.get("Retry-After", "")))
-        if self._settings.opt_out:
-            tags = headers.getall("X-Robots-Tag", [])
-            if wish := next(filter(None, (opts_out(tag, self._settings.user_agent) for tag in tags)), None):
-                return _Failure(Rejection(Cause.OPTED_OUT, wish))
-        if status in REDIRECTS:
-            if not (location := headers.get("Location", "")):
-                return _Failure(Rejection(Cause.HTTP_ERROR, f"{status} that leads nowhere"))
-            found = _join(asked, location)
-            return _Failure(found) if isinstance(found, Rejection) else found
-        if (response.content_length or 0) > self._max_bytes:
-            return _Failure(Rejection(Cause.TOO_MANY_BYTES, f"{response.content_length} bytes"))
-        return None
-
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes | _Failure:
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes | Failure:
         chunks: list[bytes] = []
         size = 0
         whole = False
@@ -363,15 +332,11 @@ class _Downloads:
                 self._held += len(chunk)
                 if size > self._max_bytes:
                     response.close()
-                    return _too_long(self._max_bytes)
-            data = b"".join(chunks)
-            if response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip"):
-                unpacked = _gunzip(data, self._max_bytes)
-                if unpacked is None:
-                    return _too_long(self._max_bytes)
-                self._held += len(unpacked) - size
-                size, data = len(unpacked), unpacked
-            whole = True
+                    return too_long(self._max_bytes)
+            data = unpacked(b"".join(chunks), response.headers.get("Content-Encoding", ""), self._max_bytes)
+            if isinstance(data, bytes):
+                self._held += len(data) - size
+                whole = True
             return data
         finally:
             if not whole:
@@ -382,95 +347,6 @@ def _time_out(item: _Item) -> None:
     item.timed_out = True
     assert item.task is not None
     item.task.cancel()
-
-
-def _too_long(max_bytes: int) -> _Failure:
-    return _Failure(Rejection(Cause.TOO_MANY_BYTES, f"more than {max_bytes} bytes"))
-
-
-def _gunzip(data: bytes, max_bytes: int) -> bytes | None:
-    """Packed by a server that was asked not to; none if it is too long. What only claims to be packed is left alone."""
-    unpacker = zlib.decompressobj(wbits=31)
-    try:
-        unpacked = unpacker.decompress(data, max_bytes + 1)
-    except zlib.error:
-        return data
-    if len(unpacked) > max_bytes:
-        return None
-    return unpacked if unpacker.eof else data
-
-
-def _join(asked: HttpUrl, location: str) -> HttpUrl | Rejection:
-    try:
-        found = http_url(urljoin(asked.text, location.strip()))
-    except ValueError:
-        found = Rejection(Cause.BAD_URL, "not a URL")
-    return found._replace(detail=f"a redirect to it: {found.detail}") if isinstance(found, Rejection) else found
-
-
-def _status_cause(status: int) -> Cause:
-    if status == 429:
-        return Cause.RATE_LIMITED
-    if status == 408:
-        return Cause.TIMEOUT
-    if status in (404, 410):
-        return Cause.GONE
-    return Cause.SERVER_ERROR if 500 <= status < 600 else Cause.HTTP_ERROR
-
-
-def _retry_after(text: str) -> float:
-    """Seconds, from either form of the header; 0 where it says nothing sensible."""
-    if re.fullmatch("[0-9]{1,9}", text):
-        return float(text)
-    try:
-        when = parsedate_to_datetime(text)
-        return max(0.0, (when.astimezone(UTC) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
-
-
-_VALUED = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
-
-
-def opts_out(tag: str, agent: str) -> str | None:
-    """The wish in one X-Robots-Tag that we leave its item alone: `noai`, `noindex, nofollow`, `pixnerd: noai`.
-
-    A name and a colon address all that follows it in the header to that agent alone.
-    """
-    ours = True
-    for part in tag.lower().split(","):
-        name, colon, rest = part.partition(":")
-        if colon and name.strip() not in _VALUED:
-            ours = name.strip() in (agent.lower(), "*")
-            part = rest
-        if ours and part.strip() in OPT_OUTS:
-            return part.strip()
-    return None
-
-
-def _trouble(error: Exception) -> Rejection:
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return Rejection(Cause.DNS, _said(error.os_error))
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return Rejection(Cause.CERTIFICATE, _said(error.certificate_error))
-    if isinstance(error, TimeoutError):
-        return Rejection(Cause.TIMEOUT, "no connection in time")
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return Rejection(Cause.CONNECTION, _said(error.os_error))
-    if isinstance(error, aiohttp.ClientResponseError):
-        return Rejection(Cause.HTTP_ERROR, _plain(f"not HTTP: {error.message}", 200))
-    if isinstance(error, ValueError) and not isinstance(error, OSError):
-        return Rejection(Cause.BAD_URL, type(error).__name__)  # its text repeats the URL
-    return Rejection(Cause.CONNECTION, _said(error))
-
-
-def _said(error: BaseException) -> str:
-    return _plain(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}", 200)
-
-
-def _plain(text: str, length: int) -> str:
-    """A stranger's text, fit for a table and a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text[:length])
 
 
 def _tls() -> ssl.SSLContext:

@@ -26,7 +26,8 @@ from yarl import URL
 from data_prep import addresses
 from data_prep import fetch as fetch_module
 from data_prep.addresses import HttpUrl, Lookup, http_url, is_public
-from data_prep.fetch import LOOK_AHEAD, Fetched, FetchSettings, _retry_after, fetch, opts_out
+from data_prep.answers import opts_out, retry_after
+from data_prep.fetch import LOOK_AHEAD, Fetched, FetchSettings, fetch
 from data_prep.rejections import TRANSIENT, Cause, Rejection
 from tests.data_prep.web import Page, Request, Stream, Web, head
 
@@ -732,13 +733,13 @@ def test_does_not_wait_beyond_the_deadline(web: Web):
 
 @pytest.mark.parametrize("text", ["", "-1", "soon", "1e9", "²", "9" * 5000, "Thu, 99 Foo 2020", "nan", "\udcff"])
 def test_senseless_waits(text: str):
-    assert _retry_after(text) == 0
+    assert retry_after(text) == 0
 
 
 def test_the_date_form_of_a_wait():
     now = dt.datetime.now(dt.UTC)
-    assert 28 < _retry_after(format_datetime(now + dt.timedelta(seconds=30), usegmt=True)) <= 30
-    assert _retry_after(format_datetime(now - dt.timedelta(days=1), usegmt=True)) == 0
+    assert 28 < retry_after(format_datetime(now + dt.timedelta(seconds=30), usegmt=True)) <= 30
+    assert retry_after(format_datetime(now - dt.timedelta(days=1), usegmt=True)) == 0
 
 
 def test_a_retry_waits_without_a_slot(web: Web):
