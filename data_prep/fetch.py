@@ -21,6 +21,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from heapq import heappop, heappush
 from importlib.metadata import version
+from ipaddress import ip_network
 from itertools import islice
 from queue import SimpleQueue
 from typing import Annotated, NamedTuple
@@ -29,7 +30,7 @@ import aiohttp
 from pydantic import Field
 from yarl import URL
 
-from data_prep.addresses import HttpUrl, Lookup, PrivateAddress, Resolver, any_socket, http_url, look_up, public_socket
+from data_prep.addresses import HttpUrl, Lookup, OpenableNetwork, Opened, PrivateAddress, Resolver, http_url, look_up
 from data_prep.answers import Failure, plain, refusal, too_long, trouble, unpacked
 from data_prep.rejections import TRANSIENT, Cause, Rejection
 from infra.config import Settings, operational, spelt
@@ -42,7 +43,13 @@ LOOK_AHEAD = 64  # URLs looked at together for each slot, so that those of other
 class FetchSettings(Settings):
     redirects: int = Field(5, ge=0, le=20)
     opt_out: bool = Field(True, description="honour noai, noimageai and noindex in X-Robots-Tag")
-    allow_private: bool = Field(False, description="connect to loopback and private addresses too")
+    allow_private: bool = Field(False, description="connect to this machine's own servers too, on loopback")
+    allow_networks: list[OpenableNetwork] = Field(
+        [], description="private networks that may be connected to, such as 10.0.0.0/8; never what is link-local"
+    )
+    allow_metadata: bool = Field(
+        False, description="connect to link-local addresses too, and to clouds' metadata services, which tell secrets"
+    )
     seconds: float = operational(60.0, gt=0, description="what an item may take on the network, all tries together")
     connect_seconds: float = operational(10.0, gt=0, description="what one connection may take to stand")
     retries: int = operational(2, ge=0, le=100, description="further tries, for causes that can pass")
@@ -58,6 +65,11 @@ class FetchSettings(Settings):
     contact: Annotated[str, spelt(r"[!-~]*", "plain ASCII without blanks")] = operational(
         "", description="a page or address where site owners can complain"
     )
+
+    @property
+    def opened(self) -> Opened:
+        """What is connected to beside the public world."""
+        return Opened(self.allow_private, tuple(map(ip_network, self.allow_networks)), self.allow_metadata)
 
 
 class Fetched(NamedTuple):
@@ -169,10 +181,10 @@ class _Downloads:
         connector = aiohttp.TCPConnector(
             limit=0,  # slots are counted here
             ssl=_tls(),
-            resolver=Resolver(self._lookup, settings.allow_private),
+            resolver=Resolver(self._lookup, settings.opened),
             ttl_dns_cache=60,
             dns_cache_max_size=10_000,
-            socket_factory=any_socket if settings.allow_private else public_socket,
+            socket_factory=settings.opened.socket,
             keepalive_timeout=5,
         )
         agent = f"{settings.user_agent}/{version('pixnerd')}"

@@ -61,7 +61,8 @@ REMEDIES: dict[Cause, str] = {
     Cause.BAD_CAPTION: "raise the source's `max_caption`, or write the captions as UTF-8",
     Cause.BAD_METADATA: "write whole JSON beside the images, or let `captions` and `keep` name none of it",
     Cause.BAD_URL: "let the source's `image` name the column of URLs, http or https",
-    Cause.PRIVATE_ADDRESS: "set `fetch.allow_private` to true if hosts of a private network may be asked",
+    Cause.PRIVATE_ADDRESS: "name the network in `fetch.allow_networks`, such as [10.0.0.0/8], if its servers may be "
+    "asked; `fetch.allow_private` opens this machine's own",
     Cause.DNS: "look at the hosts' names and at this network, then run again with --retry-failed",
     Cause.CONNECTION: "look at the hosts and at this network, then run again with --retry-failed",
     Cause.CERTIFICATE: "let the hosts show whole certificates, or list their files by http",
