@@ -22,7 +22,12 @@ from data_prep.rejections import Cause, Rejection
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})  # "none" is "noindex, nofollow"
 
-_VALUED = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
+RESERVATION = "tdm-reservation"  # of rights to text and data mining: a header of its own, or a tag like the others
+GZIP = b"\x1f\x8b"
+
+_VALUED = frozenset(
+    {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview", RESERVATION, "tdm-policy"}
+)
 
 
 class Failure(NamedTuple):
@@ -39,9 +44,10 @@ def refusal(answer: aiohttp.ClientResponse, asked: HttpUrl, limit: int, agent: s
     if status not in REDIRECTS and not is_whole(status):
         return Failure(Rejection(_cause_of(status), str(status)), retry_after(headers.get("Retry-After", "")))
     if agent is not None:
-        tags = headers.getall("X-Robots-Tag", [])
-        if wish := next(filter(None, (opts_out(tag, agent) for tag in tags)), None):
-            return Failure(Rejection(Cause.OPTED_OUT, wish))
+        wishes = [RESERVATION for value in headers.getall(RESERVATION, []) if reserves(value)]
+        wishes += filter(None, (opts_out(tag, agent) for tag in headers.getall("X-Robots-Tag", [])))
+        if wishes:
+            return Failure(Rejection(Cause.OPTED_OUT, wishes[0]))
     if status in REDIRECTS:
         return _redirect(status, headers, asked)
     if (answer.content_length or 0) > limit:
@@ -97,9 +103,16 @@ def opts_out(tag: str, agent: str) -> str | None:
         if colon and name.strip() not in _VALUED:
             ours = name.strip() in (agent.lower(), "*")
             part = rest
-        if ours and part.strip() in OPT_OUTS:
-            return part.strip()
+        wish, _, value = (word.strip() for word in part.partition(":"))
+        if ours and (wish in OPT_OUTS or (wish == RESERVATION and reserves(value))):
+            return wish
     return None
+
+
+def reserves(value: str) -> bool:
+    """Whether a reservation's value says yes: 1, as its protocol has it, or as headers and people write truth."""
+    words = (part.partition(";")[0].strip().strip('"').lower() for part in value.split(","))
+    return any(word in ("1", "?1", "true") for word in words)
 
 
 def too_long(limit: int) -> Failure:
@@ -107,17 +120,20 @@ def too_long(limit: int) -> Failure:
 
 
 def unpacked(data: bytes, coding: str, limit: int) -> bytes | Failure:
-    """The body, of a server that packs it though it was asked not to. What only claims to be packed is left alone."""
-    if coding.lower() not in ("gzip", "x-gzip"):
+    """The body, of a server that packs it though it was asked not to. What only claims to be packed is left alone.
+
+    What is packed ends with its length and a sum: without them, or with others, it was damaged on its way.
+    """
+    if coding.lower() not in ("gzip", "x-gzip") or not data.startswith(GZIP):
         return data
     unpacker = zlib.decompressobj(wbits=31)
     try:
         found = unpacker.decompress(data, limit + 1)
     except zlib.error:
-        return data
+        return Failure(Rejection(Cause.CONNECTION, "the packed answer is damaged"))
     if len(found) > limit:
         return too_long(limit)
-    return found if unpacker.eof else data
+    return found if unpacker.eof else Failure(Rejection(Cause.CONNECTION, "the packed answer is cut short"))
 
 
 def trouble(error: Exception) -> Rejection:

@@ -30,7 +30,7 @@ class Cause(StrEnum):
     GONE = "gone"  # 404 or 410
     HTTP_ERROR = "http_error"  # any other answer that is not the file, or no HTTP at all
     TOO_MANY_REDIRECTS = "too_many_redirects"
-    OPTED_OUT = "opted_out"  # the X-Robots-Tag asks that it be left alone
+    OPTED_OUT = "opted_out"  # a header or robots.txt asks that it be left alone
     # the file
     EMPTY = "empty"
     UNKNOWN_FORMAT = "unknown_format"

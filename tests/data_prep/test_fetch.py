@@ -187,10 +187,30 @@ def test_a_redirect_without_a_place_to_go(web: Web):
         ("unavailable_after: 25 Jun 2030 15:00:00 PST, noai", "noai"),
         ("max-snippet: 20, noindex", "noindex"),
         ("otherbot: max-snippet: 20, noindex", None),
+        ("tdm-reservation: 1", "tdm-reservation"),
+        ("nofollow, TDM-Reservation:1", "tdm-reservation"),
+        ("pixnerd: tdm-reservation: 1", "tdm-reservation"),
+        ("otherbot: tdm-reservation: 1", None),
+        ("tdm-reservation: 0, noai", "noai"),
+        ("tdm-policy: https://example.org/p, noai", "noai"),
     ],
 )
 def test_the_tags_grammar(tag: str, wish: str | None):
     assert opts_out(tag, "pixnerd") == wish
+
+
+@pytest.mark.parametrize("value", ["1", " 1 ", "1, 1", "0, 1", '"1"', "?1", "true", "1; policy=x", ["0", "1"]])
+def test_a_reservation_of_text_and_data_mining_is_a_wish(web: Web, value: str | list[str]):
+    web.pages["/"] = lambda _, stream: stream.answer(b"x", TDM_Reservation=value)
+    found = one(web.url("/"))
+    assert found.data == Rejection(Cause.OPTED_OUT, "tdm-reservation") and found.tries == 1
+    assert one(web.url("/"), opt_out=False).data == b"x"
+
+
+@pytest.mark.parametrize("value", ["0", "", "?0", "false", "11", "no", ["0", "0"]])
+def test_what_is_not_reserved_is_taken(web: Web, value: str | list[str]):
+    web.pages["/"] = lambda _, stream: stream.answer(b"x", tdm_reservation=value)
+    assert one(web.url("/")).data == b"x"
 
 
 def test_opting_out(web: Web):
@@ -250,15 +270,42 @@ def test_packed_bodies(web: Web):
     bodies = {
         "/packed": (packed, "GZIP"),
         "/lie": (b"\xff\xd8\xff", "gzip"),
-        "/cut": (packed[:-9], "x-gzip"),
+        "/longer": (packed + bytes(9), "x-gzip"),
+        "/nothing": (b"", "gzip"),
         "/unknown": (b"\xff\xd8\xff", "aws-chunked"),
     }
     for path, (body, coding) in bodies.items():
         web.pages[path] = lambda _, stream, body=body, coding=coding: stream.answer(body, Content_Encoding=coding)
     assert one(web.url("/packed"), max_bytes=500).data == b"photo" * 100
+    assert one(web.url("/longer"), max_bytes=500).data == b"photo" * 100
     assert one(web.url("/lie")).data == one(web.url("/unknown")).data == b"\xff\xd8\xff"
-    assert one(web.url("/cut")).data == packed[:-9]
-    assert cause(one(web.url("/packed"), max_bytes=499)) is Cause.TOO_MANY_BYTES
+    assert one(web.url("/nothing")).data == b""
+    for path in ("/packed", "/longer"):
+        assert cause(one(web.url(path), max_bytes=499)) is Cause.TOO_MANY_BYTES
+
+
+PACKED = gzip.compress(bytes(range(256)) * 9)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        PACKED[:-1],
+        PACKED[:-9],
+        PACKED[:40],
+        PACKED[:3],
+        PACKED[:-8] + bytes(8),
+        PACKED[:20] + b"\xff" * 20 + PACKED[40:],
+    ],
+)
+def test_a_packed_answer_that_was_damaged_on_its_way_is_tried_again(web: Web, body: bytes):
+    answers = itertools.chain([body], itertools.repeat(PACKED))
+    web.pages["/once"] = lambda _, stream: stream.answer(next(answers), Content_Encoding="gzip")
+    web.pages["/always"] = lambda _, stream: stream.answer(body, Content_Encoding="gzip")
+    found = one(web.url("/once"))
+    assert found.data == bytes(range(256)) * 9 and found.tries == 2
+    found = one(web.url("/always"))
+    assert cause(found) is Cause.CONNECTION and found.tries == 2
 
 
 def test_a_gzip_bomb(web: Web):
