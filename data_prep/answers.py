@@ -35,10 +35,10 @@ class Failure(NamedTuple):
     wait: float = 0.0  # seconds that the server asks for before another try
 
 
-def refusal(answer: aiohttp.ClientResponse, asked: HttpUrl, limit: int, agent: str | None) -> HttpUrl | Failure | None:
+def refusal(answer: aiohttp.ClientResponse, asked: HttpUrl, agent: str | None) -> HttpUrl | Failure | None:
     """What the head of an answer already settles; none if the body is to be read.
 
-    `limit` is of the body's bytes, and `agent` is who heeds wishes to be left alone; none: nobody does.
+    `agent` is who heeds wishes to be left alone; none: nobody does.
     """
     status, headers = answer.status, answer.headers
     if status not in REDIRECTS and not is_whole(status):
@@ -48,11 +48,7 @@ def refusal(answer: aiohttp.ClientResponse, asked: HttpUrl, limit: int, agent: s
         wishes += filter(None, (opts_out(tag, agent) for tag in headers.getall("X-Robots-Tag", [])))
         if wishes:
             return Failure(Rejection(Cause.OPTED_OUT, wishes[0]))
-    if status in REDIRECTS:
-        return _redirect(status, headers, asked)
-    if (answer.content_length or 0) > limit:
-        return Failure(Rejection(Cause.TOO_MANY_BYTES, f"{answer.content_length} bytes"))
-    return None
+    return _redirect(status, headers, asked) if status in REDIRECTS else None
 
 
 def is_whole(status: int) -> bool:

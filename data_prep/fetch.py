@@ -30,6 +30,7 @@ import aiohttp
 from pydantic import Field
 from yarl import URL
 
+from data_prep import robots
 from data_prep.addresses import HttpUrl, Lookup, OpenableNetwork, Opened, PrivateAddress, Resolver, http_url, look_up
 from data_prep.answers import Failure, plain, refusal, too_long, trouble, unpacked
 from data_prep.rejections import TRANSIENT, Cause, Rejection
@@ -42,7 +43,8 @@ LOOK_AHEAD = 64  # URLs looked at together for each slot, so that those of other
 
 class FetchSettings(Settings):
     redirects: int = Field(5, ge=0, le=20)
-    opt_out: bool = Field(True, description="honour noai, noimageai and noindex in X-Robots-Tag")
+    opt_out: bool = Field(True, description="honour tdm-reservation, and noai, noimageai and noindex in X-Robots-Tag")
+    robots: bool = Field(False, description="honour robots.txt, which each process asks a host for once")
     allow_private: bool = Field(False, description="connect to this machine's own servers too, on loopback")
     allow_networks: list[OpenableNetwork] = Field(
         [], description="private networks that may be connected to, such as 10.0.0.0/8; never what is link-local"
@@ -60,7 +62,7 @@ class FetchSettings(Settings):
     )
     ahead_mib: int = operational(256, ge=1, description="finished downloads, of one job, that wait to be stored")
     user_agent: Annotated[str, spelt(r"[A-Za-z0-9_-]+", "a word of letters, digits, `_` and `-`")] = Field(
-        "pixnerd", description="also answers to X-Robots-Tag"
+        "pixnerd", description="also answers to X-Robots-Tag and robots.txt"
     )
     contact: Annotated[str, spelt(r"[!-~]*", "plain ASCII without blanks")] = operational(
         "", description="a page or address where site owners can complain"
@@ -98,14 +100,20 @@ def fetch(
 
 
 class _Item:
-    """One URL on its way through redirects and tries."""
+    """One URL on its way through redirects and tries; or, of an origin, its robots.txt on the same way."""
 
-    __slots__ = ("at", "content_type", "hops", "index", "left", "status", "task", "timed_out", "tries", "url")
+    __slots__ = (
+        *("asked", "at", "cleared", "content_type", "hops", "index", "left", "origin", "status", "task", "timed_out"),
+        *("tries", "url"),
+    )
 
-    def __init__(self, index: int, url: HttpUrl, seconds: float) -> None:
+    def __init__(self, index: int, url: HttpUrl, seconds: float, origin: str | None = None) -> None:
         self.index = index
+        self.origin = origin
         self.url = url
         self.at = url  # where the redirects have led
+        self.asked = ""  # the last URL that was
+        self.cleared = origin is not None  # the rules of where it is do not forbid it
         self.left = seconds  # of its time; what it waits for a free slot is not counted
         self.hops = self.tries = 0
         self.status: int | None = None
@@ -131,6 +139,8 @@ class _Downloads:
         self._running: Counter[str] = Counter()  # and those of them that hold a slot
         self._slots = settings.at_once  # free ones
         self._later: dict[_Item, asyncio.TimerHandle] = {}
+        self._for_rules: dict[str, list[_Item]] = {}  # what waits for an origin's robots.txt, which is asked for
+        self._unreachable: dict[str, Rejection] = {}  # origins of which it could not be had
         self._results: SimpleQueue[Fetched | BaseException] = SimpleQueue()
         self._started: Future[asyncio.AbstractEventLoop] = Future()
         self._thread = threading.Thread(target=self._serve, name="fetch", daemon=True)
@@ -225,6 +235,8 @@ class _Downloads:
         """Start what may start, the first ones first."""
         while self._waiting and self._slots and self._held < self._budget:
             index, item = heappop(self._waiting)
+            if not item.cleared and not self._clear(item):
+                continue
             host = item.at.host
             if self._running[host] >= self._settings.per_host:
                 heappush(self._waiting_for_host[host], (index, item))
@@ -233,6 +245,48 @@ class _Downloads:
             self._slots -= 1
             item.task = asyncio.create_task(self._turn(item))
             item.task.add_done_callback(self._check)
+
+    def _clear(self, item: _Item) -> bool:
+        """Whether it may be asked for now; if not it is done with, or waits for its origin's rules."""
+        if self._settings.robots:
+            origin, _ = robots.parted(item.at)
+            rules = self._unreachable.get(origin) or robots.REMEMBERED.get(self._rules_key(origin))
+            if rules is None:
+                self._wait_for_rules(item, origin)
+                return False
+            refused = rules if isinstance(rules, Rejection) else rules.forbids(item.at)
+            if refused:
+                self._finish(item, refused)
+                return False
+        item.cleared = True
+        return True
+
+    def _wait_for_rules(self, item: _Item, origin: str) -> None:
+        """In no slot, and on no time of its own."""
+        if origin not in self._for_rules:
+            self._for_rules[origin] = []
+            url = HttpUrl(f"{origin}{robots.PATH}", item.at.host)
+            self._present[url.host] += 1
+            heappush(self._waiting, (item.index, _Item(item.index, url, self._settings.seconds, origin)))
+        self._for_rules[origin].append(item)
+
+    def _learn(self, item: _Item, origin: str, data: bytes | Rejection) -> None:
+        if isinstance(data, bytes):
+            self._held -= len(data)
+            rules: robots.Rules | Rejection = robots.parse(data, self._settings.user_agent)
+        else:
+            rules = robots.without(data, item.status, astray=item.hops > 0)
+        if isinstance(rules, Rejection):
+            self._unreachable[origin] = rules
+            if len(self._unreachable) > self._window:
+                del self._unreachable[next(iter(self._unreachable))]
+        else:
+            robots.REMEMBERED.put(self._rules_key(origin), rules)
+        for waiting in self._for_rules.pop(origin):
+            heappush(self._waiting, (waiting.index, waiting))
+
+    def _rules_key(self, origin: str) -> str:
+        return f"{self._settings.user_agent} {origin}"
 
     def _check(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):
@@ -276,12 +330,13 @@ class _Downloads:
 
     def _follow(self, item: _Item, answer: bytes | HttpUrl | Failure) -> None:
         if isinstance(answer, HttpUrl):
-            if item.hops < self._settings.redirects:
+            most = self._settings.redirects if item.origin is None else robots.REDIRECTS
+            if item.hops < most:
                 item.hops += 1
                 self._move(item, answer)
                 heappush(self._waiting, (item.index, item))
                 return
-            answer = Failure(Rejection(Cause.TOO_MANY_REDIRECTS, f"more than {self._settings.redirects}"))
+            answer = Failure(Rejection(Cause.TOO_MANY_REDIRECTS, f"more than {most}"))
         if isinstance(answer, bytes):
             self._finish(item, answer)
             return
@@ -302,7 +357,7 @@ class _Downloads:
 
     def _move(self, item: _Item, url: HttpUrl) -> None:
         self._leave(item.at.host)
-        item.at = url
+        item.at, item.cleared = url, item.origin is not None
         self._present[url.host] += 1
 
     def _leave(self, host: str) -> None:
@@ -312,12 +367,15 @@ class _Downloads:
 
     def _finish(self, item: _Item, data: bytes | Rejection) -> None:
         self._leave(item.at.host)
-        self._results.put(Fetched(item.index, data, item.at.text, item.status, item.content_type, item.tries))
+        if item.origin is not None:
+            self._learn(item, item.origin, data)
+        else:
+            self._results.put(Fetched(item.index, data, item.asked, item.status, item.content_type, item.tries))
 
     async def _ask(self, item: _Item) -> bytes | HttpUrl | Failure:
         """Ask once, follow nothing: the body, or where it is said to be, or why there is none."""
         item.tries += not item.hops
-        item.status, item.content_type = None, ""
+        item.asked, item.status, item.content_type = item.at.text, None, ""
         # The last of a host closes the door: thousands of hosts kept alive would use up the files a process may open.
         headers = {"Connection": "close"} if self._present[item.at.host] == 1 else None
         try:
@@ -325,33 +383,41 @@ class _Downloads:
             async with self._session.get(url, headers=headers, allow_redirects=False) as response:
                 item.status = response.status
                 item.content_type = plain(response.headers.get("Content-Type", ""), 100)
-                agent = self._settings.user_agent if self._settings.opt_out else None
-                refused = refusal(response, item.at, self._max_bytes, agent)
-                return refused if refused is not None else await self._read(response)
+                heeded = self._settings.opt_out and item.origin is None
+                refused = refusal(response, item.at, self._settings.user_agent if heeded else None)
+                if refused is not None:
+                    return refused
+                if item.origin is not None:
+                    return await self._read(response, robots.LARGEST, whole=False)
+                if (response.content_length or 0) > self._max_bytes:
+                    return too_long(self._max_bytes)
+                return await self._read(response, self._max_bytes)
         except PrivateAddress as error:
             return Failure(Rejection(Cause.PRIVATE_ADDRESS, str(error)))
         except (aiohttp.ClientError, OSError, ValueError) as error:
             return Failure(trouble(error))
 
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes | Failure:
+    async def _read(self, response: aiohttp.ClientResponse, limit: int, *, whole: bool = True) -> bytes | Failure:
+        """The body; of one that is too long its beginning, if it need not be whole."""
         chunks: list[bytes] = []
         size = 0
-        whole = False
+        done = False
         try:
-            while chunk := await response.content.readany():
+            while size <= limit and (chunk := await response.content.readany()):
                 chunks.append(chunk)
                 size += len(chunk)
                 self._held += len(chunk)
-                if size > self._max_bytes:
-                    response.close()
-                    return too_long(self._max_bytes)
-            data = unpacked(b"".join(chunks), response.headers.get("Content-Encoding", ""), self._max_bytes)
+            if size > limit:
+                response.close()
+                if whole:
+                    return too_long(limit)
+            data = unpacked(b"".join(chunks)[:limit], response.headers.get("Content-Encoding", ""), limit)
             if isinstance(data, bytes):
                 self._held += len(data) - size
-                whole = True
+                done = True
             return data
         finally:
-            if not whole:
+            if not done:
                 self._held -= size
 
 

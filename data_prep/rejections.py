@@ -72,7 +72,7 @@ REMEDIES: dict[Cause, str] = {
     Cause.GONE: "list URLs that are still there",
     Cause.HTTP_ERROR: "list URLs that lead to the files themselves, without a log-in",
     Cause.TOO_MANY_REDIRECTS: "raise `fetch.redirects`, or list the URLs that it ends at",
-    Cause.OPTED_OUT: "ask the hosts' owners; `fetch.opt_out` says whether their wish is honoured",
+    Cause.OPTED_OUT: "ask the hosts' owners; `fetch.opt_out` and `fetch.robots` say which of their wishes are honoured",
     Cause.EMPTY: "fetch the files again: they are empty",
     Cause.UNKNOWN_FORMAT: "convert the files: JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF are read",
     Cause.TOO_MANY_PIXELS: "raise `max_pixels`",

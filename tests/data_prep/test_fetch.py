@@ -876,5 +876,5 @@ def test_lone_hosts_are_not_kept_open(web: Web):
 
 def test_no_settings_of_haste_are_in_the_digest():
     assert set(FetchSettings().results()) == {
-        *("redirects", "opt_out", "allow_private", "allow_networks", "allow_metadata", "user_agent")
+        *("redirects", "opt_out", "robots", "allow_private", "allow_networks", "allow_metadata", "user_agent")
     }
