@@ -13,43 +13,45 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import re
 import ssl
 import threading
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from heapq import heappop, heappush
 from importlib.metadata import version
+from ipaddress import ip_network
 from itertools import islice
 from queue import SimpleQueue
 from typing import Annotated, NamedTuple
-from urllib.parse import urljoin
 
 import aiohttp
 from pydantic import Field
 from yarl import URL
 
-from data_prep.addresses import HttpUrl, Lookup, PrivateAddress, Resolver, any_socket, http_url, look_up, public_socket
+from data_prep import robots
+from data_prep.addresses import HttpUrl, Lookup, OpenableNetwork, Opened, PrivateAddress, Resolver, http_url, look_up
+from data_prep.answers import Failure, plain, refusal, too_long, trouble, unpacked
 from data_prep.rejections import TRANSIENT, Cause, Rejection
 from infra.config import Settings, operational, spelt
 
 _log = logging.getLogger(__name__)
-
-REDIRECTS = frozenset({301, 302, 303, 307, 308})
-OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})  # "none" is "noindex, nofollow"
 
 LOOK_AHEAD = 64  # URLs looked at together for each slot, so that those of other hosts overtake those of a full one
 
 
 class FetchSettings(Settings):
     redirects: int = Field(5, ge=0, le=20)
-    opt_out: bool = Field(True, description="honour noai, noimageai and noindex in X-Robots-Tag")
-    allow_private: bool = Field(False, description="connect to loopback and private addresses too")
+    opt_out: bool = Field(True, description="honour tdm-reservation, and noai, noimageai and noindex in X-Robots-Tag")
+    robots: bool = Field(False, description="honour robots.txt, which each process asks a host for once")
+    allow_private: bool = Field(False, description="connect to this machine's own servers too, on loopback")
+    allow_networks: list[OpenableNetwork] = Field(
+        [], description="private networks that may be connected to, such as 10.0.0.0/8; never what is link-local"
+    )
+    allow_metadata: bool = Field(
+        False, description="connect to link-local addresses too, and to clouds' metadata services, which tell secrets"
+    )
     seconds: float = operational(60.0, gt=0, description="what an item may take on the network, all tries together")
     connect_seconds: float = operational(10.0, gt=0, description="what one connection may take to stand")
     retries: int = operational(2, ge=0, le=100, description="further tries, for causes that can pass")
@@ -60,11 +62,16 @@ class FetchSettings(Settings):
     )
     ahead_mib: int = operational(256, ge=1, description="finished downloads, of one job, that wait to be stored")
     user_agent: Annotated[str, spelt(r"[A-Za-z0-9_-]+", "a word of letters, digits, `_` and `-`")] = Field(
-        "pixnerd", description="also answers to X-Robots-Tag"
+        "pixnerd", description="also answers to X-Robots-Tag and robots.txt"
     )
     contact: Annotated[str, spelt(r"[!-~]*", "plain ASCII without blanks")] = operational(
         "", description="a page or address where site owners can complain"
     )
+
+    @property
+    def opened(self) -> Opened:
+        """What is connected to beside the public world."""
+        return Opened(self.allow_private, tuple(map(ip_network, self.allow_networks)), self.allow_metadata)
 
 
 class Fetched(NamedTuple):
@@ -93,25 +100,26 @@ def fetch(
 
 
 class _Item:
-    """One URL on its way through redirects and tries."""
+    """One URL on its way through redirects and tries; or, of an origin, its robots.txt on the same way."""
 
-    __slots__ = ("at", "content_type", "hops", "index", "left", "status", "task", "timed_out", "tries", "url")
+    __slots__ = (
+        *("asked", "at", "cleared", "content_type", "hops", "index", "left", "origin", "status", "task", "timed_out"),
+        *("tries", "url"),
+    )
 
-    def __init__(self, index: int, url: HttpUrl, seconds: float) -> None:
+    def __init__(self, index: int, url: HttpUrl, seconds: float, origin: str | None = None) -> None:
         self.index = index
+        self.origin = origin
         self.url = url
         self.at = url  # where the redirects have led
+        self.asked = ""  # the last URL that was
+        self.cleared = origin is not None  # the rules of where it is do not forbid it
         self.left = seconds  # of its time; what it waits for a free slot is not counted
         self.hops = self.tries = 0
         self.status: int | None = None
         self.content_type = ""
         self.timed_out = False
         self.task: asyncio.Task[None] | None = None
-
-
-class _Failure(NamedTuple):
-    rejection: Rejection
-    wait: float = 0.0  # seconds that the server asks for before another try
 
 
 class _Downloads:
@@ -131,6 +139,8 @@ class _Downloads:
         self._running: Counter[str] = Counter()  # and those of them that hold a slot
         self._slots = settings.at_once  # free ones
         self._later: dict[_Item, asyncio.TimerHandle] = {}
+        self._for_rules: dict[str, list[_Item]] = {}  # what waits for an origin's robots.txt, which is asked for
+        self._unreachable: dict[str, Rejection] = {}  # origins of which it could not be had
         self._results: SimpleQueue[Fetched | BaseException] = SimpleQueue()
         self._started: Future[asyncio.AbstractEventLoop] = Future()
         self._thread = threading.Thread(target=self._serve, name="fetch", daemon=True)
@@ -181,10 +191,10 @@ class _Downloads:
         connector = aiohttp.TCPConnector(
             limit=0,  # slots are counted here
             ssl=_tls(),
-            resolver=Resolver(self._lookup, settings.allow_private),
+            resolver=Resolver(self._lookup, settings.opened),
             ttl_dns_cache=60,
             dns_cache_max_size=10_000,
-            socket_factory=any_socket if settings.allow_private else public_socket,
+            socket_factory=settings.opened.socket,
             keepalive_timeout=5,
         )
         agent = f"{settings.user_agent}/{version('pixnerd')}"
@@ -225,6 +235,8 @@ class _Downloads:
         """Start what may start, the first ones first."""
         while self._waiting and self._slots and self._held < self._budget:
             index, item = heappop(self._waiting)
+            if not item.cleared and not self._clear(item):
+                continue
             host = item.at.host
             if self._running[host] >= self._settings.per_host:
                 heappush(self._waiting_for_host[host], (index, item))
@@ -233,6 +245,48 @@ class _Downloads:
             self._slots -= 1
             item.task = asyncio.create_task(self._turn(item))
             item.task.add_done_callback(self._check)
+
+    def _clear(self, item: _Item) -> bool:
+        """Whether it may be asked for now; if not it is done with, or waits for its origin's rules."""
+        if self._settings.robots:
+            origin, _ = robots.parted(item.at)
+            rules = self._unreachable.get(origin) or robots.REMEMBERED.get(self._rules_key(origin))
+            if rules is None:
+                self._wait_for_rules(item, origin)
+                return False
+            refused = rules if isinstance(rules, Rejection) else rules.forbids(item.at)
+            if refused:
+                self._finish(item, refused)
+                return False
+        item.cleared = True
+        return True
+
+    def _wait_for_rules(self, item: _Item, origin: str) -> None:
+        """In no slot, and on no time of its own."""
+        if origin not in self._for_rules:
+            self._for_rules[origin] = []
+            url = HttpUrl(f"{origin}{robots.PATH}", item.at.host)
+            self._present[url.host] += 1
+            heappush(self._waiting, (item.index, _Item(item.index, url, self._settings.seconds, origin)))
+        self._for_rules[origin].append(item)
+
+    def _learn(self, item: _Item, origin: str, data: bytes | Rejection) -> None:
+        if isinstance(data, bytes):
+            self._held -= len(data)
+            rules: robots.Rules | Rejection = robots.parse(data, self._settings.user_agent)
+        else:
+            rules = robots.without(data, item.status, astray=item.hops > 0)
+        if isinstance(rules, Rejection):
+            self._unreachable[origin] = rules
+            if len(self._unreachable) > self._window:
+                del self._unreachable[next(iter(self._unreachable))]
+        else:
+            robots.REMEMBERED.put(self._rules_key(origin), rules)
+        for waiting in self._for_rules.pop(origin):
+            heappush(self._waiting, (waiting.index, waiting))
+
+    def _rules_key(self, origin: str) -> str:
+        return f"{self._settings.user_agent} {origin}"
 
     def _check(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):
@@ -256,7 +310,7 @@ class _Downloads:
         except asyncio.CancelledError:
             if not item.timed_out:
                 raise
-            answer = _Failure(Rejection(Cause.TIMEOUT, f"not done within {self._settings.seconds:g} s"))
+            answer = Failure(Rejection(Cause.TIMEOUT, f"not done within {self._settings.seconds:g} s"))
         finally:
             deadline.cancel()
         item.left -= loop.time() - began
@@ -274,14 +328,15 @@ class _Downloads:
             if not waiting:
                 del self._waiting_for_host[host]
 
-    def _follow(self, item: _Item, answer: bytes | HttpUrl | _Failure) -> None:
+    def _follow(self, item: _Item, answer: bytes | HttpUrl | Failure) -> None:
         if isinstance(answer, HttpUrl):
-            if item.hops < self._settings.redirects:
+            most = self._settings.redirects if item.origin is None else robots.REDIRECTS
+            if item.hops < most:
                 item.hops += 1
                 self._move(item, answer)
                 heappush(self._waiting, (item.index, item))
                 return
-            answer = _Failure(Rejection(Cause.TOO_MANY_REDIRECTS, f"more than {self._settings.redirects}"))
+            answer = Failure(Rejection(Cause.TOO_MANY_REDIRECTS, f"more than {most}"))
         if isinstance(answer, bytes):
             self._finish(item, answer)
             return
@@ -302,7 +357,7 @@ class _Downloads:
 
     def _move(self, item: _Item, url: HttpUrl) -> None:
         self._leave(item.at.host)
-        item.at = url
+        item.at, item.cleared = url, item.origin is not None
         self._present[url.host] += 1
 
     def _leave(self, host: str) -> None:
@@ -312,69 +367,57 @@ class _Downloads:
 
     def _finish(self, item: _Item, data: bytes | Rejection) -> None:
         self._leave(item.at.host)
-        self._results.put(Fetched(item.index, data, item.at.text, item.status, item.content_type, item.tries))
+        if item.origin is not None:
+            self._learn(item, item.origin, data)
+        else:
+            self._results.put(Fetched(item.index, data, item.asked, item.status, item.content_type, item.tries))
 
-    async def _ask(self, item: _Item) -> bytes | HttpUrl | _Failure:
+    async def _ask(self, item: _Item) -> bytes | HttpUrl | Failure:
         """Ask once, follow nothing: the body, or where it is said to be, or why there is none."""
         item.tries += not item.hops
-        item.status, item.content_type = None, ""
+        item.asked, item.status, item.content_type = item.at.text, None, ""
         # The last of a host closes the door: thousands of hosts kept alive would use up the files a process may open.
         headers = {"Connection": "close"} if self._present[item.at.host] == 1 else None
         try:
             url = URL(item.at.text, encoded=True)
             async with self._session.get(url, headers=headers, allow_redirects=False) as response:
                 item.status = response.status
-                item.content_type = _plain(response.headers.get("Content-Type", ""), 100)
-                refused = self._refusal(response, item.at)
-                return refused if refused is not None else await self._read(response)
+                item.content_type = plain(response.headers.get("Content-Type", ""), 100)
+                heeded = self._settings.opt_out and item.origin is None
+                refused = refusal(response, item.at, self._settings.user_agent if heeded else None)
+                if refused is not None:
+                    return refused
+                if item.origin is not None:
+                    return await self._read(response, robots.LARGEST, whole=False)
+                if (response.content_length or 0) > self._max_bytes:
+                    return too_long(self._max_bytes)
+                return await self._read(response, self._max_bytes)
         except PrivateAddress as error:
-            return _Failure(Rejection(Cause.PRIVATE_ADDRESS, str(error)))
+            return Failure(Rejection(Cause.PRIVATE_ADDRESS, str(error)))
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            return _Failure(_trouble(error))
+            return Failure(trouble(error))
 
-    def _refusal(self, response: aiohttp.ClientResponse, asked: HttpUrl) -> HttpUrl | _Failure | None:
-        """What the head of an answer already settles; none if the body is to be read."""
-        status, headers = response.status, response.headers
-        if status not in REDIRECTS and not (
-            200 <= status < 300 and status != 206
-        ):  # 206: a part, which nobody asked for
-            return _Failure(Rejection(_status_cause(status), str(status)), _retry_after(headers.get("Retry-After", "")))
-        if self._settings.opt_out:
-            tags = headers.getall("X-Robots-Tag", [])
-            if wish := next(filter(None, (opts_out(tag, self._settings.user_agent) for tag in tags)), None):
-                return _Failure(Rejection(Cause.OPTED_OUT, wish))
-        if status in REDIRECTS:
-            if not (location := headers.get("Location", "")):
-                return _Failure(Rejection(Cause.HTTP_ERROR, f"{status} that leads nowhere"))
-            found = _join(asked, location)
-            return _Failure(found) if isinstance(found, Rejection) else found
-        if (response.content_length or 0) > self._max_bytes:
-            return _Failure(Rejection(Cause.TOO_MANY_BYTES, f"{response.content_length} bytes"))
-        return None
-
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes | _Failure:
+    async def _read(self, response: aiohttp.ClientResponse, limit: int, *, whole: bool = True) -> bytes | Failure:
+        """The body; of one that is too long its beginning, if it need not be whole."""
         chunks: list[bytes] = []
         size = 0
-        whole = False
+        done = False
         try:
-            while chunk := await response.content.readany():
+            while size <= limit and (chunk := await response.content.readany()):
                 chunks.append(chunk)
                 size += len(chunk)
                 self._held += len(chunk)
-                if size > self._max_bytes:
-                    response.close()
-                    return _too_long(self._max_bytes)
-            data = b"".join(chunks)
-            if response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip"):
-                unpacked = _gunzip(data, self._max_bytes)
-                if unpacked is None:
-                    return _too_long(self._max_bytes)
-                self._held += len(unpacked) - size
-                size, data = len(unpacked), unpacked
-            whole = True
+            if size > limit:
+                response.close()
+                if whole:
+                    return too_long(limit)
+            data = unpacked(b"".join(chunks)[:limit], response.headers.get("Content-Encoding", ""), limit)
+            if isinstance(data, bytes):
+                self._held += len(data) - size
+                done = True
             return data
         finally:
-            if not whole:
+            if not done:
                 self._held -= size
 
 
@@ -382,95 +425,6 @@ def _time_out(item: _Item) -> None:
     item.timed_out = True
     assert item.task is not None
     item.task.cancel()
-
-
-def _too_long(max_bytes: int) -> _Failure:
-    return _Failure(Rejection(Cause.TOO_MANY_BYTES, f"more than {max_bytes} bytes"))
-
-
-def _gunzip(data: bytes, max_bytes: int) -> bytes | None:
-    """Packed by a server that was asked not to; none if it is too long. What only claims to be packed is left alone."""
-    unpacker = zlib.decompressobj(wbits=31)
-    try:
-        unpacked = unpacker.decompress(data, max_bytes + 1)
-    except zlib.error:
-        return data
-    if len(unpacked) > max_bytes:
-        return None
-    return unpacked if unpacker.eof else data
-
-
-def _join(asked: HttpUrl, location: str) -> HttpUrl | Rejection:
-    try:
-        found = http_url(urljoin(asked.text, location.strip()))
-    except ValueError:
-        found = Rejection(Cause.BAD_URL, "not a URL")
-    return found._replace(detail=f"a redirect to it: {found.detail}") if isinstance(found, Rejection) else found
-
-
-def _status_cause(status: int) -> Cause:
-    if status == 429:
-        return Cause.RATE_LIMITED
-    if status == 408:
-        return Cause.TIMEOUT
-    if status in (404, 410):
-        return Cause.GONE
-    return Cause.SERVER_ERROR if 500 <= status < 600 else Cause.HTTP_ERROR
-
-
-def _retry_after(text: str) -> float:
-    """Seconds, from either form of the header; 0 where it says nothing sensible."""
-    if re.fullmatch("[0-9]{1,9}", text):
-        return float(text)
-    try:
-        when = parsedate_to_datetime(text)
-        return max(0.0, (when.astimezone(UTC) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
-
-
-_VALUED = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
-
-
-def opts_out(tag: str, agent: str) -> str | None:
-    """The wish in one X-Robots-Tag that we leave its item alone: `noai`, `noindex, nofollow`, `pixnerd: noai`.
-
-    A name and a colon address all that follows it in the header to that agent alone.
-    """
-    ours = True
-    for part in tag.lower().split(","):
-        name, colon, rest = part.partition(":")
-        if colon and name.strip() not in _VALUED:
-            ours = name.strip() in (agent.lower(), "*")
-            part = rest
-        if ours and part.strip() in OPT_OUTS:
-            return part.strip()
-    return None
-
-
-def _trouble(error: Exception) -> Rejection:
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return Rejection(Cause.DNS, _said(error.os_error))
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return Rejection(Cause.CERTIFICATE, _said(error.certificate_error))
-    if isinstance(error, TimeoutError):
-        return Rejection(Cause.TIMEOUT, "no connection in time")
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return Rejection(Cause.CONNECTION, _said(error.os_error))
-    if isinstance(error, aiohttp.ClientResponseError):
-        return Rejection(Cause.HTTP_ERROR, _plain(f"not HTTP: {error.message}", 200))
-    if isinstance(error, ValueError) and not isinstance(error, OSError):
-        return Rejection(Cause.BAD_URL, type(error).__name__)  # its text repeats the URL
-    return Rejection(Cause.CONNECTION, _said(error))
-
-
-def _said(error: BaseException) -> str:
-    return _plain(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}", 200)
-
-
-def _plain(text: str, length: int) -> str:
-    """A stranger's text, fit for a table and a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text[:length])
 
 
 def _tls() -> ssl.SSLContext:

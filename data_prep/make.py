@@ -28,7 +28,7 @@ from data_prep.sizes import SUFFIX, Size, size_name
 from data_prep.sources import Range, RawItem, Source, Url, UrlList
 from data_prep.transform import Box, encode, fitted
 from infra.records import ShardRecord, put_data, read_record, write_record
-from infra.shards import INDEX_SCHEMA, TarWriter, parquet_bytes, shard_key
+from infra.shards import INDEX_SCHEMA, TarWriter, first_text, parquet_bytes, shard_key
 from infra.store import Store, spool_path
 
 Decoder = Callable[..., Decoded | Rejection]
@@ -105,7 +105,7 @@ def make_shard(
     with ExitStack() as files:
 
         def start() -> _Writer:
-            return _Writer(files.enter_context(store.spool()), source.name, SUFFIX[settings.format])
+            return _Writer(files.enter_context(store.spool()), source.name, settings)
 
         series = []
         for size in map(size_name, settings.sizes):
@@ -171,9 +171,9 @@ class _Series:
 class _Writer:
     """One shard, row by row."""
 
-    def __init__(self, file: BinaryIO, source: str, suffix: str) -> None:
+    def __init__(self, file: BinaryIO, source: str, settings: PrepareSettings) -> None:
         self._file, self._tar = file, TarWriter(file)
-        self._source, self._suffix = source, suffix
+        self._source, self._suffix, self._with_text = source, SUFFIX[settings.format], settings.text
         self._rows: list[dict[str, Any]] = []
         self._rejected: Counter[str] = Counter()
 
@@ -212,6 +212,8 @@ class _Writer:
         said = {name: _json_value(value) for name, value in row.items() if name not in ("accepted", "row")}
         text = json.dumps(said, sort_keys=True, ensure_ascii=False, allow_nan=False)
         sidecar = self._tar.add(f"{item.key}.json", text.encode())
+        if self._with_text and (caption := first_text(item.captions)):
+            self._tar.add(f"{item.key}.txt", caption.encode())
         return row | {
             "offset": image.offset,
             "length": image.length,

@@ -67,6 +67,10 @@ class PrepareSettings(Settings):
     format: Format = "jpeg"
     quality: int = Field(95, ge=1, le=100, description="of JPEG and WebP")
     subsampling: Subsampling = Field("444", description="of JPEG's colours")
+    text: bool = Field(
+        True,
+        description="a .txt of the first caption beside each image, as open_clip, diffusers and webdataset read it",
+    )
     matte: tuple[Level, Level, Level] = Field((255, 255, 255), description="the colour under transparency")
     max_pixels: int = Field(80_000_000, ge=1, description="larger pictures are refused before they are decoded")
     shard_mib: int = Field(

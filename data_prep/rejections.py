@@ -30,7 +30,7 @@ class Cause(StrEnum):
     GONE = "gone"  # 404 or 410
     HTTP_ERROR = "http_error"  # any other answer that is not the file, or no HTTP at all
     TOO_MANY_REDIRECTS = "too_many_redirects"
-    OPTED_OUT = "opted_out"  # the X-Robots-Tag asks that it be left alone
+    OPTED_OUT = "opted_out"  # a header or robots.txt asks that it be left alone
     # the file
     EMPTY = "empty"
     UNKNOWN_FORMAT = "unknown_format"
@@ -61,7 +61,8 @@ REMEDIES: dict[Cause, str] = {
     Cause.BAD_CAPTION: "raise the source's `max_caption`, or write the captions as UTF-8",
     Cause.BAD_METADATA: "write whole JSON beside the images, or let `captions` and `keep` name none of it",
     Cause.BAD_URL: "let the source's `image` name the column of URLs, http or https",
-    Cause.PRIVATE_ADDRESS: "set `fetch.allow_private` to true if hosts of a private network may be asked",
+    Cause.PRIVATE_ADDRESS: "name the network in `fetch.allow_networks`, such as [10.0.0.0/8], if its servers may be "
+    "asked; `fetch.allow_private` opens this machine's own",
     Cause.DNS: "look at the hosts' names and at this network, then run again with --retry-failed",
     Cause.CONNECTION: "look at the hosts and at this network, then run again with --retry-failed",
     Cause.CERTIFICATE: "let the hosts show whole certificates, or list their files by http",
@@ -71,7 +72,7 @@ REMEDIES: dict[Cause, str] = {
     Cause.GONE: "list URLs that are still there",
     Cause.HTTP_ERROR: "list URLs that lead to the files themselves, without a log-in",
     Cause.TOO_MANY_REDIRECTS: "raise `fetch.redirects`, or list the URLs that it ends at",
-    Cause.OPTED_OUT: "ask the hosts' owners; `fetch.opt_out` says whether their wish is honoured",
+    Cause.OPTED_OUT: "ask the hosts' owners; `fetch.opt_out` and `fetch.robots` say which of their wishes are honoured",
     Cause.EMPTY: "fetch the files again: they are empty",
     Cause.UNKNOWN_FORMAT: "convert the files: JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF are read",
     Cause.TOO_MANY_PIXELS: "raise `max_pixels`",

@@ -11,8 +11,9 @@ import hashlib
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from data_prep.stream import in_order
 from infra.errors import DataError, NotFound, PixnerdError, RecordError, StoreError, StoreUnreachable
 from infra.files import sha256_of
 from infra.records import DataObject, ShardRecord, named_sha256, read_record
-from infra.shards import INDEX_SCHEMA, data_name, read_index, shard_key, shard_prefix
+from infra.shards import INDEX_SCHEMA, data_name, first_text, read_index, shard_key, shard_prefix
 from infra.store import Store
 
 # What reading a damaged record, index or tar comes to. A store that fails is something else, and no reason to delete.
@@ -35,6 +36,9 @@ _DAMAGE = (
     *(RecordError, DataError, NotFound, tarfile.TarError, pa.ArrowException),
     *(ValueError, KeyError, TypeError, AttributeError, RecursionError),
 )
+
+
+Names = Callable[[dict[str, Any]], list[str]]
 
 
 class Verified(NamedTuple):
@@ -85,6 +89,7 @@ class _Size:
         self.shards = self.inputs = self.images = self.lasting = 0
         self._store, self._plan, self._size = store, plan, size
         self._suffix = SUFFIX[plan.settings["format"]]
+        self._with_text = plan.settings.get("text", False)  # earlier shards have none, and do not say so
         self._found: dict[int, ShardRecord | PixnerdError] = {}
         self._reached: dict[KnownAs, _Reach] = {}
 
@@ -145,7 +150,7 @@ class _Size:
                 record, index = self._open(number)
                 rows += index["row"].to_pylist()
                 told += 1
-                for problem in _shard_problems(self._store, record, index, self._suffix):
+                for problem in self._shard_problems(record, index):
                     self._damaged(shard, number, problem)
             except StoreUnreachable:
                 raise
@@ -157,6 +162,26 @@ class _Size:
             self._damaged(shard, numbers[0], "not exactly the planned rows, in order")
             told = 0
         self._follow(shard, rows if told == len(numbers) else None)
+
+    def _shard_problems(self, record: ShardRecord, index: pa.Table) -> Iterator[str]:
+        causes = Counter(cause for cause in index["cause"].to_pylist() if cause is not None)
+        accepted = index.filter(index["accepted"]).to_pylist()
+        if causes != record.rejected or len(accepted) != record.accepted:
+            yield "its index and its record count differently"
+        if len(set(index["key"].to_pylist())) != index.num_rows:
+            yield "a key occurs twice"
+        if record.tar is None:
+            if accepted:
+                yield "it has accepted rows but no tar"
+            return
+        with TemporaryDirectory(prefix="pixnerd-verify-") as folder:
+            path = Path(folder, "shard.tar")
+            self._store.download(record.tar.key, path)
+            yield from _tar_problems(path, record.tar, accepted, self._names)
+
+    def _names(self, row: dict[str, Any]) -> list[str]:
+        text = ["txt"] if self._with_text and first_text(row["captions"]) else []
+        return [f"{row['key']}.{suffix}" for suffix in (self._suffix, "json", *text)]
 
     def _open(self, number: int) -> tuple[ShardRecord, pa.Table]:
         record = self._found.get(number)
@@ -234,38 +259,26 @@ def _as_planned(rows: list[int], shard: PlannedShard) -> bool:
     return rows == list(range(first, first + (shard.expected if shard.counted else len(rows))))
 
 
-def _shard_problems(store: Store, record: ShardRecord, index: pa.Table, suffix: str) -> Iterator[str]:
-    causes = Counter(cause for cause in index["cause"].to_pylist() if cause is not None)
-    accepted = index.filter(index["accepted"]).to_pylist()
-    if causes != record.rejected or len(accepted) != record.accepted:
-        yield "its index and its record count differently"
-    if len(set(index["key"].to_pylist())) != index.num_rows:
-        yield "a key occurs twice"
-    if record.tar is None:
-        if accepted:
-            yield "it has accepted rows but no tar"
-        return
-    with TemporaryDirectory(prefix="pixnerd-verify-") as folder:
-        path = Path(folder, "shard.tar")
-        store.download(record.tar.key, path)
-        yield from _tar_problems(path, record.tar, accepted, suffix)
-
-
-def _tar_problems(path: Path, found: DataObject, accepted: list[dict[str, Any]], suffix: str) -> Iterator[str]:
+def _tar_problems(path: Path, found: DataObject, accepted: list[dict[str, Any]], names: Names) -> Iterator[str]:
+    """`names`: what the members of a row are called, its image first, then its JSON."""
     if sha256_of(path) != found.sha256:
         yield "its tar does not have the hash in its name"
     with tarfile.open(path, "r:") as tar:
         members = tar.getmembers()
-        names = [name for row in accepted for name in (f"{row['key']}.{suffix}", f"{row['key']}.json")]
-        if [member.name for member in members] != names:
+        if [member.name for member in members] != [name for row in accepted for name in names(row)]:
             yield "its tar does not hold the accepted rows, in order"
             return
-        for row, image, sidecar in zip(accepted, members[::2], members[1::2], strict=True):
+        coming = iter(members)
+        for row in accepted:
+            image, sidecar, *text = islice(coming, len(names(row)))
             places = image.offset_data, image.size, sidecar.offset_data, sidecar.size
             if places != (row["offset"], row["length"], row["json_offset"], row["json_length"]):
                 yield f"{image.name} is not where the index says"
             else:
                 yield from _image_problems(row, _bytes(tar, image), _bytes(tar, sidecar))
+            for member in text:
+                if _bytes(tar, member) != first_text(row["captions"]).encode():
+                    yield f"{member.name} is not the first caption of the index"
 
 
 def _image_problems(row: dict[str, Any], image: bytes, sidecar: bytes) -> Iterator[str]:

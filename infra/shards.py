@@ -1,13 +1,14 @@
 """The shard format, written and read.
 
     shards/<plan>/<size>/00012.json            ShardRecord, written last
-    data/<size>/00012-<sha256>.tar             <key>.jpg and <key>.json of every accepted input, in order
+    data/<size>/00012-<sha256>.tar             <key>.jpg, <key>.json and <key>.txt of every accepted input, in order
     data/<size>/00012-<sha256>.parquet         the index: one row for every input, accepted or rejected
     snapshots/<digest>.json                    SnapshotRecord
     data/snapshots/<digest>-<sha256>.parquet   the selection: one row for every training sample
 
 A tar's bytes depend on its members only: time, owner, mode and order are fixed. The index says where in the tar each
-image lies, so that one image is one ranged read, and the tar is never unpacked.
+image lies, so that one image is one ranged read, and the tar is never unpacked. The text is for those who know nothing
+of an index: it is the first caption alone, and not there where there is none or the plan's settings ask for none.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -105,6 +106,11 @@ def data_name(size: str, number: int) -> str:
 
 def shard_number(key: str) -> int:
     return int(Path(key).stem)
+
+
+def first_text(captions: Sequence[Mapping[str, str | None]]) -> str:
+    """What a sample's .txt holds; empty where it has no caption."""
+    return (captions[0]["text"] or "") if captions else ""
 
 
 # Writing

@@ -73,16 +73,16 @@ def _about_hosts(found: Survey) -> list[str]:
     hosts, said = found.hosts, []
     if hosts is None:
         return []
-    if hosts.private and not hosts.public:
+    settings = " and ".join(f"fetch.{name}" for name in hosts.fetch)
+    if hosts.fetch and not hosts.public:
         said.append(
-            f"{', '.join(hosts.private[:3])} lies inside of a network: the recipe sets fetch.allow_private, so that "
+            f"{', '.join(hosts.private[:3])} lies inside of a network: the recipe sets {settings}, so that "
             "downloads may go there; take it out if the list is a stranger's"
         )
     elif hosts.private:
-        said.append(
-            f"the list leads to public servers, and to {', '.join(hosts.private[:3])} inside of a network, where "
-            "nothing is asked unless fetch.allow_private is set"
-        )
+        others = "the list leads to public servers, and to" if hosts.public else "the list leads to"
+        unless = f" unless {settings} is set" if settings else ""
+        said.append(f"{others} {', '.join(hosts.private[:3])} inside of a network, where nothing is asked{unless}")
     if hosts.unknown:
         said.append(f"{', '.join(hosts.unknown[:3])} has no address as far as this machine can tell")
     return said

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from threading import Thread
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from data_prep.addresses import Lookup, http_url, is_public, look_up
+from data_prep.addresses import Lookup, http_url, is_public, look_up, opening
 from data_prep.rejections import Rejection
 
 MOST = 8  # hosts that are looked up
@@ -20,6 +20,7 @@ class Hosts(NamedTuple):
     private: list[str]
     public: list[str]
     unknown: list[str]  # without an address, as far as this machine can tell
+    fetch: dict[str, Any]  # settings of downloads that open the private ones; empty where none should
 
 
 def hosts_of(urls: Sequence[str], lookup: Lookup = look_up) -> Hosts:
@@ -27,14 +28,16 @@ def hosts_of(urls: Sequence[str], lookup: Lookup = look_up) -> Hosts:
     parsed = [found.host for found in map(http_url, urls) if not isinstance(found, Rejection)]
     names = [name for name, _ in Counter(parsed).most_common(MOST)]
     answers = {name: _asked(name, lookup) for name in names}
-    found = Hosts([], [], [])
+    found = Hosts([], [], [], {})
+    inside: list[str] = []
     for name, answer in answers.items():
         addresses: list[str] = []
         with suppress(OSError, ValueError, TimeoutError):
             addresses = answer.result(SECONDS)
         where = found.unknown if not addresses else found.public if all(map(is_public, addresses)) else found.private
         where.append(name)
-    return found
+        inside += addresses
+    return found._replace(fetch=opening(inside))
 
 
 def _asked(name: str, lookup: Lookup) -> Future[list[str]]:

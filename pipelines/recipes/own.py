@@ -112,11 +112,11 @@ def _fetch(found: Survey) -> list[str]:
     hosts = found.hosts
     if hosts is None:
         return []
-    if hosts.private and not hosts.public:
+    if hosts.fetch and not hosts.public:
         said = f"{', '.join(hosts.private[:3])} lies inside of a network: nothing there is asked without this"
-        return [*_comment(said, 4), "    fetch: {allow_private: true}"]
-    lines = _comment("What site owners see of you; and if a server is inside of your own network:", 4)
-    return [*lines, '    # fetch: {contact: "https://example.org/crawler", allow_private: true}']
+        return [*_comment(said, 4), f"    fetch: {_value(hosts.fetch)}"]
+    lines = _comment("What site owners see of you; and if servers are inside of your own network:", 4)
+    return [*lines, '    # fetch: {contact: "https://example.org/crawler", allow_networks: [10.0.0.0/8]}']
 
 
 def _data(chosen: Fit) -> str:

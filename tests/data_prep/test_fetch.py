@@ -16,288 +16,23 @@ import time
 from collections.abc import Iterator
 from email.utils import format_datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from yarl import URL
 
-from data_prep import addresses
 from data_prep import fetch as fetch_module
-from data_prep.addresses import HttpUrl, Lookup, http_url, is_public
-from data_prep.fetch import LOOK_AHEAD, Fetched, FetchSettings, _retry_after, fetch, opts_out
+from data_prep.answers import opts_out, retry_after
+from data_prep.fetch import LOOK_AHEAD, Fetched, FetchSettings, fetch
 from data_prep.rejections import TRANSIENT, Cause, Rejection
+from tests.data_prep.asking import MEGABYTE, QUICK, at_home, cause, one
 from tests.data_prep.web import Page, Request, Stream, Web, head
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-MEGABYTE = 10**6
-QUICK: dict[str, Any] = {"allow_private": True, "seconds": 10.0, "retries": 1, "backoff": 0.01}
-
-
-@pytest.fixture
-def web() -> Iterator[Web]:
-    with Web() as web:
-        yield web
-    gc.collect()  # an unclosed connection warns here
-
-
-def at_home(host: str) -> list[str]:
-    return ["127.0.0.1"]
-
-
-def one(url: str, *, max_bytes: int = MEGABYTE, lookup: Lookup | None = at_home, **changed: Any) -> Fetched:
-    [found] = fetch([url], FetchSettings(**{**QUICK, **changed}), max_bytes, lookup)
-    return found
-
-
-def cause(found: Fetched) -> Cause | None:
-    return found.data.cause if isinstance(found.data, Rejection) else None
-
 
 def fetch_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "fetch"]
-
-
-# URLs
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "",
-        "example.org/x.jpg",
-        "//example.org/x.jpg",
-        "file:///etc/passwd",
-        "ftp://example.org/x.jpg",
-        "gopher://example.org/",
-        "data:image/png;base64,AAAA",
-        "javascript:alert(1)",
-        "s3://bucket/x.jpg",
-        "http:///x.jpg",
-        "http://",
-        "http://:80/",
-        "https:x.jpg",
-        "http://user:hunter2@example.org/",
-        "http://hunter2@example.org/",
-        "http://@example.org/",
-        "http://user:hunter2/@example.org/",
-        "http://example.org\\@hunter2.org/",
-        "http://exam\nple.org/",
-        "http://example.org/\r\nHost: other",
-        "http://example.org/\x00",
-        "http://example.org:0/",
-        "http://example.org:65536/",
-        "http://example.org:http/",
-        "http://exa mple.org/",
-        "http://exam%70le.org/",
-        "http://example..org/",
-        "http://" + "a" * 64 + ".org/",
-        "http://" + "a." * 130 + "org/",
-        "http://[::1/",
-        "http://[v1.x]/",
-        "http://[fe80::1%25eth0]/",
-        "http://1.2.3.4.5/",
-        "http://256.1.1.1/",
-        "http://x.1/",
-        "http://example.org/\ud800",
-        "http://\udcff.org/",
-        "http://" + "\u2603" * 90 + "/",
-        "http://example.org/" + "x" * 9000,
-    ],
-)
-def test_what_is_no_web_address_is_refused_unasked(url: str):
-    found = one(url)
-    assert cause(found) is Cause.BAD_URL
-    assert found.url == "" and found.tries == 0 and found.status is None
-    assert "hunter2" not in repr(found)
-
-
-@pytest.mark.parametrize(
-    ("url", "asked"),
-    [
-        (" https://Example.ORG/a \n", "https://example.org/a"),
-        ("http://example.org", "http://example.org/"),
-        ("http://example.org.:8080/a#part", "http://example.org:8080/a"),
-        ("http://example.org/ä b.jpg?ü=1", "http://example.org/%C3%A4%20b.jpg?%C3%BC=1"),
-        # signed URLs: quoting must stay as it is
-        ("http://example.org/a%2Fb%7e?s=%2B%2f+a%", "http://example.org/a%2Fb%7e?s=%2B%2f+a%"),
-        ("http://bücher.example/", "http://xn--bcher-kva.example/"),
-        ("http://２１３０７０６４３３/", "http://127.0.0.1/"),
-        ("http://2130706433/", "http://127.0.0.1/"),
-        ("http://0x7f.1/", "http://127.0.0.1/"),
-        ("http://0177.0.0.1/", "http://127.0.0.1/"),
-        ("http://127.1/", "http://127.0.0.1/"),
-        ("http://127.0.0.1./", "http://127.0.0.1/"),
-        ("http://[0:0::1]:80/", "http://[::1]:80/"),
-        ("http://a_b.example.org/", "http://a_b.example.org/"),
-    ],
-)
-def test_a_url_is_asked_for_as_it_stands(url: str, asked: str):
-    found = http_url(url)
-    assert isinstance(found, HttpUrl) and found.text == asked
-
-
-@given(st.text() | st.text("htp:/[]@%.#?\\0x1fé\u3002").map("http://".__add__))
-def test_any_text_is_a_url_or_a_rejection(text: str):
-    found = http_url(text)
-    if isinstance(found, Rejection):
-        assert found.cause is Cause.BAD_URL
-    else:
-        # What was checked is what the client will make of it.
-        assert URL(found.text, encoded=True).raw_host == found.host
-        assert http_url(found.text) == found
-        assert found.text.isascii() and found.text.isprintable() and " " not in found.text
-
-
-# Addresses
-
-CLOSED = [
-    "127.0.0.1",
-    "127.255.255.254",
-    "10.0.0.1",
-    "172.16.0.1",
-    "172.31.255.255",
-    "192.168.1.1",
-    "169.254.169.254",
-    "100.64.0.1",
-    "100.127.255.255",
-    "0.0.0.0",
-    "0.1.2.3",
-    "192.0.0.192",
-    "192.0.2.1",
-    "198.18.0.1",
-    "198.51.100.1",
-    "203.0.113.1",
-    "224.0.0.1",
-    "239.255.255.255",
-    "240.0.0.1",
-    "255.255.255.255",
-    "192.88.99.1",
-    "168.63.129.16",
-    "::1",
-    "::",
-    "fe80::1",
-    "fe80::1%lo",
-    "fc00::1",
-    "fd00:ec2::254",
-    "ff02::1",
-    "::ffff:127.0.0.1",
-    "::ffff:10.0.0.1",
-    "::127.0.0.1",
-    "64:ff9b::127.0.0.1",
-    "64:ff9b::a9fe:a9fe",
-    "64:ff9b:1::1",
-    "2002:7f00:1::",
-    "2002:a00:1::1",
-    "2001:0:4136:e378:8000:63bf:3fff:fdd2",
-    "2001:db8::1",
-    "3fff::1",
-    "100::1",
-    "5f00::1",
-    "fec0::1",
-    "2606:4700::1111%lo",
-]
-OPEN = [
-    "1.1.1.1",
-    "8.8.8.8",
-    "172.15.255.255",
-    "172.32.0.1",
-    "100.63.255.255",
-    "100.128.0.1",
-    "168.63.129.17",
-    "192.0.1.1",
-    "2606:4700::1111",
-    "2a00:1450::1",
-    "::ffff:8.8.8.8",
-    "64:ff9b::808:808",
-]
-
-
-@pytest.mark.parametrize("address", CLOSED)
-def test_private_addresses(address: str):
-    assert not is_public(address)
-
-
-@pytest.mark.parametrize("address", OPEN)
-def test_public_addresses(address: str):
-    assert is_public(address)
-
-
-def test_what_is_no_address_is_not_public():
-    assert not is_public("example.org") and not is_public("")
-
-
-@pytest.mark.parametrize(
-    "host",
-    [
-        "127.0.0.1",
-        "2130706433",
-        "0x7f.1",
-        "0177.0.0.1",
-        "127.1",
-        "0",
-        "[::1]",
-        "[::]",
-        "[::ffff:127.0.0.1]",
-        "[::ffff:7f00:1]",
-        "[64:ff9b::127.0.0.1]",
-        "[2002:7f00:1::]",
-        "[fe80::1]",
-        "localhost",
-        "１２７.０.０.１",
-        "127。0。0。1",
-    ],
-)
-def test_this_machine_is_not_asked(web: Web, host: str):
-    web.pages["/"] = b"secret"
-    found = one(web.url("/", host), allow_private=False, lookup=None)
-    assert cause(found) is Cause.PRIVATE_ADDRESS and found.tries == 1
-    assert web.connections == 0
-    assert one(web.url("/"), lookup=None).data == b"secret"
-
-
-@pytest.mark.parametrize("address", CLOSED)
-def test_a_name_may_not_lead_into_a_private_network(address: str):
-    found = one("http://innocent.example/", allow_private=False, lookup=lambda host: [address])
-    assert cause(found) is Cause.PRIVATE_ADDRESS
-
-
-def test_a_name_with_private_addresses_only():
-    found = one("http://innocent.example/", allow_private=False, lookup=lambda host: ["10.0.0.1", "::1", "127.0.0.1"])
-    assert found.data == Rejection(Cause.PRIVATE_ADDRESS, "10.0.0.1")
-
-
-@pytest.fixture
-def home_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
-    """127.0.0.1 counts as public, so that a first hop can succeed; the rest of loopback stays private."""
-    monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.1" or is_public(address))
-
-
-@pytest.mark.parametrize("target", ["http://127.0.0.2:{}/", "http://inside.example:{}/", "http://[::1]:{}/"])
-def test_a_redirect_may_not_lead_inside(web: Web, home_is_public: None, target: str):
-    web.pages["/"] = lambda _, stream: stream.answer(status=302, Location=target.format(web.port))
-    lookup = {"outside.example": ["127.0.0.1"], "inside.example": ["127.0.0.2"]}.__getitem__
-    found = one(web.url("/", "outside.example"), allow_private=False, lookup=lookup)
-    assert cause(found) is Cause.PRIVATE_ADDRESS and found.tries == 1
-    assert web.connections == 1
-
-
-def test_only_the_checked_addresses_of_a_name_are_connected_to(web: Web, home_is_public: None):
-    web.pages["/"] = b"x"
-    found = one(web.url("/", "mixed.example"), allow_private=False, lookup=lambda host: ["127.0.0.2", "127.0.0.1"])
-    assert found.data == b"x"
-
-
-def test_a_name_that_changes_its_mind_is_checked_each_time(web: Web, home_is_public: None):
-    """The address that was checked is the one connected to: there is no second look-up in between."""
-    answers = iter([["127.0.0.1"], ["127.0.0.2"]])
-    web.pages["/"] = b"x"
-    url = web.url("/", "rebinding.example")
-    assert one(url, allow_private=False, lookup=lambda host: next(answers)).data == b"x"
-    assert cause(one(url, allow_private=False, lookup=lambda host: next(answers))) is Cause.PRIVATE_ADDRESS
-    assert web.connections == 1
 
 
 def test_proxies_of_the_environment_are_not_used(web: Web, monkeypatch: pytest.MonkeyPatch):
@@ -452,10 +187,30 @@ def test_a_redirect_without_a_place_to_go(web: Web):
         ("unavailable_after: 25 Jun 2030 15:00:00 PST, noai", "noai"),
         ("max-snippet: 20, noindex", "noindex"),
         ("otherbot: max-snippet: 20, noindex", None),
+        ("tdm-reservation: 1", "tdm-reservation"),
+        ("nofollow, TDM-Reservation:1", "tdm-reservation"),
+        ("pixnerd: tdm-reservation: 1", "tdm-reservation"),
+        ("otherbot: tdm-reservation: 1", None),
+        ("tdm-reservation: 0, noai", "noai"),
+        ("tdm-policy: https://example.org/p, noai", "noai"),
     ],
 )
 def test_the_tags_grammar(tag: str, wish: str | None):
     assert opts_out(tag, "pixnerd") == wish
+
+
+@pytest.mark.parametrize("value", ["1", " 1 ", "1, 1", "0, 1", '"1"', "?1", "true", "1; policy=x", ["0", "1"]])
+def test_a_reservation_of_text_and_data_mining_is_a_wish(web: Web, value: str | list[str]):
+    web.pages["/"] = lambda _, stream: stream.answer(b"x", TDM_Reservation=value)
+    found = one(web.url("/"))
+    assert found.data == Rejection(Cause.OPTED_OUT, "tdm-reservation") and found.tries == 1
+    assert one(web.url("/"), opt_out=False).data == b"x"
+
+
+@pytest.mark.parametrize("value", ["0", "", "?0", "false", "11", "no", ["0", "0"]])
+def test_what_is_not_reserved_is_taken(web: Web, value: str | list[str]):
+    web.pages["/"] = lambda _, stream: stream.answer(b"x", tdm_reservation=value)
+    assert one(web.url("/")).data == b"x"
 
 
 def test_opting_out(web: Web):
@@ -515,15 +270,42 @@ def test_packed_bodies(web: Web):
     bodies = {
         "/packed": (packed, "GZIP"),
         "/lie": (b"\xff\xd8\xff", "gzip"),
-        "/cut": (packed[:-9], "x-gzip"),
+        "/longer": (packed + bytes(9), "x-gzip"),
+        "/nothing": (b"", "gzip"),
         "/unknown": (b"\xff\xd8\xff", "aws-chunked"),
     }
     for path, (body, coding) in bodies.items():
         web.pages[path] = lambda _, stream, body=body, coding=coding: stream.answer(body, Content_Encoding=coding)
     assert one(web.url("/packed"), max_bytes=500).data == b"photo" * 100
+    assert one(web.url("/longer"), max_bytes=500).data == b"photo" * 100
     assert one(web.url("/lie")).data == one(web.url("/unknown")).data == b"\xff\xd8\xff"
-    assert one(web.url("/cut")).data == packed[:-9]
-    assert cause(one(web.url("/packed"), max_bytes=499)) is Cause.TOO_MANY_BYTES
+    assert one(web.url("/nothing")).data == b""
+    for path in ("/packed", "/longer"):
+        assert cause(one(web.url(path), max_bytes=499)) is Cause.TOO_MANY_BYTES
+
+
+PACKED = gzip.compress(bytes(range(256)) * 9)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        PACKED[:-1],
+        PACKED[:-9],
+        PACKED[:40],
+        PACKED[:3],
+        PACKED[:-8] + bytes(8),
+        PACKED[:20] + b"\xff" * 20 + PACKED[40:],
+    ],
+)
+def test_a_packed_answer_that_was_damaged_on_its_way_is_tried_again(web: Web, body: bytes):
+    answers = itertools.chain([body], itertools.repeat(PACKED))
+    web.pages["/once"] = lambda _, stream: stream.answer(next(answers), Content_Encoding="gzip")
+    web.pages["/always"] = lambda _, stream: stream.answer(body, Content_Encoding="gzip")
+    found = one(web.url("/once"))
+    assert found.data == bytes(range(256)) * 9 and found.tries == 2
+    found = one(web.url("/always"))
+    assert cause(found) is Cause.CONNECTION and found.tries == 2
 
 
 def test_a_gzip_bomb(web: Web):
@@ -732,13 +514,13 @@ def test_does_not_wait_beyond_the_deadline(web: Web):
 
 @pytest.mark.parametrize("text", ["", "-1", "soon", "1e9", "²", "9" * 5000, "Thu, 99 Foo 2020", "nan", "\udcff"])
 def test_senseless_waits(text: str):
-    assert _retry_after(text) == 0
+    assert retry_after(text) == 0
 
 
 def test_the_date_form_of_a_wait():
     now = dt.datetime.now(dt.UTC)
-    assert 28 < _retry_after(format_datetime(now + dt.timedelta(seconds=30), usegmt=True)) <= 30
-    assert _retry_after(format_datetime(now - dt.timedelta(days=1), usegmt=True)) == 0
+    assert 28 < retry_after(format_datetime(now + dt.timedelta(seconds=30), usegmt=True)) <= 30
+    assert retry_after(format_datetime(now - dt.timedelta(days=1), usegmt=True)) == 0
 
 
 def test_a_retry_waits_without_a_slot(web: Web):
@@ -1093,4 +875,6 @@ def test_lone_hosts_are_not_kept_open(web: Web):
 
 
 def test_no_settings_of_haste_are_in_the_digest():
-    assert set(FetchSettings().results()) == {"redirects", "opt_out", "allow_private", "user_agent"}
+    assert set(FetchSettings().results()) == {
+        *("redirects", "opt_out", "robots", "allow_private", "allow_networks", "allow_metadata", "user_agent")
+    }

@@ -203,6 +203,7 @@ def test_hosts_are_looked_up_without_waiting_for_ever() -> None:
     found = hosts.hosts_of(urls, lambda host: [host] if host[0].isdigit() or ":" in host else lookup(host))
     assert found.unknown == ["gone"]
     assert set(found.private) == {"two", "192.168.1.9", "::1", "127.0.0.1"}, "one address inside is enough"
+    assert found.fetch == {"allow_private": True, "allow_networks": ["10.0.0.1", "192.168.1.9"]}
 
 
 # Parquet with pictures

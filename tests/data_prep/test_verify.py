@@ -85,6 +85,32 @@ def test_a_cut_tar_is_a_problem_not_a_crash(prepared: tuple[Store, Plan]) -> Non
     assert "shard 0" in verify(store, plan.digest, plan.edition).problems[0]
 
 
+def test_a_text_that_is_not_the_first_caption_is_found(prepared: tuple[Store, Plan]) -> None:
+    """In a tar that is otherwise what it should be, hash and all."""
+    store, plan = prepared
+    record = first_shard(store, plan)
+    assert record.tar is not None
+    other = store.get(record.tar.key).replace(b"picture 2", b"picture 3", 3)
+    tar = put_data(store, "data/16", "00000.tar", other.replace(b"picture 3", b"picture 2", 2))
+    store.put(shard_key(plan.digest, "16", 0), record.model_copy(update={"tar": tar}).model_dump_json().encode())
+    key = next(row["key"] for row in read_index(store, record).to_pylist() if row["captions"][0]["text"] == "picture 2")
+    assert verify(store, plan.digest, plan.edition).problems == [
+        f"shard 0 at 16: {key}.txt is not the first caption of the index"
+    ]
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_what_was_prepared_before_there_were_texts_is_whole_without_them(tmp_path: Path, text: bool) -> None:
+    write_corpus(tmp_path / "corpus", 10)
+    store = open_store(str(tmp_path / "store"))
+    plan = prepare_here(store, settings_for(tmp_path / "corpus", sizes=[16], text=text))
+    edition = read_record(store, edition_key(plan.digest, plan.edition), Edition)
+    older = edition.model_copy(update={"settings": {k: v for k, v in edition.settings.items() if k != "text"}})
+    store.put(edition_key(plan.digest, plan.edition), older.model_dump_json().encode())
+    problems = verify(store, plan.digest, plan.edition).problems
+    assert [problem.endswith("does not hold the accepted rows, in order") for problem in problems] == [True] * 2 * text
+
+
 def record_of(store: Store, plan: Plan, number: int) -> ShardRecord:
     return read_record(store, shard_key(plan.digest, "16", number), ShardRecord)
 

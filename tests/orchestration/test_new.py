@@ -10,6 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from data_prep.fetch import FetchSettings
 from infra.errors import PixnerdError, SettingsError
 from orchestration import cli, session, workflow
 from pipelines import recipes
@@ -117,11 +118,20 @@ def test_an_internal_servers_list_may_be_downloaded(folder: Path) -> None:
     assert recipes.load("mine.yaml").name == "ours"
 
 
+def test_a_list_inside_of_a_network_names_its_servers_alone(folder: Path) -> None:
+    write_urls(folder, "csv", host="10.1.2.3")
+    result = new("photos", "--out", "mine.yaml")
+    assert "10.1.2.3 lies inside of a network: the recipe sets fetch.allow_networks" in result.stderr
+    stage = recipes.load("mine.yaml").stages["prepare"]
+    fetch = workflow.parse_stage("prepare", stage)[1].fetch  # type: ignore[attr-defined]
+    assert (fetch.allow_private, fetch.allow_networks) == (False, ["10.1.2.3/32"])
+
+
 def test_a_public_list_is_not_let_in(folder: Path) -> None:
     write_urls(folder, "csv", host="93.184.215.14")
     new("photos", "--out", "mine.yaml")
     stage = recipes.load("mine.yaml").stages["prepare"]
-    assert not workflow.parse_stage("prepare", stage)[1].fetch.allow_private  # type: ignore[attr-defined]
+    assert workflow.parse_stage("prepare", stage)[1].fetch == FetchSettings()  # type: ignore[attr-defined]
     assert "# fetch: {contact: " in Path("mine.yaml").read_text()
 
 

@@ -1,0 +1,157 @@
+"""What a server's answer says before and after its body: a file, another place, a wish to be left alone, a trouble.
+
+Everything in it is a stranger's: its texts are made fit for a table and a terminal, and what it claims of itself, a
+length, a wait or a packing, is believed only where it makes sense.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import NamedTuple
+from urllib.parse import urljoin
+
+import aiohttp
+
+from data_prep.addresses import HttpUrl, http_url
+from data_prep.rejections import Cause, Rejection
+
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})  # "none" is "noindex, nofollow"
+
+RESERVATION = "tdm-reservation"  # of rights to text and data mining: a header of its own, or a tag like the others
+GZIP = b"\x1f\x8b"
+
+_VALUED = frozenset(
+    {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview", RESERVATION, "tdm-policy"}
+)
+
+
+class Failure(NamedTuple):
+    rejection: Rejection
+    wait: float = 0.0  # seconds that the server asks for before another try
+
+
+def refusal(answer: aiohttp.ClientResponse, asked: HttpUrl, agent: str | None) -> HttpUrl | Failure | None:
+    """What the head of an answer already settles; none if the body is to be read.
+
+    `agent` is who heeds wishes to be left alone; none: nobody does.
+    """
+    status, headers = answer.status, answer.headers
+    if status not in REDIRECTS and not is_whole(status):
+        return Failure(Rejection(_cause_of(status), str(status)), retry_after(headers.get("Retry-After", "")))
+    if agent is not None:
+        wishes = [RESERVATION for value in headers.getall(RESERVATION, []) if reserves(value)]
+        wishes += filter(None, (opts_out(tag, agent) for tag in headers.getall("X-Robots-Tag", [])))
+        if wishes:
+            return Failure(Rejection(Cause.OPTED_OUT, wishes[0]))
+    return _redirect(status, headers, asked) if status in REDIRECTS else None
+
+
+def is_whole(status: int) -> bool:
+    return 200 <= status < 300 and status != 206  # that is a part, which nobody asked for
+
+
+def _cause_of(status: int) -> Cause:
+    if status == 429:
+        return Cause.RATE_LIMITED
+    if status == 408:
+        return Cause.TIMEOUT
+    if status in (404, 410):
+        return Cause.GONE
+    return Cause.SERVER_ERROR if 500 <= status < 600 else Cause.HTTP_ERROR
+
+
+def _redirect(status: int, headers: Mapping[str, str], asked: HttpUrl) -> HttpUrl | Failure:
+    if not (location := headers.get("Location", "")):
+        return Failure(Rejection(Cause.HTTP_ERROR, f"{status} that leads nowhere"))
+    try:
+        found = http_url(urljoin(asked.text, location.strip()))
+    except ValueError:
+        found = Rejection(Cause.BAD_URL, "not a URL")
+    if isinstance(found, Rejection):
+        return Failure(found._replace(detail=f"a redirect to it: {found.detail}"))
+    return found
+
+
+def retry_after(text: str) -> float:
+    """Seconds, from either form of the header; 0 where it says nothing sensible."""
+    if re.fullmatch("[0-9]{1,9}", text):
+        return float(text)
+    try:
+        when = parsedate_to_datetime(text)
+        return max(0.0, (when.astimezone(UTC) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+def opts_out(tag: str, agent: str) -> str | None:
+    """The wish in one X-Robots-Tag that we leave its item alone: `noai`, `noindex, nofollow`, `pixnerd: noai`.
+
+    A name and a colon address all that follows it in the header to that agent alone.
+    """
+    ours = True
+    for part in tag.lower().split(","):
+        name, colon, rest = part.partition(":")
+        if colon and name.strip() not in _VALUED:
+            ours = name.strip() in (agent.lower(), "*")
+            part = rest
+        wish, _, value = (word.strip() for word in part.partition(":"))
+        if ours and (wish in OPT_OUTS or (wish == RESERVATION and reserves(value))):
+            return wish
+    return None
+
+
+def reserves(value: str) -> bool:
+    """Whether a reservation's value says yes: 1, as its protocol has it, or as headers and people write truth."""
+    words = (part.partition(";")[0].strip().strip('"').lower() for part in value.split(","))
+    return any(word in ("1", "?1", "true") for word in words)
+
+
+def too_long(limit: int) -> Failure:
+    return Failure(Rejection(Cause.TOO_MANY_BYTES, f"more than {limit} bytes"))
+
+
+def unpacked(data: bytes, coding: str, limit: int) -> bytes | Failure:
+    """The body, of a server that packs it though it was asked not to. What only claims to be packed is left alone.
+
+    What is packed ends with its length and a sum: without them, or with others, it was damaged on its way.
+    """
+    if coding.lower() not in ("gzip", "x-gzip") or not data.startswith(GZIP):
+        return data
+    unpacker = zlib.decompressobj(wbits=31)
+    try:
+        found = unpacker.decompress(data, limit + 1)
+    except zlib.error:
+        return Failure(Rejection(Cause.CONNECTION, "the packed answer is damaged"))
+    if len(found) > limit:
+        return too_long(limit)
+    return found if unpacker.eof else Failure(Rejection(Cause.CONNECTION, "the packed answer is cut short"))
+
+
+def trouble(error: Exception) -> Rejection:
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return Rejection(Cause.DNS, _said(error.os_error))
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return Rejection(Cause.CERTIFICATE, _said(error.certificate_error))
+    if isinstance(error, TimeoutError):
+        return Rejection(Cause.TIMEOUT, "no connection in time")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return Rejection(Cause.CONNECTION, _said(error.os_error))
+    if isinstance(error, aiohttp.ClientResponseError):
+        return Rejection(Cause.HTTP_ERROR, plain(f"not HTTP: {error.message}", 200))
+    if isinstance(error, ValueError) and not isinstance(error, OSError):
+        return Rejection(Cause.BAD_URL, type(error).__name__)  # its text repeats the URL
+    return Rejection(Cause.CONNECTION, _said(error))
+
+
+def _said(error: BaseException) -> str:
+    return plain(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}", 200)
+
+
+def plain(text: str, length: int) -> str:
+    """A stranger's text, fit for a table and a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text[:length])
