@@ -37,6 +37,11 @@ ASKABLE = "!$&'()*+,;=:@/?%[]|"  # sent as it stands, since signed URLs break wh
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _NAME = re.compile(r"(?!.{254})[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
+# Most URLs: asked for just as they are written, which need not be found out part by part.
+_PLAIN = re.compile(
+    r"https?://(?P<host>(?:[a-z0-9_-]{1,40}\.){1,5}[a-z]{2,20})(?::[1-9][0-9]{0,3})?"
+    r"/[A-Za-z0-9_.~!$&'()*+,;=:@/%\[\]|-]{0,3000}(?:\?[A-Za-z0-9_.~!$&'()*+,;=:@/?%\[\]|-]{1,3000})?"
+)
 
 IpNetwork = IPv4Network | IPv6Network
 
@@ -99,7 +104,12 @@ class HttpUrl(NamedTuple):
 
 def http_url(text: str) -> HttpUrl | Rejection:
     """The URL as it will be asked for, or why it will not. No detail repeats the URL: there may be a password in it."""
-    text = text.strip(" \t\r\n\f\v")
+    if plain := _PLAIN.fullmatch(text):
+        return HttpUrl(text, plain["host"])
+    return _parsed(text.strip(" \t\r\n\f\v"))
+
+
+def _parsed(text: str) -> HttpUrl | Rejection:
     if len(text) > LONGEST_URL:
         return _bad(f"{len(text)} characters")
     if _CONTROL.search(text):

@@ -15,6 +15,8 @@ from typing import NamedTuple
 from urllib.parse import urljoin
 
 import aiohttp
+from aiohttp.connector import Connection
+from multidict import MultiMapping
 
 from data_prep.addresses import HttpUrl, http_url
 from data_prep.rejections import Cause, Rejection
@@ -35,20 +37,32 @@ class Failure(NamedTuple):
     wait: float = 0.0  # seconds that the server asks for before another try
 
 
-def refusal(answer: aiohttp.ClientResponse, asked: HttpUrl, agent: str | None) -> HttpUrl | Failure | None:
-    """What the head of an answer already settles; none if the body is to be read.
+class Answer(aiohttp.ClientResponse):
+    """One that knows from which address it came, also when its connection has been given back."""
 
-    `agent` is who heeds wishes to be left alone; none: nobody does.
-    """
+    peer = ""
+
+    async def start(self, connection: Connection) -> aiohttp.ClientResponse:
+        if connection.transport is not None:
+            self.peer = str((connection.transport.get_extra_info("peername") or ("",))[0])
+        return await super().start(connection)
+
+
+def refusal(answer: aiohttp.ClientResponse, asked: HttpUrl, wish: str) -> HttpUrl | Failure | None:
+    """What the head of an answer already settles; none if the body is to be read. `wish` is one that is heeded."""
     status, headers = answer.status, answer.headers
     if status not in REDIRECTS and not is_whole(status):
         return Failure(Rejection(_cause_of(status), str(status)), retry_after(headers.get("Retry-After", "")))
-    if agent is not None:
-        wishes = [RESERVATION for value in headers.getall(RESERVATION, []) if reserves(value)]
-        wishes += filter(None, (opts_out(tag, agent) for tag in headers.getall("X-Robots-Tag", [])))
-        if wishes:
-            return Failure(Rejection(Cause.OPTED_OUT, wishes[0]))
+    if wish:
+        return Failure(Rejection(Cause.OPTED_OUT, wish))
     return _redirect(status, headers, asked) if status in REDIRECTS else None
+
+
+def wish(headers: MultiMapping[str], agent: str) -> str:
+    """That the answer's item be left alone by this agent; empty where nothing is wished."""
+    wishes = [RESERVATION for value in headers.getall(RESERVATION, []) if reserves(value)]
+    wishes += filter(None, (opts_out(tag, agent) for tag in headers.getall("X-Robots-Tag", [])))
+    return wishes[0] if wishes else ""
 
 
 def is_whole(status: int) -> bool:

@@ -31,8 +31,18 @@ from pydantic import Field
 from yarl import URL
 
 from data_prep import robots
-from data_prep.addresses import HttpUrl, Lookup, OpenableNetwork, Opened, PrivateAddress, Resolver, http_url, look_up
-from data_prep.answers import Failure, plain, refusal, too_long, trouble, unpacked
+from data_prep.addresses import (
+    HttpUrl,
+    Lookup,
+    OpenableNetwork,
+    Opened,
+    PrivateAddress,
+    Resolver,
+    http_url,
+    is_public,
+    look_up,
+)
+from data_prep.answers import Answer, Failure, plain, refusal, too_long, trouble, unpacked, wish
 from data_prep.rejections import TRANSIENT, Cause, Rejection
 from infra.config import Settings, operational, spelt
 
@@ -81,6 +91,9 @@ class Fetched(NamedTuple):
     status: int | None  # of the last answer
     content_type: str  # as the server says
     tries: int
+    redirects: int = 0  # that were followed, in the last try
+    wish: str = ""  # that it be left alone, as an answer said, whether or not that was heeded
+    private: str = ""  # the addresses that were asked on the way and are not public, with blanks between them
 
 
 def fetch(
@@ -104,7 +117,7 @@ class _Item:
 
     __slots__ = (
         *("asked", "at", "cleared", "content_type", "hops", "index", "left", "origin", "status", "task", "timed_out"),
-        *("tries", "url"),
+        *("private", "tries", "url", "wish"),
     )
 
     def __init__(self, index: int, url: HttpUrl, seconds: float, origin: str | None = None) -> None:
@@ -117,7 +130,7 @@ class _Item:
         self.left = seconds  # of its time; what it waits for a free slot is not counted
         self.hops = self.tries = 0
         self.status: int | None = None
-        self.content_type = ""
+        self.content_type = self.wish = self.private = ""
         self.timed_out = False
         self.task: asyncio.Task[None] | None = None
 
@@ -207,6 +220,7 @@ class _Downloads:
             auto_decompress=False,
             timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_seconds, sock_connect=None),
             trust_env=False,
+            response_class=Answer,
         )
         async with self._session:
             self._started.set_result(loop)
@@ -370,11 +384,14 @@ class _Downloads:
         if item.origin is not None:
             self._learn(item, item.origin, data)
         else:
-            self._results.put(Fetched(item.index, data, item.asked, item.status, item.content_type, item.tries))
+            said = (item.asked, item.status, item.content_type, item.tries, item.hops, item.wish, item.private)
+            self._results.put(Fetched(item.index, data, *said))
 
     async def _ask(self, item: _Item) -> bytes | HttpUrl | Failure:
         """Ask once, follow nothing: the body, or where it is said to be, or why there is none."""
-        item.tries += not item.hops
+        if not item.hops:
+            item.tries += 1
+            item.wish = item.private = ""
         item.asked, item.status, item.content_type = item.at.text, None, ""
         # The last of a host closes the door: thousands of hosts kept alive would use up the files a process may open.
         headers = {"Connection": "close"} if self._present[item.at.host] == 1 else None
@@ -383,8 +400,12 @@ class _Downloads:
             async with self._session.get(url, headers=headers, allow_redirects=False) as response:
                 item.status = response.status
                 item.content_type = plain(response.headers.get("Content-Type", ""), 100)
-                heeded = self._settings.opt_out and item.origin is None
-                refused = refusal(response, item.at, self._settings.user_agent if heeded else None)
+                assert isinstance(response, Answer)
+                if response.peer not in item.private.split() and not is_public(response.peer):
+                    item.private = f"{item.private} {response.peer}".lstrip()
+                said = wish(response.headers, self._settings.user_agent) if item.origin is None else ""
+                item.wish = item.wish or said
+                refused = refusal(response, item.at, said if self._settings.opt_out else "")
                 if refused is not None:
                     return refused
                 if item.origin is not None:

@@ -33,11 +33,14 @@ from infra.store import Entry, Store
 
 DATA = "data/"
 RECORDS = (
-    *("evaluations/", "forgotten/", "imported/", "originals/", "plans/", "prepared/", "scored/", "scores/", "shards/"),
+    *("downloads/", "evaluations/", "forgotten/", "imported/", "plans/", "prepared/", "scored/", "scores/", "shards/"),
     *("snapshots/", "stages/", "training/"),
 )
 LARGEST = 64 << 20  # bytes of a JSON that is no record and is looked into all the same
-NO_RECORDS = ("corpus/", "mlartifacts/")  # a workflow's own files, where its store is a folder
+NO_RECORDS = (
+    *("corpus/", "mlartifacts/"),  # a workflow's own files, where its store is a folder
+    "originals/",  # what earlier versions wrote of their downloads, and nobody reads any more
+)
 READERS = 16  # requests for small objects under way at once
 SHOWN = 5  # keys
 

@@ -2,9 +2,9 @@
 
     plan  ->  downloads, where a source is a list of URLs  ->  shards  ->  one summary
 
-Each planned shard is a task, and so is each download of 1,024 rows (`originals.ROWS`) of a list: a shard begins when
-all downloads that it needs are there. What a job may ask of the web is dealt out among those of its downloads that are
-under way. Another job knows nothing of that: two at once may ask for twice as much.
+Each planned shard is a task, and so is each batch of URLs (`originals`) that is not there yet: a shard begins when all
+batches that it needs are there. What a job may ask of the web is dealt out among those of its downloads that are under
+way. Another job knows nothing of that: two at once may ask for twice as much.
 
 A record in the store means that its shard is done. So a run that was killed is finished by running it again, a second
 run of finished work does nothing, and any number of runs at once agree. A file that kills its decoder is found and
@@ -16,19 +16,22 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from data_prep import originals
+from data_prep import catalogue, downloads, links, originals
+from data_prep.downloads import Downloads, Work
 from data_prep.fetch import FetchSettings
-from data_prep.originals import Work
-from data_prep.plan import KnownAs, Plan, PlannedShard, PrepareSettings, make_plan
+from data_prep.linked import Linked
+from data_prep.links import At
+from data_prep.plan import Plan, PlannedShard, PrepareSettings, make_plan
 from data_prep.rejections import counted, remedy
-from data_prep.sources import Range, UrlList, inputs, ranges
+from data_prep.retries import Retry, begin, retries, retry
+from data_prep.sources import UrlList, inputs
 from infra.cluster import sigterm
 from infra.errors import ClusterError, DataError, Stopped
 from infra.records import Record, ShardRecord, read_record, write_record
@@ -80,9 +83,9 @@ def check_accepted(summary: PrepareSummary) -> None:
 class Progress:
     shards: int
     planned_shards: int
-    inputs: int
+    inputs: int  # whose fate is known: not those whose download is about to be tried again
     planned_inputs: int  # nobody has counted a tar's before it is read: an estimate of those that are to come
-    downloads: int  # inputs whose download has been tried
+    downloads: int  # URLs that have been tried
     planned_downloads: int
     accepted: dict[str, int]  # size -> count
     rejected: dict[str, dict[str, int]]  # size -> cause -> count
@@ -106,35 +109,47 @@ def prepare(
     for shard, records in _done(store, plan):
         tally.add(shard, Made(records, own=False))
     job = _Job(store, settings, plan, decoder, [shard for shard in plan.shards if shard.number not in tally.done])
-    tally.begin(sum(task.what.part.rows for task in job.downloads))
-    if job.missing:
+    tally.begin(sum(work.batch.urls for work in job.downloads.works))
+    if job.left:
         if progress:
             progress(tally.progress())
         for what, made in job.run():
             if isinstance(what, PlannedShard):
                 tally.add(what, made)
             else:
-                tally.downloads += what.part.rows
+                tally.downloads += what.batch.urls
             if progress:
                 progress(tally.progress())
+    if job.downloads.works:
+        catalogue.update(store)
     if not settings.keep_originals:  # before the summary: who finds that has nothing left to do
-        originals.drop(store, [work for works in job.originals.values() for work in works])
+        downloads.drop(store, settings, plan)
     write_record(store, key, tally.summary())
     return read_record(store, key, PrepareSummary)
 
 
 def retry_failed(store: Store, settings: PrepareSettings) -> int:
     """Let the next `prepare` download again what failed for causes that can pass; how many inputs that are."""
-    count = 0
+    return begin_retries(store, failed_downloads(store, settings))
+
+
+def failed_downloads(store: Store, settings: PrepareSettings) -> list[Retry]:
+    """What could be tried again, list by list. It is refused where downloads are not finished; nothing is written."""
+    states, found, lists = originals.states(store), dict[str, Retry | None](), 0
     for source in settings.sources:
         if not isinstance(source, UrlList):
             continue
-        for found in inputs(source, store):
-            parts = list(ranges(source, store, found, settings.rows))
-            if parts:
-                whole = parts[0]._replace(rows=sum(part.rows for part in parts))
-                count += originals.retry(store, source, found, whole, settings.fetch)
-    return count
+        for given in inputs(source, store):
+            place = links.place(source, given.name, given.sha256, settings.fetch)
+            found[place] = found.get(place) or retry(store, given.name, place, states)
+            lists += links.read_links(store, At(place)) is not None
+    if found and not lists:
+        raise DataError("none of the downloads has been begun", remedy="prepare without a retry first")
+    return [each for each in found.values() if each is not None]
+
+
+def begin_retries(store: Store, found: Sequence[Retry]) -> int:
+    return sum(begin(store, each) for each in found)
 
 
 def summary_key(plan: str, edition: str) -> str:
@@ -150,7 +165,7 @@ def _tried_again(store: Store, settings: PrepareSettings, plan: Plan) -> Counter
     again: Counter[str] = Counter()
     for given in plan.inputs:
         if given.generation:
-            again.update(originals.retries(store, settings.place(given))[given.generation - 1].causes)
+            again.update(retries(store, settings.at(given).place)[given.generation - 1].causes)
     return again
 
 
@@ -192,18 +207,10 @@ class _Job:
         self, store: Store, settings: PrepareSettings, plan: Plan, decoder: Decoder | None, todo: list[PlannedShard]
     ) -> None:
         self.store, self.settings, self.plan, self.decoder = store, settings, plan, decoder
-        self.sources = settings.by_name
-        self.originals = _originals(settings, plan)
-        there = _downloaded(store, self.originals)
-        if not settings.keep_originals:  # a shard that is made again needs once more what was dropped when all was done
-            there -= originals.without_tar(store, there & {work for shard in todo for work in self._needs(shard)})
-        self.missing = {shard: {work for work in self._needs(shard) if work not in there} for shard in todo}
-        self.needed_by: dict[Work, list[PlannedShard]] = {}
-        for shard, works in self.missing.items():
-            for work in works:
-                self.needed_by.setdefault(work, []).append(shard)
-        self.downloads = deque(_Task(work) for work in sorted(self.needed_by, key=lambda work: work.key))
-        self.shards = deque(_Task(shard) for shard, works in self.missing.items() if not works)
+        self.downloads = Downloads(store, settings, plan, todo)
+        self.left = len(todo)
+        self._works = deque(_Task(work) for work in self.downloads.works)
+        self._shards = deque(_Task(shard) for shard in self.downloads.ready)
 
     def run(self) -> Iterator[tuple[Work | PlannedShard, Made]]:
         """What has been made, as it gets done, in no particular order."""
@@ -217,18 +224,17 @@ class _Job:
             PlannedShard: ray.remote(num_cpus=1, **limits)(_make),
         }
         # Dealt out once: downloads that are under way would know nothing of another share.
-        shares = _shares(self.settings.fetch, min(self._at_once(), len(self.downloads)))
-        left = len(self.missing)
+        shares = _shares(self.settings.fetch, min(self._at_once(), len(self._works)))
         running: dict[Any, _Task] = {}
         with sigterm() as stopped:
             try:
-                while self.downloads or self.shards or running:
+                while self._works or self._shards or running:
                     for task in self._next(running, shares):
                         running[remotes[type(task.what)].remote(*self._orders(task))] = task
                     ready, _ = ray.wait(list(running), timeout=0.5)
                     if stopped.is_set():
                         raise Stopped(
-                            f"stopped by SIGTERM with {left} shards left",
+                            f"stopped by SIGTERM with {self.left} shards left",
                             remedy="run the same command again; it goes on from there",
                         )
                     for ref in ready:
@@ -240,7 +246,6 @@ class _Job:
                             self._queue(task.what).appendleft(_Task(task.what, again=True))
                         else:
                             self._settle(task.what)
-                            left -= isinstance(task.what, PlannedShard)
                             yield task.what, made
             finally:
                 for ref in running:
@@ -250,11 +255,11 @@ class _Job:
 
     def _next(self, running: dict[Any, _Task], shares: list[FetchSettings]) -> Iterator[_Task]:
         """The tasks to start now: a download for each free share, and no more shards than Ray can soon begin."""
-        while self.downloads and shares:
-            yield replace(self.downloads.popleft(), share=shares.pop())
+        while self._works and shares:
+            yield replace(self._works.popleft(), share=shares.pop())
         free = self._at_once() - sum(isinstance(task.what, PlannedShard) for task in running.values())
-        for _ in range(min(free, len(self.shards))):
-            yield self.shards.popleft()
+        for _ in range(min(free, len(self._shards))):
+            yield self._shards.popleft()
 
     def _at_once(self) -> int:
         import ray
@@ -264,23 +269,18 @@ class _Job:
     def _orders(self, task: _Task) -> tuple[Any, ...]:
         what = task.what
         if isinstance(what, Work):
-            return self.store, self.sources[what.source], task.share, what
-        return self.store, self.settings, self.plan.without_shards(), what, self._needs(what), self.decoder, task.again
+            return self.store, task.share, what, self.settings.keep_originals
+        linked = self.downloads.linked(what)
+        return self.store, self.settings, self.plan.without_shards(), what, linked, self.decoder, task.again
 
     def _queue(self, what: Work | PlannedShard) -> deque[_Task]:
-        return self.downloads if isinstance(what, Work) else self.shards
-
-    def _needs(self, shard: PlannedShard) -> list[Work]:
-        works = self.originals.get(shard.known_as, [])
-        part = shard.part
-        return works[part.first // originals.ROWS : -(-(part.first + part.rows) // originals.ROWS)]
+        return self._works if isinstance(what, Work) else self._shards
 
     def _settle(self, what: Work | PlannedShard) -> None:
         if isinstance(what, Work):
-            for shard in self.needed_by.pop(what):
-                self.missing[shard].discard(what)
-                if not self.missing[shard]:
-                    self.shards.append(_Task(shard))
+            self._shards.extend(_Task(shard) for shard in self.downloads.finished(what))
+        else:
+            self.left -= 1
 
 
 def _shares(settings: FetchSettings, tasks: int) -> list[FetchSettings]:
@@ -295,26 +295,6 @@ def _shares(settings: FetchSettings, tasks: int) -> list[FetchSettings]:
         settings.model_copy(update={name: (limit + number) // tasks for name, limit in limits.items()})
         for number in range(tasks)
     ]
-
-
-def _originals(settings: PrepareSettings, plan: Plan) -> dict[KnownAs, list[Work]]:
-    """All downloads of the plan's inputs."""
-    sources = settings.by_name
-    whole: dict[KnownAs, Range] = {}
-    for shard in plan.shards:
-        if isinstance(sources[shard.source], UrlList):
-            whole[shard.known_as] = shard.part._replace(first=0, rows=shard.part.first + shard.part.rows)
-    found = {}
-    for known_as, part in whole.items():
-        source = sources[known_as.source]
-        assert isinstance(source, UrlList)
-        found[known_as] = originals.works(source, settings.place(known_as), known_as.generation, part)
-    return found
-
-
-def _downloaded(store: Store, works: dict[KnownAs, list[Work]]) -> set[Work]:
-    there = {entry.key for here in works.values() if here for entry in store.list(here[0].folder)}
-    return {work for here in works.values() for work in here if work.key in there}
 
 
 def _result(ref: Any, task: _Task) -> Made | None:
@@ -337,12 +317,11 @@ def _result(ref: Any, task: _Task) -> Made | None:
 
 
 def _name(what: Work | PlannedShard) -> str:
-    kind = "the originals" if isinstance(what, Work) else "shard"
-    return f"{kind} {what.number} ({what.source}, {what.part.input})"
+    return str(what) if isinstance(what, Work) else f"shard {what.number} ({what.source}, {what.part.input})"
 
 
-def _download(store: Store, source: UrlList, settings: FetchSettings, work: Work) -> Made:
-    originals.make(store, source, settings, work)
+def _download(store: Store, settings: FetchSettings, work: Work, keep: bool) -> Made:
+    downloads.download(store, settings, work, keep=keep)
     return Made([], own=True)  # no shard yet
 
 
@@ -351,14 +330,20 @@ def _make(
     settings: PrepareSettings,
     plan: Plan,
     shard: PlannedShard,
-    works: list[Work],
+    linked: Linked | None,
     decoder: Decoder | None,
     guarded: bool,
 ) -> Made:
     """What a Ray worker does. torch is imported here, in the worker, not by whoever plans."""
     keys = [shard_key(plan.digest, size, number) for size in plan.sizes for number in plan.numbers(shard, size)]
-    if all(store.exists(key) for key in keys):
-        return Made([read_record(store, key, ShardRecord) for key in keys], own=False)
+
+    def made() -> Made | None:
+        """By another run."""
+        there = all(store.exists(key) for key in keys)
+        return Made([read_record(store, key, ShardRecord) for key in keys], own=False) if there else None
+
+    if found := made():
+        return found
     import torch
 
     from data_prep import make, quarantine
@@ -368,7 +353,12 @@ def _make(
     outcomes = partial(
         quarantine.outcomes if guarded else make.plain_outcomes, settings=settings, decoder=decoder or decode
     )
-    return Made(make.make_shard(store, settings, plan, shard, works, outcomes), own=True)
+    try:
+        return Made(make.make_shard(store, settings, plan, shard, linked, outcomes), own=True)
+    except originals.Gone:
+        if found := made():  # and it has dropped since what it was made of
+            return found
+        raise
 
 
 @dataclass
@@ -408,16 +398,18 @@ class _Tally:
 
     def progress(self) -> Progress:
         seconds = max(time.monotonic() - self.began, 1e-9)
+        again = self.tried_again.total()  # each counts with what comes of it last, and until then not at all
+        inputs = max(0, self.inputs - again)
         return Progress(
             shards=len(self.done),
             planned_shards=len(self.plan.shards),
-            inputs=self.inputs,
-            planned_inputs=self.inputs + self.plan.rows - self.expected,
+            inputs=inputs,
+            planned_inputs=self.inputs + self.plan.rows - self.expected - again,
             downloads=self.downloads,
             planned_downloads=self.planned_downloads,
             accepted=dict(self.accepted),
-            rejected={size: dict(causes) for size, causes in self.rejected.items()},
-            own_inputs=self.own_inputs,
+            rejected={size: dict(causes - self.tried_again) for size, causes in self.rejected.items()},
+            own_inputs=min(self.own_inputs, inputs),
             per_second=self.own_inputs / seconds,
         )
 

@@ -18,9 +18,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
-from data_prep import originals, sources
+from data_prep import linked, sources
 from data_prep.decode import Decoded, Pixels_HW3, decode, decoder_versions
-from data_prep.originals import Work
+from data_prep.linked import Linked
 from data_prep.phash import phash
 from data_prep.plan import Plan, PlannedShard, PrepareSettings
 from data_prep.rejections import Rejection
@@ -95,10 +95,13 @@ def make_shard(
     settings: PrepareSettings,
     plan: Plan,
     shard: PlannedShard,
-    downloads: list[Work],
+    originals: Linked | None,
     outcomes: Outcomes,
 ) -> list[ShardRecord]:
-    """Make the shards that a planned one becomes and return their records; `outcomes` is how items become pictures."""
+    """Make the shards that a planned one becomes and return their records; `outcomes` is how items become pictures.
+
+    A list of URLs has its `originals`.
+    """
     _keep_freed_memory()
     source = next(source for source in settings.sources if source.name == shard.source)
     schema = pa.schema([*INDEX_SCHEMA, *sources.kept_fields(source, store, shard.part)])
@@ -111,7 +114,7 @@ def make_shard(
         for size in map(size_name, settings.sizes):
             targets = [Target(store, plan.digest, size, number, schema) for number in plan.numbers(shard, size)]
             series.append(_Series(start, targets, settings.rows))
-        for item, outcome in outcomes(_items(store, source, shard.part, downloads)):
+        for item, outcome in outcomes(_items(store, settings, source, shard.part, originals)):
             for place, each in enumerate(series):
                 each.add(item, outcome, place)
         return [record for each in series for record in each.finish()]
@@ -129,9 +132,12 @@ def _keep_freed_memory() -> None:
             ctypes.CDLL(None).mallopt(parameter, size)
 
 
-def _items(store: Store, source: Source, part: Range, downloads: list[Work]) -> Iterator[RawItem]:
+def _items(
+    store: Store, settings: PrepareSettings, source: Source, part: Range, originals: Linked | None
+) -> Iterator[RawItem]:
     if isinstance(source, UrlList):
-        return originals.items(store, source, downloads, part)
+        assert originals is not None, "they must be downloaded first"
+        return linked.items(store, source, settings.fetch, originals, part)
     return sources.items(source, store, part)
 
 

@@ -23,9 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from data_prep import originals
+from data_prep import links
 from data_prep.fetch import FetchSettings
-from data_prep.originals import RetryRecord
+from data_prep.links import At
+from data_prep.retries import RetryRecord, retries, rows_again
 from data_prep.sizes import Buckets, Format, Size, Subsampling, size_name
 from data_prep.sources import Input, Range, Sa1b, Source, UrlList, WebDataset, inputs, ranges
 from infra.config import Settings, digest, operational
@@ -106,11 +107,11 @@ class PrepareSettings(Settings):
     def by_name(self) -> dict[str, Source]:
         return {source.name: source for source in self.sources}
 
-    def place(self, given: KnownAs) -> str:
-        """Where the originals of an input lie, which is a list of URLs."""
+    def at(self, given: KnownAs) -> At:
+        """Where it is told what the rows of an input are made of, which is a list of URLs."""
         source = self.by_name[given.source]
         assert isinstance(source, UrlList)
-        return originals.place(source, given.input, given.sha256, self.fetch)
+        return At(links.place(source, given.input, given.sha256, self.fetch), given.generation)
 
     @property
     def rows(self) -> int:
@@ -300,7 +301,8 @@ def _given(store: Store, settings: PrepareSettings, planned: list[PlannedShard])
             first = Given(source, found)
             yield first
             if isinstance(source, UrlList):
-                for generation, again in enumerate(originals.retries(store, settings.place(first.known_as)), start=1):
+                place = settings.at(first.known_as).place
+                for generation, again in enumerate(retries(store, place), start=1):
                     yield Given(source, found, generation, again)
 
 
@@ -320,7 +322,7 @@ def _parts(store: Store, settings: PrepareSettings, here: Given) -> Iterator[Ran
         return
     assert isinstance(here.source, UrlList)
     first_part = next(ranges(here.source, store, here.input, settings.rows))
-    table = originals.rows_again(store, here.source, first_part, here.again)
+    table = rows_again(store, here.source, first_part, here.again)
     for first in range(0, here.again.rows, settings.rows):
         rows = min(settings.rows, here.again.rows - first)
         yield Range(here.input.name, table, True, first, rows)

@@ -43,11 +43,9 @@ def run_workflow(
         raise SettingsError("a retry is begun in the store", remedy="leave --dry-run out, or --retry-failed")
     if not dry_run:
         opened.probe()  # before anything else is asked of it: a store that is not there is told of at once
-    if retry_failed:
-        _retry_failed(recipe, opened)
-    nodes = workflow.graph(recipe, opened)
-    if until is not None:
-        nodes = workflow.only(nodes, until)
+    nodes = _nodes(recipe, opened, until)
+    if retry_failed and _retry_failed(recipe, opened, nodes, address):
+        nodes = _nodes(recipe, opened, until)
     if dry_run:
         plans = workflow.plan(nodes, opened)
         if as_json:
@@ -74,9 +72,14 @@ def run_workflow(
         terminal.show_result(records.values(), _reports(opened, records))
 
 
-def _check_fit(nodes: Sequence[workflow.Node], store: Store, address: str | None) -> None:
-    """Nothing is built for a stage that cannot be trained as it is set."""
-    todo = [node.name for node in nodes if not workflow.is_done(node, store)]
+def _nodes(recipe: recipes.Recipe, store: Store, until: Literal["prepare", "train"] | None) -> list[workflow.Node]:
+    nodes = workflow.graph(recipe, store)
+    return nodes if until is None else workflow.only(nodes, until)
+
+
+def _check_fit(nodes: Sequence[workflow.Node], store: Store, address: str | None, *, anew: bool = False) -> None:
+    """Nothing is built for a stage that cannot be trained as it is set; `anew`: though it may be done by now."""
+    todo = [node.name for node in nodes if anew or not workflow.is_done(node, store)]
     doing("looking for encoders")
     try:
         check_training({node.name: node.settings for node in nodes}, todo)
@@ -104,9 +107,12 @@ def _say(screen: terminal.Screen, store: Store) -> workflow.Say:
     return say
 
 
-def _retry_failed(recipe: recipes.Recipe, store: Store) -> None:
-    """Every prepare stage's failed downloads that may come this time become inputs of the run that follows."""
-    from data_prep.job import retry_failed
+def _retry_failed(recipe: recipes.Recipe, store: Store, nodes: Sequence[workflow.Node], address: str | None) -> bool:
+    """Every prepare stage's failed downloads that may come this time become inputs of the run that follows.
+
+    What is refused is refused before any is begun. False if there are none.
+    """
+    from data_prep.job import begin_retries, failed_downloads
     from data_prep.sources import UrlList
 
     parsed = {name: workflow.parse_stage(name, data)[1] for name, data in recipe.stages.items()}
@@ -118,9 +124,14 @@ def _retry_failed(recipe: recipes.Recipe, store: Store) -> None:
                     f"the downloads of `{name}.{source.name}` cannot be tried again: another stage makes its list",
                     remedy="give the folder that it made as the source's `url`; what is downloaded stays valid",
                 )
-    for name, settings in stages.items():
-        count = retry_failed(store, settings)
-        print(f"{name}: {count:,} downloads are tried again", file=sys.stderr)
+    doing("looking for downloads that failed")
+    found = {name: failed_downloads(store, settings) for name, settings in stages.items()}
+    some = any(retry.failed.num_rows for retries in found.values() for retry in retries)
+    if some:
+        _check_fit(nodes, store, address, anew=True)
+    for name, retries in found.items():
+        print(f"{name}: {begin_retries(store, retries):,} downloads are tried again", file=sys.stderr)
+    return some
 
 
 def _reports(store: Store, records: dict[str, StageRecord]) -> dict[str, EvalReport]:

@@ -59,7 +59,7 @@ class Range(NamedTuple):
 
 
 class Url(str):
-    """An image that must be downloaded first."""
+    """An image that must be downloaded first; as it will be asked for, however the corpus spells it."""
 
     __slots__ = ()
 

@@ -225,8 +225,8 @@ def _url(value: bytes | str | None) -> Url | Rejection:
     name = words.text(value)
     if not name or not name.strip():
         return Rejection(Cause.BAD_URL, "empty or not UTF-8")
-    found = http_url(name)
-    return found if isinstance(found, Rejection) else Url(name.strip())
+    found = http_url(name.strip())
+    return found if isinstance(found, Rejection) else Url(found.text)
 
 
 def _embedded(value: Any, files: _Files | None, place: str, limit: int) -> _Image:

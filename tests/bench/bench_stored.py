@@ -51,7 +51,7 @@ def ours(tar: Path, out: Path, size: int, quality: int) -> int:
     plan = make_plan(store, settings)
     outcomes = partial(plain_outcomes, settings=settings)
     return sum(
-        record.accepted for shard in plan.shards for record in make_shard(store, settings, plan, shard, [], outcomes)
+        record.accepted for shard in plan.shards for record in make_shard(store, settings, plan, shard, None, outcomes)
     )
 
 

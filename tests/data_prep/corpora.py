@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.downloads import Downloads, download
 from data_prep.make import make_shard, plain_outcomes
+from data_prep.originals import BATCHES
 from data_prep.plan import Plan, PrepareSettings, make_plan
 from data_prep.rejections import Cause
 from infra.config import parse
@@ -47,6 +50,9 @@ def write_corpus(folder: Path, count: int) -> dict[str, int]:
     return dict(sorted(causes.items()))
 
 
+_BEGAN = re.compile(rb'"began":"[^"]*"')
+
+
 def shaded(number: int, side: int) -> zoo.Pixels:
     return (zoo.picture(side, side + 5).astype(int) * (50 + number % 50) // 100 + number // 50).astype(np.uint8)
 
@@ -64,12 +70,20 @@ def settings_for(folder: Path, **changes: Any) -> PrepareSettings:
     return parse(PrepareSettings, {"sources": [source], "sizes": [32, 16], "rows_per_shard": 8} | changes)
 
 
-def prepare_here(store: Store, settings: PrepareSettings) -> Plan:
-    plan = make_plan(store, settings)
+def prepare_here(store: Store, settings: PrepareSettings, plan: Plan | None = None) -> Plan:
+    """All downloads and all shards of a plan, one after the other."""
+    plan = plan or make_plan(store, settings)
+    downloads = Downloads(store, settings, plan, plan.shards)
+    for work in downloads.works:
+        download(store, settings.fetch, work, keep=settings.keep_originals)
+        list(downloads.finished(work))
     for shard in plan.shards:
-        make_shard(store, settings, plan, shard, [], partial(plain_outcomes, settings=settings))
+        linked = downloads.linked(shard)
+        make_shard(store, settings, plan, shard, linked, partial(plain_outcomes, settings=settings))
     return plan
 
 
 def contents(store: Store) -> dict[str, bytes]:
-    return {entry.key: store.get(entry.key) for entry in store.list()}
+    """All that is there, but for when its downloads began."""
+    found = {entry.key: store.get(entry.key) for entry in store.list()}
+    return found | {key: _BEGAN.sub(b'"began":""', data) for key, data in found.items() if key.startswith(BATCHES)}

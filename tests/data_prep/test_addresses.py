@@ -107,6 +107,11 @@ def test_any_text_is_a_url_or_a_rejection(text: str):
         assert found.text.isascii() and found.text.isprintable() and " " not in found.text
 
 
+@given(st.from_regex(addresses._PLAIN, fullmatch=True))
+def test_what_is_taken_as_it_stands_is_what_its_parts_come_to(text: str):
+    assert http_url(text) == addresses._parsed(text)
+
+
 # Addresses
 
 CLOSED = [

@@ -52,7 +52,7 @@ def test_a_file(web: Web):
 
     web.pages["/a.jpg"] = photo
     url = web.url("/a.jpg?size=%2B")
-    assert one(url) == Fetched(0, b"photo", url, 200, "image/jpeg; charset=?x", 1)
+    assert one(url) == Fetched(0, b"photo", url, 200, "image/jpeg; charset=?x", 1, private="127.0.0.1")
     assert web.requests[0].target == "/a.jpg?size=%2B"
 
 
@@ -118,7 +118,8 @@ def test_redirects_are_followed(web: Web, status: int):
         "/b": lambda _, stream: stream.answer(b"", status, Location=web.url("/c", "other.example")),
         "/c": b"c",
     }
-    assert one(web.url("/a")) == Fetched(0, b"c", web.url("/c", "other.example"), 200, "", 1)
+    found = one(web.url("/a"))
+    assert found == Fetched(0, b"c", web.url("/c", "other.example"), 200, "", 1, 2, "", "127.0.0.1")
     assert [request.target for request in web.requests] == ["/a", "/b?x=%2F", "/c"]
 
 
@@ -227,7 +228,9 @@ def test_opting_out(web: Web):
     assert one(web.url("/others")).data == b"x"
     assert cause(one(web.url("/others"), user_agent="OtherBot")) is Cause.OPTED_OUT
     assert cause(one(web.url("/moved"))) is Cause.OPTED_OUT
-    assert one(web.url("/moved"), opt_out=False).data == b"x"
+    moved = one(web.url("/moved"), opt_out=False)
+    assert (moved.data, moved.wish) == (b"x", "noai"), "it is told, though it is not heeded"
+    assert one(web.url("/others"), opt_out=False).wish == ""
 
 
 # Bytes
@@ -464,7 +467,7 @@ def test_a_resolver_that_hangs():
 def test_what_passes_is_tried_again(web: Web):
     answers = itertools.chain([503, 500], itertools.repeat(200))
     web.pages["/"] = lambda _, stream: stream.answer(b"x", next(answers))
-    assert one(web.url("/"), retries=2)[3:] == (200, "", 3)
+    assert one(web.url("/"), retries=2)[3:6] == (200, "", 3)
     web.pages["/moved"] = lambda _, stream: stream.answer(status=302, Location="/there")
     web.pages["/there"] = lambda _, stream: stream.answer(status=503)
     found = one(web.url("/moved"), retries=2)

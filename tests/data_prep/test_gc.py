@@ -13,8 +13,9 @@ import pytest
 
 from data_prep.forget import forget
 from data_prep.gc import Count, collect
-from data_prep.originals import OriginalsRecord, RetryRecord
+from data_prep.originals import BatchRecord, batch_key
 from data_prep.plan import Plan
+from data_prep.retries import RetryRecord, again_key
 from data_prep.snapshot import SnapshotSettings, snapshot
 from data_prep.verify import verify
 from infra.errors import RecordError
@@ -64,18 +65,20 @@ def test_orphans_go_and_nothing_else(prepared: tuple[FileStore, Plan]) -> None:
         store, "training/x/checkpoint.json", CheckpointRecord(folder="training/x/checkpoint", files=files, **facts)
     )
     unnamed = put_data(store, "training/x/state", "00000001-00000.safetensors", b"a state whose job was killed").key
-    download = OriginalsRecord(
-        place="place",
-        generation=0,
-        number=0,
+    download = BatchRecord(
+        batch="batch",
+        attempt=0,
+        began="then",
+        asked={},
+        kept=True,
         tar=put_data(store, "data/originals", "00000.tar", b"tar"),
         index=put_data(store, "data/originals", "00000.parquet", b"index"),
         accepted=1,
         rejected={},
     )
-    write_record(store, "originals/place/0/00000.json", download)
+    write_record(store, batch_key("batch", 0), download)
     again = put_data(store, "data/originals", "again.parquet", b"table")
-    write_record(store, "originals/place/1/again.json", RetryRecord(table=again, rows=1, causes={"timeout": 1}))
+    write_record(store, again_key("place", 1), RetryRecord(table=again, rows=1, causes={"timeout": 1}))
     before = contents(store)
     assert any(key.startswith("data/tables/folder-") for key in before)
     orphans = {orphan(store, "data/16"): 8, orphan(store, "data/scores/x"): 8, orphan(store, "data/16", b"more"): 4}
@@ -129,9 +132,9 @@ def test_names_and_files_that_are_none_of_ours_stop_nothing(prepared: tuple[File
 def test_a_record_that_cannot_be_read_ends_it(prepared: tuple[FileStore, Plan], damage: bytes) -> None:
     store, _ = prepared
     orphan(store, "data/16")
-    store.put("originals/place/0/00000.json", damage)
+    store.put(batch_key("batch", 0), damage)
     before = contents(store)
-    with pytest.raises(RecordError, match=r"originals/place/0/00000\.json.*nothing was deleted"):
+    with pytest.raises(RecordError, match=r"downloads/batches/batch\.0\.json.*nothing was deleted"):
         collect(store, 0.0)
     assert contents(store) == before
 

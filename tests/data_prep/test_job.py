@@ -270,7 +270,7 @@ class DeadlyStore(FileStore):
         self.log, self.deaths = log, deaths
 
     def create(self, key: str, data: bytes | Path) -> bool:
-        if key.startswith("originals/") and self._tried() <= self.deaths:
+        if key.startswith("downloads/batches/") and self._tried() <= self.deaths:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().create(key, data)
 
@@ -294,7 +294,7 @@ def test_downloads_whose_worker_dies_are_tried_again(tmp_path: Path, deaths: int
 def test_downloads_that_kill_every_worker_end_the_job(tmp_path: Path) -> None:
     with Web({"/0": photo(0)}) as web:
         settings = settings_for(tmp_path, **url_list(tmp_path / "list", web, 1, fetch={"allow_private": True}))
-        with pytest.raises(ClusterError, match=r"the originals 0 \(web, list.jsonl\) kills its worker") as error:
+        with pytest.raises(ClusterError, match=r"the downloads 0 \(web, list.jsonl\) kills its worker") as error:
             prepare(DeadlyStore(tmp_path / "store", tmp_path / "log", 99), settings)
     assert "out-of-memory" in error.value.remedy
     assert (tmp_path / "log").stat().st_size == 4

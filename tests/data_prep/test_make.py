@@ -33,7 +33,7 @@ def corpus(tmp_path: Path) -> Path:
 def make(store: Store, settings: PrepareSettings) -> list[ShardRecord]:
     plan = make_plan(store, settings)
     assert len(plan.shards) == 1
-    return make_shard(store, settings, plan, plan.shards[0], [], partial(plain_outcomes, settings=settings))
+    return make_shard(store, settings, plan, plan.shards[0], None, partial(plain_outcomes, settings=settings))
 
 
 def write(folder: Path, sides: list[tuple[int, int]], **columns: list[object]) -> PrepareSettings:

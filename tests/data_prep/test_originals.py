@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import originals
-from data_prep.job import PrepareSummary, prepare, retry_failed, summary_key
+from data_prep.job import PrepareSummary, Progress, prepare, retry_failed, summary_key
 from data_prep.plan import PrepareSettings, read_plan
 from data_prep.rejections import Cause
 from data_prep.verify import verify
 from infra.config import parse
-from infra.errors import DataError
 from infra.shards import list_shards, read_index, shard_key, shard_prefix
 from infra.store import Store, open_store
 from tests.data_prep import zoo
@@ -90,12 +90,12 @@ def rows_of(store: Store, summary: PrepareSummary, size: str = "16") -> list[dic
 
 
 def without_originals(store: Store) -> dict[str, bytes]:
-    return {key: data for key, data in contents(store).items() if "originals/" not in key}
+    return {key: data for key, data in contents(store).items() if "originals/" not in key and "downloads/" not in key}
 
 
 @pytest.fixture(autouse=True)
 def several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Originals' shards that do not end where the plan's do."""
+    """Batches that do not end where the plan's shards do."""
     monkeypatch.setattr(originals, "ROWS", 7)
 
 
@@ -179,10 +179,24 @@ def test_what_fails_again_can_be_tried_again(web: Web, store: Store, tmp_path: P
     assert third.tried_again == {"rate_limited": 8, "server_error": 8}
 
 
-def test_a_retry_wants_finished_downloads(web: Web, store: Store, tmp_path: Path) -> None:
+def test_what_is_tried_again_counts_once(web: Web, store: Store, tmp_path: Path) -> None:
     write_list(tmp_path / "lists", web)
-    with pytest.raises(DataError, match="not finished"):
-        retry_failed(store, settings_for(tmp_path / "lists"))
+    settings = settings_for(tmp_path / "lists", rows_per_shard=8)
+    prepare(store, settings)
+    heal(web)
+    retry_failed(store, settings)
+    for wanted in (settings, settings.model_copy(update={"quality": 90})):  # the second makes both generations
+        seen: list[Progress] = []
+        summary = prepare(store, wanted, seen.append)
+        assert {progress.planned_inputs for progress in seen} == {COUNT}
+        assert [progress.inputs for progress in seen] == sorted(progress.inputs for progress in seen)
+        assert seen[0].inputs == (COUNT - 8 if wanted is settings else 0)
+        assert seen[-1].inputs == summary.inputs == COUNT
+        assert seen[-1].rejected == {size: counts.rejected for size, counts in summary.sizes.items()}
+        assert seen[-1].own_inputs == (8 if wanted is settings else COUNT)
+        for size, counts in summary.sizes.items():
+            assert counts.accepted + sum(counts.rejected.values()) == COUNT
+            assert seen[-1].accepted[size] == counts.accepted
 
 
 def test_a_list_that_comes_later_is_downloaded_alone(web: Web, store: Store, tmp_path: Path) -> None:
@@ -198,14 +212,18 @@ def test_a_list_that_comes_later_is_downloaded_alone(web: Web, store: Store, tmp
     assert second.sizes["16"].accepted == first.sizes["16"].accepted + 1
 
 
-def test_originals_that_are_not_kept_are_gone_and_a_second_size_says_so(web: Web, store: Store, tmp_path: Path) -> None:
+def test_originals_that_are_not_kept_are_fetched_again_for_a_second_size(
+    web: Web, store: Store, tmp_path: Path
+) -> None:
     write_list(tmp_path / "lists", web)
     settings = settings_for(tmp_path / "lists", keep_originals=False)
     summary = prepare(store, settings)
     assert not [entry.key for entry in store.list("data/originals/") if entry.key.endswith(".tar")]
     assert prepare(store, settings) == summary
-    with pytest.raises(DataError, match=r"originals .* are gone"):
-        prepare(store, settings_for(tmp_path / "lists", sizes=[24]))
+    asked = len(web.requests)
+    other = prepare(store, settings_for(tmp_path / "lists", sizes=[24]))
+    assert other.sizes["24"].rejected == summary.sizes["32"].rejected
+    assert len(web.requests) == asked + COUNT - 4 * len(FATES), "not for what had failed"
 
 
 def test_a_shard_that_is_made_again_downloads_again_what_was_not_kept(web: Web, store: Store, tmp_path: Path) -> None:
@@ -239,7 +257,8 @@ def test_a_tar_of_originals_is_an_ordinary_one(store: Store, web: Web, tmp_path:
             store.download(entry.key, tmp_path / "t.tar")
             with tarfile.open(tmp_path / "t.tar") as tar:
                 names += tar.getnames()
-    assert sorted(names) == [f"{n:09d}.png" for n in range(COUNT) if n % 10 not in FATES]
+    urls = [web.url(f"/{n}") for n in range(COUNT) if n % 10 not in FATES]
+    assert sorted(names) == sorted(f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.png" for url in urls)
 
 
 def test_a_retry_serves_every_stage_and_source_with_the_list(web: Web, store: Store, tmp_path: Path) -> None:

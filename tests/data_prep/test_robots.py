@@ -268,6 +268,8 @@ def test_rules_hold_for_where_redirects_lead(web: Web):
         302,
         "",
         1,
+        redirects=1,
+        private="127.0.0.1",
     )
     assert not web.asked("/to") and len(web.asked("/robots.txt")) == 2
 

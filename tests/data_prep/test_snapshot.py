@@ -304,7 +304,7 @@ def test_the_order_in_which_shards_were_made_is_no_matter(tmp_path: Path) -> Non
         store = open_store(str(tmp_path / f"store{step}"))
         plan = make_plan(store, wanted)
         for shard in plan.shards[::step]:
-            make_shard(store, wanted, plan, shard, [], partial(plain_outcomes, settings=wanted))
+            make_shard(store, wanted, plan, shard, None, partial(plain_outcomes, settings=wanted))
         found.append(
             snapshot(store, plan.digest, plan.edition, SnapshotSettings(size=16, filter="not duplicate", held_out=0.3))
         )

@@ -23,7 +23,7 @@ from infra.records import StageRecord
 from infra.store import open_store
 from orchestration import terminal
 from tests.data_prep import zoo
-from tests.data_prep.corpora import shaded
+from tests.data_prep.corpora import contents, prepare_here, shaded
 from tests.data_prep.test_sources_sa1b import write_tar
 from tests.data_prep.web import Request, Stream, Web
 from training import model as models
@@ -227,10 +227,45 @@ def test_downloads_that_failed_are_tried_again_when_asked_for(tmp_path: Path):
 
 def test_a_retry_that_cannot_be_is_refused_before_any_is_begun(tmp_path: Path):
     mine = {"kind": "url_list", "tables": ["*.jsonl"]}
-    recipe = write_recipe(tmp_path, sources=[mine | {"name": "web", "url": "stage:corpus"}])
+    data = {"kind": "prepare", "sources": [mine | {"name": "web", "url": "stage:corpus"}], "sizes": [16]}
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump({"name": "mine", "stages": {"corpus": {"kind": "corpus"}, "data": data}}))
     given = ("prepare", recipe, "--store", tmp_path / "store", "--retry-failed")
     assert "`data.web` cannot be tried again: another stage makes its list: give the folder" in fails(2, *given)
     assert "leave --dry-run out" in fails(2, *given, "--dry-run")
+
+
+def test_a_retry_of_a_run_that_is_refused_is_not_begun(tmp_path: Path):
+    async def down(_: Request, stream: Stream) -> None:
+        await stream.answer(status=503)
+
+    (tmp_path / "list").mkdir()
+    with Web({"/0": zoo.saved(shaded(1, 40), "PNG"), "/1": down}) as web:
+        rows = [{"url": web.url(f"/{number}"), "caption": "a picture"} for number in range(2)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "list" / "list.parquet")
+        source = {"kind": "url_list", "name": "web", "url": str(tmp_path / "list"), "tables": ["*.parquet"]}
+        data = {"sources": [source], "sizes": [16], "fetch": {"allow_private": True, "retries": 0}}
+        store = open_store(str(tmp_path / "store"))
+        prepare_here(store, parse(PrepareSettings, data))
+    stages = {
+        "data": {"kind": "prepare", **data},
+        "pictures": {"kind": "snapshot", "shards": "data", "size": 16},
+        "encoders": {"kind": "encoders", "captions": "pictures"},
+        "train": {
+            "kind": "train",
+            "data": "pictures",
+            "encoders": "encoders",
+            "preset": "tiny",
+            "model": {"image_size": 32},
+            "steps": 1,
+            "batch": 1,
+        },
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"name": "mine", "stages": stages}))
+    before = contents(store)
+    given = ("run", tmp_path / "mine.yaml", "--store", tmp_path / "store", "--retry-failed")
+    assert "`train.model.image_size` is 32, but the images of `pictures` are of size 16" in fails(2, *given)
+    assert contents(store) == before
 
 
 @pytest.mark.slow
