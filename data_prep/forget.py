@@ -16,7 +16,7 @@ sources if they say which column or field holds it. The `origin` of a whole corp
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +31,10 @@ from data_prep.stream import column, in_order
 from infra.config import digest
 from infra.errors import DataError, SettingsError
 from infra.records import (
+    EXPORTS,
     CheckpointRecord,
     DataObject,
+    ExportRecord,
     Record,
     ShardRecord,
     SnapshotRecord,
@@ -98,12 +100,21 @@ class Witness(NamedTuple):
     snapshot: str  # digest of the data it was itself trained on
 
 
+class Copy(NamedTuple):
+    """What was exported of such a snapshot, and still lies there unless somebody has removed it."""
+
+    to: str
+    layout: str
+    snapshot: str  # key of its record
+
+
 class Forgotten(NamedTuple):
     record: str | None  # its key; none where nothing was written
     keys: int  # samples asked for, in all plans
     twins: int  # further samples that have their pixels
     unknown: list[str]  # items that no plan in this store holds
     snapshots: list[Holder]
+    exports: list[Copy]
     checkpoints: list[Witness]
 
 
@@ -167,6 +178,7 @@ def forget(store: Store, items: Sequence[str], reason: str, *, twins: bool = Tru
         twins=len(set().union(*with_twins.values()) - keys),
         unknown=wanted.unknown(),
         snapshots=snapshots,
+        exports=_copies(store, {holder.snapshot for holder in snapshots}),
         checkpoints=_witnesses(store, snapshots),
     )
 
@@ -308,6 +320,11 @@ def _held(store: Store, selection: DataObject, keys: set[str]) -> int:
     return len({key for part in column(store, selection, "key") for key in keys.intersection(part.to_pylist())})
 
 
+def _copies(store: Store, snapshots: Collection[str]) -> list[Copy]:
+    records = [read_record(store, entry.key, ExportRecord) for entry in store.list(EXPORTS) if _is_record(entry.key)]
+    return [Copy(one.to, one.layout, one.snapshot) for one in records if one.snapshot in snapshots]
+
+
 def _witnesses(store: Store, snapshots: Sequence[Holder]) -> list[Witness]:
     training = {holder.digest for holder in snapshots if holder.training}
     held_out = {holder.digest for holder in snapshots if holder.held_out}
@@ -338,24 +355,27 @@ def _checkpoints(store: Store) -> Iterator[tuple[str, CheckpointRecord]]:
 
 
 def concerning(store: Store, plan: Plan, size: str) -> dict[str, ForgottenRecord]:
-    """The lists that may concern the shards of a plan's edition: all but those that are known not to."""
+    """The lists that may concern the shards of a plan's edition."""
+    return lists_about(store, shard_prefix(plan.digest, size), plan.all_numbers(size))
+
+
+def lists_about(store: Store, prefix: str, numbers: Collection[int]) -> dict[str, ForgottenRecord]:
+    """The lists that may concern some of the shards under a prefix: all but those that are known not to."""
     keys = [entry.key for entry in store.list(LISTS) if _is_record(entry.key)]
     found = {Path(key).stem: read_record(store, key, ForgottenRecord) for key in keys}
-    prefix, numbers = shard_prefix(plan.digest, size), plan.all_numbers(size)
     searched = {name: record.searched.get(prefix) for name, record in found.items()}
     return {name: found[name] for name, before in searched.items() if before is None or not before.clears(numbers)}
 
 
 class Gone:
-    """All that is forgotten and may concern the shards of a plan's edition."""
+    """All that these lists forget."""
 
-    def __init__(self, store: Store, plan: Plan, size: str) -> None:
-        self.lists: list[str] = []
+    def __init__(self, store: Store, lists: Mapping[str, ForgottenRecord]) -> None:
+        self.lists = list(lists)
         self.keys: set[str] = set()
         self._with_twins: set[str] = set()
         self._hashes: set[bytes] = set()
-        for name, record in concerning(store, plan, size).items():
-            self.lists.append(name)
+        for record in lists.values():
             table = pq.read_table(pa.BufferReader(get_data(store, record.items)))
             keys = set(table["key"].to_pylist())
             self.keys |= keys

@@ -33,8 +33,8 @@ from infra.store import Entry, Store
 
 DATA = "data/"
 RECORDS = (
-    *("downloads/", "evaluations/", "forgotten/", "imported/", "plans/", "prepared/", "scored/", "scores/", "shards/"),
-    *("snapshots/", "stages/", "training/"),
+    *("downloads/", "evaluations/", "exports/", "forgotten/", "imported/", "plans/", "prepared/", "scored/", "scores/"),
+    *("shards/", "snapshots/", "stages/", "training/"),
 )
 LARGEST = 64 << 20  # bytes of a JSON that is no record and is looked into all the same
 NO_RECORDS = (

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
@@ -28,7 +26,7 @@ from data_prep.sizes import SUFFIX, Size, size_name
 from data_prep.sources import Range, RawItem, Source, Url, UrlList
 from data_prep.transform import Box, encode, fitted
 from infra.records import ShardRecord, put_data, read_record, write_record
-from infra.shards import INDEX_SCHEMA, TarWriter, first_text, parquet_bytes, shard_key
+from infra.shards import INDEX_SCHEMA, TarWriter, first_text, parquet_bytes, shard_key, sidecar
 from infra.store import Store, spool_path
 
 Decoder = Callable[..., Decoded | Rejection]
@@ -215,16 +213,15 @@ class _Writer:
         row = row | {f"crop_{side}": value for side, value in made.box._asdict().items()}
         row |= {"width": made.width, "height": made.height}
         image = self._tar.add(f"{item.key}.{self._suffix}", made.data)
-        said = {name: _json_value(value) for name, value in row.items() if name not in ("accepted", "row")}
-        text = json.dumps(said, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        sidecar = self._tar.add(f"{item.key}.json", text.encode())
+        said = {name: value for name, value in row.items() if name not in ("accepted", "row")}
+        beside = self._tar.add(f"{item.key}.json", sidecar(said).encode())
         if self._with_text and (caption := first_text(item.captions)):
             self._tar.add(f"{item.key}.txt", caption.encode())
         return row | {
             "offset": image.offset,
             "length": image.length,
-            "json_offset": sidecar.offset,
-            "json_length": sidecar.length,
+            "json_offset": beside.offset,
+            "json_length": beside.length,
             "image_sha256": hashlib.sha256(made.data).digest(),
             "pixels_sha256": made.pixels_sha256,
             "phash": made.phash,
@@ -249,13 +246,6 @@ class _Writer:
         self._file.close()
         key = shard_key(to.plan, to.size, to.number)
         return record if write_record(to.store, key, record) else read_record(to.store, key, ShardRecord)
-
-
-def _json_value(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return [_json_value(part) for part in value] if isinstance(value, list) else value
 
 
 def _printable(text: str) -> str:

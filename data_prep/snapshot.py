@@ -115,7 +115,7 @@ def snapshot_key(plan: str, edition: str, settings: SnapshotSettings, forgotten:
 def snapshot(store: Store, plan: str, edition: str, settings: SnapshotSettings) -> SnapshotRecord:
     """Make the snapshot of the shards of an edition of a plan, or read it if it is there."""
     planned = read_plan(store, plan, edition)
-    gone = Gone(store, planned, str(settings.size))
+    gone = Gone(store, concerning(store, planned, str(settings.size)))
     key = snapshot_key(plan, edition, settings, gone.lists)
     if store.exists(key):
         return read_record(store, key, SnapshotRecord)

@@ -4,6 +4,7 @@
     ├── ShardRecord     one shard of prepared images: its tar, its index, and the count of every input's fate
     ├── ScoreRecord     what one scorer says of one shard's images: scores or captions, in a table of their own
     ├── SnapshotRecord  a dataset version: the rows of which shards, after which filter, split how
+    ├── ExportRecord    a copy of a snapshot's samples that was given out of the store, and where it lies
     ├── CheckpointRecord  a trained network at a step, and the data and settings it came from
     └── EvalReport      scores with intervals, from which checkpoint, judge and prompts
 
@@ -86,6 +87,16 @@ class SnapshotRecord(Record):
     by_source: dict[str, list[int]]  # source -> its part of each count
     caption_shares: dict[str, float]  # kind or rule of the mix -> its part of what training draws
     forgotten: list[str]  # the lists of forgotten items that may concern its shards
+
+
+EXPORTS = "exports/"  # the prefix of their records
+
+
+class ExportRecord(Record):
+    snapshot: str  # key of its record
+    digest_of_snapshot: str  # of the record
+    to: str  # the URL of a folder or a store
+    layout: str
 
 
 class CheckpointRecord(Record):

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import math
 import tarfile
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -106,6 +108,19 @@ def data_name(size: str, number: int) -> str:
 
 def shard_number(key: str) -> int:
     return int(Path(key).stem)
+
+
+def sidecar(said: Mapping[str, Any]) -> str:
+    """What a sample's .json holds."""
+    plain = {name: _json_value(value) for name, value in said.items()}
+    return json.dumps(plain, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+def _json_value(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return [_json_value(part) for part in value] if isinstance(value, list) else value
 
 
 def first_text(captions: Sequence[Mapping[str, str | None]]) -> str:

@@ -417,12 +417,12 @@ def data_verify(
         bool,
         typer.Option(
             "--drop-damaged",
-            help="Delete damaged objects, and the records that keep their shards from being made again by prepare.",
+            help="Delete damaged objects, and the records that keep what they belong to from being made again.",
         ),
     ] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Read every shard again and hold hashes, counts and order against the records."""
+    """Read every shard, score and snapshot again and hold hashes, counts and order against the records."""
     from orchestration.data import verify_data
 
     verify_data(store, drop_damaged=drop_damaged, as_json=json_)
@@ -466,6 +466,30 @@ def data_forget(
     from orchestration.data import forget_data
 
     forget_data(items, store, reason=reason, twins=twins, dry_run=dry_run, as_json=json_)
+
+
+@data_app.command("export", epilog="Example: pixnerd data export data --store runs/mine --out exported")
+def data_export(
+    snapshot: Annotated[str, typer.Argument(help="Name of the snapshot stage, whose newest one it is; or a digest.")],
+    store: StoreOfShards,
+    out: Annotated[str, typer.Option("--out", help="Folder or store URL to write it to; new, or empty.")],
+    layout: Annotated[
+        Literal["webdataset", "huggingface"],
+        typer.Option(help="Tars of .jpg, .json and .txt; or folders of pictures with a metadata.jsonl."),
+    ] = "webdataset",
+    tar_mib: Annotated[
+        int | None, typer.Option("--tar-mib", min=1, help="What a tar of webdataset may come to. [default: 256]")
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Write a snapshot's samples as files that others train from.
+
+    Each is written as often as training lists it, with one caption as its text, drawn as the snapshot weighs them; all
+    of them stand beside it with their weights. A second call goes on where the first was stopped.
+    """
+    from orchestration.data import export_data
+
+    export_data(snapshot, store, out, layout=layout, tar_mib=tar_mib, as_json=json_)
 
 
 @app.command(epilog="Example: pixnerd report demo --out page.html")

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep import gc
+from data_prep.export import TAR_MIB, LayoutName, export
 from data_prep.forget import Forgotten, forget, read_list
 from data_prep.look import Histogram, Summary, contact_sheet, draw, printable, summarise
-from data_prep.mend import drop
-from data_prep.verify import verify
+from data_prep.mend import drop, drop_shared
+from data_prep.verify import Shared, Verified, verify, verify_shared
 from infra.errors import DataError, SettingsError
 from infra.records import StageRecord
 from infra.store import Store, open_store
@@ -158,33 +159,51 @@ def verify_data(store: str, *, drop_damaged: bool = False, as_json: bool) -> Non
     doing("reading every shard again")
     all_prepared = prepared(opened)
     checked = {found.plan: verify(opened, found.plan, found.edition) for found in all_prepared}
-    damaged = {plan: result for plan, result in checked.items() if drop_damaged and result.again}
-    dropped = {plan: drop(opened, plan, result) for plan, result in damaged.items()}
+    doing("reading what is shared")
+    shared = verify_shared(opened)
+    results: dict[str, Verified | Shared] = {**checked, "shared": shared}
+    dropped: dict[str, list[str]] = {}
+    if drop_damaged:
+        dropped = {plan: drop(opened, plan, result) for plan, result in checked.items() if result.damaged}
+        dropped |= {"shared": drop_shared(opened, shared)} if shared.damaged else {}
     if as_json:
-        print_json({plan: result._asdict() | {"dropped": dropped.get(plan, [])} for plan, result in checked.items()})
+        print_json({name: result._asdict() | {"dropped": dropped.get(name, [])} for name, result in results.items()})
     else:
         for plan, result in checked.items():
-            print(f"plan {plan}: {result.shards} shards, {result.inputs:,} inputs, {result.images:,} images read again")
-            for problem in result.problems:
-                print(f"  {problem}")
+            beside = f"; {result.scores:,} tables of scores, {result.snapshots:,} snapshots"
+            read = f"{result.shards} shards, {result.inputs:,} inputs, {result.images:,} images read again"
+            print(f"plan {plan}: {read}{beside if result.scores or result.snapshots else ''}")
+            _print_problems(result.problems)
+        _print_problems(shared.problems)
     again = [found.stage for found in all_prepared if checked[found.plan].again]
     if dropped and not as_json:
-        stages = " and ".join(f"`{stage}`" for stage in dict.fromkeys(again))
-        count = len({key for keys in dropped.values() for key in keys})
-        print(
-            f"deleted {count:,} objects and records: they kept damaged shards, and what came of them, from being made"
-        )
-        print(f"now run `pixnerd prepare RECIPE --store {store}`, with the recipe that has the stage {stages}")
-    problems = sum(len(result.problems) for result in checked.values())
-    lasting = sum(result.lasting for result in checked.values())
-    if again and not drop_damaged:
-        remedy = f"run `pixnerd data verify --store {store} --drop-damaged`, then prepare again"
+        _print_dropped(store, dropped, again)
+    problems = sum(len(result.problems) for result in results.values())
+    lasting = sum(result.lasting for result in results.values())
+    if not drop_damaged and any(result.damaged for result in results.values()):
+        remedy = f"run `pixnerd data verify --store {store} --drop-damaged`, then the recipe again"
         raise DataError(f"{problems} things in {store} are not as recorded", remedy=remedy)
     if lasting:
         remedy = (
             "mend the disk or the server if it fails; delete a shard's record that is in no plan if its input is gone"
         )
-        raise DataError(f"{lasting} things in {store} are wrong that no new shard mends", remedy=remedy)
+        raise DataError(f"{lasting} things in {store} are wrong that no new work mends", remedy=remedy)
+
+
+def _print_problems(problems: Sequence[str]) -> None:
+    for problem in problems:
+        print(f"  {printable(problem)}")
+
+
+def _print_dropped(store: str, dropped: dict[str, list[str]], again: Sequence[str]) -> None:
+    """`again`: the stages that prepare damaged shards once more."""
+    count = len({key for keys in dropped.values() for key in keys})
+    print(f"deleted {count:,} objects and records: they kept damaged shards, and what came of them, from being made")
+    if again:
+        stages = " and ".join(f"`{stage}`" for stage in dict.fromkeys(again))
+        print(f"now run `pixnerd prepare RECIPE --store {store}`, with the recipe that has the stage {stages}")
+    if any(key.startswith(("stages/score/", "stages/snapshot/")) for keys in dropped.values() for key in keys):
+        print(f"{'then' if again else 'now'} `pixnerd run RECIPE --store {store}` makes the scores and snapshots again")
 
 
 # ------------------------------------------------------------------------------------------------ forget
@@ -210,6 +229,11 @@ def _print_forgotten(found: Forgotten, asked: int, *, dry_run: bool) -> None:
             ["snapshot that holds some", "training", "held out"],
             [[holder.snapshot, f"{holder.training:,}", f"{holder.held_out:,}"] for holder in found.snapshots],
         )
+    if found.exports:
+        terminal.table(
+            ["copy that was exported", "as", "snapshot"],
+            [[copy.to, copy.layout, copy.snapshot] for copy in found.exports],
+        )
     if found.checkpoints:
         terminal.table(
             ["checkpoint that saw some", "step", "how"],
@@ -219,6 +243,37 @@ def _print_forgotten(found: Forgotten, asked: int, *, dry_run: bool) -> None:
         print("no snapshot holds any of them")
     elif not found.checkpoints:
         print("no checkpoint saw any of them")
+
+
+# ------------------------------------------------------------------------------------------------ export
+
+
+def export_data(name: str, store: str, out: str, *, layout: LayoutName, tar_mib: int | None, as_json: bool) -> None:
+    if tar_mib is not None and layout != "webdataset":
+        raise SettingsError(f"--tar-mib means nothing to the layout {layout}", remedy="leave it out")
+    opened, to = open_store(store), open_store(out)
+    key = _snapshot_key(opened, name)
+    doing(f"writing {key} to {to.url}")
+    done = export(opened, key, to, layout, tar_mib or TAR_MIB)
+    if as_json:
+        print_json(done.model_dump(mode="json") | {"out": to.url})
+        return
+    for split, told in done.splits.items():
+        kind = "tars" if layout == "webdataset" else "folders of pictures"
+        print(f"{to.url}/{split}: {told.rows:,} samples in {told.parts:,} {kind}")
+
+
+def _snapshot_key(store: Store, name: str) -> str:
+    """Of a snapshot that is called so: by its stage, whose last one it is, or by the digest in its key."""
+    made = [(record.stage, str(record.output["record"])) for record in _by_start(store, "snapshot")]
+    found = [key for stage, key in made if name in (stage, key, Path(key).stem)]
+    if not found:
+        known = ", ".join(dict.fromkeys(stage for stage, _ in made))
+        raise SettingsError(
+            f"there is no snapshot called `{name}` in {store.url}",
+            remedy=f"snapshots: {known}" if known else "run a recipe with a `snapshot` stage first",
+        )
+    return found[-1]
 
 
 # ------------------------------------------------------------------------------------------------ gc

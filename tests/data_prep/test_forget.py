@@ -157,7 +157,7 @@ def test_another_list_makes_no_other_snapshot(fresh: tuple[Store, Plan], tmp_pat
     key = next(row["key"] for row in rows_of(other, 24) if row["accepted"])
     before = made(fresh)
     forget(store, [key], "asked")
-    assert made(fresh) == before and Gone(store, plan, "16").lists == []
+    assert made(fresh) == before and Gone(store, concerning(store, plan, "16")).lists == []
     assert [entry.key for entry in store.list("snapshots/")] == [snapshot_key(plan.digest, plan.edition, wanted)]
     forget(store, [next(row["key"] for row in rows_of(fresh) if row["accepted"])], "asked")
     after = made(fresh)
@@ -182,10 +182,15 @@ def test_a_list_concerns_the_editions_that_hold_its_items(tmp_path: Path) -> Non
     key = next(row["key"] for row in read_index(store, shard).to_pylist() if row["accepted"])
     record = read_record(store, str(forget(store, [key], "asked", twins=False).record), ForgottenRecord)
     assert record.searched[shard_prefix(both.digest, "16")].found == [only]
-    assert (len(Gone(store, both, "16").lists), Gone(store, less, "16").lists) == (1, [])
+    assert (
+        len(Gone(store, concerning(store, both, "16")).lists),
+        Gone(store, concerning(store, less, "16")).lists,
+    ) == (1, [])
     older = {prefix: here.model_copy(update={"found": None}) for prefix, here in record.searched.items()}
     store.put(f"{LISTS}older.json", record.model_copy(update={"searched": older}).model_dump_json().encode())
-    assert Gone(store, less, "16").lists == ["older"], "a list that does not say where its items are may concern all"
+    assert Gone(store, concerning(store, less, "16")).lists == ["older"], (
+        "a list that does not say where its items are may concern all"
+    )
     assert not {key} & keys_in((store, both))
 
 

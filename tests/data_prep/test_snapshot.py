@@ -341,7 +341,9 @@ def scored(prepared: tuple[Store, Plan], scorer: str, *, skip: int | None = None
         table = pa.table({"key": keys} | {name: value([*keys]) for name, value in columns.items()})
         if shard.number != skip:
             data = put_data(store, f"data/scores/{scorer}", f"{shard.number:05d}.parquet", parquet_bytes(table))
-            facts = {"number": shard.number, "table": data, "rows": len(keys), "failures": {}, "versions": {}}
+            last = table.column(table.num_columns - 1).to_pylist()
+            failures = Counter(cause for cause in last if cause) if table.column_names[-1].endswith("failure") else {}
+            facts = {"number": shard.number, "table": data, "rows": len(keys), "failures": failures, "versions": {}}
             write_record(store, place.key(shard.number), ScoreRecord(**place._asdict(), **facts))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.plan import Edition, Plan, PrepareSettings, edition_key
-from data_prep.verify import Verified, verify
+from data_prep.score import Place, ScoreSummary
+from data_prep.snapshot import SnapshotSettings, snapshot
+from data_prep.verify import Verified, verify, verify_shared
 from infra.config import parse
 from infra.errors import StoreError
-from infra.records import ShardRecord, put_data, read_record
-from infra.shards import TarWriter, parquet_bytes, read_index, shard_key
+from infra.records import ScoreRecord, ShardRecord, SnapshotRecord, StageRecord, put_data, read_record, write_record
+from infra.shards import TarWriter, parquet_bytes, read_index, read_selection, shard_key
 from infra.store import FileStore, Store, open_store
 from tests.data_prep import zoo
 from tests.data_prep.corpora import prepare_here, settings_for, shaded, write_corpus
+from tests.data_prep.test_snapshot import scored
 
 
 @pytest.fixture
@@ -267,3 +271,218 @@ def test_what_the_store_cannot_read_is_told_and_not_given_up(prepared: tuple[Sto
     assert isinstance(store, FileStore)
     found = verified(BadDisk(store.root), plan)
     assert (len(found.problems), found.lasting, len(found.again), found.objects, found.records) == (1, 1, 0, [], [])
+
+
+# Scores
+
+
+@pytest.fixture
+def with_scores(prepared: tuple[Store, Plan]) -> tuple[Store, Plan]:
+    """Of two scorers; the first says that it is done."""
+    for scorer in ("first", "second"):
+        scored(
+            prepared,
+            scorer,
+            score=lambda keys: pa.array([float(len(key)) for key in keys]),
+            score_failure=lambda keys: pa.array(["odd" if key < "4" else None for key in keys], pa.string()),
+        )
+    store, plan = prepared
+    numbers = sorted(plan.all_numbers("16"))
+    place = Place(plan.digest, "16", "first")
+    records = [read_record(store, place.key(number), ScoreRecord) for number in numbers]
+    summary = ScoreSummary(
+        **place._asdict(),
+        settings={},
+        columns=["score", "score_failure"],
+        shards=len(numbers),
+        rows=sum(record.rows for record in records),
+        failures=dict(sum((Counter(record.failures) for record in records), Counter[str]())),
+        versions=[],
+    )
+    write_record(store, place.summary_key(numbers), summary)
+    return prepared
+
+
+def score_key(plan: Plan, number: int, scorer: str = "first") -> str:
+    return Place(plan.digest, "16", scorer).key(number)
+
+
+def spoil(store: Store, key: str) -> str:
+    store.put(key, store.get(key)[:-1] + b"!")
+    return key
+
+
+def test_nothing_is_wrong_with_scores_that_fit(with_scores: tuple[Store, Plan]) -> None:
+    found = verified(*with_scores)
+    assert (found.problems, found.scores, found.damaged) == ([], 6, False)
+
+
+def test_damaged_scores_are_told_and_no_shard_with_them(with_scores: tuple[Store, Plan]) -> None:
+    store, plan = with_scores
+    keys = [score_key(plan, number) for number in range(3)]
+    table = spoil(store, read_record(store, keys[0], ScoreRecord).table.key)
+    store.put(keys[1], b"{not JSON")
+    record = read_record(store, keys[2], ScoreRecord)
+    store.put(keys[2], record.model_copy(update={"failures": {"odd": 99}}).model_dump_json().encode())
+    found = verified(store, plan)
+    assert [problem.split(":")[0] for problem in found.problems] == [
+        f"scores first of shard {number} at 16" for number in range(3)
+    ]
+    assert "hash in its name" in found.problems[0] and "ScoreRecord" in found.problems[1]
+    assert found.problems[2].endswith("its table and its record count differently")
+    assert (found.scores_again, found.objects) == (keys, [table])
+    assert (found.again, found.records, found.lasting) == ([], [], 0)
+
+
+def test_scores_of_other_samples_are_damage(with_scores: tuple[Store, Plan]) -> None:
+    store, plan = with_scores
+    other = read_record(store, score_key(plan, 1), ScoreRecord)
+    for number, key in enumerate((score_key(plan, 0), score_key(plan, 0, "second"))):
+        table = other.table
+        if number:  # of the right name, and other keys
+            data = pq.read_table(pa.BufferReader(store.get(table.key)))
+            table = put_data(store, "data/scores/second", "00000.parquet", parquet_bytes(data))
+        facts = {"number": 0, "table": table, "scorer": ("first", "second")[number]}
+        store.put(key, other.model_copy(update=facts).model_dump_json().encode())
+    assert verified(store, plan).problems == [
+        "scores first of shard 0 at 16: its record speaks of another table",
+        "scores second of shard 0 at 16: it is not of the samples that the shard holds",
+    ]
+
+
+def test_a_summary_of_scores_counts_what_their_records_do(with_scores: tuple[Store, Plan]) -> None:
+    store, plan = with_scores
+    [key] = [entry.key for entry in store.list("scored/")]
+    summary = read_record(store, key, ScoreSummary)
+    store.put(key, summary.model_copy(update={"rows": summary.rows + 1}).model_dump_json().encode())
+    found = verified(store, plan)
+    assert found.problems == ["scores first at 16: their summary and their records count differently"]
+    assert found.scores_again == [key]
+
+
+def test_scores_that_are_said_to_be_there_must_be(with_scores: tuple[Store, Plan]) -> None:
+    store, plan = with_scores
+    for scorer in ("first", "second"):
+        store.delete(score_key(plan, 1, scorer))
+    found = verified(store, plan)
+    assert found.problems == ["scores first at 16: 1 shards have none, the first 1"], "the second may be under way"
+    assert found.scores_again == [score_key(plan, 1)]
+    [summary] = [entry.key for entry in store.list("scored/")]
+    store.put(summary, b"{}")
+    found = verified(store, plan)
+    assert found.scores_again == [score_key(plan, 1), summary] and len(found.problems) == 2
+
+
+# Selections
+
+
+@pytest.fixture
+def with_snapshots(prepared: tuple[Store, Plan]) -> tuple[Store, Plan]:
+    store, plan = prepared
+    for wanted in ({"held_out": 0.4}, {"filter": "objects > 0"}):
+        snapshot(store, plan.digest, plan.edition, parse(SnapshotSettings, {"size": 16, **wanted}))
+    return prepared
+
+
+def snapshots(store: Store) -> dict[str, SnapshotRecord]:
+    return {entry.key: read_record(store, entry.key, SnapshotRecord) for entry in store.list("snapshots/")}
+
+
+def test_nothing_is_wrong_with_what_snapshots_list(with_snapshots: tuple[Store, Plan]) -> None:
+    found = verified(*with_snapshots)
+    assert (found.problems, found.snapshots, found.damaged) == ([], 2, False)
+    assert verify_shared(with_snapshots[0]) == ([], 0, [], [])
+
+
+@pytest.mark.parametrize("part", ["selection", "held_out", "by_shard"])
+def test_damaged_selections_are_told(with_snapshots: tuple[Store, Plan], part: str) -> None:
+    store, plan = with_snapshots
+    [key, *_] = [key for key, record in snapshots(store).items() if record.held_out_rows]
+    data = spoil(store, getattr(snapshots(store)[key], part).key)
+    found = verified(store, plan)
+    assert len(found.problems) == 1 and found.problems[0].startswith(f"snapshot {Path(key).stem}: ")
+    assert (found.snapshots_again, found.objects, found.again) == ([key], [data], [])
+
+
+@pytest.mark.parametrize(
+    ("column", "change"),
+    [
+        ("offset", lambda values: pc.add(values, 512)),
+        ("length", lambda values: pc.add(values, 1)),
+        ("width", lambda values: pc.add(values, pa.scalar(1, pa.int32()))),
+        ("key", lambda values: pa.array(["0" * 20] * len(values))),
+        ("source", lambda values: pa.array(["other"] * len(values)).dictionary_encode()),
+        ("captions", lambda values: pa.array([[]] * len(values), pa.list_(pa.string()))),
+    ],
+)
+def test_every_row_of_a_selection_is_as_the_index_says(
+    with_snapshots: tuple[Store, Plan], column: str, change: Callable[[Any], Any]
+) -> None:
+    """In a selection that has the hash of its name."""
+    store, plan = with_snapshots
+    [key, record] = next(iter(snapshots(store).items()))
+    table = read_selection(store, record)
+    place = table.schema.get_field_index(column)
+    table = table.set_column(place, column, change(table[column].combine_chunks()))
+    other = put_data(store, "data/snapshots", f"{Path(key).stem}-selection.parquet", parquet_bytes(table))
+    store.put(key, record.model_copy(update={"selection": other}).model_dump_json().encode())
+    found = verified(store, plan)
+    assert found.snapshots_again == [key] and found.objects == []
+    assert all("its selection: " in problem and "not as the index" in problem for problem in found.problems)
+
+
+def test_counts_of_a_snapshot_are_those_of_its_rows(with_snapshots: tuple[Store, Plan]) -> None:
+    store, plan = with_snapshots
+    [key, record] = next(iter(snapshots(store).items()))
+    store.put(key, record.model_copy(update={"rows": record.rows + 1}).model_dump_json().encode())
+    problems = [problem.partition(": ")[2] for problem in verified(store, plan).problems]
+    assert problems == [
+        "its record counts differently from its own steps",
+        "its counts by shard and its record differ",
+        f"its selection: it has {record.rows} rows, and by its record {record.rows + 1}",
+    ]
+
+
+def test_images_of_a_tar_that_no_record_names_are_told(with_snapshots: tuple[Store, Plan]) -> None:
+    store, plan = with_snapshots
+    record = first_shard(store, plan)
+    assert record.tar is not None
+    data = store.get(record.tar.key)
+    other = put_data(store, "data/16", "00000.tar", data + bytes(512))
+    store.put(shard_key(plan.digest, "16", 0), record.model_copy(update={"tar": other}).model_dump_json().encode())
+    found = verified(store, plan)
+    assert found.problems and all("which no shard's record names" in problem for problem in found.problems)
+    assert set(found.snapshots_again) == set(snapshots(store))
+
+
+def test_a_damaged_shard_is_told_once_and_not_by_its_snapshots(with_snapshots: tuple[Store, Plan]) -> None:
+    store, plan = with_snapshots
+    spoil(store, first_shard(store, plan).index.key)
+    assert [problem.split(":")[0] for problem in verified(store, plan).problems] == ["shard 0 at 16"]
+
+
+def test_records_of_snapshots_that_nobody_can_read_are_told(with_snapshots: tuple[Store, Plan]) -> None:
+    store, plan = with_snapshots
+    [unread, gone] = snapshots(store)
+    record = snapshots(store)[unread]
+    spoil(store, record.selection.key)
+    store.put(unread, b"{not JSON")
+    stage = StageRecord(
+        stage="data",
+        kind="snapshot",
+        digest_of_work="d",
+        inputs={},
+        settings={},
+        output={"record": gone},
+        versions={},
+        started="",
+        seconds=0.0,
+    )
+    write_record(store, "stages/snapshot/d.json", stage)
+    store.delete(gone)
+    assert verified(store, plan).problems == []
+    found = verify_shared(store)
+    assert [problem.split(":")[0] for problem in found.problems] == [
+        f"snapshot {Path(key).stem}" for key in (unread, gone)
+    ]
+    assert (found.snapshots_again, found.objects) == ([unread, gone], [record.selection.key])

@@ -12,14 +12,17 @@ import yaml
 from PIL import Image
 
 from data_prep.job import prepare
+from data_prep.mend import drop
 from data_prep.plan import read_plan
+from data_prep.score import Place, ScoreSummary
 from data_prep.snapshot import SnapshotSettings, snapshot
+from data_prep.verify import verify
 from infra.errors import DataError, SettingsError
-from infra.records import ShardRecord, StageRecord, put_data, read_record, write_record
+from infra.records import ScoreRecord, ShardRecord, SnapshotRecord, StageRecord, put_data, read_record, write_record
 from infra.shards import list_shards, read_index, shard_prefix
-from infra.store import Store, open_store
+from infra.store import FileStore, Store, open_store
 from orchestration import workflow
-from orchestration.data import collect_data, forget_data, show_data, verify_data
+from orchestration.data import collect_data, export_data, forget_data, show_data, verify_data
 from orchestration.session import stage_records
 from pipelines import recipes
 from pipelines.stages import NOWHERE, Context
@@ -178,15 +181,13 @@ def test_what_verify_says_to_do_mends_it(tmp_path: Path, capsys: pytest.CaptureF
         spoil(run.store, key)
     run.store.put(unread, b"not JSON")
     damaged = contents(run.store)
-    with pytest.raises(
-        DataError, match=r"3 things .* `pixnerd data verify --store .*/store --drop-damaged`, then prep"
-    ):
+    with pytest.raises(DataError, match=r"3 things .* `pixnerd data verify --store .*/store --drop-damaged`, then the"):
         verify_data(run.store.url, as_json=False)
     assert contents(run.store) == damaged, "without the flag nothing is deleted"
 
     capsys.readouterr()
     verify_data(run.store.url, drop_damaged=True, as_json=True)
-    [said] = json.loads(capsys.readouterr().out).values()
+    said, _ = json.loads(capsys.readouterr().out).values()
     left = contents(run.store)
     gone = damaged.keys() - left.keys()
     assert gone == set(said["dropped"]) == {*broken, tar_of, index_of, unread, *done_in(run.store, before)}
@@ -227,6 +228,136 @@ def test_what_was_made_of_damaged_shards_is_made_again_as_well(tmp_path: Path):
         {key: data for key, data in before.items() if key in found}
     )
     assert before.keys() - found.keys() == {f"scores/{plan}/16/clip/00001.json"}
+
+
+def test_export_writes_the_newest_snapshot_of_a_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = run_of(tmp_path, prepare={"sizes": [16]}, data={"kind": "snapshot", "shards": "prepare", "size": 16})
+    run()
+    capsys.readouterr()
+    out = str(tmp_path / "out")
+    export_data("data", run.store.url, out, layout="huggingface", tar_mib=None, as_json=False)
+    assert capsys.readouterr().out == f"file://{out}/train: 18 samples in 1 folders of pictures\n"
+    lines = (tmp_path / "out" / "train" / "metadata.jsonl").read_text().splitlines()
+    assert len(lines) == len(list((tmp_path / "out").rglob("*.jpg"))) == 18
+    [key] = {record.output["record"] for record in stage_records(run.store, "snapshot")}
+    export_data(Path(key).stem, run.store.url, f"{out}2", layout="webdataset", tar_mib=1, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert (told["snapshot"], told["splits"], told["tar_mib"]) == (key, {"train": {"rows": 18, "parts": 1}}, 1)
+    with pytest.raises(SettingsError, match=r"no snapshot called `datta` .*snapshots: data"):
+        export_data("datta", run.store.url, out, layout="webdataset", tar_mib=None, as_json=False)
+    with pytest.raises(SettingsError, match="--tar-mib means nothing"):
+        export_data("data", run.store.url, out, layout="huggingface", tar_mib=1, as_json=False)
+    gone = json.loads(lines[0])["name"]
+    (tmp_path / "list.txt").write_text(gone)
+    forget_data(tmp_path / "list.txt", run.store.url, reason="asked", twins=True, dry_run=False, as_json=False)
+    assert f"file://{out}2" in capsys.readouterr().out
+
+
+def test_damaged_snapshots_are_made_again_by_the_same_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = {"kind": "snapshot", "shards": "prepare", "size": 16}
+    run = run_of(
+        tmp_path,
+        prepare={"sizes": [16]},
+        whole=data,
+        spoilt=data | {"held_out": 0.3},
+        unread=data | {"filter": "objects > 0"},
+        gone=data | {"filter": "objects > 1"},
+    )
+    run()
+    before = contents(run.store)
+    made = {record.stage: record.output["record"] for record in stage_records(run.store, "snapshot")}
+    held_out = read_record(run.store, made["spoilt"], SnapshotRecord).held_out.key
+    spoil(run.store, held_out)
+    run.store.put(made["unread"], b"{not JSON")
+    run.store.delete(made["gone"])
+    with pytest.raises(DataError, match=r"3 things .*--drop-damaged`, then the recipe again"):
+        verify_data(run.store.url, as_json=False)
+    capsys.readouterr()
+    verify_data(run.store.url, drop_damaged=True, as_json=False)
+    text = capsys.readouterr().out
+    assert f"now `pixnerd run RECIPE --store {run.store.url}` makes the scores and snapshots again" in text
+    assert "pixnerd prepare" not in text
+    left = contents(run.store)
+    names = {key: json.loads(before[key])["stage"] for key in before if key.startswith("stages/snapshot/")}
+    stages = {key for key, name in names.items() if name != "whole"}
+    assert before.keys() - left.keys() == {held_out, *stages, made["spoilt"], made["unread"], made["gone"]}
+    run()
+    verify_data(run.store.url, as_json=True)
+    assert without_times(contents(run.store)) == without_times(before)
+
+
+def test_damaged_scores_go_with_what_says_that_they_are_done(tmp_path: Path):
+    run = run_of(tmp_path, prepare={"sizes": [16]}, data={"kind": "snapshot", "shards": "prepare", "size": 16})
+    run()
+    [stage] = stage_records(run.store, "prepare")
+    plan, edition = stage.output["plan"], stage.output["edition"]
+    planned = read_plan(run.store, plan, edition)
+    for scorer in ("clip", "vlm"):
+        scored((run.store, planned), scorer, score=lambda keys: pa.array([1.0] * len(keys)))
+        place = Place(plan, "16", scorer)
+        output = place._asdict() | {
+            "settings": {},
+            "columns": [],
+            "shards": 4,
+            "rows": 18,
+            "failures": {},
+            "versions": [],
+        }
+        write_record(run.store, place.summary_key(sorted(planned.all_numbers("16"))), ScoreSummary(**output))
+        record = stage.model_copy(update={"stage": scorer, "kind": "score", "output": output})
+        write_record(run.store, f"stages/score/{scorer}.json", record)
+    verify_data(run.store.url, as_json=True)
+    before = contents(run.store)
+    table = read_record(run.store, Place(plan, "16", "clip").key(2), ScoreRecord).table.key
+    spoil(run.store, table)
+    verify_data(run.store.url, drop_damaged=True, as_json=True)
+    summary = next(key for key in before if key.startswith(f"scored/{plan}/16/clip/"))
+    assert before.keys() - contents(run.store).keys() == {
+        *(table, Place(plan, "16", "clip").key(2), summary, "stages/score/clip.json")
+    }
+    verify_data(run.store.url, as_json=True)
+
+
+def test_one_that_is_killed_while_it_drops_is_finished_by_the_next(tmp_path: Path):
+    """Wherever it ends, what is left tells another one what is to go, and the run mends it."""
+    data = {"kind": "snapshot", "shards": "prepare", "size": 16}
+    run = run_of(tmp_path, prepare={"sizes": [16]}, data=data)
+    run()
+    before = contents(run.store)
+    [stage] = stage_records(run.store, "prepare")
+    plan, edition = stage.output["plan"], stage.output["edition"]
+    [key] = [record.output["record"] for record in stage_records(run.store, "snapshot")]
+    spoil(run.store, read_record(run.store, key, SnapshotRecord).selection.key)
+    spoil(run.store, run.tar(run.records()[1]))
+
+    class Killed(FileStore):
+        left = 0
+
+        def delete(self, key: str) -> None:
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+            super().delete(key)
+
+    assert isinstance(run.store, FileStore)
+    kills = 0
+    while True:
+        store = Killed(run.store.root)
+        store.left = 1
+        found = verify(store, plan, edition)
+        if not found.damaged:
+            break
+        try:
+            drop(store, plan, found)
+        except KeyboardInterrupt:
+            kills += 1
+        if kills > 3:  # what is left is done at once: its shard is not there
+            drop(run.store, plan, verify(run.store, plan, edition))
+            break
+    assert kills > 3
+    run()
+    verify_data(run.store.url, as_json=True)
+    assert without_times(contents(run.store)) == without_times(before)
 
 
 def done_in(store: Store, before: dict[str, bytes]) -> list[str]:
@@ -304,7 +435,7 @@ def test_what_no_new_shard_mends_is_not_dropped(tmp_path: Path):
     run.store.put(stray, b"{}")
     before = contents(run.store)
     for drop_damaged in (False, True):
-        with pytest.raises(DataError, match=r"1 things .* no new shard mends.*in no plan"):
+        with pytest.raises(DataError, match=r"1 things .* no new work mends.*in no plan"):
             verify_data(run.store.url, drop_damaged=drop_damaged, as_json=True)
         assert contents(run.store) == before
 

@@ -1,9 +1,4 @@
-"""`verify`: read all shards of a plan's edition once more, and hold them against their records.
-
-What is damaged is listed, with the keys that keep `prepare` from making it again: objects whose bytes do not have the
-hash in their own names, and the records of their shards. A damaged object is in the way of every record that names it,
-of whatever plan, since nobody writes over one of the same size; an object that has its hash is never among them.
-"""
+"""Every shard of a plan's edition, read once more and held against its record: hashes, counts, order, members."""
 
 from __future__ import annotations
 
@@ -13,62 +8,27 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 
 from data_prep.decode import decode
-from data_prep.plan import KnownAs, Plan, PlannedShard, read_plan
+from data_prep.plan import KnownAs, Plan, PlannedShard
 from data_prep.rejections import Rejection
 from data_prep.sizes import SUFFIX
 from data_prep.stream import in_order
-from infra.errors import DataError, NotFound, PixnerdError, RecordError, StoreError, StoreUnreachable
+from data_prep.verify.looking import Report, looked
+from infra.errors import DataError, PixnerdError, RecordError, StoreUnreachable
 from infra.files import sha256_of
-from infra.records import DataObject, ShardRecord, named_sha256, read_record
+from infra.records import DataObject, ShardRecord, read_record
 from infra.shards import INDEX_SCHEMA, data_name, first_text, read_index, shard_key, shard_prefix
 from infra.store import Store
 
-# What reading a damaged record, index or tar comes to. A store that fails is something else, and no reason to delete.
-_DAMAGE = (
-    *(RecordError, DataError, NotFound, tarfile.TarError, pa.ArrowException),
-    *(ValueError, KeyError, TypeError, AttributeError, RecursionError),
-)
-
-
 Names = Callable[[dict[str, Any]], list[str]]
-
-
-class Verified(NamedTuple):
-    shards: int
-    inputs: int
-    images: int
-    problems: list[str]  # none: everything is as its record says
-    lasting: int  # of these: what no new shard mends, as the store fails or a record is in no plan
-    again: list[str]  # keys of the records of shards that must be made again, whether they are there or not
-    objects: list[str]  # keys of damaged objects, which keep them from being made again
-    records: list[str]  # keys of their shards' records, which do so as well
-
-
-def verify(store: Store, plan: str, edition: str) -> Verified:
-    """Hashes, counts and order of every shard at every size; damage is listed, not raised."""
-    planned = read_plan(store, plan, edition)
-    sizes = [_Size(store, planned, size) for size in planned.sizes]
-    for size in sizes:
-        size.read()
-    objects = [key for size in sizes for key in size.objects()]  # first, as reading them again may tell of more
-    return Verified(
-        shards=sum(size.shards for size in sizes),
-        inputs=sum(size.inputs for size in sizes),
-        images=sum(size.images for size in sizes),
-        problems=[problem for size in sizes for problem in size.problems],
-        lasting=sum(size.lasting for size in sizes),
-        again=[key for size in sizes for key in size.keys_again()],
-        objects=objects,
-        records=[key for size in sizes for key in size.records()],
-    )
 
 
 @dataclass
@@ -80,13 +40,13 @@ class _Reach:
     last: PlannedShard | None = None
 
 
-class _Size:
+class Shards(Report):
     """A plan at one size, planned shard by planned shard."""
 
     def __init__(self, store: Store, plan: Plan, size: str) -> None:
-        self.problems: list[str] = []
+        super().__init__(store)
         self.again: dict[int, PlannedShard] = {}
-        self.shards = self.inputs = self.images = self.lasting = 0
+        self.shards = self.inputs = self.images = 0
         self._store, self._plan, self._size = store, plan, size
         self._suffix = SUFFIX[plan.settings["format"]]
         self._with_text = plan.settings.get("text", False)  # earlier shards have none, and do not say so
@@ -109,13 +69,13 @@ class _Size:
         planned = range(self._plan.planned * self._plan.sizes[self._size])
         for key in sorted(keys.difference(map(self._key, planned))):
             if key.endswith(".json"):
-                self._lasting(Path(key).stem.lstrip("0") or "0", "in no plan")
+                self.lasts(self._name(Path(key).stem.lstrip("0") or "0"), "in no plan")
 
     def objects(self) -> list[str]:
-        """The damaged ones of the shards that must be made again; each is read once more, whatever was wrong before."""
+        """Each is read once more, whatever was wrong before."""
         numbers = [number for shard in self.again.values() for number in self._numbers(shard)]
         keys = {key: number for number in numbers for key in self._candidates(number)}
-        return [key for key, number in keys.items() if self._is_damaged(key, number)]
+        return self.damaged(keys, lambda key: self._name(keys[key]))
 
     def keys_again(self) -> list[str]:
         return [self._key(number) for shard in self.again.values() for number in self._numbers(shard)]
@@ -132,38 +92,32 @@ class _Size:
         elif record is not None:
             yield from (entry.key for entry in self._store.list(data_name(self._size, number)))
 
-    def _is_damaged(self, key: str, number: int) -> bool:
-        try:
-            return _is_damaged(self._store, key)
-        except StoreUnreachable:
-            raise
-        except StoreError as error:
-            self._lasting(number, str(error))
-            return False
+    def whole(self, number: int) -> ShardRecord | None:
+        """The record of a shard, of any edition, if all that is known of it is right."""
+        if any(number in self._numbers(shard) for shard in self.again.values()):
+            return None
+        found = self._found.get(number) or self._record(number)
+        return found if isinstance(found, ShardRecord) else None
 
     def _check(self, shard: PlannedShard) -> None:
         numbers = self._numbers(shard)
         rows: list[int] = []
         told = 0  # shards that said which rows they have
         for number in numbers:
-            try:
-                record, index = self._open(number)
-                rows += index["row"].to_pylist()
-                told += 1
-                for problem in self._shard_problems(record, index):
-                    self._damaged(shard, number, problem)
-            except StoreUnreachable:
-                raise
-            except _DAMAGE as error:
-                self._damaged(shard, number, error.message if isinstance(error, PixnerdError) else str(error))
-            except StoreError as error:  # a bad disk, a failing server: nothing is known of the shard itself
-                self._lasting(number, str(error))
+            of_it: list[list[int]] = []
+            if self.note(self._name(number), looked(partial(self._shard_problems, number, of_it))):
+                self.again[shard.number] = shard
+            rows += [row for part in of_it for row in part]
+            told += len(of_it)
         if told == len(numbers) and not _as_planned(rows, shard):
             self._damaged(shard, numbers[0], "not exactly the planned rows, in order")
             told = 0
         self._follow(shard, rows if told == len(numbers) else None)
 
-    def _shard_problems(self, record: ShardRecord, index: pa.Table) -> Iterator[str]:
+    def _shard_problems(self, number: int, rows: list[list[int]]) -> Iterator[str]:
+        """`rows` gets those of its index, once they are known."""
+        record, index = self._open(number)
+        rows.append(index["row"].to_pylist())
         causes = Counter(cause for cause in index["cause"].to_pylist() if cause is not None)
         accepted = index.filter(index["accepted"]).to_pylist()
         if causes != record.rejected or len(accepted) != record.accepted:
@@ -224,12 +178,11 @@ class _Size:
         return RecordError("its record speaks of another shard", remedy="make it again")
 
     def _damaged(self, shard: PlannedShard, number: int, problem: str) -> None:
-        self.problems.append(f"shard {number} at {self._size}: {problem}")
+        self.problems.append(f"{self._name(number)}: {problem}")
         self.again[shard.number] = shard
 
-    def _lasting(self, number: int | str, problem: str) -> None:
-        self.problems.append(f"shard {number} at {self._size}: {problem}")
-        self.lasting += 1
+    def _name(self, number: int | str) -> str:
+        return f"shard {number} at {self._size}"
 
     def _numbers(self, shard: PlannedShard) -> range:
         return self._plan.numbers(shard, self._size)
@@ -240,16 +193,6 @@ class _Size:
 
 def _objects(record: ShardRecord) -> list[DataObject]:
     return [record.index, *([] if record.tar is None else [record.tar])]
-
-
-def _is_damaged(store: Store, key: str) -> bool:
-    named = named_sha256(key)
-    if named is None or not store.exists(key):
-        return False
-    with TemporaryDirectory(prefix="pixnerd-verify-") as folder:
-        path = Path(folder, "object")
-        store.download(key, path)
-        return sha256_of(path) != named
 
 
 def _as_planned(rows: list[int], shard: PlannedShard) -> bool:
