@@ -1,9 +1,10 @@
 """Bytes of an untrusted file -> upright sRGB 8-bit RGB, or a Rejection with its cause.
 
 The header is read first, and what it promises is held against the limits before a pixel is decoded. JPEG goes through
-simplejpeg (several times faster than Pillow, and strict: a truncated file is refused); all else through Pillow, which
-is shown only the one format that the file's first bytes name. JPEG and PNG metadata, which can be made to cost far
-more than the picture, is read here, as little of it as the pixels need.
+simplejpeg (several times faster than Pillow, and strict: it tells of damage); all else through Pillow, which is shown
+only the one format that the file's first bytes name. JPEG and PNG metadata, which can be made to cost far more than
+the picture, is read in jpeg.py and png.py, as little of it as the pixels need. A picture of which a part is missing or
+damaged is refused wherever that can be known, though most decoders would fill it in.
 
 Memory: at most 24 bytes a pixel, three times the file, and 64 MiB (tests/data_prep/test_fuzz.py).
 """
@@ -11,7 +12,6 @@ Memory: at most 24 bytes a pixel, three times the file, and 64 MiB (tests/data_p
 from __future__ import annotations
 
 import io
-import re
 import struct
 import warnings
 import zlib
@@ -23,21 +23,27 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import AvifImagePlugin, Image, ImageCms, TiffImagePlugin
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageCms,
+    ImageFile,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
-from data_prep.rejections import Cause, Rejection
+from data_prep import bmp, jpeg, kinds, png, tiff
+from data_prep.png import MAX_PROFILE
+from data_prep.rejections import Cause, Refused, Rejection
 
 Pixels_HW3 = npt.NDArray[np.uint8]  # H height, W width
 
 ORIENTATION = 0x0112  # the EXIF tag
 STRIP = 1 << 20  # pixels whose colours are worked out at a time
 
-# What no camera or program writes, and what only costs time: a progressive scan goes over all of a picture, however few
-# its bytes are, and neither library stops at any number of scans.
-MAX_SCANS = 100
-MAX_SEGMENTS = 4096
-MAX_CHUNKS = 100_000
-MAX_PROFILE = 4 << 20  # bytes; larger ICC profiles are ignored
 Matte = tuple[int, int, int]
 
 # What Pillow's parsers, libjpeg and lcms raise on damaged files: whatever a parser trips over first.
@@ -64,15 +70,20 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker has one core
 
+# By hand, as `Image.open` would try them: it says nothing of why one of them failed.
+_OPENED: dict[str, type[ImageFile.ImageFile]] = {
+    "PNG": PngImagePlugin.PngImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
+}
+
 
 class Decoded(NamedTuple):
     pixels: Pixels_HW3
     format: str
-
-
-class _Refused(Exception):
-    def __init__(self, cause: Cause, detail: str = "") -> None:
-        self.rejection = Rejection(cause, detail)
 
 
 def decoder_versions() -> dict[str, str]:
@@ -84,18 +95,37 @@ def decode(data: bytes, *, max_pixels: int = 80_000_000, matte: Matte = (255, 25
     """The picture in `data`: first frame, upright, in sRGB, transparency laid on the matte."""
     kind = sniff(data)
     if kind is None:
-        return Rejection(Cause.UNKNOWN_FORMAT, repr(data[:12])) if data else Rejection(Cause.EMPTY)
+        return kinds.refusal(data)
     try:
         pixels = _decode_jpeg(data, max_pixels) if kind == "JPEG" else _decode_other(data, kind, max_pixels, matte)
-    except _Refused as refused:
+    except Refused as refused:
         return refused.rejection
-    except Image.DecompressionBombError as error:
-        return Rejection(Cause.TOO_MANY_PIXELS, _said(error))
+    except Image.DecompressionBombError:
+        return Rejection(Cause.TOO_MANY_PIXELS, "a frame of too many pixels")
     except _DAMAGE as error:
-        text = _said(error)
-        cut = any(word in text.lower() for word in ("truncated", "premature end", "end of file", "unexpected end"))
-        return Rejection(Cause.TRUNCATED if cut else Cause.CORRUPT, text)
+        return _why(data, kind, error)
     return Decoded(pixels, kind.lower())
+
+
+def _why(data: bytes, kind: str, error: BaseException) -> Rejection:
+    """What Pillow or libjpeg could not read. Their own words are not used: they name objects in memory."""
+    refused = Refused(Cause.CORRUPT, f"{kind} with damage")
+    try:
+        if kind == "JPEG":
+            refused = jpeg.damage(data, error)
+        elif kind == "PNG":
+            png.check(png.read(data).file)
+        elif kind == "TIFF":
+            refused = tiff.unreadable(data, error)
+        elif kinds.ends_early(kind, data):
+            refused = Refused(Cause.TRUNCATED, f"{kind} that ends early")
+        elif kind == "BMP" and bmp.unsupported(data):
+            refused = Refused(Cause.UNSUPPORTED, "BMP of a kind that is not read")
+    except Refused as found:
+        refused = found
+    except _DAMAGE:
+        pass  # what stopped the decoder stops this, too
+    return refused.rejection
 
 
 def sniff(data: bytes) -> str | None:
@@ -112,81 +142,33 @@ def sniff(data: bytes) -> str | None:
         return "BMP"
     if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
         return "TIFF"
-    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
-        return "AVIF"
-    return None
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:200]
+    return "AVIF" if kinds.brands(data) & {b"avif", b"avis"} else None
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1:
-        raise _Refused(Cause.CORRUPT, f"{width} x {height} pixels")
+        raise Refused(Cause.CORRUPT, f"{width} x {height} pixels")
     if width * height > max_pixels:
-        raise _Refused(Cause.TOO_MANY_PIXELS, f"{width} x {height} pixels")
+        raise Refused(Cause.TOO_MANY_PIXELS, f"{width} x {height} pixels")
 
 
 def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels_HW3:
-    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
     _check_size(width, height, max_pixels)
-    orientation, profile = _read_jpeg(data)
+    exif, profile = jpeg.read(data)
+    orientation = exif_orientation(exif)
     if colours in ("CMYK", "YCCK"):
         # Every writer of CMYK JPEGs follows Adobe's, who stores the inks inverted, with Adobe's marker or without it.
-        inks = simplejpeg.decode_jpeg(data, "CMYK")
+        inks = jpeg.pixels(data, "CMYK")
         np.subtract(255, inks, out=inks)
         return _upright(_painted(Image.fromarray(inks, "CMYK"), profile), orientation)
-    pixels: Pixels_HW3 = simplejpeg.decode_jpeg(data, "RGB")
+    pixels = jpeg.pixels(data, "RGB")
     mode = "L" if colours == "Gray" else "RGB"
     if profile and _transform(profile, mode) is not None:
         for rows in _strips(height, width):
             stored = pixels[rows, :, 0] if mode == "L" else pixels[rows]
             pixels[rows] = np.asarray(_in_srgb(Image.fromarray(np.ascontiguousarray(stored)), profile))
     return _upright(pixels, orientation)
-
-
-def _read_jpeg(data: bytes) -> tuple[int, bytes | None]:
-    """The orientation and the ICC profile; refused are other than 8 bits, and more scans than a program writes."""
-    exif: bytes | None = None
-    parts: list[bytes] = []
-    components, scans, progressive = 0, 0, False
-    for marker, body in _jpeg_segments(data):
-        if marker == 0xE1 and exif is None and body.startswith(b"Exif\0\0"):
-            exif = body
-        elif marker == 0xE2 and body.startswith(b"ICC_PROFILE\0") and len(body) > 14:
-            parts.append(body)
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and len(body) > 5:
-            if body[0] != 8:
-                raise _Refused(Cause.UNSUPPORTED, f"JPEG of {body[0]} bits a sample")
-            components, progressive = body[5], marker in (0xC2, 0xC6, 0xCA, 0xCE)
-        elif marker == 0xDA:
-            scans += 1
-            if scans > MAX_SCANS:
-                raise _Refused(Cause.CORRUPT, f"JPEG of more than {MAX_SCANS} scans")
-            if not progressive and body[:1] == bytes([components]):
-                break  # all there is in one scan, and the decoder accepts no other
-    parts.sort()
-    whole = bool(parts) and parts[0][13] == len(parts)
-    return exif_orientation(exif or b""), b"".join(part[14:] for part in parts) if whole else None
-
-
-# Stuffed zeros and restarts are part of a scan; the decoder skips both between segments, too.
-_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
-
-
-def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Marker and body of each segment up to the end of the picture. Damage is for the decoder to find."""
-    at = 2
-    for _ in range(MAX_SEGMENTS):
-        found = _MARKER.search(data, at)
-        if found is None or found[1] == b"\xd9":
-            return
-        at = found.end()
-        end = at + int.from_bytes(data[at : at + 2], "big")
-        yield found[1][0], data[at + 2 : end]
-        at = max(end, at + 2)
-    raise _Refused(Cause.CORRUPT, f"JPEG of more than {MAX_SEGMENTS} segments")
 
 
 def exif_orientation(exif: bytes) -> int:
@@ -212,77 +194,65 @@ def exif_orientation(exif: bytes) -> int:
 
 
 def _decode_other(data: bytes, kind: str, max_pixels: int, matte: Matte) -> Pixels_HW3:
+    if kind == "BMP" and (found := bmp.masked(data)):
+        _check_size(found.width, found.height, max_pixels)
+        return bmp.pixels(data, found, matte)
     pixels, orientation = _load_other(data, kind, max_pixels, matte)
     return _upright(pixels, orientation)  # when Pillow's copies are gone
 
 
 def _load_other(data: bytes, kind: str, max_pixels: int, matte: Matte) -> tuple[Pixels_HW3, int]:
-    exif, profile = b"", None
+    exif, profile, place = b"", None, None
     if kind == "PNG":
-        data, exif, profile = _read_png(data)
-    with Image.open(io.BytesIO(data), formats=[kind]) as image:
+        data, exif, profile, place = png.read(data)
+        if place:
+            _check_size(place.width, place.height, max_pixels)
+    with _OPENED[kind](io.BytesIO(data)) as image:
         _check_size(*image.size, max_pixels)
+        frame = _first_frame(image, data)
         if isinstance(image, TiffImagePlugin.TiffImageFile):
-            _check_tile(image)  # Pillow turns these upright by itself
+            tiff.check(image, data)  # Pillow turns these upright by itself
         elif kind != "PNG":
             exif = image.info.get("exif", b"")
         profile = profile or image.info.get("icc_profile")
-        image.load()
+        with tiff.strictly():
+            image.load()
         if image.mode in ("I", "F"):
-            raise _Refused(Cause.UNSUPPORTED, f"{kind} of mode {image.mode}: its values have no fixed range")
-        return _painted(image, profile, matte), exif_orientation(exif)
+            raise Refused(Cause.UNSUPPORTED, f"{kind} of values without a fixed range")
+        if kind == "PNG" and _may_lack_rows(image):
+            png.check(data)
+        pixels = _painted(image, profile, matte)
+    if place:
+        pixels = _on_canvas(pixels, place, matte)
+    return _within(pixels, frame, matte), exif_orientation(exif)
 
 
-def _check_tile(image: TiffImagePlugin.TiffImageFile) -> None:
-    """libtiff takes memory for a whole tile, however little of it lies in the picture."""
-    width, height = (image.tag_v2.get(tag, 0) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
-    if width * height > max(4 * image.width * image.height, STRIP):
-        raise _Refused(Cause.CORRUPT, f"TIFF with tiles of {width} x {height} pixels")
+def _on_canvas(pixels: Pixels_HW3, place: png.Place, matte: Matte) -> Pixels_HW3:
+    canvas = np.empty((place.height, place.width, 3), np.uint8)
+    canvas[:] = matte
+    canvas[place.top :, place.left :][: pixels.shape[0], : pixels.shape[1]] = pixels
+    return canvas
 
 
-def _read_png(data: bytes) -> tuple[bytes, bytes, bytes | None]:
-    """The file with no more than its pixels need, its EXIF and its ICC profile.
-
-    Texts are dropped unread: they may be compressed a thousandfold, and Pillow refuses a picture for long ones.
-    """
-    kept, exif, profile = [data[:8]], b"", None
-    for name, body, whole in _png_chunks(data):
-        if name in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
-            kept.append(whole)
-        elif name == b"eXIf":
-            exif = body
-        elif name == b"iCCP" and profile is None:
-            profile = _inflated(body[body.find(b"\0") + 2 :], MAX_PROFILE + 1)  # too long by one is not used
-    return b"".join(kept), exif, profile
+def _may_lack_rows(image: Image.Image) -> bool:
+    """Rows that never came are zeros: among them the last, or in an interlaced picture the last of every second one."""
+    last = np.asarray(image.crop((0, max(0, image.height - 2), *image.size)))
+    return len(last) < 2 or not all(row.any() for row in last)
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """Name, body and all of each chunk. The checksums of the pixels are looked at here, as Pillow does not do it."""
-    at, name = 8, b""
-    for _ in range(MAX_CHUNKS):
-        if at + 12 > len(data):
-            raise _Refused(Cause.TRUNCATED, "PNG without an end")
-        length, name = struct.unpack_from(">I4s", data, at)
-        end = at + 12 + length
-        if end > len(data):
-            raise _Refused(Cause.TRUNCATED, f"PNG chunk {name!r}")
-        body = data[at + 8 : end - 4]
-        if zlib.crc32(body, zlib.crc32(name)) == int.from_bytes(data[end - 4 : end], "big"):
-            yield name, body, data[at:end]
-        elif name[:1].isupper():
-            raise _Refused(Cause.CORRUPT, f"checksum of PNG chunk {name!r}")
-        if name == b"IEND":
-            return
-        at = end
-    raise _Refused(Cause.CORRUPT, f"PNG of more than {MAX_CHUNKS} chunks")
+def _first_frame(image: ImageFile.ImageFile, data: bytes) -> tuple[int, int, int, int] | None:
+    """Where the first frame of an animation lies on its canvas, which is transparent around it."""
+    if isinstance(image, GifImagePlugin.GifImageFile):
+        return image.tile[0].extents
+    return kinds.webp_frame(data) if isinstance(image, WebPImagePlugin.WebPImageFile) else None
 
 
-def _inflated(data: bytes, limit: int) -> bytes | None:
-    """The first `limit` bytes at most."""
-    try:
-        return zlib.decompressobj().decompress(data, limit)
-    except zlib.error:
-        return None
+def _within(pixels: Pixels_HW3, frame: tuple[int, int, int, int] | None, matte: Matte) -> Pixels_HW3:
+    if frame is not None:
+        left, top, right, bottom = frame
+        for outside in (pixels[:top], pixels[bottom:], pixels[:, :left], pixels[:, right:]):
+            outside[:] = matte
+    return pixels
 
 
 def _upright(pixels: Pixels_HW3, orientation: int) -> Pixels_HW3:

@@ -35,9 +35,9 @@ class Cause(StrEnum):
     EMPTY = "empty"
     UNKNOWN_FORMAT = "unknown_format"
     TOO_MANY_PIXELS = "too_many_pixels"  # refused from the header, before anything is decoded
-    TRUNCATED = "truncated"
+    TRUNCATED = "truncated"  # it ends, or its scans or rows do, before the picture is whole
     CORRUPT = "corrupt"
-    UNSUPPORTED = "unsupported"  # a kind we read, in a variant that has no defined 8-bit picture
+    UNSUPPORTED = "unsupported"  # a picture, of a kind or a variant that is not read
     DECODER_CRASH = "decoder_crash"  # it killed the process that decoded it, twice
     # the picture
     TOO_SMALL = "too_small"  # never enlarged
@@ -78,7 +78,7 @@ REMEDIES: dict[Cause, str] = {
     Cause.TOO_MANY_PIXELS: "raise `max_pixels`",
     Cause.TRUNCATED: "fetch the files again: they end too early",
     Cause.CORRUPT: "fetch the files again: they are damaged",
-    Cause.UNSUPPORTED: "convert the files to 8 bits a colour",
+    Cause.UNSUPPORTED: "convert the files to JPEG or PNG of 8 bits a colour",
     Cause.DECODER_CRASH: "convert the files with another program",
     Cause.TOO_SMALL: "lower `sizes`: pictures are never enlarged",
 }
@@ -90,8 +90,21 @@ def remedy(rejected: Mapping[str, int]) -> str:
 
 
 class Rejection(NamedTuple):
+    """`detail` is a text of ours, which depends on the input alone: two runs write the same bytes.
+
+    What a library says is never in it: that names objects in memory, and changes with the library.
+    """
+
     cause: Cause
     detail: str = ""
+
+
+class Refused(Exception):
+    """Raised by what reads a file, and caught by whoever asked for it."""
+
+    def __init__(self, cause: Cause, detail: str = "") -> None:
+        super().__init__(cause, detail)
+        self.rejection = Rejection(cause, detail)
 
 
 WORST = 3  # causes that are named

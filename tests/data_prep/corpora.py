@@ -28,6 +28,9 @@ BAD = {  # by place in every ten rows: what is wrong with the input
 }
 
 
+DOWNLOADED = ("downloads/", "data/originals/", "data/tables/")  # what came from the web, and from which lists
+
+
 def write_corpus(folder: Path, count: int) -> dict[str, int]:
     """`count` rows, four in ten bad, every tenth a copy of the one before; the causes expected, counted."""
     (folder / "images").mkdir(parents=True)

@@ -20,19 +20,18 @@ import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import chain, cycle, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from data_prep.decode import Decoded, decode
 from data_prep.rejections import Cause, Rejection
 from tests.data_prep import test_fetch as pages
 from tests.data_prep import zoo
-from tests.data_prep.corpora import shaded
+from tests.data_prep.corpora import DOWNLOADED, shaded
 from tests.data_prep.test_sources_tars import ENDS, member, tar_bytes
 from tests.data_prep.web import Page, Stream, Web
 
@@ -41,6 +40,8 @@ MAX_BYTES = 150_000
 SHARES = {"tables": 0.2, "texts": 0.16, "tars": 0.2, "embedded": 0.13, "web": 0.31}
 SECONDS = 8.0  # of a download: long, since a busy machine must not make a good one late
 DEADLY = b"DEADLY"
+
+Bytes = bytes | Callable[[], bytes]
 
 
 class Verdict(NamedTuple):
@@ -75,8 +76,9 @@ class Corpus:
 
 
 def good_file(number: int) -> bytes:
-    kind = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")[number % 6]
-    return zoo.saved(shaded(number, 40), kind)
+    kind = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")[number // 2 % 6]  # the good ones have even numbers
+    data = zoo.saved(shaded(number, 40), kind)
+    return data[:-2] if kind == "JPEG" and number % 4 else data  # a JPEG may lack its end
 
 
 def _jpeg_of(width: int, height: int) -> bytes:
@@ -87,34 +89,31 @@ def _jpeg_of(width: int, height: int) -> bytes:
     return bytes(data)
 
 
-def _cut(kind: str) -> bytes:
-    return zoo.saved(shaded(0, 40), kind)[:-100]
+_UNDECODABLE = {cause: cycle(files) for cause, files in zoo.undecodable().items()}
 
 
-def _flipped() -> bytes:
-    data = bytearray(zoo.saved(shaded(0, 40), "PNG"))
-    data[data.index(b"IDAT") + 9] ^= 16
-    return bytes(data)
+def _turns(cause: Cause) -> tuple[Bytes, Verdict]:
+    """Another file of these each time."""
+    return lambda: next(_UNDECODABLE[cause]), both(cause)
 
 
-BAD_FILES: list[tuple[bytes, Verdict]] = [
-    (b"", both(Cause.EMPTY)),
-    (b"<!DOCTYPE html><title>Not found</title>", both(Cause.UNKNOWN_FORMAT)),
-    (b"%PDF-1.7\n", both(Cause.UNKNOWN_FORMAT)),
-    (bytes(1000), both(Cause.UNKNOWN_FORMAT)),
-    (zoo.png(60_000, 60_000, 8, 2, b"small"), both(Cause.TOO_MANY_PIXELS)),
+BAD_FILES: list[tuple[Bytes, Verdict]] = [
+    _turns(Cause.EMPTY),
+    *[_turns(Cause.UNKNOWN_FORMAT)] * 2,
+    _turns(Cause.TOO_MANY_PIXELS),
     (_jpeg_of(65_000, 65_000), both(Cause.TOO_MANY_PIXELS)),
-    (b"GIF89a" + b"\xff\xff\xff\xff" + zoo.saved(shaded(0, 40), "GIF")[10:], both(Cause.TOO_MANY_PIXELS)),
-    (_cut("JPEG"), both(Cause.TRUNCATED)),
-    (_cut("PNG"), both(Cause.TRUNCATED)),
-    (_flipped(), both(Cause.CORRUPT)),
-    (zoo.png(0, 40, 8, 2, b""), both(Cause.CORRUPT)),
-    (zoo.saved(Image.new("F", (40, 40)), "TIFF"), both(Cause.UNSUPPORTED)),
-    (zoo.saved(Image.new("I", (40, 40)), "TIFF"), both(Cause.UNSUPPORTED)),
+    *[_turns(Cause.TRUNCATED)] * 3,
+    *[_turns(Cause.CORRUPT)] * 2,
+    *[_turns(Cause.UNSUPPORTED)] * 3,
     (bytes(MAX_BYTES + 1), both(Cause.TOO_MANY_BYTES)),
     (zoo.saved(shaded(0, 12), "PNG"), both(Cause.TOO_SMALL)),
     (zoo.saved(shaded(0, 24), "PNG"), Verdict(Cause.TOO_SMALL, None)),
 ]
+
+
+def _file(data: Bytes | None, number: int) -> bytes:
+    return good_file(number) if data is None else data() if callable(data) else data
+
 
 BAD_CAPTIONS: list[tuple[str | bytes | None, Cause]] = [
     (None, Cause.NO_CAPTION),
@@ -176,10 +175,10 @@ def _tables(folder: Path, count: int) -> list[Verdict]:
     outside = folder.parent / "outside.png"
     outside.write_bytes(good_file(0))
 
-    def file(data: bytes | None, caption: Any = "said") -> Any:
+    def file(data: Bytes | None, caption: Any = "said") -> Any:
         def make(number: int) -> tuple[str, Any]:
             path = folder / "images" / f"{number:05d}"
-            path.write_bytes(good_file(number) if data is None else data)
+            path.write_bytes(_file(data, number))
             return f"images/{path.name}", caption
 
         return make
@@ -237,9 +236,9 @@ def _bytes(value: str | bytes | None) -> bytes | None:
 def _texts(folder: Path, count: int) -> list[Verdict]:
     folder.mkdir()
 
-    def pair(data: bytes | None, caption: Any = "said") -> Any:
+    def pair(data: Bytes | None, caption: Any = "said") -> Any:
         def make(number: int, path: Path) -> None:
-            path.with_suffix(".png").write_bytes(good_file(number) if data is None else data)
+            path.with_suffix(".png").write_bytes(_file(data, number))
             if caption is not None:
                 path.with_suffix(".txt").write_bytes(_bytes(caption) or b"")
 
@@ -297,9 +296,9 @@ def _texts(folder: Path, count: int) -> list[Verdict]:
 def _tars(folder: Path, count: int) -> list[Verdict]:
     folder.mkdir()
 
-    def sample(data: bytes | None = None, caption: Any = "said", said: bytes = b'{"n": 1}') -> Any:
+    def sample(data: Bytes | None = None, caption: Any = "said", said: bytes = b'{"n": 1}') -> Any:
         def make(number: int) -> list[Any]:
-            members = [member(f"{number}.png", good_file(number) if data is None else data)]
+            members = [member(f"{number}.png", _file(data, number))]
             if caption is not None:
                 members.append(member(f"{number}.txt", _bytes(caption) or b""))
             return [*members, member(f"{number}.json", said)]
@@ -359,8 +358,8 @@ def _end_of_members(whole: bytes) -> int:
 def _embedded(folder: Path, count: int) -> list[Verdict]:
     folder.mkdir()
 
-    def row(data: bytes | None, caption: Any = "said") -> Any:
-        return lambda number: ({"bytes": good_file(number) if data is None else data, "path": f"{number}"}, caption)
+    def row(data: Bytes | None, caption: Any = "said") -> Any:
+        return lambda number: ({"bytes": _file(data, number), "path": f"{number}"}, caption)
 
     bad = [Kind(row(data), verdict) for data, verdict in BAD_FILES]
     bad += [Kind(row(None, caption), both(cause)) for caption, cause in BAD_CAPTIONS]
@@ -387,6 +386,9 @@ def _web(folder: Path, count: int, web: Web, tls: Web, closed: int) -> list[Verd
             return web.url(f"/{number}", f"host-{number % 100}.test"), caption
 
         return make
+
+    def broken(data: Bytes) -> Any:
+        return lambda number: page(_file(data, number))(number)
 
     def url(text: str | None) -> Any:
         return _fixed((text, "said"))
@@ -431,7 +433,7 @@ def _web(folder: Path, count: int, web: Web, tls: Web, closed: int) -> list[Verd
         *((page(large), Cause.TOO_MANY_BYTES) for large in (pages.declared_huge, pages.endless)),
     ]
     bad = [Kind(make, both(cause)) for make, cause in causes]
-    bad += [Kind(page(data), verdict) for data, verdict in BAD_FILES]
+    bad += [Kind(broken(data), verdict) for data, verdict in BAD_FILES]
     # JSON and CSV know no bytes; text that is no UTF-8 is in the tables.
     bad += [Kind(page(None, said), both(cause)) for said, cause in BAD_CAPTIONS if not isinstance(said, bytes)]
     rare = [Kind(page(pages.hang), both(Cause.TIMEOUT))]
@@ -501,18 +503,28 @@ def _look_up(host: str) -> list[str]:
 
 
 def main() -> None:
-    """ADDRESS STORE SETTINGS: prepare on that Ray cluster, with the decoder that some file kills."""
+    """ADDRESS STORE OTHER SETTINGS: prepare on that Ray cluster, with the decoder that some file kills.
+
+    Then once more in the other store, from the first one's downloads, one shard after the other.
+    """
     import ray
 
     from data_prep.job import prepare
     from data_prep.plan import PrepareSettings
     from infra.config import parse
+    from infra.store import open_store
 
-    address, store, settings = sys.argv[1:]
+    address, first, other, settings = sys.argv[1:]
     ray.init(
         address=address, runtime_env={"worker_process_setup_hook": at_home}, log_to_driver=False, logging_level="ERROR"
     )
-    summary = prepare(store, parse(PrepareSettings, json.loads(settings)), decoder=deadly)
+    given = parse(PrepareSettings, json.loads(settings))
+    summary = prepare(first, given, decoder=deadly)
+    stores = open_store(first), open_store(other)
+    for entry in stores[0].list():
+        if entry.key.startswith(DOWNLOADED):
+            stores[1].put(entry.key, stores[0].get(entry.key))
+    assert prepare(other, given.model_copy(update={"in_flight": 1}), decoder=deadly) == summary
     print(summary.model_dump_json())
 
 

@@ -30,6 +30,7 @@ import pytest
 from data_prep import originals
 from data_prep.decode import Decoded, decode
 from data_prep.job import Progress, _done, prepare
+from data_prep.mend import drop
 from data_prep.plan import PrepareSettings, make_plan
 from data_prep.rejections import Rejection
 from data_prep.verify import verify
@@ -37,7 +38,7 @@ from infra.config import parse
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import FileStore, Store, open_store
 from tests.data_prep import zoo
-from tests.data_prep.corpora import contents, prepare_here, shaded, write_corpus
+from tests.data_prep.corpora import DOWNLOADED, contents, prepare_here, shaded, write_corpus
 from tests.data_prep.corpora import settings_for as settings_for_tables
 from tests.data_prep.test_job import refuse
 from tests.data_prep.web import Page, Web
@@ -49,7 +50,6 @@ Whom = Literal["worker", "driver", "node"]
 ROWS = 7  # URLs of a batch here, so that there are several
 URLS = 20
 PATIENCE = 200.0  # seconds until something that must happen is held not to happen; machines may be busy
-DOWNLOADED = ("downloads/", "data/originals/", "data/tables/")
 
 
 @pytest.fixture(autouse=True)
@@ -185,6 +185,15 @@ def photo(number: int) -> bytes:
     return zoo.saved(shaded(number, 40), "PNG")
 
 
+BROKEN = [files[-1] for files in zoo.undecodable().values()]
+
+
+def listed(count: int) -> dict[str, Page]:
+    """Every third is what nobody can decode, for each cause in turn: what is said of it must be the same each time."""
+    files = [(photo(number), BROKEN[number // 3 % len(BROKEN)]) for number in range(count)]
+    return {f"/{number}": bad if number % 3 == 0 else good for number, (good, bad) in enumerate(files)}
+
+
 def write_list(folder: Path, web: Web, pages: dict[str, Page]) -> None:
     folder.mkdir(parents=True)
     web.pages |= pages
@@ -198,7 +207,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Scene:
     write_corpus(folder / "tables", 50)
     with Web() as web, pytest.MonkeyPatch.context() as patch:
         patch.setattr(originals, "ROWS", ROWS)
-        write_list(folder / "lists", web, {f"/{n}": photo(n) if n % 5 else b"no picture" for n in range(URLS)})
+        write_list(folder / "lists", web, listed(URLS))
         settings = both_sources(folder / "tables", folder / "lists")
         FileStore(folder / "first")
         prepare(FileStore(folder / "first"), parse(PrepareSettings, settings | {"in_flight": 1}))
@@ -224,6 +233,28 @@ def finish(store: Store, scene: Scene) -> None:
     assert contents(store) == scene.undisturbed
     assert prepare(store, settings, decoder=refuse) == summary
     assert verify(store, summary.plan, summary.edition).problems == []
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_what_is_damaged_is_dropped_and_made_again_with_the_same_bytes(scene: Scene, tmp_path: Path, seed: int) -> None:
+    """No object is left that nothing names, and none is new: what is said of the undecodable is the same each time."""
+    rng = random.Random(seed)
+    store = FileStore(tmp_path / "store")
+    for key, data in scene.undisturbed.items():
+        store.put(key, data)
+    summary = prepare(store, parse(PrepareSettings, scene.settings), decoder=refuse)
+    hurt = [key for key in sorted(scene.undisturbed) if key.startswith(("shards/", "data/16/", "data/32/"))]
+    for key in rng.sample(hurt, len(hurt) // 3):
+        data = bytearray(scene.undisturbed[key])
+        if rng.random() < 0.3:
+            store.delete(key)
+        else:
+            data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+            store.put(key, bytes(data))
+    found = verify(store, summary.plan, summary.edition)
+    assert found.problems
+    drop(store, summary.plan, found)
+    finish(store, scene)
 
 
 # Every write
@@ -255,7 +286,7 @@ def one_write_further(function: Callable[..., None], root: Path, settings: dict[
 def test_killed_at_every_write_it_gets_one_further_each_time(tmp_path: Path) -> None:
     write_corpus(tmp_path / "tables", 10)
     with Web() as web:
-        write_list(tmp_path / "lists", web, {f"/{n}": photo(n) if n % 5 else b"no picture" for n in range(9)})
+        write_list(tmp_path / "lists", web, listed(9))
         settings = both_sources(tmp_path / "tables", tmp_path / "lists")
         plain, killed = open_store(str(tmp_path / "plain")), FileStore(tmp_path / "killed")
         in_one_process(plain, settings)
@@ -563,7 +594,7 @@ def test_killed_by_the_clock_again_and_again(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     write_corpus(tmp_path / "tables", 400)
     with Web() as web:
-        write_list(tmp_path / "lists", web, {f"/{n}": photo(n) if n % 5 else b"no picture" for n in range(100)})
+        write_list(tmp_path / "lists", web, listed(100))
         settings = both_sources(tmp_path / "tables", tmp_path / "lists")
         plain = open_store(str(tmp_path / "plain"))
         prepare(plain, parse(PrepareSettings, settings))

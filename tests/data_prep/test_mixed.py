@@ -11,19 +11,22 @@ from pathlib import Path
 import pytest
 
 from data_prep.job import PrepareSummary, prepare
+from data_prep.mend import drop
 from data_prep.plan import PrepareSettings
 from data_prep.rejections import Cause
 from data_prep.verify import verify
 from infra.config import parse
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import Store, open_store
-from tests.data_prep.mixed import SHARES, SIZES, Corpus, Verdict, mixed_corpus
+from tests.data_prep.corpora import contents
+from tests.data_prep.mixed import SHARES, SIZES, Corpus, Verdict, deadly, mixed_corpus
 from tests.data_prep.test_job import refuse
 
 
-def prepare_apart(address: str, store: Store, corpus: Corpus) -> PrepareSummary:
+def prepare_apart(address: str, store: Store, other: Store, corpus: Corpus) -> PrepareSummary:
     """In a process whose workers hold this machine for a part of the web; a crash is its exit code."""
-    command = [sys.executable, "-m", "tests.data_prep.mixed", address, store.url, json.dumps(corpus.settings)]
+    settings = json.dumps(corpus.settings)
+    command = [sys.executable, "-m", "tests.data_prep.mixed", address, store.url, other.url, settings]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     said = next(line for line in done.stdout.splitlines() if line.startswith("{"))  # Ray has its say before and after
     return PrepareSummary.model_validate_json(said)
@@ -42,10 +45,25 @@ def found_verdicts(store: Store, summary: PrepareSummary) -> dict[str, list[Verd
     return {source: [Verdict(*pair) for pair in zip(*causes, strict=True)] for source, causes in found.items()}
 
 
+def mended(store: Store, corpus: Corpus, summary: PrepareSummary) -> None:
+    """Every fourth index and tar is damaged; the shards are dropped and made again."""
+    hurt = [
+        entry.key for entry in store.list("data/") if entry.key.startswith(tuple(f"data/{size}/" for size in SIZES))
+    ]
+    for key in sorted(hurt)[::4]:
+        store.put(key, store.get(key)[:-9] + bytes(9))
+    drop(store, summary.plan, verify(store, summary.plan, summary.edition))
+    assert prepare(store, parse(PrepareSettings, corpus.settings), decoder=deadly) == summary
+
+
 def check(address: str, folder: Path, count: int, rows_per_shard: int) -> None:
-    store = open_store(str(folder / "store"))
+    store, other = open_store(str(folder / "store")), open_store(str(folder / "other"))
     with mixed_corpus(folder, count, rows_per_shard=rows_per_shard) as corpus:
-        summary = prepare_apart(address, store, corpus)
+        summary = prepare_apart(address, store, other, corpus)
+    made = contents(store)
+    assert contents(other) == made  # data, indexes and records, of what is rejected, too
+    mended(other, corpus, summary)
+    assert contents(other) == made
     assert prepare(store, parse(PrepareSettings, corpus.settings), decoder=refuse) == summary
     found = found_verdicts(store, summary)
     assert {source: len(verdicts) for source, verdicts in found.items()} == {

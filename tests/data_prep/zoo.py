@@ -63,6 +63,22 @@ def png(
     return b"\x89PNG\r\n\x1a\n" + head + extra + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
 
 
+PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+
+
+def rows_of(pixels: npt.NDArray[Any], interlaced: bool) -> bytes:
+    """A PNG's rows as they are before they are packed, each behind the byte that names its filter."""
+    passes = [pixels[top::down, left::right] for left, top, right, down in PASSES] if interlaced else [pixels]
+    parts = (np.ascontiguousarray(part).view(np.uint8).reshape(part.shape[0], -1) for part in passes if part.size)
+    return b"".join(np.pad(part, ((0, 0), (1, 0))).tobytes() for part in parts)
+
+
+def interlaced_png(pixels: Pixels, rows: bytes) -> bytes:
+    height, width = pixels.shape[:2]
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 1))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
 def chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
@@ -83,6 +99,64 @@ def tiff(
     entries = b"".join(struct.pack("<HHII", tag, 4, count, value) for tag, (value, count) in sorted(tags.items()))
     head = b"II*\0" + struct.pack("<I", lists_at + len(lists))
     return head + parts.tobytes() + lists + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def bmp(
+    words: npt.NDArray[np.unsignedinteger], masks: tuple[int, int, int, int], header: int = 124, packing: int = 3
+) -> bytes:
+    """A BMP whose pixels are numbers of 16 or 32 bits, with masks for red, green, blue and alpha."""
+    height, width = words.shape
+    bits = words.dtype.itemsize * 8
+    stored = words[::-1].astype(words.dtype.newbyteorder("<")).view(np.uint8).reshape(height, -1)
+    body = np.pad(stored, ((0, 0), (0, -stored.shape[1] % 4))).tobytes()
+    head = struct.pack("<IiiHHIIiiII", header, width, height, 1, bits, packing, len(body), 0, 0, 0, 0)
+    behind = 12 if packing == 3 else 16 if packing == 6 else 0  # of a header too short for masks
+    head += struct.pack("<4I", *masks)
+    head = head[: header + behind] if header == 40 else head[:header].ljust(header, b"\0")
+    return b"BM" + struct.pack("<IHHI", 14 + len(head) + len(body), 0, 0, 14 + len(head)) + head + body
+
+
+def undecodable() -> dict[str, list[bytes]]:
+    """Files that are no picture for anybody, by cause: of every kind that is read, and what a parser falls over."""
+    jpeg, png_file, tiff_file, avif, webp, gif, bmp_file = (
+        saved(picture(40, 45), kind) for kind in ("JPEG", "PNG", "TIFF", "AVIF", "WEBP", "GIF", "BMP")
+    )
+    progressive = saved(picture(40, 45), "JPEG", progressive=True)
+    flipped = bytearray(png_file)
+    flipped[png_file.index(b"IDAT") + 9] ^= 16
+    scan, hole = jpeg.index(b"\xff\xda") + 60, 90
+    return {
+        "empty": [b""],
+        "unknown_format": [b"<!DOCTYPE html><title>Not found</title>", b"%PDF-1.7\n", bytes(1000), b"no picture"],
+        "too_many_pixels": [
+            png(60_000, 60_000, 8, 2, b"small"),
+            gif[:6] + b"\xff\xff\xff\xff" + gif[10:],
+            bmp_file[:18] + struct.pack("<ii", 60_000, 60_000) + bmp_file[26:],
+        ],
+        "truncated": [
+            *(data[:-100] for data in (jpeg, png_file, tiff_file, avif, webp, bmp_file)),
+            gif[: len(gif) // 2],
+            progressive[: progressive.rindex(b"\xff\xc4")] + b"\xff\xd9",
+            png(45, 40, 8, 2, bytes(20 * (3 * 45 + 1))),
+        ],
+        "corrupt": [
+            bytes(flipped),
+            jpeg[:scan] + jpeg[scan + hole :],
+            png(0, 40, 8, 2, b""),
+            png(45, 40, 8, 3, bytes(46 * 40)),
+            tiff_file[:4] + struct.pack("<I", 9) + tiff_file[8:],
+            webp[:20] + bytes(50) + webp[70:],
+            avif[:40] + bytes(50) + avif[90:],
+        ],
+        "unsupported": [
+            *(saved(Image.new(mode, (40, 40)), "TIFF") for mode in "FI"),
+            *(saved(picture(40, 45), kind) for kind in ("JPEG2000", "TGA", "ICO", "PPM")),
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+            b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+            b"8BPS\0\1" + bytes(20),
+            b"\xff\x0a" + bytes(20),
+        ],
+    }
 
 
 # Primaries of Adobe RGB (1998) and Display P3, adapted to D50, by row: X, Y, Z of red, green, blue.
