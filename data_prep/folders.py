@@ -15,7 +15,7 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 from data_prep.rejections import Cause, Rejection
@@ -26,16 +26,25 @@ BUFFER = 1 << 20
 EDGE = 64 << 10  # bytes at either end of a file that tell it from others
 
 
+class File(NamedTuple):
+    """What a folder tells of a file; one that is not entered as a folder ends in a slash."""
+
+    name: str
+    size: int
+    refused: Cause | None = None  # why it may not be read, if that is known
+    stamp: int = 0  # another one where it was written anew: its time, or what a store says; 0: nobody tells
+
+
 class Folder(Protocol):
     def read(self, name: str, limit: int) -> bytes | Rejection: ...
+    def look(self, name: str, limit: int) -> tuple[bytes | Rejection, int]:
+        """The same, with the stamp of what was read."""
+
     def open(self, name: str, buffer: int = BUFFER) -> BinaryIO:
         """The file, to read at any place; of a store so many bytes are asked for at once."""
 
-    def names(self) -> Iterator[tuple[str, int, Cause | None]]:
-        """Every file by name, with its size, and why it may not be read, if that is known; sorted by `text_of` name.
-
-        A folder that is not entered stands among them, and ends in a slash.
-        """
+    def names(self) -> Iterator[File]:
+        """Every file, sorted by `text_of` name, and every folder that is not entered."""
 
     def find(self, pattern: str) -> list[str]:
         """The files that match: `*` and `?` within one part of a path, `**` for any number of parts; sorted."""
@@ -84,23 +93,26 @@ class LocalFolder:
         self.root = os.path.realpath(root)
 
     def read(self, name: str, limit: int) -> bytes | Rejection:
+        return self.look(name, limit)[0]
+
+    def look(self, name: str, limit: int) -> tuple[bytes | Rejection, int]:
         if not _is_inside(name):
-            return Rejection(Cause.OUTSIDE_FOLDER, name[:200])
+            return Rejection(Cause.OUTSIDE_FOLDER, name[:200]), 0
         try:
             path = os.path.realpath(os.path.join(self.root, name))
             if os.path.commonpath((self.root, path)) != self.root:
-                return Rejection(Cause.OUTSIDE_FOLDER, "a link that leads out of the folder")
+                return Rejection(Cause.OUTSIDE_FOLDER, "a link that leads out of the folder"), 0
             found = os.stat(path)
             if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
-                return Rejection(Cause.UNREADABLE, "not a regular file")
+                return Rejection(Cause.UNREADABLE, "not a regular file"), 0
             if found.st_size > limit:
-                return Rejection(Cause.TOO_MANY_BYTES, f"{found.st_size} bytes")
+                return Rejection(Cause.TOO_MANY_BYTES, f"{found.st_size} bytes"), 0
             with open(path, "rb") as file:
-                return file.read(limit)
+                return file.read(limit), _told(name, found).stamp
         except FileNotFoundError:
-            return Rejection(Cause.MISSING)
+            return Rejection(Cause.MISSING), 0
         except (OSError, ValueError) as error:
-            return Rejection(Cause.UNREADABLE, type(error).__name__)
+            return Rejection(Cause.UNREADABLE, type(error).__name__), 0
 
     def open(self, name: str, buffer: int = BUFFER) -> BinaryIO:
         path = Path(self.root, name)
@@ -111,19 +123,19 @@ class LocalFolder:
         except OSError as error:
             raise SettingsError(f"{path} cannot be read ({error.strerror})", remedy="check its name") from None
 
-    def names(self) -> Iterator[tuple[str, int, Cause | None]]:
+    def names(self) -> Iterator[File]:
         for name, entry in self._walk(""):
             if entry is None:
-                yield f"{name.rstrip('/')}/", 0, Cause.UNREADABLE
+                yield File(f"{name.rstrip('/')}/", 0, Cause.UNREADABLE)
             elif not entry.is_symlink():
                 with suppress(FileNotFoundError):  # gone since it was seen
-                    yield name, entry.stat(follow_symlinks=False).st_size, None
+                    yield _told(name, entry.stat(follow_symlinks=False))
             elif not self._is_inside(entry.path):
-                yield name + "/" * os.path.isdir(entry.path), 0, Cause.OUTSIDE_FOLDER
+                yield File(name + "/" * os.path.isdir(entry.path), 0, Cause.OUTSIDE_FOLDER)
             elif os.path.isdir(entry.path):  # its files are met where they lie, and the link may lead in circles
-                yield f"{name}/", 0, Cause.UNREADABLE
+                yield File(f"{name}/", 0, Cause.UNREADABLE)
             else:
-                yield name, os.path.getsize(entry.path) if os.path.exists(entry.path) else 0, None
+                yield _told(name, os.stat(entry.path)) if os.path.exists(entry.path) else File(name, 0)
 
     def find(self, pattern: str) -> list[str]:
         found = []
@@ -172,15 +184,18 @@ class StoreFolder:
         self.store = store
 
     def read(self, name: str, limit: int) -> bytes | Rejection:
+        return self.look(name, limit)[0]
+
+    def look(self, name: str, limit: int) -> tuple[bytes | Rejection, int]:
         if not _is_inside(name):
-            return Rejection(Cause.OUTSIDE_FOLDER, name[:200])
+            return Rejection(Cause.OUTSIDE_FOLDER, name[:200]), 0
         if not is_key(name):
-            return Rejection(Cause.BAD_NAME, repr(name)[:200])
+            return Rejection(Cause.BAD_NAME, repr(name)[:200]), 0
         try:
-            data = self.store.get(name, 0, limit + 1)
+            data, tag = self.store.get_tagged(name, 0, limit + 1)
         except NotFound:
-            return Rejection(Cause.MISSING)
-        return Rejection(Cause.TOO_MANY_BYTES) if len(data) > limit else data
+            return Rejection(Cause.MISSING), 0
+        return (Rejection(Cause.TOO_MANY_BYTES), 0) if len(data) > limit else (data, _stamp(tag))
 
     def open(self, name: str, buffer: int = BUFFER) -> BinaryIO:
         size = self.store.size(name)
@@ -188,9 +203,9 @@ class StoreFolder:
             raise SettingsError(f"there is no {self.store.url}/{name}", remedy="check its name and `url`")
         return io.BufferedReader(_StoreFile(self.store, name, size), buffer_size=buffer)
 
-    def names(self) -> Iterator[tuple[str, int, Cause | None]]:
+    def names(self) -> Iterator[File]:
         for entry in self.store.list_unchecked():
-            yield entry.key, entry.size, None if is_key(entry.key) else Cause.BAD_NAME
+            yield File(entry.key, entry.size, None if is_key(entry.key) else Cause.BAD_NAME, _stamp(entry.tag))
 
     def find(self, pattern: str) -> list[str]:
         parts = pattern.split("/")
@@ -225,6 +240,15 @@ class _StoreFile(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
+
+
+def _told(name: str, about: os.stat_result) -> File:
+    return File(name, about.st_size, None, about.st_mtime_ns or 1)  # at the epoch there is a time, too
+
+
+def _stamp(tag: str) -> int:
+    """A store's word as a number."""
+    return int.from_bytes(hashlib.blake2b(tag.encode(), digest_size=8).digest(), signed=True) if tag else 0
 
 
 def is_key(name: str) -> bool:

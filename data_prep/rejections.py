@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 class Cause(StrEnum):
     # the source
+    BAD_ROW = "bad_row"  # a line of a table that cannot be read, or a row that went with a damaged page
     BAD_NAME = "bad_name"  # empty, or not text that a table can hold
     OUTSIDE_FOLDER = "outside_folder"  # absolute, with "..", or a link that leads out
     MISSING = "missing"
@@ -51,6 +52,7 @@ TRANSIENT: frozenset[Cause] = frozenset(
 
 # Where a cause took everything: what to do, with the setting that decides it.
 REMEDIES: dict[Cause, str] = {
+    Cause.BAD_ROW: "write the tables again, or fetch them again: lines or pages of them are damaged",
     Cause.BAD_NAME: "let the source's `image` name the column that holds the files' names",
     Cause.OUTSIDE_FOLDER: "let `url` be the folder that all files lie in, and `image` their names in it",
     Cause.MISSING: "let `url` be the folder that the files lie in, and `image` the column of their names in it",

@@ -66,6 +66,7 @@ class Entry:
     key: str
     size: int
     modified: float = field(default=math.inf, compare=False)  # seconds since the epoch; where unknown it counts as new
+    tag: str = field(default="", compare=False)  # another one where the object was written anew; empty: nobody tells
 
 
 class StoreSettings(Settings):
@@ -129,6 +130,10 @@ class Store(ABC):
     @abstractmethod
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes [start, end), clipped to the object; NotFound if there is none."""
+
+    def get_tagged(self, key: str, start: int = 0, end: int | None = None) -> tuple[bytes, str]:
+        """The same, with the `Entry.tag` of what was read."""
+        return self.get(key, start, end), ""
 
     @abstractmethod
     def put(self, key: str, data: bytes | Path) -> None:
@@ -446,15 +451,22 @@ class S3Store(Store):
         return S3Store, (self.url.removeprefix("s3://"), self.settings)
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        return self.get_tagged(key, start, end)[0]
+
+    def get_tagged(self, key: str, start: int = 0, end: int | None = None) -> tuple[bytes, str]:
         _check_range(start, end)
         name = self._name(key)
         if start == end:  # HTTP cannot ask for no bytes
             if not self.exists(key):
                 raise _not_found(self, key)
-            return b""
+            return b"", ""
+
+        def read() -> tuple[bytes, str]:
+            (_, tag), chunks = self._read(name, start, end)
+            return b"".join(chunks), tag
+
         with self._explained(key):
-            chunks: list[bytes] = self._retry(lambda: list(self._read(name, start, end)[1]))
-        return b"".join(chunks)
+            return self._retry(read)
 
     def put(self, key: str, data: bytes | Path) -> None:
         self._write(key, data, {})
@@ -471,7 +483,7 @@ class S3Store(Store):
                 key = item["Key"].removeprefix(self.base)
                 # Browsers of buckets make empty objects called `folder/`.
                 if not key.startswith(f"{SCRATCH}/") and not item["Key"].endswith("/"):
-                    yield Entry(key, item["Size"], item["LastModified"].timestamp())
+                    yield Entry(key, item["Size"], item["LastModified"].timestamp(), item.get("ETag", ""))
             if not page.get("IsTruncated"):
                 return
             ask["ContinuationToken"] = page["NextContinuationToken"]

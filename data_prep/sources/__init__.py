@@ -14,6 +14,9 @@ A source is a settings class with a `kind`, in the module of its family, and fun
     web_dataset   webdataset                                  a sample in a tar is an item
     sa1b          sa1b                                        the same, its words in a table
 
+Behind these: `lines` reads tables of text and `convert` turns them into Parquet, `parquet` reads that, `named` and
+`looked` tell whether files are what they were, `tars` and `tarwalk` read tars, `unpacked` unpacks them.
+
 A key is made of what an item is: its URL, its name in the folder or tar, or its bytes where a table holds them. Where
 there is none of these it is its place, which nothing else is called. So neither rows that come before it nor another
 name for its table move it, and a picture that is named in two pieces has one key in both: whoever forgets it forgets

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import logging
 import re
 from array import array
 from collections import OrderedDict
@@ -27,6 +28,8 @@ import pyarrow.parquet as pq
 from data_prep.folders import Folder, StoreFolder, fingerprint
 from data_prep.sources import parquet, words
 from data_prep.sources.convert import Columns, converted
+from data_prep.sources.fields import element, is_list, kind_of, listed
+from data_prep.sources.lines import is_parquet
 from data_prep.sources.raw import TABLES
 from data_prep.sources.tables import check_columns
 from infra.errors import SettingsError
@@ -40,6 +43,8 @@ HELD = 8  # row groups in memory
 
 NUMBER, ID = "pixnerd_number", "pixnerd_id"
 FIRSTS = b"firsts"
+
+_log = logging.getLogger(__name__)
 
 _DIGITS = re.compile(r"(?:sa_)?0*([0-9]{1,18})")
 
@@ -84,12 +89,13 @@ class _Table(NamedTuple):
     name: str
     folder: Folder  # it lies in the corpus, or, converted, in the store
     schema: pa.Schema
+    is_ours: bool
 
 
 def _opened(store: Store, source: str, folder: Folder, title: str, columns: Columns) -> _Table | None:
     """None for a table without rows."""
-    name = title
-    if not name.endswith(".parquet"):
+    name, is_ours = title, not is_parquet(title)
+    if is_ours:
         made = converted(store, source, folder, name, columns)
         if made is None:
             return None
@@ -99,14 +105,14 @@ def _opened(store: Store, source: str, folder: Folder, title: str, columns: Colu
         if not file.metadata.num_rows:
             return None
     check_columns(columns, title, schema)
-    return _Table(name, folder, schema)
+    return _Table(name, folder, schema, is_ours)
 
 
 def _join(store: Store, source: str, tables: Sequence[_Table], columns: Columns) -> str:
     schema = _schema(tables, columns)
     numbers = array("Q")
     for batch in _batches(tables, columns.subject):
-        numbers.extend(_number(identity(value)) for value in batch.column(0).to_pylist())
+        numbers.extend(_number(identity(value)) for value in parquet.values(batch, columns.subject[0]))
     ordered = np.sort(np.frombuffer(numbers, np.uint64))
     starts = np.unique(ordered[:: max(PILE, -(-len(ordered) // PILES))])  # equal ids are never parted
     with TemporaryDirectory() as place:
@@ -127,10 +133,10 @@ def _pile_up(
     with ExitStack() as files:
         writers = [files.enter_context(pa.ipc.new_stream(str(pile), schema)) for pile in piles]
         for batch in batches:
-            ids = [identity(value) for value in batch[columns.subject[0]].to_pylist()]
+            ids = [identity(value) for value in parquet.values(batch, columns.subject[0])]
             numbers = np.array([_number(name) for name in ids], np.uint64)
             rows = _uniform(batch, ids, numbers, schema)
-            at = np.searchsorted(starts, numbers, "right") - 1
+            at = np.maximum(np.searchsorted(starts, numbers, "right"), 1) - 1
             for pile in np.unique(at):
                 writers[pile].write_table(rows.filter(pa.array(at == pile)))
 
@@ -154,7 +160,7 @@ def _schema(tables: Sequence[_Table], columns: Columns) -> pa.Schema:
     fields += [pa.field(name, pa.binary()) for name in columns.texts]
     fields += [pa.field(name, pa.list_(pa.binary())) for name in columns.captions]
     for name in columns.kept:
-        kinds = {str(kind): kind for kind in (parquet.plain_type(table.schema.field(name).type) for table in tables)}
+        kinds = {str(kind): kind for kind in (parquet.plain_type(kind_of(table.schema, name)) for table in tables)}
         if len(kinds) > 1:
             kinds.pop(str(pa.null()), None)
         if len(kinds) > 1:
@@ -169,21 +175,34 @@ def _schema(tables: Sequence[_Table], columns: Columns) -> pa.Schema:
 def _batches(tables: Sequence[_Table], columns: Sequence[str]) -> Iterator[pa.Table]:
     for table in tables:
         with parquet.opened(table.folder.open(table.name), table.name) as file:
-            for batch in file.iter_batches(BATCH, columns=list(columns), use_threads=False):
-                yield pa.Table.from_batches([batch]).select(list(columns)).combine_chunks()
+            for batch in parquet.batches(file, table.name, columns, BATCH, whole=table.is_ours):
+                if isinstance(batch, parquet.Lost):
+                    _log.warning("%s: %d rows of captions are lost (%s)", table.name, batch.rows, batch.why.detail)
+                else:
+                    yield batch
 
 
 def _uniform(
     batch: pa.Table, ids: Sequence[str | None], numbers: npt.NDArray[np.uint64], schema: pa.Schema
 ) -> pa.Table:
     arrays = [pa.array(numbers), pa.array(ids, pa.string())]
-    for field in list(schema)[len(arrays) :]:
-        column = parquet.unchecked(batch.select([field.name])).column(0)
-        if parquet.is_list(field.type) and not parquet.is_list(column.type) and field.type.value_type == pa.binary():
-            values = column.cast(pa.binary()).combine_chunks()
-            column = pa.ListArray.from_arrays(pa.array(range(len(values) + 1), pa.int32()), values)
-        arrays.append(column.cast(field.type, safe=False))
+    for column in list(schema)[len(arrays) :]:
+        arrays.append(_column(batch, column).cast(column.type, safe=False))
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _column(batch: pa.Table, column: pa.Field) -> pa.ChunkedArray | pa.Array:
+    """As it is; texts as lists of one, and what nests deeper as lists of all that is in it."""
+    name = column.name
+    is_captions = column.type == pa.list_(pa.binary())
+    if name not in batch.column_names or pa.types.is_struct(element(batch.schema.field(name).type)):
+        found = parquet.values(batch, name)
+        return pa.array([None if value is None else listed(value) for value in found] if is_captions else found)
+    plain = parquet.unchecked(batch.select([name])).column(0)
+    if not is_captions or is_list(plain.type):
+        return plain
+    values = plain.cast(pa.binary()).combine_chunks()
+    return pa.ListArray.from_arrays(pa.array(range(len(values) + 1), pa.int32()), values)
 
 
 class Captions:

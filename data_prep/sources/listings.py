@@ -1,37 +1,41 @@
 """Corpora that are their folder: every image in it, with a caption from a text beside it or from its class's name.
 
-The folder's listing is their table. It is stored as Parquet, sorted by name, so that everybody plans and works by the
-same one. When the folder has grown, what was planned stays as it is, and the images that came are a listing of their
-own.
+The folder's listing is their table, in parts of LISTED images. It is stored as Parquet, sorted by name, so that
+everybody plans and works by the same one. When the folder has grown, what was planned stays as it is, and the images
+that came are a listing of their own. An image that goes, or changes, costs the part that it is in: also one that was
+replaced by another of the same size (`looked`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
-from heapq import merge
-from itertools import pairwise
+from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
+from typing import Annotated, Literal
 
+import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator
 
-from data_prep.folders import Folder, StoreFolder, open_folder, text_of
+from data_prep.folders import File, Folder, open_folder, text_of
 from data_prep.rejections import Cause, Rejection
-from data_prep.sources import parquet, words
-from data_prep.sources.parquet import RowWriter
-from data_prep.sources.raw import IMAGE_SUFFIXES, TABLES, Corpus, Input, Range, RawItem
+from data_prep.sources import looked, parquet, words
+from data_prep.sources.listed import Listed, Stored, Whole, merged, put
+from data_prep.sources.raw import IMAGE_SUFFIXES, Corpus, Input, Range, RawItem
 from infra.config import operational, spelt
 from infra.errors import SettingsError
-from infra.records import put_data
 from infra.shards import sample_key
 from infra.store import Store
 
-LISTING = "listing"  # the name of these inputs: what is in them tells them apart
 LABEL = pa.field("label", pa.int32())
+BATCH = 4096  # files whose stamps are compared at once
 MOST_CLASSES = 16 << 20  # bytes of a file of class names
+
+_log = logging.getLogger(__name__)
 
 
 class TextFolder(Corpus):
@@ -67,64 +71,79 @@ class ImageNet(Corpus):
 ListingSource = TextFolder | ImageNet
 
 
-class Listed(NamedTuple):
-    """An image of the folder."""
-
-    name: str
-    size: int
-    refused: str | None  # the cause for which it may not be read
-    text: bytes | None  # a hash of the words beside it: others of the same length are easily written
-    label: int | None
-    classes: str | None  # its class's names
-
-
-SCHEMA = pa.schema(
-    [
-        ("name", pa.string()),
-        ("size", pa.int64()),
-        ("refused", pa.string()),
-        ("text", pa.binary()),
-        ("label", pa.int32()),
-        ("classes", pa.string()),
-    ]
-)
-
-
 def inputs(source: ListingSource, store: Store | None, planned: Sequence[Range] = ()) -> list[Input]:
-    """The listings that were planned, as far as all of their rows are still there, and one of everything else."""
+    """The listings that were planned, as far as all of their rows are still there, and those of everything else."""
     folder = open_folder(source.url)
     with TemporaryDirectory() as place:
-        with _Spool(Path(place, "whole")) as whole:
-            for row in _listed(source, folder):
-                whole.add(row)
-        before = _still_there(whole, store, planned) if store else []
-        if not before:
-            return [whole.put(source, store)]
-        with _Spool(Path(place, "fresh")) as fresh:
-            old = merge(*before, key=_name)
-            expected = next(old, None)
-            for row in whole.rows_again():
-                if row == expected:
-                    expected = next(old, None)
-                else:
-                    fresh.add(row)
+        whole = Whole(Path(place))
+        for row, stamp in _listed(source, folder):
+            whole.add(row, stamp)
+        whole.close()
+        before, others = _still_there(source, folder, whole, store, planned) if store else ([], None)
         found = [listing.input() for listing in before]
-        return [*found, fresh.put(source, store)] if fresh.rows else found
+        fresh = (row._replace(others=others) for row in _without(whole, before))
+        made = list(put(source.name, store, Path(place), fresh))
+        return [*found, *(new for new in made if new.size or not found)]
 
 
-def _still_there(whole: _Spool, store: Store, planned: Sequence[Range]) -> list[_Stored]:
-    """The newest listings first: one that replaced others has their rows as well."""
-    kept: list[_Stored] = []
+def _without(whole: Whole, planned: Sequence[Stored]) -> Iterator[Listed]:
+    """The rows that no listing has."""
+    listed = merged(planned)
+    known = next(listed, None)
+    for row, _ in whole.rows():
+        if known is not None and row == known._replace(others=None):
+            known = next(listed, None)
+        else:
+            yield row
+
+
+def _still_there(
+    source: ListingSource, folder: Folder, whole: Whole, store: Store, planned: Sequence[Range]
+) -> tuple[list[Stored], bytes | None]:
+    """The listings that hold, and a hash of what has replaced images of the others.
+
+    The newest come first: one that replaced others has their rows as well.
+    """
+    kept: list[Stored] = []
+    sha256, others = hashlib.sha256(), 0
     for key in reversed(dict.fromkeys(part.table for part in planned)):
-        listing, rows = _Stored(store, key), whole.rows_again()
-        holds = all(row in rows for row in listing)  # both are sorted, so `rows` is searched but once
-        if holds and not any(a.name == b.name for a, b in pairwise(merge(listing, *kept, key=_name))):
+        listing = Stored(store, key)
+        if not all(stamp is not None for _, stamp in _found(listing, whole)) or listing.meets(kept):
+            continue
+        before, files = others, partial(_files, listing, whole)
+        for row, content in looked.replaced(store, _place(key), folder, source.max_bytes, files):
+            sha256.update(b"%s %d %s\n" % (key.encode(), row, content))
+            others += 1
+        if others == before:
             kept.insert(0, listing)
-    return kept
+    if others:
+        _log.warning("%d images of the source `%s` were replaced by others of their sizes", others, source.name)
+    return kept, sha256.digest()[:16] if others else None
 
 
-def _name(row: Listed) -> str:
-    return row.name
+def _found(listing: Stored, whole: Whole) -> Iterator[tuple[Listed, int | None]]:
+    """A listing's rows with the stamps that their files have now; None for the first that is not there, and the end."""
+    rows: Iterator[tuple[Listed, int]] | None = None
+    for row in listing:
+        rows = rows or whole.rows(row.name)
+        for here, stamp in rows:  # both are sorted, so it is searched but once
+            if here == row._replace(others=None):
+                yield row, stamp
+                break
+        else:
+            yield row, None
+            return
+
+
+def _files(listing: Stored, whole: Whole) -> Iterator[looked.Files]:
+    found = _found(listing, whole)
+    while batch := list(islice(found, BATCH)):
+        sizes, stamps = [row.size for row, _ in batch], [stamp or 0 for _, stamp in batch]
+        yield looked.Files([row.name for row, _ in batch], np.array(sizes, np.int64), np.array(stamps, np.int64))
+
+
+def _place(table: str) -> str:
+    return looked.place("listing", table)
 
 
 def ranges(source: ListingSource, store: Store, found: Input, rows: int) -> Iterator[Range]:
@@ -142,13 +161,16 @@ def kept_columns(source: ListingSource) -> dict[str, pa.DataType]:
 
 
 def items(source: ListingSource, store: Store, part: Range) -> Iterator[RawItem]:
-    folder = open_folder(source.url)
-    for number, row in parquet.rows(source, store, part, SCHEMA.names):
+    folder, looks = open_folder(source.url), looked.Looks(store, _place(part.table), part)
+    for number, row in parquet.rows(source, store, part, ["name", "size", "refused", "label", "classes"]):
+        assert not isinstance(row, Rejection), "a listing is our own"
         name, refused, classes = (words.text(row[column]) for column in ("name", "refused", "classes"))
-        yield _item(source, folder, number, Listed(name or "", row["size"], refused, None, row["label"], classes))
+        listed = Listed(name or "", row["size"], refused, None, row["label"], classes)
+        yield _item(source, folder, looks, number, listed)
+    looks.put()
 
 
-def _item(source: ListingSource, folder: Folder, number: int, row: Listed) -> RawItem:
+def _item(source: ListingSource, folder: Folder, looks: looked.Looks, number: int, row: Listed) -> RawItem:
     image: bytes | Rejection
     captions: list[dict[str, str]] = []
     found = _refusal(row) or (
@@ -157,7 +179,7 @@ def _item(source: ListingSource, folder: Folder, number: int, row: Listed) -> Ra
     if isinstance(found, Rejection):
         image = found
     else:
-        image, captions = folder.read(row.name, source.max_bytes), found
+        image, captions = looks.read(folder, number, row.name, source.max_bytes), found
     kept = {LABEL.name: row.label} if isinstance(source, ImageNet) else {}
     # A name that is no text could be written out like another's.
     key = sample_key(source.name, f"\0{row.name}" if row.refused == Cause.BAD_NAME else row.name)
@@ -201,24 +223,25 @@ def _named(source: ImageNet, row: Listed) -> list[dict[str, str]] | Rejection:
 # What a folder holds
 
 
-def _listed(source: ListingSource, folder: Folder) -> Iterator[Listed]:
-    """The folder's images, sorted by name, whatever order the folder gives them in."""
+def _listed(source: ListingSource, folder: Folder) -> Iterator[tuple[Listed, int]]:
+    """The folder's images with their stamps, sorted by name, whatever order the folder gives them in."""
     classes = _classes(source, folder) if isinstance(source, ImageNet) else {}
-    for name, size, refused in _images(folder):
+    for name, size, refused, stamp in _images(folder):
         known, text = classes.get(name.partition("/")[0], (None, None)), None
         if isinstance(source, TextFolder) and source.caption_suffix and not refused:
             beside = _read_beside(source, folder, name)
             said = beside if isinstance(beside, bytes) else beside.cause.encode()
             text = hashlib.blake2b(said, digest_size=16).digest()
-        yield Listed(name, size, refused and refused.value, text, *(known if "/" in name else (None, None)))
+        row = Listed(name, size, refused and refused.value, text, *(known if "/" in name else (None, None)))
+        yield row, stamp
 
 
-def _images(folder: Folder) -> Iterator[tuple[str, int, Cause | None]]:
+def _images(folder: Folder) -> Iterator[File]:
     """The pictures; and the folders that are not entered, whose pictures nobody has counted."""
-    for name, size, refused in folder.names():
-        if name.endswith("/") or PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
-            text, name = text_of(name).rstrip("/"), name.rstrip("/")
-            yield text, size, refused or (Cause.BAD_NAME if text != name else None)
+    for file in folder.names():
+        if file.name.endswith("/") or PurePosixPath(file.name).suffix.lower() in IMAGE_SUFFIXES:
+            text, name = text_of(file.name).rstrip("/"), file.name.rstrip("/")
+            yield file._replace(name=text, refused=file.refused or (Cause.BAD_NAME if text != name else None))
 
 
 def _classes(source: ImageNet, folder: Folder) -> dict[str, tuple[int, str]]:
@@ -252,66 +275,3 @@ def _class_names(lines: Sequence[str], folders: Sequence[str]) -> dict[str, str]
             remedy="write a line `folder name` for each class folder, or one name a line in the folders' order",
         )
     return named
-
-
-# Listings in the store
-
-
-class _Identity:
-    """What a listing is, whoever wrote it to what file."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self._sha256 = hashlib.sha256()
-
-    def add(self, row: Listed) -> None:
-        self.rows += 1
-        self._sha256.update("\0".join(map(str, row)).encode() + b"\n")
-
-    def input(self, table: str) -> Input:
-        return Input(LISTING, self.rows, self._sha256.hexdigest(), table)
-
-
-class _Spool(RowWriter):
-    """A listing on its way to the store, on disk."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, SCHEMA)
-        self._path, self._identity = path, _Identity()
-
-    def __enter__(self) -> _Spool:
-        return self
-
-    def add(self, row: Sequence[Any]) -> None:
-        super().add(row)
-        self._identity.add(Listed(*row))
-
-    def rows_again(self) -> Iterator[Listed]:
-        return _rows(self._path.open("rb"), str(self._path))
-
-    def put(self, source: ListingSource, store: Store | None) -> Input:
-        found = put_data(store, TABLES, f"{source.name}.parquet", self._path) if store and self.rows else None
-        return self._identity.input(found.key if found else "")
-
-
-class _Stored:
-    """A listing that was planned; what it is is known once it has been read through."""
-
-    def __init__(self, store: Store, key: str) -> None:
-        self._store, self._key, self._identity = store, key, _Identity()
-
-    def __iter__(self) -> Iterator[Listed]:
-        self._identity = _Identity()
-        for row in _rows(StoreFolder(self._store).open(self._key), self._key):
-            self._identity.add(row)
-            yield row
-
-    def input(self) -> Input:
-        return self._identity.input(self._key)
-
-
-def _rows(file: BinaryIO, name: str) -> Iterator[Listed]:
-    with parquet.opened(file, name) as listing:
-        for batch in listing.iter_batches(parquet.BATCH, columns=SCHEMA.names, use_threads=False):
-            for values in zip(*(batch.column(name).to_pylist() for name in SCHEMA.names), strict=True):
-                yield Listed(*values)

@@ -1,23 +1,44 @@
-"""Parquet tables read and written in a stream: a few rows at a time, whatever the size of the table."""
+"""Parquet tables read and written in a stream: a few rows at a time, whatever the size of the table.
+
+Of a stranger's table a damaged page costs the rows that are lost with it, which is the rest of its row group: they are
+counted, and what stands before and behind is read. A table of our own store carries its hash in its name, and damage in
+it is damage to the store: an error, and nobody's rejection.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.folders import StoreFolder, open_folder
-from data_prep.sources.raw import ROW, Corpus, Range
+from data_prep.rejections import Cause, Rejection
+from data_prep.sources.fields import field, has_odd_lists, is_list, kind_of, top
+from data_prep.sources.raw import DAMAGE, ROW, Corpus, Range
 from infra.errors import DataError
 from infra.store import Store
 
 BATCH = 64  # rows: a caption may be megabytes
 BUFFER = 1 << 20  # bytes of a column that are read at once
 GROUP_ROWS, GROUP_BYTES = 1 << 16, 64 << 20  # of a row group that is written
+
+Row = dict[str, Any] | Rejection
+
+
+class Lost(NamedTuple):
+    """Rows that cannot be read."""
+
+    rows: int
+    group: int
+
+    @property
+    def why(self) -> Rejection:
+        return Rejection(Cause.BAD_ROW, f"a damaged page in row group {self.group}")
 
 
 def open_rows(source: Corpus, store: Store, part: Range) -> BinaryIO:
@@ -27,7 +48,23 @@ def open_rows(source: Corpus, store: Store, part: Range) -> BinaryIO:
 @contextmanager
 def opened(file: BinaryIO, name: str) -> Iterator[pq.ParquetFile]:
     with file, readable(name):
-        yield pq.ParquetFile(file, buffer_size=BUFFER)
+        found = pq.ParquetFile(file, buffer_size=BUFFER)
+        yield _plainly(file) if any(has_odd_lists(column.type) for column in found.schema_arrow) else found
+
+
+def _plainly(file: BinaryIO) -> pq.ParquetFile:
+    """A table without the types that Arrow notes beside Parquet's own, by the name of that note in the footer.
+
+    Arrow cannot read lists of a fixed length in which one is missing, and makes wrong lists of views.
+    """
+    end = file.seek(0, io.SEEK_END)
+    file.seek(end - 8)
+    tail = file.read(8)
+    start = end - 8 - int.from_bytes(tail[:4], "little")
+    file.seek(start)
+    footer = file.read(end - 8 - start).replace(b"ARROW:schema", b"arrow_schema")
+    metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + footer + tail))
+    return pq.ParquetFile(file, metadata=metadata, buffer_size=BUFFER)
 
 
 @contextmanager
@@ -35,69 +72,150 @@ def readable(name: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        _check_disk(error, name)
         reason = " ".join(str(error).split())[:300]
         raise DataError(
             f"{name} is not a readable Parquet file ({reason})", remedy="write it again, or leave it out"
         ) from None
 
 
+def _check_disk(error: BaseException, name: str) -> None:
+    """Arrow's own errors have no number; with one, it is the disk that failed, and says nothing of the table."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise DataError(
+            f"{name} cannot be read ({error.strerror})", remedy="check the disk that it lies on, and run again"
+        ) from None
+
+
 def rows(
     source: Corpus, store: Store, part: Range, columns: Sequence[str], batch: int = BATCH
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[tuple[int, Row]]:
     """The planned rows with their numbers in the input; texts as bytes, since nobody has checked them."""
     with opened(open_rows(source, store, part), part.table) as file:
-        chosen = part.in_store and ROW in file.schema_arrow.names
-        wanted = list(dict.fromkeys([*columns, *([ROW] if chosen else [])]))
+        there = file.schema_arrow.names
+        ours = [name for name in (ROW, DAMAGE) if part.in_store and name in there]
         number = part.first
-        for table in _tables(file, part, wanted, batch):
-            for row in table.to_pylist():
-                yield (row.pop(ROW) if chosen else number), row
+        for found in batches(file, part.table, [*columns, *ours], batch, part.first, part.rows, whole=part.in_store):
+            if isinstance(found, Lost):
+                yield from ((number + place, found.why) for place in range(found.rows))
+                number += found.rows
+                continue
+            for row in unchecked(found).to_pylist():
+                own = row.pop(ROW) if ROW in ours else number
+                damage = row.pop(DAMAGE) if DAMAGE in ours else None
+                yield own, row if damage is None else Rejection(Cause.BAD_ROW, damage.decode())
                 number += 1
     if number != part.first + part.rows:
         raise DataError(f"{part.table} has become shorter since it was planned", remedy="run prepare again")
 
 
-def _tables(file: pq.ParquetFile, part: Range, columns: list[str], batch: int) -> Iterator[pa.Table]:
-    """Rows first to first + rows, from the row groups that hold them."""
-    groups, skip, seen = [], part.first, 0
-    for number in range(file.metadata.num_row_groups):
-        count = file.metadata.row_group(number).num_rows
-        if seen + count <= part.first:
-            skip -= count
-        elif seen < part.first + part.rows:
-            groups.append(number)
-        seen += count
-    left = part.rows
-    for found in file.iter_batches(batch, groups, columns, use_threads=False) if groups else ():
-        table = pa.Table.from_batches([found]).slice(skip, left)
-        skip -= min(skip, found.num_rows)
-        left -= table.num_rows
-        if table.num_rows:
-            yield unchecked(table.select(columns))
-        if not left:
-            return
+def batches(
+    file: pq.ParquetFile,
+    name: str,
+    columns: Sequence[str],
+    batch: int,
+    first: int = 0,
+    rows: int | None = None,
+    *,
+    whole: bool = False,
+) -> Iterator[pa.Table | Lost]:
+    """Rows first to first + rows with the columns that these paths begin with, in order; `whole` bears no damage."""
+    wanted = list(dict.fromkeys(_stored(file.schema_arrow, column) for column in columns))
+    begin, end = first, file.metadata.num_rows if rows is None else first + rows
+    at = 0
+    for group in range(file.metadata.num_row_groups):
+        count = file.metadata.row_group(group).num_rows
+        low, high = max(begin, at) - at, min(end, at + count) - at
+        if low < high:
+            yield from _Group(file, name, wanted, group, whole).rows(low, high, batch)
+        at += count
+
+
+def _stored(schema: pa.Schema, path: str) -> str:
+    """What is read for a path: of a struct no more than the field. Within lists only their writer knows its name."""
+    start = at = top(schema.names, path)
+    if not start:
+        return path
+    kind = schema.field(start).type
+    for part in filter(None, path[len(start) :].split(".")):
+        if not pa.types.is_struct(kind) or kind.get_field_index(part) < 0:
+            return start
+        kind, at = kind.field(part).type, f"{at}.{part}"
+    return at
+
+
+class _Group(NamedTuple):
+    file: pq.ParquetFile
+    name: str
+    columns: list[str]
+    number: int
+    whole: bool
+
+    def rows(self, low: int, high: int, batch: int) -> Iterator[pa.Table | Lost]:
+        """Rows low to high of the group. Reading begins at its start, and ends at the first damage.
+
+        Just where that is does not depend on who reads, and how many rows at a time.
+        """
+        at = 0
+        found = self.file.iter_batches(batch, [self.number], self.columns, use_threads=False)
+        while at < high:
+            try:
+                table = pa.Table.from_batches([next(found)])
+            except StopIteration:  # its page holds fewer rows than the table says
+                yield Lost(high - max(at, low), self.number)
+                return
+            except (pa.ArrowException, OSError) as error:
+                if self.whole or isinstance(error, MemoryError):
+                    raise
+                _check_disk(error, self.name)
+                yield from self._around(max(at, low), high, batch, at + batch)
+                return
+            part = table.slice(max(0, low - at), max(0, min(high, at + table.num_rows) - max(low, at)))
+            at += table.num_rows
+            if part.num_rows:
+                yield part
+
+    def _around(self, low: int, high: int, batch: int, damaged: int) -> Iterator[pa.Table | Lost]:
+        """Rows low to high where a batch that ends at `damaged` could not be read: some of it may be, row by row."""
+        end = max(low, min(high, damaged)) if batch > 1 else low
+        lost = high - end
+        for found in self.rows(low, end, max(1, batch // 8)) if low < end else ():
+            if isinstance(found, Lost):
+                lost += found.rows
+            else:
+                yield found
+        if lost:
+            yield Lost(lost, self.number)
 
 
 def kept_fields(source: Corpus, store: Store, part: Range, names: Sequence[str]) -> list[pa.Field]:
     with opened(open_rows(source, store, part), part.table) as file:
         schema = file.schema_arrow
-    return [pa.field(name, plain_type(schema.field(name).type)) for name in names]
+    return [pa.field(name, plain_type(kind_of(schema, name))) for name in names]
 
 
 def unchecked(table: pa.Table) -> pa.Table:
-    """Texts as bytes: a table may call them UTF-8 without their being so."""
-    return table.cast(pa.schema([_unchecked(field) for field in table.schema]))
-
-
-def _unchecked(field: pa.Field) -> pa.Field:
-    plain = plain_type(field.type)
-    return field if plain is None else pa.field(field.name, _as_bytes(plain))
+    """Texts as bytes, however deep: a table may call them UTF-8 without their being so."""
+    return table.cast(pa.schema([pa.field(column.name, _as_bytes(column.type)) for column in table.schema]))
 
 
 def _as_bytes(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_string(kind):
+    if pa.types.is_dictionary(kind):
+        return _as_bytes(kind.value_type)
+    if _is_string(kind):
         return pa.binary()
-    return pa.list_(_as_bytes(kind.value_type)) if is_list(kind) else kind
+    if is_list(kind):
+        return pa.list_(_as_bytes(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([pa.field(inner.name, _as_bytes(inner.type)) for inner in kind])
+    return kind
+
+
+def values(table: pa.Table, path: str) -> list[Any]:
+    """What a path leads to, of each row."""
+    start = top(table.column_names, path)
+    found = unchecked(table.select([start])).column(0).to_pylist()
+    return found if start == path else [field({start: value}, path) for value in found]
 
 
 class RowWriter:
@@ -149,7 +267,7 @@ def plain_type(kind: pa.DataType) -> pa.DataType | None:
     types = pa.types
     if types.is_dictionary(kind):
         return plain_type(kind.value_type)
-    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+    if _is_string(kind):
         return pa.string()
     if is_list(kind):
         inner = plain_type(kind.value_type)
@@ -159,8 +277,9 @@ def plain_type(kind: pa.DataType) -> pa.DataType | None:
     return kind if known else None
 
 
-def is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+def _is_string(kind: pa.DataType) -> bool:
+    types = pa.types
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
 def is_text(kind: pa.DataType) -> bool:

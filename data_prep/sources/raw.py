@@ -14,11 +14,34 @@ from infra.shards import INDEX_SCHEMA, SPLIT_DIGITS, sample_key
 
 # What a corpus means as a picture, also of kinds that nobody here can read: those are refused, and counted.
 IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif", ".jpe"),
-    *(".heic", ".heif", ".jxl", ".jp2", ".svg"),
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif", ".jpe", ".mpo", ".apng"),
+    *(".dib", ".avifs", ".heic", ".heif", ".heics", ".heifs", ".hif", ".jxl", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf"),
+    *(".jpx", ".jpm", ".svg", ".svgz", ".psd", ".psb", ".tga", ".ico", ".pcx", ".pbm", ".pgm", ".ppm", ".pnm", ".qoi"),
+    *(".exr", ".jxr", ".wdp"),
 )
+# What people have their data in and no source reads, and what to do about it.
+FOREIGN = {
+    ".mds": "MosaicML's MDS is read by its own library alone: let `streaming.StreamingDataset(local=FOLDER, "
+    "batch_size=1)` give each sample to `webdataset.ShardWriter.write` as {'__key__': ..., 'png': ..., 'txt': ...}, "
+    "and name the tars",
+    ".arrow": "`Dataset.save_to_disk` writes Arrow: write it with `to_parquet`",
+    ".xz": "unpack it, or pack it with gzip or zstd",
+    ".lz4": "unpack it, or pack it with gzip or zstd",
+    ".zip": "unpack it into a folder",
+    ".7z": "unpack it into a folder",
+    ".rar": "unpack it into a folder",
+    ".xlsx": "write it as CSV",
+    ".sqlite": "write the table as Parquet or CSV",
+    ".lmdb": "write it as tars or Parquet",
+    ".mdb": "write it as tars or Parquet",
+    ".tfrecord": "write it as tars or Parquet",
+    ".beton": "write it as tars or Parquet",
+    ".npz": "write it as tars or Parquet",
+    ".pkl": "write it as tars or Parquet: a pickle runs whatever it likes",
+}
 TABLES = "data/tables"  # listings, and inputs that were turned into Parquet
 ROW = "pixnerd_row"  # in a table of selected rows: which row of the input each one is
+DAMAGE = "pixnerd_damage"  # in a table that was turned into Parquet: why there is nothing in the row
 
 SourceName = Annotated[
     str,
@@ -97,7 +120,7 @@ class RawItem(NamedTuple):
 
 def check_kept(name: str) -> None:
     """A kept column stands in the index beside the index's own."""
-    if name in INDEX_SCHEMA.names or name == ROW:
+    if name in INDEX_SCHEMA.names or name in (ROW, DAMAGE):
         raise SettingsError(
             f"the index has its own column `{name}`", remedy="keep the corpus's under another name, or not at all"
         )
@@ -109,3 +132,9 @@ def missing_column(table: str, column: str, known: list[str]) -> SettingsError:
         f"{table} has no column `{column}`",
         remedy=f"did you mean `{near}`?" if near else f"its columns are {', '.join(known[:50])}",
     )
+
+
+def foreign(name: str) -> str:
+    """What to do about a file of a kind that no source reads, if it is a known one."""
+    plain = name.lower().removesuffix(".zstd").removesuffix(".zst").removesuffix(".gz")
+    return next((what for suffix, what in FOREIGN.items() if plain.endswith(suffix)), "")

@@ -53,7 +53,7 @@ def ranges(source: Sa1b, store: Store, found: Input, rows: int) -> Iterator[Rang
     if found.name in names:
         return
     table = join(store, source.name, folder, names, source.columns())
-    for first, size in tars.ranges(source, found, rows):
+    for first, size in tars.ranges(source, store, found, rows):
         yield Range(found.name, table, True, first, size)
 
 
@@ -66,7 +66,7 @@ def kept_columns(source: Sa1b) -> dict[str, None]:
 
 
 def items(source: Sa1b, store: Store, part: Range) -> Iterator[RawItem]:
-    with tars.opened(source, part) as file, parquet.open_rows(source, store, part) as table:
+    with tars.opened(source, store, part) as file, parquet.open_rows(source, store, part) as table:
         said = Captions(table, part.table)
         for found in tars.found(source, part, file, ()):
             yield _item(source, said, found)

@@ -1,32 +1,33 @@
 """Corpora that tables describe: images in a folder beside them, on the web, or in the tables themselves.
 
 A table's identity is the sha256 of its file. Where its rows name images of the folder, the sizes of those images count
-too, so that an image that comes, goes or changes its size is noticed, and no other table's images are. A Parquet that
-holds images may be as large as the corpus: of it the head and the tail count, which holds the place and the length of
-all its columns. JSONL and CSV are turned into Parquet when they are planned.
+too, so that an image that comes, goes or changes its size is noticed, and no other table's images are; and so does what
+has become of images that were replaced by others of the same size (`looked`). A Parquet that holds images may be as
+large as the corpus: of it the head and the tail count, which holds the place and the length of all its columns. Tables
+of text are turned into Parquet when they are planned.
+
+A column is named as it is called, or by a path into what it holds: `captions.short`, `sentences.raw`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import posixpath
-from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field
 
 from data_prep.addresses import http_url
 from data_prep.folders import Folder, fingerprint, matching, open_folder
 from data_prep.rejections import Cause, Rejection
-from data_prep.sources import parquet, words
-from data_prep.sources.convert import Columns, converted, lines
-from data_prep.sources.raw import Corpus, Input, Range, RawItem, Url, check_kept, missing_column
+from data_prep.sources import fields, looked, named, parquet, words
+from data_prep.sources.convert import Columns, converted
+from data_prep.sources.lines import is_parquet, kind_of, lines
+from data_prep.sources.named import Files
+from data_prep.sources.raw import Corpus, Input, Range, RawItem, Url, check_kept, foreign, missing_column
 from infra.config import operational
 from infra.errors import SettingsError
 from infra.shards import sample_key
@@ -41,9 +42,14 @@ class Tables(Corpus):
     # Which inputs there are is told by the inputs themselves: another one extends a plan and makes no other.
     tables: list[str] = operational(min_length=1, description="paths in the folder, or patterns such as data/*.parquet")
     image: str
-    captions: list[str] = Field(["caption"], description="columns of text, or of lists of texts; none: images alone")
+    captions: list[str] = Field(
+        ["caption"],
+        description="columns of text, or of lists or structs of texts, or paths such as sentences.raw; "
+        "none: images alone",
+    )
     keep: list[str] = Field([], description="further columns to carry into the index, to filter by")
     licence_column: str | None = None
+    header: list[str] = Field([], description="the columns of CSV and TSV whose first line does not name them")
 
     def texts(self) -> list[str]:
         """The columns that hold a text each."""
@@ -51,7 +57,7 @@ class Tables(Corpus):
 
 
 class TableFolder(Tables):
-    """Images in a folder, named by the rows of Parquet, JSONL or CSV tables in it."""
+    """Images in a folder, named by the rows of tables in it: Parquet, JSON lines or arrays, CSV or TSV."""
 
     kind: Literal["table_folder"]
     image: str = Field("image", description="the column that names the image, relative to the folder")
@@ -62,7 +68,7 @@ class TableFolder(Tables):
 
 
 class UrlList(Tables):
-    """Images on the web, named by the rows of Parquet, JSONL or CSV tables in a folder; an item's origin is its URL."""
+    """Images on the web, named by the rows of tables in a folder, as of a table_folder; an item's origin is its URL."""
 
     kind: Literal["url_list"]
     image: str = Field("url", description="the column of URLs")
@@ -93,24 +99,39 @@ TableSource = TableFolder | UrlList | ParquetImages
 def inputs(source: TableSource, store: Store | None, planned: Sequence[Range] = ()) -> list[Input]:
     folder = open_folder(source.url)
     names = matching(folder, source.tables, "tables")
+    for name in names:
+        if not kind_of(name) and (what := foreign(name)):
+            raise SettingsError(f"{name} is no table", remedy=what)
+        if source.header and kind_of(name) not in (".csv", ".tsv"):
+            raise SettingsError(
+                f"{name} names its columns itself", remedy="leave `header` out, or make another source of it"
+            )
     with ThreadPoolExecutor(READERS) as pool:
         if isinstance(source, ParquetImages):
-            tables = list(pool.map(lambda name: Input(name, *fingerprint(folder, name)), names))
-            if source.files is None:
-                return tables
-            files = _Files(source.files)
-            sizes = _Sizes(files.folder)
-            return [_with_images(source, folder, table, sizes, files) for table in tables]
-        found = list(pool.map(lambda name: measured(folder, name), names))
-    if isinstance(source, TableFolder):
-        sizes = _Sizes(folder)
-        found = [_with_images(source, folder, table, sizes) for table in found]
-    return found
+            found = list(pool.map(lambda name: Input(name, *fingerprint(folder, name)), names))
+        else:
+            found = list(pool.map(lambda name: measured(folder, name), names))
+    if isinstance(source, UrlList) or (isinstance(source, ParquetImages) and source.files is None):
+        return found
+    files = Files(source.files) if isinstance(source, ParquetImages) and source.files is not None else None
+    beside = files.folder if files else folder
+    sizes = named.Sizes(beside)
+    return [
+        named.with_images(
+            table,
+            partial(_image_names, source, folder, table.name, files),
+            sizes,
+            beside,
+            source.max_bytes,
+            (store, named.place(source.name, folder, table.name)) if store else None,
+        )
+        for table in found
+    ]
 
 
 def ranges(source: TableSource, store: Store, found: Input, rows: int) -> Iterator[Range]:
     folder, name = open_folder(source.url), found.name
-    if name.endswith(".parquet"):
+    if is_parquet(name):
         with parquet.opened(folder.open(name), name) as file:
             if not file.metadata.num_rows:
                 return
@@ -122,7 +143,7 @@ def ranges(source: TableSource, store: Store, found: Input, rows: int) -> Iterat
             raise SettingsError(f"{name} is no Parquet file", remedy="name tables that end in .parquet")
         for column in source.keep:
             check_kept(column)
-        made = converted(store, source.name, folder, name, _columns(source))
+        made = converted(store, source.name, folder, name, _columns(source), source.header)
         if made is None:
             return
         where, count = made
@@ -158,62 +179,95 @@ def kept_columns(source: TableSource) -> dict[str, None]:
 
 
 def items(source: TableSource, store: Store, part: Range) -> Iterator[RawItem]:
-    folder = open_folder(source.url)
+    reading = _Reading(source, store, part)
     batch = IMAGE_BATCH if isinstance(source, ParquetImages) else parquet.BATCH
-    files = _Files(source.files) if isinstance(source, ParquetImages) and source.files is not None else None
     for number, row in parquet.rows(source, store, part, _columns(source).names, batch):
-        yield _item(source, folder, files, part.input, number, row)
+        yield reading.lost(number, row) if isinstance(row, Rejection) else reading.item(number, row)
+    reading.looks.put()
 
 
 def urls(source: UrlList, store: Store, part: Range) -> Iterator[tuple[int, str | Rejection]]:
     for number, row in parquet.rows(source, store, part, [source.image], NAME_BATCH):
-        yield number, _url(row[source.image])
+        yield number, row if isinstance(row, Rejection) else _url(fields.field(row, source.image))
 
 
 # One item
 
 
-def _item(
-    source: TableSource, folder: Folder, files: _Files | None, table: str, number: int, row: dict[str, Any]
-) -> RawItem:
-    place = f"{table}#{number}"
-    captions = words.captions([(kind, row[kind]) for kind in source.captions], source.max_caption)
-    name, identity, image = _image(source, files, row, place)
-    if not isinstance(image, Rejection):
-        if isinstance(captions, Rejection):
-            image = captions
-        elif source.captions and not captions:
-            image = Rejection(Cause.NO_CAPTION)
-        elif image is None:
-            image = folder.read(name, source.max_bytes)
-    own = None if isinstance(source, UrlList) or not source.origin_column else row[source.origin_column]
-    return RawItem(
-        row=number,
-        key=sample_key(source.name, identity or f"\0{place}"),
-        name=words.shown(name),
-        image=image,
-        captions=[] if isinstance(captions, Rejection) else captions,
-        licence=words.or_else(row[source.licence_column] if source.licence_column else None, source.licence),
-        origin=words.shown(name) if isinstance(source, UrlList) else words.or_else(own, source.origin),
-        kept={column: words.kept(row[column]) for column in source.keep},
-    )
+class _Reading:
+    """A piece of a table while it is read."""
+
+    def __init__(self, source: TableSource, store: Store, part: Range) -> None:
+        self.source, self.table = source, part.input
+        self.folder = folder = open_folder(source.url)
+        self.files = Files(source.files) if isinstance(source, ParquetImages) and source.files is not None else None
+        reads = self.files is not None or isinstance(source, TableFolder)
+        where = named.place(source.name, folder, part.input) if reads else ""
+        self.looks = looked.Looks(store, where, part)
+
+    def lost(self, number: int, why: Rejection) -> RawItem:
+        """A row of which nobody knows what stood in it."""
+        source, place = self.source, f"{self.table}#{number}"
+        key = sample_key(source.name, f"\0{place}")
+        kept = dict.fromkeys(source.keep)
+        return RawItem(number, key, words.shown(place), why, [], source.licence, source.origin, kept)
+
+    def item(self, number: int, row: dict[str, Any]) -> RawItem:
+        source, place = self.source, f"{self.table}#{number}"
+        said = [(kind, fields.listed(fields.field(row, kind))) for kind in source.captions]
+        captions = words.captions(said, source.max_caption)
+        name, identity, image = self._image(number, row, place)
+        if not isinstance(image, Rejection):
+            if isinstance(captions, Rejection):
+                image = captions
+            elif source.captions and not captions:
+                image = Rejection(Cause.NO_CAPTION)
+            elif image is None:
+                image = self.looks.read(self.folder, number, name, source.max_bytes)
+        own = None if isinstance(source, UrlList) else source.origin_column
+        licence, origin = (fields.field(row, column) if column else None for column in (source.licence_column, own))
+        return RawItem(
+            row=number,
+            key=sample_key(source.name, identity or f"\0{place}"),
+            name=words.shown(name),
+            image=image,
+            captions=[] if isinstance(captions, Rejection) else captions,
+            licence=words.or_else(licence, source.licence),
+            origin=words.shown(name) if isinstance(source, UrlList) else words.or_else(origin, source.origin),
+            kept={column: words.kept(fields.field(row, column)) for column in source.keep},
+        )
+
+    def _image(self, number: int, row: dict[str, Any], place: str) -> _Image:
+        source = self.source
+        value = fields.field(row, source.image)
+        if isinstance(source, ParquetImages):
+            return self._embedded(number, value, place)
+        name = words.text(value) or ""
+        if isinstance(source, UrlList):
+            name, found = name.strip(), _url(value)
+            return _Image(name, _plain(name), found)
+        return _Image(name, _plain(name), None if name else Rejection(Cause.BAD_NAME, "empty or not UTF-8"))
+
+    def _embedded(self, number: int, value: Any, place: str) -> _Image:
+        path, limit = None, self.source.max_bytes
+        if isinstance(value, dict):
+            value, path = value["bytes"], words.text(value.get("path"))
+        name = path or place
+        if value is None and path and self.files is not None:
+            value = self.looks.read(self.files.folder, number, self.files.inside(path), limit)
+            if isinstance(value, Rejection):
+                return _Image(name, None, value)
+        if value is None:
+            return _Image(name, None, Rejection(Cause.MISSING, "the row holds no bytes"))
+        if len(value) > limit:
+            return _Image(name, None, Rejection(Cause.TOO_MANY_BYTES, f"{len(value)} bytes"))
+        return _Image(name, hashlib.sha256(value).hexdigest(), value)
 
 
 class _Image(NamedTuple):
     name: str
     identity: str | None  # what tells it from all others, wherever a row names it; never with a NUL in front
     image: bytes | Url | Rejection | None  # None: to be read by its name
-
-
-def _image(source: TableSource, files: _Files | None, row: dict[str, Any], place: str) -> _Image:
-    value = row[source.image]
-    if isinstance(source, ParquetImages):
-        return _embedded(value, files, place, source.max_bytes)
-    name = words.text(value) or ""
-    if isinstance(source, UrlList):
-        name, found = name.strip(), _url(value)
-        return _Image(name, _plain(name), found)
-    return _Image(name, _plain(name), None if name else Rejection(Cause.BAD_NAME, "empty or not UTF-8"))
 
 
 def _plain(name: str) -> str | None:
@@ -229,33 +283,6 @@ def _url(value: bytes | str | None) -> Url | Rejection:
     return found if isinstance(found, Rejection) else Url(found.text)
 
 
-def _embedded(value: Any, files: _Files | None, place: str, limit: int) -> _Image:
-    path: str | None = None
-    if isinstance(value, dict):
-        value, path = value["bytes"], words.text(value.get("path"))
-    name = path or place
-    if value is None and path and files is not None:
-        value = files.folder.read(files.inside(path), limit)
-        if isinstance(value, Rejection):
-            return _Image(name, None, value)
-    if value is None:
-        return _Image(name, None, Rejection(Cause.MISSING, "the row holds no bytes"))
-    if len(value) > limit:
-        return _Image(name, None, Rejection(Cause.TOO_MANY_BYTES, f"{len(value)} bytes"))
-    return _Image(name, hashlib.sha256(value).hexdigest(), value)
-
-
-class _Files:
-    """The folder of pictures that rows name by path alone; absolute paths count from where the folder lies."""
-
-    def __init__(self, url: str) -> None:
-        self.folder = open_folder(url)
-        self._root = os.path.abspath(url.removeprefix("file://"))
-
-    def inside(self, path: str) -> str:
-        return path.removeprefix(f"{self._root}/")
-
-
 # Columns
 
 
@@ -267,11 +294,13 @@ def _columns(source: TableSource) -> Columns:
 def _check(source: TableSource, name: str, schema: pa.Schema) -> None:
     check_columns(_columns(source), name, schema)
     if isinstance(source, ParquetImages):
-        kind = schema.field(source.image).type
+        kind = fields.kind_of(schema, source.image)
+        assert kind is not None, "the columns were checked"
         inner = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
         if not parquet.is_bytes(inner) and not pa.types.is_null(inner):
             raise SettingsError(
-                f"column `{source.image}` of {name} is {kind}", remedy="name a column of bytes, or of {bytes, path}"
+                f"column `{source.image}` of {name} is {kind}",
+                remedy="name a column of bytes, or of {bytes, path}; of a list of images, one: images.0",
             )
         if source.files is not None and (inner is kind or kind.get_field_index("path") < 0):
             raise SettingsError(f"column `{source.image}` of {name} has no paths", remedy="leave `files` out")
@@ -279,23 +308,39 @@ def _check(source: TableSource, name: str, schema: pa.Schema) -> None:
 
 def check_columns(columns: Columns, name: str, schema: pa.Schema) -> None:
     for column in columns.names:
-        if column not in schema.names:
+        start = fields.top(schema.names, column)
+        if not start:
             raise missing_column(name, column, schema.names)
-        if schema.names.count(column) > 1:
-            raise SettingsError(f"{name} has two columns `{column}`", remedy="rename one of them")
+        if schema.names.count(start) > 1:
+            raise SettingsError(f"{name} has two columns `{start}`", remedy="rename one of them")
+        if fields.kind_of(schema, column) is None:
+            there = [leaf for leaf, _ in fields.leaves(schema.field(start).type, start)]
+            raise missing_column(name, column, there)
     for column in [*columns.texts, *columns.captions]:
-        kind = schema.field(column).type
-        if column in columns.captions and parquet.is_list(kind):
-            kind = kind.value_type
-        if not parquet.is_text(kind):
+        kind = fields.kind_of(schema, column)
+        inner = fields.element(kind) if column in columns.captions else kind
+        if column in columns.captions and pa.types.is_struct(inner):
+            _check_texts(name, column, inner)
+        elif not parquet.is_text(inner):
             raise SettingsError(f"column `{column}` of {name} is {kind}, not text", remedy="name a column of text")
     for column in columns.kept:
         check_kept(column)
-        kind = schema.field(column).type
+        kind = fields.kind_of(schema, column)
         if parquet.plain_type(kind) is None:
             raise SettingsError(
                 f"column `{column}` of {name} is {kind}", remedy="keep columns of numbers, booleans and texts"
             )
+
+
+def _check_texts(name: str, column: str, kind: pa.DataType) -> None:
+    """A struct may be named whole if all that is in it is text."""
+    there = list(fields.leaves(kind, column))
+    if not all(parquet.is_text(fields.element(inner)) for _, inner in there):
+        texts = [leaf for leaf, inner in there if parquet.is_text(fields.element(inner))]
+        raise SettingsError(
+            f"column `{column}` of {name} is {kind}, not text alone",
+            remedy=f"name what is text in it: {', '.join(texts) or 'nothing is'}",
+        )
 
 
 # Identity
@@ -307,62 +352,34 @@ def measured(folder: Folder, name: str) -> Input:
         return Input(name, file.tell(), sha256)
 
 
-class _Sizes:
-    """The folder's files as two columns, by hash of the name: 16 bytes a file, however long its name is."""
-
-    def __init__(self, folder: Folder) -> None:
-        hashes, sizes = array("Q"), array("q")
-        for name, size, _ in folder.names():
-            hashes.append(_hash(name.encode(errors="surrogateescape")))
-            sizes.append(size)
-        found = np.frombuffer(hashes, np.uint64)
-        order = np.argsort(found, kind="stable")
-        self._hashes, self._sizes = found[order], np.frombuffer(sizes, np.int64)[order]
-
-    def of(self, names: Sequence[bytes | None]) -> npt.NDArray[np.int64]:
-        """The size of each, -1 where there is no such file."""
-        wanted = np.array([_hash(_normal(name or b"")) for name in names], np.uint64)
-        at = np.searchsorted(self._hashes, wanted)
-        near = np.minimum(at, max(0, len(self._hashes) - 1))
-        if not len(self._hashes):
-            return np.full(len(names), -1, np.int64)
-        return np.where(self._hashes[near] == wanted, self._sizes[near], -1).astype("<i8")
-
-
-def _hash(name: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
-
-
-def _normal(name: bytes) -> bytes:
-    return posixpath.normpath(name) if b"./" in name or b"//" in name else name
-
-
-def _with_images(
-    source: TableFolder | ParquetImages, folder: Folder, table: Input, sizes: _Sizes, files: _Files | None = None
-) -> Input:
-    sha256 = hashlib.sha256(bytes.fromhex(table.sha256))
-    for names in _image_names(source, folder, table.name):
-        if files is not None:
-            names = [name and os.fsencode(files.inside(os.fsdecode(name))) for name in names]
-        sha256.update(sizes.of(names).tobytes())
-    return table._replace(sha256=sha256.hexdigest())
-
-
-def _image_names(source: TableFolder | ParquetImages, folder: Folder, table: str) -> Iterator[list[bytes | None]]:
-    if table.endswith(".parquet"):
-        with parquet.opened(folder.open(table), table) as file:
-            if not file.metadata.num_rows:
-                return
-            _check(source, table, file.schema_arrow)
-            paths = isinstance(source, ParquetImages)
-            column = f"{source.image}.path" if paths else source.image
-            for batch in file.iter_batches(NAME_BATCH, columns=[column], use_threads=False):
-                names = batch.column(0).field("path") if paths else batch.column(0)
-                yield names.cast(pa.binary()).to_pylist()
+def _image_names(
+    source: TableFolder | ParquetImages, folder: Folder, table: str, files: Files | None
+) -> Iterator[list[bytes | None]]:
+    """What the rows name, batch by batch; None for those that name nothing, or that cannot be read."""
+    if not is_parquet(table):
+        yield from _names_in_lines(source, folder, table)
         return
+    with parquet.opened(folder.open(table), table) as file:
+        if not file.metadata.num_rows:
+            return
+        _check(source, table, file.schema_arrow)
+        column = source.image if files is None else f"{source.image}.path"
+        for batch in parquet.batches(file, table, [column], NAME_BATCH):
+            if isinstance(batch, parquet.Lost):
+                yield [None] * batch.rows
+                continue
+            names = [name if isinstance(name, bytes) else None for name in parquet.values(batch, column)]
+            yield names if files is None else [name and _inside(files, name) for name in names]
+
+
+def _inside(files: Files, name: bytes) -> bytes:
+    return files.inside(name.decode(errors="surrogateescape")).encode(errors="surrogateescape")
+
+
+def _names_in_lines(source: Tables, folder: Folder, table: str) -> Iterator[list[bytes | None]]:
     held: list[bytes | None] = []
-    for line in lines(folder, table):
-        value = (line or {}).get(source.image)
+    for line in lines(folder, table, source.header):
+        value = None if isinstance(line, Rejection) else fields.field(line, source.image)
         held.append(value.encode(errors="surrogatepass") if isinstance(value, str) else None)
         if len(held) == NAME_BATCH:
             yield held

@@ -11,6 +11,7 @@ off, what stands before is read and the rest is one item.
 
 A tar's identity is its name, its size, and a hash of its first and last 64 KiB: corpora of 10 TB are not read to be
 planned. A range is a range of bytes, cut by the mean size of the first samples; its samples are those that begin in it.
+So a packed tar is refused, or, where the settings say so, read from the store that it was unpacked to.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
 
@@ -26,12 +27,13 @@ from pydantic import Field
 
 from data_prep.folders import fingerprint, matching, open_folder, text_of
 from data_prep.rejections import Cause, Rejection
-from data_prep.sources import words
-from data_prep.sources.raw import IMAGE_SUFFIXES, Corpus, Input, Keys, Range
+from data_prep.sources import unpacked, words
+from data_prep.sources.raw import IMAGE_SUFFIXES, Corpus, Input, Keys, Range, foreign
 from data_prep.sources.tarwalk import Broken, Member, members
 from infra.config import operational
-from infra.errors import DataError
+from infra.errors import DataError, SettingsError
 from infra.shards import sample_key
+from infra.store import Store
 
 READERS = 16  # tars fingerprinted at once
 PLANNING = 512 << 10  # bytes asked for at once to measure the first samples
@@ -49,20 +51,33 @@ class Tars(Corpus):
     images: list[str] = Field(
         list(IMAGE_EXTENSIONS), min_length=1, description="extensions of the image, the likeliest first"
     )
+    # An unpacked tar is told as another input than the packed one was.
+    unpack: bool = operational(False, description="tars packed with gzip, bzip2 or zstd are unpacked into the store")
 
 
 def inputs(source: Tars) -> list[Input]:
     folder = open_folder(source.url)
     names = matching(folder, source.tars, "tars")
+    for name in names:
+        if what := foreign(name):
+            raise SettingsError(f"{name} is no tar", remedy=what)
+
+    def known(name: str) -> Input:
+        found = Input(name, *fingerprint(folder, name))
+        return unpacked.identity(found) if source.unpack and unpacked.packing(folder, name) else found
+
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(lambda name: Input(name, *fingerprint(folder, name)), names))
+        return list(pool.map(known, names))
 
 
-def ranges(source: Tars, found: Input, rows: int) -> Iterator[tuple[int, int]]:
+def ranges(source: Tars, store: Store, found: Input, rows: int) -> Iterator[tuple[int, int]]:
     """Equal pieces of about `rows` samples, the first byte and the bytes of each."""
-    with open_folder(source.url).open(found.name, PLANNING) as file:
+    folder, size = open_folder(source.url), found.size
+    if source.unpack and unpacked.packing(folder, found.name):
+        size = unpacked.unpack(store, source.name, folder, found.name)
+    with _file(source, store, found.name, PLANNING) as file:
         mean = _mean_bytes(source, file)
-    size = max(1, found.size)  # an empty file is an input too, and refused
+    size = max(1, size)  # an empty file is an input too, and refused
     pieces = max(1, round(size / (rows * mean))) if mean else 1
     for number in range(min(pieces, size)):
         first = size * number // pieces
@@ -214,16 +229,24 @@ class Found(NamedTuple):
 
 
 @contextmanager
-def opened(source: Tars, part: Range) -> Iterator[BinaryIO]:
+def opened(source: Tars, store: Store, part: Range) -> Iterator[BinaryIO]:
     """The tar, to read a range of. That its disk fails is no fault of an item, and says nothing of other files."""
     try:
-        with open_folder(source.url).open(part.input, READING) as file:
+        with _file(source, store, part.input, READING) as file:
             yield file
     except OSError as error:
         raise DataError(
             f"{part.input} cannot be read ({error.strerror or type(error).__name__})",
             remedy="check the disk that it lies on, and run again",
         ) from None
+
+
+def _file(source: Tars, store: Store, name: str, buffer: int) -> AbstractContextManager[BinaryIO]:
+    """The tar, or what it was unpacked to."""
+    folder = open_folder(source.url)
+    if source.unpack and unpacked.packing(folder, name):
+        return unpacked.opened(store, folder, name, buffer)
+    return folder.open(name, buffer)
 
 
 def found(source: Tars, part: Range, file: BinaryIO, sidecars: Sequence[str]) -> Iterator[Found]:

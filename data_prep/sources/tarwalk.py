@@ -20,7 +20,22 @@ BLOCK = tarfile.BLOCKSIZE
 MOST_HEADER = 1 << 20  # bytes that stand before a member's data: long names, pax records, maps of sparse files
 LOOK_BEHIND = 64 << 10  # bytes behind the end of an archive that must be zeros
 
-_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+# What lies under the name of a tar and is none, by its first bytes, and what to do about it.
+_UNPACK = "set the source's `unpack`, as a tar is read from any place"
+_OTHERS = {
+    b"\x1f\x8b": f"packed with gzip: {_UNPACK}",
+    b"BZh": f"packed with bzip2: {_UNPACK}",
+    b"\x28\xb5\x2f\xfd": f"packed with zstd: {_UNPACK}",
+    b"\xfd7zXZ": "packed with xz: unpack it",
+    b"PK\x03\x04": "a ZIP archive: unpack it into a folder",
+    b"PK\x05\x06": "a ZIP archive: unpack it into a folder",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it into a folder",
+    b"Rar!": "a RAR archive: unpack it into a folder",
+    b"PAR1": "a Parquet table: name it in `tables` of another source",
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself with `git lfs pull`",
+    b"<!DOCTYPE": "a page of the web: fetch the file itself",
+    b"<html": "a page of the web: fetch the file itself",
+}
 _LONG = {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 _PAX = {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE}
 _KINDS = {
@@ -62,7 +77,7 @@ def members(file: BinaryIO) -> Iterator[Member | Broken]:
         try:
             found = _member(file, at, size)
         except _Damaged as error:
-            yield Broken(at, _packed(file, at) or error.why)
+            yield Broken(at, _other(file, at) or error.why)
             return
         if found is None:
             break
@@ -75,12 +90,10 @@ def members(file: BinaryIO) -> Iterator[Member | Broken]:
         yield Broken(0, Rejection(Cause.EMPTY))
 
 
-def _packed(file: BinaryIO, at: int) -> Rejection | None:
+def _other(file: BinaryIO, at: int) -> Rejection | None:
     head = _read(file, 0, BLOCK) if at == 0 else b""
-    for magic, kind in _PACKED.items():
-        if head.startswith(magic):
-            return Rejection(Cause.UNKNOWN_FORMAT, f"packed with {kind}: unpack it, a tar is read from any place")
-    return None
+    what = next((what for magic, what in _OTHERS.items() if head.startswith(magic)), None)
+    return Rejection(Cause.UNKNOWN_FORMAT, what) if what else None
 
 
 def _read(file: BinaryIO, at: int, count: int) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, BinaryIO, Literal
 
@@ -12,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import tars, words
+from data_prep.sources.fields import field
 from data_prep.sources.raw import Input, Range, RawItem, check_kept
 from infra.config import Refused, spelt
 from infra.errors import SettingsError
@@ -72,7 +72,7 @@ def inputs(source: WebDataset, store: Store | None, planned: Sequence[Range] = (
 
 
 def ranges(source: WebDataset, store: Store, found: Input, rows: int) -> Iterator[Range]:
-    for first, size in tars.ranges(source, found, rows):
+    for first, size in tars.ranges(source, store, found, rows):
         yield Range(found.name, found.name, False, first, size)
 
 
@@ -85,7 +85,7 @@ def kept_columns(source: WebDataset) -> dict[str, pa.DataType]:
 
 
 def items(source: WebDataset, store: Store, part: Range) -> Iterator[RawItem]:
-    with tars.opened(source, part) as file:
+    with tars.opened(source, store, part) as file:
         for found in tars.found(source, part, file, source.sidecars()):
             yield _item(source, file, found)
 
@@ -100,8 +100,8 @@ def _item(source: WebDataset, file: BinaryIO, found: tars.Found) -> RawItem:
             image = captions
         elif source.captions and not captions:
             image = Rejection(Cause.NO_CAPTION)
-    licence = _field(fields, source.licence_field) if source.licence_field else None
-    origin = _field(fields, source.origin_field) if source.origin_field else None
+    licence = field(fields, source.licence_field) if source.licence_field else None
+    origin = field(fields, source.origin_field) if source.origin_field else None
     return RawItem(
         row=found.row,
         key=found.key,
@@ -110,7 +110,7 @@ def _item(source: WebDataset, file: BinaryIO, found: tars.Found) -> RawItem:
         captions=[] if isinstance(captions, Rejection) else captions,
         licence=words.or_else(licence, source.licence),
         origin=words.or_else(origin, source.origin),
-        kept={name: _typed(_field(fields, source.fields.get(name, name)), kind) for name, kind in source.keep.items()},
+        kept={name: _typed(field(fields, source.fields.get(name, name)), kind) for name, kind in source.keep.items()},
     )
 
 
@@ -121,7 +121,7 @@ def _captions(
     for caption in source.captions:
         extension, dot, path = caption.partition(".")
         if dot:
-            values.append((path, _field(fields, path)))
+            values.append((path, field(fields, path)))
             continue
         data = _beside(file, found, extension, 4 * source.max_caption)
         if isinstance(data, Rejection):
@@ -152,20 +152,6 @@ def _metadata(source: WebDataset, file: BinaryIO, found: tars.Found) -> dict[str
         return Rejection(Cause.BAD_METADATA, f".{source.json_extension}: {type(error).__name__}")
     if not isinstance(value, dict):
         return Rejection(Cause.BAD_METADATA, f".{source.json_extension}: {type(value).__name__}, not an object")
-    return value
-
-
-def _field(value: Any, path: str) -> Any:
-    """`turns.1.value`: fields of objects and places in lists; None where there is nothing."""
-    if isinstance(value, dict) and path in value:
-        return value[path]
-    for part in path.split("."):
-        if isinstance(value, dict):
-            value = value.get(part)
-        elif isinstance(value, list) and re.fullmatch("[0-9]{1,6}", part) and int(part) < len(value):
-            value = value[int(part)]
-        else:
-            return None
     return value
 
 

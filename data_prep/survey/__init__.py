@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from data_prep.addresses import Lookup, look_up
+from data_prep.sources.raw import foreign
 from data_prep.survey import pictures, tables, tars
 from data_prep.survey.hosts import Hosts, hosts_of
 from data_prep.survey.place import Place, nothing_at, place_at
@@ -98,7 +99,7 @@ def _chosen(place: Place, wanted: Wanted) -> list[Seen]:
         raise problems[0]
     if place.pictures and wanted.kind in (None, "text_folder", "table_folder"):
         raise pictures.without_captions(place)
-    if place.tables and wanted.kind is None:
+    if place.tables and wanted.kind is None and not any(map(foreign, place.names)):
         raise DataError(
             f"no table of {place.given} names, holds or links to pictures ({', '.join(place.tables[:3])})",
             remedy="name the column: --image COLUMN; pictures that it names must lie in the same folder",

@@ -35,12 +35,17 @@ class Captions(NamedTuple):
 def captions_of(rows: Rows, names: Sequence[str]) -> Captions:
     """The columns that say what is in the picture: by their names, or else the one that says most."""
     told = {name: said for name in names if (said := _mean_words(rows, name)) is not None}
-    called = [name for name in told if _SAYS.search(_plain(name)) and not _NO_CAPTION.search(_plain(name))]
+    called = [name for name in told if _is_called(name, told[name]) and not _NO_CAPTION.search(_plain(name))]
     if called:
         return Captions(called, [name for name in told if name not in called and told[name] >= _FEWEST_WORDS])
     wordy = sorted((name for name in told if told[name] >= _FEWEST_WORDS), key=lambda name: -told[name])
     wordy = [name for name in wordy if not _NO_CAPTION.search(_plain(name))]
     return Captions(wordy[:1], wordy[1:])
+
+
+def _is_called(name: str, words: float) -> bool:
+    """Of what is within a column, it may say less than the column that it is in: sentences.tokens."""
+    return bool(_SAYS.search(_plain(name)) and (words >= _FEWEST_WORDS or _SAYS.search(_plain(name).split(".")[-1])))
 
 
 def _plain(name: str) -> str:
@@ -66,6 +71,11 @@ def _mean_words(rows: Rows, name: str) -> float | None:
 
 def _share(said: Sequence[str], what: Any) -> float:
     return sum(map(bool, map(what, said))) / max(1, len(said))
+
+
+def is_header(names: Sequence[str]) -> bool:
+    """Whether a table's first line may be the names of its columns, and not a row."""
+    return not any(_is_address(name) or _is_file(name) for name in names)
 
 
 def _is_address(text: str) -> bool:

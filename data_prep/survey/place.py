@@ -10,27 +10,13 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from data_prep.folders import Folder, open_folder
-from data_prep.sources.convert import SUFFIXES as TABLES
-from data_prep.sources.raw import IMAGE_SUFFIXES
+from data_prep.sources.lines import SUFFIXES as TABLES
+from data_prep.sources.packed import PACKINGS
+from data_prep.sources.raw import FOREIGN, IMAGE_SUFFIXES, foreign
 from infra.errors import DataError, SettingsError
 
 MOST_NAMES = 50_000  # files that are looked at by name: of a larger corpus the first ones tell what it is
-TARS = (".tar",)
-# What people have their data in and no source reads, and what to do about it.
-OTHERS = {
-    ".arrow": "`Dataset.save_to_disk` writes Arrow: write it with `to_parquet`",
-    ".tgz": "unpack it: a tar is read from any place, so it must not be packed",
-    ".gz": "unpack it",
-    ".zst": "unpack it",
-    ".zip": "unpack it into a folder",
-    ".7z": "unpack it into a folder",
-    ".tsv": "write it as CSV, with commas, or as Parquet",
-    ".xlsx": "write it as CSV",
-    ".json": "write a JSON object a line, as .jsonl",
-    ".sqlite": "write the table as Parquet or CSV",
-    ".lmdb": "write it as tars or Parquet",
-    ".tfrecord": "write it as tars or Parquet",
-}
+TARS = (".tar", ".tgz", ".tbz2", ".tzst", *(f".tar{packing}" for packing in PACKINGS))
 
 
 class Place(NamedTuple):
@@ -45,11 +31,11 @@ class Place(NamedTuple):
 
     @property
     def tables(self) -> list[str]:
-        return [name for name in self.names if name.endswith(TABLES)]
+        return self.ending(TABLES)
 
     @property
     def tars(self) -> list[str]:
-        return [name for name in self.names if name.endswith(TARS)]
+        return self.ending(TARS)
 
     @property
     def pictures(self) -> list[str]:
@@ -70,7 +56,7 @@ def place_at(path: str) -> Place:
     if only:
         with folder.open(only) as file:
             return Place(url, folder, {only: file.seek(0, io.SEEK_END)}, True, path)
-    found = ((name, size) for name, size, refused in folder.names() if not refused and not name.endswith("/"))
+    found = ((file.name, file.size) for file in folder.names() if not file.refused and not file.name.endswith("/"))
     names = dict(islice(found, MOST_NAMES + 1))
     whole = len(names) <= MOST_NAMES
     return Place(url, folder, dict(islice(names.items(), MOST_NAMES)), whole, path)
@@ -78,7 +64,7 @@ def place_at(path: str) -> Place:
 
 def _folder_and_file(path: str) -> tuple[str, str]:
     if urlsplit(path).scheme:
-        if path.lower().endswith((*TABLES, *TARS, *OTHERS)):
+        if path.lower().endswith((*TABLES, *TARS, *FOREIGN)):
             above, _, name = path.rpartition("/")
             return above, name
         return path, ""
@@ -96,8 +82,8 @@ def nothing_at(place: Place) -> DataError:
         return DataError(f"{place.given} is empty", remedy="name the folder that holds the pictures")
     counts = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in place.names)
     there = ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common(4))
-    remedy = next((what for suffix, what in OTHERS.items() if suffix in counts), None)
+    remedy = next(filter(None, map(foreign, place.names)), "")
     return DataError(
         f"{place.given} holds nothing that can be prepared ({there})",
-        remedy=remedy or "name a folder of pictures, tars, or tables in Parquet, JSONL or CSV",
+        remedy=remedy or "name a folder of pictures, tars, or tables: Parquet, JSON lines or arrays, CSV or TSV",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,12 @@ import pyarrow as pa
 
 from data_prep.decode import sniff
 from data_prep.rejections import Cause, Rejection
-from data_prep.sources import parquet
-from data_prep.sources.convert import lines
+from data_prep.sources import parquet, words
+from data_prep.sources.fields import element, field, flat, is_list, leaves
+from data_prep.sources.lines import ending_of, is_array, is_parquet, kind_of, lines
+from data_prep.sources.packed import Unpacked, packing_of
 from data_prep.sources.raw import missing_column
-from data_prep.survey.columns import captions_of, files_in, texts_of, urls_in
+from data_prep.survey.columns import captions_of, files_in, is_header, texts_of, urls_in
 from data_prep.survey.place import Place
 from data_prep.survey.seen import ENOUGH, PICTURES, ROWS, Seen, first, spread
 from infra.errors import DataError, SettingsError
@@ -24,6 +27,7 @@ from infra.errors import DataError, SettingsError
 MOST_GROUPS = 8  # tables of one folder and suffix are alike; of so many kinds one of each is looked at
 MOST_BYTES = 64 << 20  # of a picture
 _TRIED = 20  # names of pictures that are looked for
+_MOST_ARRAYS = 64  # files called .json that are looked into, since most are no tables
 
 
 class Wanted(NamedTuple):
@@ -43,6 +47,7 @@ class _Table(NamedTuple):
     rows: Sequence[Mapping[str, Any]]
     size: int  # in rows
     counted: bool
+    header: list[str]  # made up, where the table does not name its columns
 
 
 def seen_in(place: Place, wanted: Wanted) -> list[Seen]:
@@ -60,9 +65,11 @@ def seen_in(place: Place, wanted: Wanted) -> list[Seen]:
 def _groups(place: Place) -> list[list[str]]:
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in place.tables:
-        path = PurePosixPath(name)
-        groups[str(path.parent), path.suffix].append(name)
-    return list(groups.values())[:MOST_GROUPS]
+        groups[str(PurePosixPath(name).parent), ending_of(name).lower()].append(name)
+    arrays = [names for names in groups.values() if kind_of(names[0]) == ".json"]
+    others = [names for names in groups.values() if kind_of(names[0]) != ".json"]
+    tables = (names for names in arrays[:_MOST_ARRAYS] if is_array(place.folder, names[0]))
+    return first([*others, *tables], MOST_GROUPS)
 
 
 def _check_wanted(table: _Table, wanted: Wanted) -> None:
@@ -88,31 +95,59 @@ def _seen(place: Place, names: list[str], table: _Table, wanted: Wanted) -> Seen
 
 
 def _read(place: Place, name: str) -> _Table:
-    if name.endswith(".parquet"):
+    if is_parquet(name):
         return _read_parquet(place, name)
-    rows = [row for row in first(lines(place.folder, name), ROWS) if row is not None]
+    header: list[str] = []
+    rows = _rows(place, name, header)
+    if rows and kind_of(name) in (".csv", ".tsv") and not is_header(list(rows[0])):
+        header = [f"column{number + 1}" for number in range(len(rows[0]))]
+        rows = _rows(place, name, header)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     size = sum(len(str(value)) + 1 for row in rows for value in row.values())
     whole = len(rows) < ROWS
-    count = len(rows) if whole else round(place.names[name] * len(rows) / max(1, size))
-    return _Table(name, columns, [], rows, count, whole)
+    count = len(rows) if whole else round(_unpacked_size(place, name) * len(rows) / max(1, size))
+    return _Table(name, columns, [], rows, count, whole, header)
+
+
+def _rows(place: Place, name: str, header: Sequence[str]) -> list[dict[str, Any]]:
+    return [flat(row) for row in first(lines(place.folder, name, header), ROWS) if isinstance(row, dict)]
+
+
+def _unpacked_size(place: Place, name: str) -> float:
+    """Of a packed table it is guessed from its first megabyte."""
+    size = place.names[name]
+    if not packing_of(name):
+        return size
+    with place.folder.open(name) as file:
+        unpacked = Unpacked(file, packing_of(name), name)
+        io.BufferedReader(unpacked).read(1 << 20)
+        return size * unpacked.times
 
 
 def _read_parquet(place: Place, name: str) -> _Table:
     with parquet.opened(place.folder.open(name), name) as file:
         schema = file.schema_arrow
-        plain = [field.name for field in schema if parquet.plain_type(field.type) is not None]
-        batches = file.iter_batches(ROWS, columns=plain, use_threads=False)
-        batch = next(batches, None) if plain else None
-        rows = [] if batch is None else parquet.unchecked(pa.Table.from_batches([batch])).to_pylist()
-        held = [field.name for field in schema if _may_hold(field.type)]
-        pictures = next(file.iter_batches(PICTURES, columns=held, use_threads=False), None) if held else None
-        for number, row in enumerate([] if pictures is None else pictures.to_pylist()):
+        held = [column.name + ".0" * is_list(column.type) for column in schema if _may_hold(element(column.type))]
+        nested = [leaf for column in schema for leaf in leaves(column.type, column.name)]
+        plain = [leaf for leaf, kind in nested if parquet.plain_type(kind) is not None and not _is_in(held, leaf)]
+        rows = [flat(row) for row in _first_rows(file, name, plain, ROWS)]
+        for number, row in enumerate(_first_rows(file, name, held, PICTURES)):
             if number == len(rows):
                 rows.append({})
             rows[number] |= row
     embedded = [column for column in held if _holds(rows[:PICTURES], column)]
-    return _Table(name, plain, embedded, rows, file.metadata.num_rows, True)
+    return _Table(name, plain, embedded, rows, file.metadata.num_rows, True, [])
+
+
+def _first_rows(file: Any, name: str, columns: Sequence[str], most: int) -> list[dict[str, Any]]:
+    """Of those that can be read."""
+    found: list[dict[str, Any]] = []
+    for batch in parquet.batches(file, name, columns, most) if columns else ():
+        if isinstance(batch, pa.Table):
+            found += parquet.unchecked(batch.slice(0, most - len(found))).to_pylist()
+        if len(found) >= most:
+            break
+    return found
 
 
 def _may_hold(kind: pa.DataType) -> bool:
@@ -121,9 +156,13 @@ def _may_hold(kind: pa.DataType) -> bool:
     return parquet.is_bytes(kind)
 
 
+def _is_in(held: Sequence[str], leaf: str) -> bool:
+    return any(leaf == name or leaf.startswith(f"{name}.") for name in (name.removesuffix(".0") for name in held))
+
+
 def _holds(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
     """Whether the bytes are pictures', or the struct is the one in which Hugging Face keeps those."""
-    values = [row[column] for row in rows if row.get(column) is not None]
+    values = [value for row in rows if (value := field(row, column)) is not None]
     return any(isinstance(value, dict) or (isinstance(value, bytes) and sniff(value)) for value in values)
 
 
@@ -131,13 +170,14 @@ def _holds(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
 
 
 def _holding(place: Place, names: list[str], table: _Table, column: str, wanted: Wanted) -> Seen:
-    values = [row[column] for row in table.rows[:PICTURES] if row.get(column) is not None]
+    values = [value for row in table.rows[:PICTURES] if (value := field(row, column)) is not None]
     pairs = [value if isinstance(value, dict) else {"bytes": value} for value in values]
     source = {"kind": "parquet_images", "url": place.url, "image": column}
-    remarks = {"image": "the column that holds the pictures"}
+    first_of = "the first picture of each row, in " if column.endswith(".0") else ""
+    remarks = {"image": f"{first_of}the column that holds the pictures"}
     images: list[bytes | Rejection] = [pair["bytes"] for pair in pairs if pair["bytes"]]
     if not images:
-        files = _files(place, table, [str(pair.get("path") or "") for pair in pairs])
+        files = _files(place, table, [words.text(pair.get("path")) or "" for pair in pairs])
         source["files"] = files.url
         remarks["files"] = "the rows hold no bytes, only the paths of pictures in this folder"
         images = [files.folder.read(name, MOST_BYTES) for name in files.names]
@@ -190,11 +230,14 @@ def _finished(
         remarks["captions"] = f"other columns of text: {', '.join(others)}"
     some, rows = _some_of(names, table)
     source |= {"tables": [_from(place, base, name) for name in some], "captions": chosen}
+    if table.header:
+        source["header"] = table.header
+        remarks["header"] = f"{table.name} does not begin with the names of its columns: these are made up"
     if len(some) < len(names):
-        everything = f"{PurePosixPath(_from(place, base, names[0])).parent}/*{PurePosixPath(names[0]).suffix}"
+        everything = f"{PurePosixPath(_from(place, base, names[0])).parent}/*{ending_of(names[0])}"
         remarks["tables"] = f"{len(some)} of {len(names):,}, enough for a first model; all of them: [{everything!r}]"
     elif len(names) > 1:
-        source["tables"] = [f"{PurePosixPath(source['tables'][0]).parent}/*{PurePosixPath(names[0]).suffix}"]
+        source["tables"] = [f"{PurePosixPath(source['tables'][0]).parent}/*{ending_of(names[0])}"]
     source["tables"] = [name.removeprefix("./") for name in source["tables"]]
     said = [text for row in table.rows for column in chosen for text in texts_of(row.get(column))]
     return Seen(source, said, rows, table.counted and len(names) == 1, remarks=remarks, **more)

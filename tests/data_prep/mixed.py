@@ -445,7 +445,7 @@ def _web(folder: Path, count: int, web: Web, tls: Web, closed: int) -> list[Verd
         csv.writer(file).writerows(chain([("url", "caption")], rows[1]))
     lines = [json.dumps({"url": url, "caption": said}) for url, said in (k.make(n) for n, k in deck.deal(parts[2]))]
     (folder / "c.jsonl").write_text("\n".join([*lines, '{"url": "http', "[" * 100_000]))
-    deck.verdicts += repeat(both(Cause.BAD_URL), 2)  # lines that cannot be read
+    deck.verdicts += repeat(both(Cause.BAD_ROW), 2)  # lines that cannot be read
     deck.check()
     return deck.verdicts
 

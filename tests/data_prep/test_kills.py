@@ -572,7 +572,7 @@ def test_one_driver_extends_the_plan_while_another_works_on_it(tmp_path: Path) -
     for summary in (first, second):
         assert verify(store, summary.plan, summary.edition).problems == []
     made = Counter(key.partition("/")[0] for key in contents(store))
-    assert made == {"plans": 2 + 2, "shards": 2 * 13, "data": 2 * 2 * 13, "prepared": 2}
+    assert made == {"plans": 2 + 2, "shards": 2 * 13, "data": 2 * 2 * 13, "prepared": 2, "looked": 13}
 
 
 # The soak

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from data_prep import sources
 from data_prep.folders import LocalFolder, StoreFolder
 from data_prep.rejections import Cause, Rejection
-from data_prep.sources import RawItem, TableFolder, TextFolder, convert
-from data_prep.sources.convert import _csv_lines
+from data_prep.sources import RawItem, TableFolder, TextFolder
+from data_prep.sources.lines import _csv_lines
 from infra.config import parse
 from infra.errors import DataError, SettingsError
 from infra.shards import SPLIT_DIGITS
@@ -235,7 +235,7 @@ def test_a_corpus_in_a_store_gives_the_same_items_as_on_disk(three: Path, store:
         assert here.read(name, 100) == there.read(name, 100)
     assert there.read("a//b", 100) == Rejection(Cause.BAD_NAME, "'a//b'")
     assert there.read("a.jpg", 0) == Rejection(Cause.TOO_MANY_BYTES)
-    assert sorted(here.names()) == sorted(there.names())
+    assert sorted(file[:3] for file in here.names()) == sorted(file[:3] for file in there.names())
     with there.open("t.parquet") as remote, here.open("t.parquet") as local:
         assert pq.read_table(remote).equals(pq.read_table(local))
     assert sources.inputs(source)[0].sha256 == sources.inputs(table_folder(three, "t.parquet", name="other"))[0].sha256
@@ -279,7 +279,12 @@ def test_a_damaged_line_is_a_row_of_nothing(three: Path, store: Store) -> None:
     ]
     (three / "t.jsonl").write_bytes(b"\n".join([good[0], *bad, b"", good[1], b"\r", good[2]]))
     items = all_items(store, table_folder(three, "t.jsonl", keep=["n"]))
-    assert [problem(item) for item in items] == [None, *[Cause.BAD_NAME] * len(bad), None, None]
+    causes = [*[Cause.BAD_ROW] * 4, *[Cause.BAD_NAME] * 3]
+    assert [problem(item) for item in items] == [None, *causes, None, None]
+    whys = ["not JSON, or too deep", "not JSON, or too deep", "JSON, but no object", "longer than 4,194,304 characters"]
+    assert [item.image for item in items[1:5]] == [Rejection(Cause.BAD_ROW, why) for why in whys]
+    assert [item.name for item in items[1:5]] == [f"t.jsonl#{number}" for number in range(1, 5)]
+    assert len({item.key for item in items}) == len(items)
     assert [item.row for item in items] == list(range(len(items)))
     assert [item.kept["n"] for item in items] == [1, *[None] * len(bad), 1, 1]
 
@@ -292,15 +297,26 @@ def test_a_damaged_line_of_a_csv_is_a_row_of_nothing(three: Path, store: Store) 
     )
     (three / "t.csv").write_bytes(text + b'c.jpg,"never closed,5\n')
     items = all_items(store, table_folder(three, "t.csv", keep=["n"]))
-    bad = Cause.BAD_NAME
-    assert [problem(item) for item in items] == [None, bad, bad, bad, bad, Cause.BAD_CAPTION, bad]
+    bad = Cause.BAD_ROW
+    assert [problem(item) for item in items] == [None, bad, bad, Cause.BAD_NAME, bad, Cause.BAD_CAPTION, bad]
+    whys = [item.image.detail for item in items if isinstance(item.image, Rejection) and item.image.cause is bad]
+    assert whys == [
+        "1 fields, where the table has 3",
+        "4 fields, where the table has 3",
+        "longer than 4,194,304 characters",
+        "not as CSV is written, or with a quote that nobody closes",
+    ]
     assert [item.kept["n"] for item in items] == [1, None, None, 3, None, 4, None]
 
 
 def test_a_quote_that_is_never_closed_takes_no_row_with_it(three: Path, store: Store) -> None:
     def found(*records: str, end: str = "\n") -> list[tuple[str, str]]:
         (three / "t.csv").write_bytes(end.join(["image,caption", *records, ""]).encode())
-        return [(item.name, " ".join(text for _, text in said(item))) for item in all_items(store, source)]
+        items = all_items(store, source)
+        return [
+            ("", "") if problem(item) is Cause.BAD_ROW else (item.name, " ".join(text for _, text in said(item)))
+            for item in items
+        ]
 
     source = table_folder(three, "t.csv")
     good, damaged = [("b.jpg", "fine"), ("c.jpg", "two\nlines")], ("", "")
@@ -317,8 +333,8 @@ def test_a_quote_that_is_never_closed_takes_no_row_with_it(three: Path, store: S
 
 
 def test_records_and_lines_are_bounded(three: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "LONGEST_LINE", 50)
-    bad = Cause.BAD_NAME
+    monkeypatch.setattr("data_prep.sources.lines.LONGEST_LINE", 50)
+    bad = Cause.BAD_ROW
     for end in ("\n", "\r\n", "\r"):
         for length in range(45, 55):  # the limit falls before, between and behind the halves of a line's end
             text = end.join(["image,caption", "a.jpg," + "x" * (length - 6), "b.jpg,fine", ""])
@@ -422,9 +438,10 @@ def test_captions_of_jsonl_may_be_texts_lists_or_numbers(three: Path, store: Sto
     values = ["one", ["two", None, "three"], 4, None, {"a": "b"}, "bell\x07", "x" * 1_000_000]
     (three / "t.jsonl").write_text("\n".join(json.dumps({"image": "a.jpg", "caption": value}) for value in values))
     items = all_items(store, table_folder(three, "t.jsonl"))
-    assert [[text for _, text in said(item)] for item in items] == [["one"], ["two", "three"], ["4"], [], [], [], []]
-    bad, none = Cause.BAD_CAPTION, Cause.NO_CAPTION
-    assert [problem(item) for item in items] == [None, None, None, none, none, bad, bad]
+    expected = [["one"], ["two", "three"], ["4"], [], ["b"], [], []]
+    assert [[text for _, text in said(item)] for item in items] == expected
+    bad = Cause.BAD_CAPTION
+    assert [problem(item) for item in items] == [None, None, None, Cause.NO_CAPTION, None, bad, bad]
 
 
 @pytest.mark.parametrize(

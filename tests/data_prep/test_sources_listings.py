@@ -30,6 +30,10 @@ def image_net(folder: Path, **changes: Any) -> ImageNet:
     return parse(ImageNet, {"kind": "imagenet", "name": "s", "url": str(folder)} | changes)
 
 
+# Suffixes that the world gives pictures, read by us or not.
+NAMED = ("mpo", "apng", "dib", "avifs", "j2k", "tga", "psd", "heif", "jp2", "j2c", "jpx", "ico", "ppm", "qoi", "exr")
+
+
 def write(folder: Path, **texts: str) -> None:
     for name, text in texts.items():
         (folder / f"{name}.jpg").write_bytes(b"image")
@@ -89,30 +93,38 @@ LISTED = st.dictionaries(
 )
 
 
-@quick
-@given(steps=st.lists(LISTED, min_size=1, max_size=4))
-def test_any_growth(tmp_path: Path, steps: list[dict[str, int]]) -> None:
+@settings(quick, max_examples=20)
+@given(steps=st.lists(LISTED, min_size=1, max_size=4), most=st.sampled_from([2, 5, 100]))
+def test_any_growth(tmp_path: Path, steps: list[dict[str, int]], most: int) -> None:
     """Whatever comes or changes: the inputs together are the folder, and what was planned comes back as it was."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_prep.sources.listed.LISTED", most)
+        grow(tmp_path, steps)
+
+
+def grow(tmp_path: Path, steps: list[dict[str, int]]) -> None:
     root, store = tmp_path / "growing", open_store(str(tmp_path / "store"))
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
     source = text_folder(root, caption_suffix="")
     known: dict[str, int] = {}
     before: list[Input] = []
+    parts: list[Range] = []
     for step in steps:
         changed = any(known.get(name, size) != size for name, size in step.items())
         known |= step
         for name, size in step.items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / f"{name}.jpg").write_bytes(bytes(size))
-        parts = planned(store, source, before)
         found = sources.inputs(source, store, parts)
         if not changed and before and parts:
             assert found[: len(before)] == before
-        items = [item for part in planned(store, source, found) for item in sources.items(source, store, part)]
+        now = planned(store, source, found)
+        items = [item for part in now for item in sources.items(source, store, part)]
         assert {item.name: item.image for item in items} == {f"{name}.jpg": bytes(size) for name, size in known.items()}
         assert len(items) == len(known)
-        before = found
+        parts += [part for part in now if part not in parts]
+        before = [one for one in found if one.size]
 
 
 def test_identities_are_told_without_a_store(folder: Path, store: Store) -> None:
@@ -181,7 +193,7 @@ def test_a_link_to_a_folder_is_refused_and_what_it_leads_to_is_met_once(
     assert len(all_items(store, image_net(folder))) == 5
 
 
-@pytest.mark.parametrize("suffix", ["jfif", "jpe", "heic", "heif", "jxl", "jp2", "svg", "HEIC"])
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "heic", "jxl", "svg", "HEIC", *NAMED])
 def test_pictures_of_kinds_that_cannot_be_read_are_counted(folder: Path, store: Store, suffix: str) -> None:
     (folder / "cat").mkdir()
     (folder / "cat" / f"a.{suffix}").write_bytes(b"?")

@@ -18,6 +18,8 @@ from infra.config import parse
 from infra.errors import DataError, SettingsError
 from infra.store import Store
 from tests.data_prep.test_sources import all_items, all_ranges, problem, said
+from tests.data_prep.test_sources_packed import PACKERS
+from tests.data_prep.test_sources_tables import write_pages, zeroed
 from tests.data_prep.test_sources_tars import member, pairs, tar_bytes
 
 
@@ -158,3 +160,48 @@ def test_tables_that_do_not_go_together(folder: Path, store: Store) -> None:
         all_items(store, sa1b(folder, captions=["captoin"]))
     with pytest.raises(SettingsError, match="not kept beside it"):
         sa1b(folder, keep=["caption"])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "json"])
+def test_captions_may_lie_within_structs(folder: Path, store: Store, kind: str) -> None:
+    write_tar(folder, "a.tar", 1, 2, 3)
+    values: list[Any] = [{"short": "s1", "all": [{"raw": "r1"}, {"raw": "q1"}]}, None, {"short": None, "all": []}]
+    rows = [{"at": {"id": number + 1}, "said": value, "two": ["x", "y"]} for number, value in enumerate(values)]
+    if kind == "parquet":
+        two = pa.array([row.pop("two") for row in rows], pa.list_(pa.string(), 2))
+        pq.write_table(pa.Table.from_pylist(rows).append_column("two", two), folder / "c.parquet")
+    else:
+        (folder / f"c.{kind}").write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+    captions = ["said.short", "said.all.raw", "two"]
+    items = all_items(store, sa1b(folder, tables=["c.*"], image="at.id", captions=captions))
+    both = [("two", "x"), ("two", "y")]
+    assert [said(item) for item in items] == [
+        [("said.short", "s1"), ("said.all.raw", "r1"), ("said.all.raw", "q1"), *both],
+        both,
+        both,
+    ]
+
+
+def test_a_damaged_page_of_captions_costs_those_captions(
+    folder: Path, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    numbers = list(range(1, 401))
+    (folder / "a.tar").write_bytes(tar_bytes(*(member(f"{number}.jpg", b"I") for number in numbers)))
+    texts = [random.Random(number).randbytes(40).hex() for number in numbers]
+    write_pages(folder / "c.parquet", pa.table({"image_id": numbers, "caption": texts}))
+    zeroed(folder / "c.parquet", 1, 1)
+    items = all_items(store, sa1b(folder))
+    lost = [number for number, item in enumerate(items) if problem(item) is Cause.NO_CAPTION]
+    assert lost == list(range(lost[0], 200)) and lost[0] > 100
+    assert all(not problem(item) for number, item in enumerate(items) if number not in lost)
+    assert f"c.parquet: {len(lost)} rows of captions are lost (a damaged page in row group 1)" in caplog.text
+
+
+def test_packed_tars_are_unpacked(folder: Path, store: Store) -> None:
+    (folder / "a.tar.gz").write_bytes(PACKERS[".gz"](tar_bytes(*(member(f"sa_{n}.jpg", b"I%d" % n) for n in (1, 2)))))
+    pq.write_table(pa.table({"image_id": [1, 2], "caption": ["one", "two"]}), folder / "c.parquet")
+    items = all_items(store, sa1b(folder, tars=["*.tar.gz"], unpack=True))
+    assert [(item.image, said(item)) for item in items] == [
+        (b"I1", [("caption", "one")]),
+        (b"I2", [("caption", "two")]),
+    ]

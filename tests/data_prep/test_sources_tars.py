@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import lzma
+import os
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +23,7 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from data_prep import folders, sources
 from data_prep.decode import decode
+from data_prep.gc import collect
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import Range, RawItem, WebDataset
 from data_prep.sources.tars import IMAGE_EXTENSIONS
@@ -27,6 +32,8 @@ from infra.errors import DataError, SettingsError
 from infra.shards import SPLIT_DIGITS
 from infra.store import FileStore, Store, open_store
 from tests.data_prep.test_sources import all_items, all_ranges, problem, said
+from tests.data_prep.test_sources_listings import NAMED
+from tests.data_prep.test_sources_packed import PACKERS
 
 quick = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -173,7 +180,7 @@ def test_the_image_is_the_one_that_the_settings_name(folder: Path, store: Store)
 
 
 def test_pictures_of_kinds_that_cannot_be_read_are_counted(folder: Path, store: Store) -> None:
-    kinds = ("heic", "heif", "jxl", "jp2", "svg", "JFIF", "jpe")
+    kinds = ("heic", "jxl", "svg", "JFIF", "jpe", *NAMED)
     (folder / "t.tar").write_bytes(tar_bytes(*(member(f"{n}.{kind}", b"?") for n, kind in enumerate(kinds))))
     items = all_items(store, web_dataset(folder, captions=[]))
     assert [item.image for item in items] == [b"?"] * len(kinds)
@@ -383,6 +390,138 @@ def test_no_damage_is_an_exception(tmp_path: Path, data: st.DataObject) -> None:
     assert [item.image for item in items[:before]][:6] == [b"I" + name.encode() for name in "abcdef"][:before]
     cut = all_ranges(store, source, 2)
     assert [item for part in cut for item in sources.items(source, store, part)] == items
+
+
+# What is no tar, or a packed one
+
+PACKED = [".tar.gz", ".tgz", ".tar.bz2", ".tar.zst", ".tar"]
+UNPACKED = tar_bytes(*pairs("a", "b"), member("c.jpg", b"I" * 30_000), *pairs(*(f"d{number}" for number in range(40))))
+
+
+def packed(folder: Path, name: str, data: bytes = UNPACKED) -> WebDataset:
+    """A source of a tar of this name, packed as its name says, or, where it says nothing, by gzip."""
+    pack = PACKERS.get(f".{name.rpartition('.')[2]}", PACKERS[".gz"])
+    (folder / name).write_bytes(pack(data))
+    return web_dataset(folder, tars=[name], unpack=True)
+
+
+def without_tar(items: list[RawItem]) -> list[tuple[Any, ...]]:
+    return [(item.row, item.name.partition("/")[2], item.image, item.captions) for item in items]
+
+
+@pytest.mark.parametrize("ending", PACKED)
+def test_a_packed_tar_is_unpacked_once_into_the_store(folder: Path, store: Store, ending: str) -> None:
+    (folder / "plain.tar").write_bytes(UNPACKED)
+    expected = all_items(store, web_dataset(folder, tars=["plain.tar"], captions=[]))
+    source = packed(folder, f"a{ending}").model_copy(update={"captions": []})
+    items = all_items(store, source, 5)
+    assert without_tar(items) == without_tar(expected) and len(items) == 43
+    assert len(all_ranges(store, source, 5)) > 1
+    [record] = [entry.key for entry in store.list("unpacked/")]
+    [made] = list(store.list("data/unpacked/"))
+    assert store.get(made.key) == UNPACKED
+    before = {entry.key: entry.modified for entry in store.list("data/unpacked/")}
+    assert all_items(store, source, 5) == items
+    assert {entry.key: entry.modified for entry in store.list("data/unpacked/")} == before, "it is not unpacked again"
+    assert not collect(store, 0).orphans
+    store.delete(made.key)
+    with pytest.raises(DataError, match=r"was unpacked to is gone .*delete .*unpacked/"):
+        list(sources.items(source, store, Range(f"a{ending}", f"a{ending}", False, 0, 100)))
+    assert all_items(store, source, 5) == items, "whoever plans it has it again"
+    store.delete(record)
+    with pytest.raises(DataError, match="has changed since it was planned"):
+        list(sources.items(source, store, Range(f"a{ending}", f"a{ending}", False, 0, 100)))
+
+
+def test_whoever_asks_for_unpacking_later_gets_it(folder: Path, store: Store) -> None:
+    source = packed(folder, "a.tar.gz")
+    refused = source.model_copy(update={"unpack": False})
+    [item] = all_items(store, refused)
+    why = "packed with gzip: set the source's `unpack`, as a tar is read from any place"
+    assert item.image == Rejection(Cause.UNKNOWN_FORMAT, why)
+    assert sources.inputs(refused) != sources.inputs(source), "it is another input"
+    assert source.results() == refused.results(), "in the same plan"
+    (folder / "plain.tar").write_bytes(UNPACKED)
+    plain = web_dataset(folder, tars=["plain.tar"])
+    assert sources.inputs(plain) == sources.inputs(plain.model_copy(update={"unpack": True}))
+
+
+@pytest.mark.parametrize("ending", [".tar.gz", ".tar.bz2", ".tar.zst"])
+def test_a_packed_tar_that_breaks_off_is_read_up_to_there(folder: Path, store: Store, ending: str) -> None:
+    noise = [member(f"{number}.jpg", os.urandom(700)) for number in range(400)]
+    source = packed(folder, f"a{ending}", tar_bytes(*noise)).model_copy(update={"captions": []})
+    whole = all_items(store, source)
+    data = (folder / f"a{ending}").read_bytes()
+    for cut in (len(data) // 2, len(data) - 3):
+        (folder / f"a{ending}").write_bytes(data[:cut])
+        items = all_items(store, source)
+        assert items[:-1] == whole[: len(items) - 1]
+        assert items[-1].name == f"a{ending}" and problem(items[-1]) in (Cause.TRUNCATED, Cause.CORRUPT)
+
+
+@quick
+@given(cut=st.integers(1, len(UNPACKED) - 1))
+def test_no_member_of_a_broken_packed_tar_is_half_there(tmp_path: Path, cut: int) -> None:
+    """Wherever the packing breaks off: also within a member's last block, and just between two of them."""
+    folder = tmp_path / "packed"
+    folder.mkdir(exist_ok=True)
+    store = open_store(str(tmp_path / "store"))
+    source = packed(folder, "a.tar.gz").model_copy(update={"captions": []})
+    (folder / "a.tar.gz").write_bytes(gzip.compress(UNPACKED[:cut], 0)[:-8])  # without what ends it
+    items = all_items(store, source)
+    assert items[-1].name == "a.tar.gz" and problem(items[-1]) in (Cause.TRUNCATED, Cause.CORRUPT)
+    whole = {f"a.tar.gz/{name}.jpg": b"I" + name.encode() for name in ("a", "b", *(f"d{n}" for n in range(40)))}
+    whole["a.tar.gz/c.jpg"] = b"I" * 30_000
+    assert {item.name: item.image for item in items[:-1]}.items() <= whole.items()
+
+
+def test_a_packed_bomb_is_left_where_it_goes_off(folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_prep.sources.packed.IN_ANY_CASE", 1 << 20)
+    source = packed(folder, "a.tar.gz", UNPACKED[: _end(UNPACKED)] + header("b.png", 1 << 33))
+    with (folder / "a.tar.gz").open("ab") as file:
+        file.write(gzip.compress(bytes(1 << 20)) * 5000)
+    items = all_items(store, source.model_copy(update={"captions": []}))
+    assert len(items) == 44 and problem(items[-1]) is Cause.TRUNCATED
+    assert sum(entry.size for entry in store.list("data/unpacked/")) < 8 << 20
+
+
+def _end(data: bytes) -> int:
+    return len(data.rstrip(b"\0")) + -len(data.rstrip(b"\0")) % 512
+
+
+OTHERS = {
+    "zip": "a ZIP archive: unpack it into a folder",
+    "xz": "packed with xz: unpack it",
+    "7z": "a 7z archive: unpack it into a folder",
+    "rar": "a RAR archive: unpack it into a folder",
+    "lfs": "a pointer of Git LFS: fetch the file itself with `git lfs pull`",
+    "page": "a page of the web: fetch the file itself",
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_what_is_called_a_tar_and_is_none_says_what_it_is(folder: Path, store: Store, what: str) -> None:
+    if what == "zip":
+        with zipfile.ZipFile(folder / "t.tar", "w") as made:
+            made.writestr("a.jpg", b"I" * 1000)
+    else:
+        heads = {
+            "xz": lzma.compress(UNPACKED),
+            "7z": b"7z\xbc\xaf\x27\x1c" + bytes(600),
+            "rar": b"Rar!\x1a\x07\x01\0" + bytes(600),
+            "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
+            "page": b"<!DOCTYPE html><title>Not found</title>",
+        }
+        (folder / "t.tar").write_bytes(heads[what])
+    for unpack in (False, True):
+        [item] = all_items(store, web_dataset(folder, unpack=unpack))
+        assert item.image == Rejection(Cause.UNKNOWN_FORMAT, OTHERS[what])
+
+
+def test_mosaics_shards_are_no_tars(folder: Path) -> None:
+    (folder / "shard.00000.mds").write_bytes(bytes(64))
+    with pytest.raises(SettingsError, match=r"is no tar: MosaicML's MDS .*ShardWriter.write"):
+        sources.inputs(web_dataset(folder, tars=["*.mds"]))
 
 
 # Ranges

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import tarfile
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from infra.config import parse
 from infra.errors import DataError, PixnerdError, SettingsError
 from infra.store import Store
 from tests.data_prep import zoo
-from tests.data_prep.corpora import shaded
+from tests.data_prep.corpora import HUGGING_FACE_IMAGE, shaded, write_as_datasets
 from tests.data_prep.test_sources import all_items, problem, said
+from tests.data_prep.test_sources_packed import PACKERS
 from tests.data_prep.test_sources_tars import member, tar_bytes
 
 WORDS = [f"a photo of the thing number {number}" for number in range(6)]
@@ -157,16 +159,20 @@ def write_urls(folder: Path, suffix: str, host: str = "host.example") -> None:
         }
         for number, words in enumerate(WORDS)
     ]
-    if suffix == "jsonl":
-        (folder / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    elif suffix == "csv":
-        text = ["sku,page,picture,note", *(",".join(row.values()) for row in rows)]
-        (folder / "t.csv").write_text("\n".join(text))
-    else:
+    kind, _, packing = suffix.partition(".")
+    if kind == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), folder / "t.parquet")
+        return
+    if kind in ("csv", "tsv"):
+        comma = "," if kind == "csv" else "\t"
+        text = "\n".join([comma.join(rows[0]), *(comma.join(row.values()) for row in rows)])
+    else:
+        text = "\n".join(map(json.dumps, rows)) if kind == "jsonl" else json.dumps(rows, indent=1)
+    data = text.encode()
+    (folder / f"t.{suffix}").write_bytes(PACKERS[f".{packing}"](data) if packing else data)
 
 
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "parquet", "jsonl.gz", "csv.zst", "json.bz2"])
 def test_a_list_of_urls(folder: Path, store: Store, suffix: str) -> None:
     write_urls(folder, suffix)
     found = found_in(folder / f"t.{suffix}")
@@ -176,6 +182,24 @@ def test_a_list_of_urls(folder: Path, store: Store, suffix: str) -> None:
     assert all(isinstance(item.image, Url) for item in items_of(found, store))
     assert found.hosts is not None and found.hosts.public == ["host.example"]
     assert found.shorter_side is None
+
+
+def test_a_table_whose_first_line_names_no_columns(folder: Path, store: Store) -> None:
+    """As Google's Conceptual Captions come."""
+    lines = [f"http://host.example/{number}.jpg\t{words}" for number, words in enumerate(WORDS)]
+    (folder / "cc12m.tsv").write_text("\n".join(lines))
+    source = check(found_in(folder), store, "url_list")
+    assert (source["header"], source["image"]) == (["column1", "column2"], "column1")
+
+
+def test_json_that_is_no_table_hides_nothing(folder: Path, store: Store) -> None:
+    """What img2dataset and others write beside their pictures and tables."""
+    write_urls(folder, "jsonl")
+    (folder / "stats.json").write_text(json.dumps({"url": "http://host.example/1.jpg", "caption": "a b c d"}))
+    for number in range(70):
+        (folder / f"deep{number}").mkdir()
+        (folder / f"deep{number}" / "a.json").write_text(json.dumps({"url": "http://host.example/1.jpg"}, indent=1))
+    check(found_in(folder), store, "url_list")
 
 
 def test_where_urls_lead_is_told(folder: Path) -> None:
@@ -209,14 +233,12 @@ def test_hosts_are_looked_up_without_waiting_for_ever() -> None:
 # Parquet with pictures
 
 
-def write_hugging_face(path: Path, names: list[str | None], data: list[bytes | None]) -> None:
-    """As the library `datasets` writes it: a struct of bytes and path, and the features in the metadata."""
+def write_hugging_face(path: Path, names: list[str | None], data: list[bytes | None], **columns: Any) -> None:
     images = [{"bytes": one, "path": name} for one, name in zip(data, names, strict=True)]
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    table = pa.table({"image": pa.array(images, kind), "label": range(len(names)), "text": WORDS[: len(names)]})
-    features = {"info": {"features": {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}}}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), path, row_group_size=2)
+    columns = columns or {"label": range(len(names)), "text": WORDS[: len(names)]}
+    table = pa.table({"image": pa.array(images, HUGGING_FACE_IMAGE), **columns})
+    features = {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}}
+    write_as_datasets(path, table, features, row_group_size=2)
 
 
 def test_parquet_of_hugging_face(folder: Path, store: Store) -> None:
@@ -237,6 +259,44 @@ def test_parquet_of_hugging_face_that_holds_paths_alone(folder: Path, store: Sto
     (tmp_path / "elsewhere").rename(tmp_path / "moved")
     error = refused(folder, "hold no pictures, only paths such as .*0.jpg, which are not there")
     assert "embed_table_storage" in error.remedy
+
+
+def test_parquet_of_hugging_face_with_lists_and_structs(folder: Path, store: Store) -> None:
+    """Sequences of captions, of a length or of none; a caption in a list of objects; several pictures in a row."""
+    pictures: list[bytes | None] = [PHOTO] * 6
+    pairs = pa.array([[words, words] for words in WORDS], pa.list_(pa.string(), 2))
+    write_hugging_face(folder / "1" / "train.parquet", [None] * 6, pictures, captions=pairs)
+    found = found_in(folder / "1")
+    texts = [[text for _, text in said(item)] for item in items_of(found, store)]
+    assert (texts, found.pictures) == ([[words, words] for words in WORDS], 6)
+    sentences = [[{"raw": words, "tokens": words.split(), "sentid": number}] for number, words in enumerate(WORDS)]
+    write_hugging_face(folder / "2" / "train.parquet", [None] * 6, pictures, sentences=sentences)
+    assert check(found_in(folder / "2"), store, "parquet_images")["captions"] == ["sentences.raw"]
+    several = {"images": pa.array([[{"bytes": PHOTO, "path": None}] * 2] * 6, pa.list_(HUGGING_FACE_IMAGE))}
+    pq.write_table(pa.table(several | {"text": WORDS}), folder / "several.parquet")
+    source = check(found_in(folder / "several.parquet"), store, "parquet_images")
+    assert source["image"] == "images.0"
+
+
+def test_parquet_of_hugging_face_in_several_shards(folder: Path, store: Store) -> None:
+    for part in range(3):
+        name = f"train-{part:05d}-of-00003.parquet"
+        write_hugging_face(folder / "data" / name, [None] * 2, [PHOTO] * 2, text=WORDS[2 * part : 2 * part + 2])
+    source = check(found_in(folder), store, "parquet_images")
+    assert source["tables"] == ["data/*.parquet"]
+
+
+def test_a_damaged_page_hides_no_table(folder: Path) -> None:
+    write_urls(folder, "parquet")
+    table = pq.read_table(folder / "t.parquet")
+    pq.write_table(pa.concat_tables([table] * 100), folder / "t.parquet", row_group_size=100)
+    first = pq.read_metadata(folder / "t.parquet").row_group(0).column(2)
+    data = bytearray((folder / "t.parquet").read_bytes())
+    begin = first.dictionary_page_offset or first.data_page_offset
+    data[begin : begin + first.total_compressed_size] = bytes(first.total_compressed_size)
+    (folder / "t.parquet").write_bytes(data)
+    found = found_in(folder)
+    assert (found.sources[0]["image"], found.pictures) == ("picture", 600)
 
 
 def test_parquet_with_plain_bytes_and_several_texts(folder: Path, store: Store) -> None:
@@ -292,10 +352,39 @@ def test_tars_without_words_or_pictures_are_told_of(folder: Path) -> None:
     refused(folder, "a.tar holds no pictures")
 
 
-def test_a_packed_tar_is_none(folder: Path) -> None:
-    with tarfile.open(folder / "a.tar.gz", "w:gz"):
-        pass
-    assert refused(folder, "holds nothing that can be prepared").remedy == "unpack it"
+@pytest.mark.parametrize("ending", ["tar.gz", "tgz", "tar.bz2", "tar.zst"])
+def test_packed_tars_are_unpacked_into_the_store(folder: Path, store: Store, ending: str) -> None:
+    members = {}
+    for number, words in enumerate(WORDS):
+        members |= {f"{number}.jpg": PHOTO, f"{number}.txt": words.encode()}
+    pack = PACKERS[".gz" if ending == "tgz" else f".{ending.rpartition('.')[2]}"]
+    (folder / f"a.{ending}").write_bytes(pack(tar_of(members)))
+    source = check(found_in(folder), store, "webdataset")
+    assert (source["tars"], source["unpack"]) == ([f"a.{ending}"], True)
+
+
+def test_of_a_large_packed_tar_the_beginning_is_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = {}
+    for number in range(500):
+        members |= {f"{number}.jpg": PHOTO + os.urandom(2000), f"{number}.txt": b"words of some picture"}
+    (folder / "a.tar.gz").write_bytes(PACKERS[".gz"](tar_of(members)))
+    monkeypatch.setattr("data_prep.survey.tars._UNPACKED", 300_000)
+    found = found_in(folder)
+    assert found.pictures == pytest.approx(500, rel=0.2) and not found.counted
+
+
+def test_what_is_called_a_tar_and_is_none_is_told_of(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "a.tar", "w") as made:
+        made.writestr("1.jpg", PHOTO)
+    refused(folder, r"a.tar cannot be read \(unknown_format: a ZIP archive: unpack it into a folder\)")
+
+
+def test_mosaics_shards_are_refused_with_the_way_out(folder: Path) -> None:
+    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": [{"format": "mds"}]}))
+    (folder / "shard.00000.mds").write_bytes(bytes(100))
+    (folder / "shard.00001.mds.zstd").write_bytes(bytes(100))
+    error = refused(folder, "holds nothing that can be prepared")
+    assert "streaming.StreamingDataset" in error.remedy and "webdataset.ShardWriter" in error.remedy
 
 
 # All of them
