@@ -74,6 +74,8 @@ def _picture(data: bytes) -> str | None:
             return name
     if _PNM.match(data):
         return "PNM"
+    if data[:4] == b"\x28\0\0\0" and data[12:14] == b"\1\0":
+        return "DIB"  # a BMP without the header that a file has
     if brands(data) & _HEIF:
         return "HEIC"
     head = data[:_HEAD].lower()

@@ -433,6 +433,7 @@ UNREAD = {
     "TGA": [zoo.saved(PICTURE, "TGA", **options) for options in ({}, {"compression": "tga_rle"})]
     + [zoo.saved(PICTURE, "TGA")[:-26], zoo.saved(Image.fromarray(PICTURE).quantize(9), "TGA")[:-26]],
     "ICO": [zoo.saved(PICTURE, "ICO")],
+    "DIB": [zoo.saved(PICTURE, "DIB")],
     "OpenEXR": [b"v/1\1\2\0\0\0"],
     "PNM": [zoo.saved(PICTURE, "PPM"), b"P5 2 2 255\n...."],
 }

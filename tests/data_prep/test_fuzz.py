@@ -165,7 +165,7 @@ DETAILS = {
         "TIFF of values without a fixed range",
         "BMP of a kind that is not read",
         *(f"{name} is not read" for _, name in kinds._PICTURES),
-        *(f"{name} is not read" for name in ("PNM", "HEIC", "SVG", "TGA")),
+        *(f"{name} is not read" for name in ("PNM", "HEIC", "SVG", "TGA", "DIB")),
     ],
     Cause.UNKNOWN_FORMAT: [
         *(name for _, name in kinds._NO_PICTURES),
