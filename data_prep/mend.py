@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
+from data_prep import originals
 from data_prep.job import summary_prefix
+from data_prep.originals import BatchRecord
 from data_prep.stream import column
 from data_prep.verify import Shared, Verified
 from infra.errors import DataError, NotFound, RecordError, SettingsError
@@ -37,8 +39,11 @@ def drop(store: Store, plan: str, found: Verified) -> list[str]:
 
 
 def drop_shared(store: Store, found: Shared) -> list[str]:
-    """The same for what belongs to no plan alone."""
-    return _deleted(store, [*found.objects, *_listed(store, found.snapshots_again)])
+    """The same for what belongs to no plan alone. What was downloaded comes again where it is needed."""
+    keys = _deleted(store, [*found.objects, *_listed(store, found.snapshots_again), *found.records])
+    for key in found.tars_again:
+        originals.mark_dropped(store, read_record(store, key, BatchRecord))
+    return keys
 
 
 def _deleted(store: Store, keys: Iterable[str]) -> list[str]:

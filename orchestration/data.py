@@ -159,7 +159,7 @@ def verify_data(store: str, *, drop_damaged: bool = False, as_json: bool) -> Non
     doing("reading every shard again")
     all_prepared = prepared(opened)
     checked = {found.plan: verify(opened, found.plan, found.edition) for found in all_prepared}
-    doing("reading what is shared")
+    doing("reading the downloads again")
     shared = verify_shared(opened)
     results: dict[str, Verified | Shared] = {**checked, "shared": shared}
     dropped: dict[str, list[str]] = {}
@@ -174,6 +174,8 @@ def verify_data(store: str, *, drop_damaged: bool = False, as_json: bool) -> Non
             read = f"{result.shards} shards, {result.inputs:,} inputs, {result.images:,} images read again"
             print(f"plan {plan}: {read}{beside if result.scores or result.snapshots else ''}")
             _print_problems(result.problems)
+        if shared.batches:
+            print(f"downloads: {shared.batches:,} batches of originals read again")
         _print_problems(shared.problems)
     again = [found.stage for found in all_prepared if checked[found.plan].again]
     if dropped and not as_json:

@@ -4,6 +4,7 @@
     scores      tables of scores and captions beside them
     selections  what snapshots list of them
     strays      records of snapshots that cannot be read or are gone
+    originals   downloads, and what tells of them
 
 What is damaged is listed, with what keeps the same run from making it again: objects whose bytes do not have the hash
 in their own names, and the records that name them. A damaged object is in the way of every record that names it, of
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 from data_prep.plan import read_plan
 from data_prep.verify.looking import Report
+from data_prep.verify.originals import Originals
 from data_prep.verify.scores import ScoreTables
 from data_prep.verify.selections import Selections
 from data_prep.verify.shards import Shards
@@ -45,14 +47,17 @@ class Verified(NamedTuple):
 class Shared(NamedTuple):
     """Of what belongs to no plan alone."""
 
+    batches: int  # of downloads
     problems: list[str]
     lasting: int
     snapshots_again: list[str]
+    tars_again: list[str]  # keys of the records of batches whose tars are downloaded again where they are needed
     objects: list[str]
+    records: list[str]  # keys of records of downloads that speak of what is not there
 
     @property
     def damaged(self) -> bool:
-        return bool(self.snapshots_again)
+        return bool(self.snapshots_again or self.tars_again or self.records)
 
 
 def verify(store: Store, plan: str, edition: str) -> Verified:
@@ -85,7 +90,17 @@ def verify(store: Store, plan: str, edition: str) -> Verified:
 
 
 def verify_shared(store: Store) -> Shared:
-    strays = Strays(store)
-    strays.read()
-    objects = strays.objects()
-    return Shared(strays.problems, strays.lasting, strays.again, objects)
+    strays, downloads = Strays(store), Originals(store)
+    reports: list[Report] = [strays, downloads]
+    for report in reports:
+        report.read()
+    objects = [key for report in reports for key in report.objects()]
+    return Shared(
+        batches=downloads.batches,
+        problems=[problem for report in reports for problem in report.problems],
+        lasting=sum(report.lasting for report in reports),
+        snapshots_again=strays.again,
+        tars_again=downloads.tars,
+        objects=objects,
+        records=downloads.again,
+    )
