@@ -19,6 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import lru_cache
 from heapq import heappop, heappush
 from importlib.metadata import version
 from ipaddress import ip_network
@@ -142,6 +143,7 @@ class _Downloads:
         self._settings = settings
         self._max_bytes = max_bytes
         self._lookup = lookup
+        self._is_public = lru_cache(10_000)(is_public)
         self._budget = settings.ahead_mib * 2**20
         self._window = LOOK_AHEAD * settings.at_once
         self._given = 0
@@ -401,7 +403,7 @@ class _Downloads:
                 item.status = response.status
                 item.content_type = plain(response.headers.get("Content-Type", ""), 100)
                 assert isinstance(response, Answer)
-                if response.peer not in item.private.split() and not is_public(response.peer):
+                if response.peer not in item.private.split() and not self._is_public(response.peer):
                     item.private = f"{item.private} {response.peer}".lstrip()
                 said = wish(response.headers, self._settings.user_agent) if item.origin is None else ""
                 item.wish = item.wish or said

@@ -22,7 +22,7 @@ import numpy as np
 from data_prep import links, originals, sources
 from data_prep.fetch import FetchSettings
 from data_prep.links import LinksRecord, Slice
-from data_prep.originals import BatchRecord, Row, url_hash
+from data_prep.originals import BatchRecord, Limits, Row, url_hash
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import Range, RawItem, Url, UrlList
 from data_prep.stream import in_order
@@ -54,7 +54,7 @@ def items(store: Store, source: UrlList, settings: FetchSettings, linked: Linked
     with links.opened(store, linked.links) as file:
         here = file.slice(part.first, part.rows)
     with closing(_Tars(store)) as tars:
-        found = _images(store, source, settings, linked, here, tars)
+        found = _images(store, Limits(settings, source.max_bytes), linked, here, tars)
         for item, image in zip(sources.items(source, store, part), found, strict=True):
             yield item._replace(image=_outcome(item, image, part))
 
@@ -78,15 +78,13 @@ def _outcome(item: RawItem, found: Image | None, part: Range) -> bytes | Rejecti
     return Rejection(Cause.BAD_URL, "its hash is that of another one")
 
 
-def _images(
-    store: Store, source: UrlList, settings: FetchSettings, linked: Linked, here: Slice, tars: _Tars
-) -> Iterator[Image | None]:
+def _images(store: Store, limits: Limits, linked: Linked, here: Slice, tars: _Tars) -> Iterator[Image | None]:
     for first in range(0, len(here.codes), WINDOW):
         window = here._replace(codes=here.codes[first : first + WINDOW], at=here.at[first : first + WINDOW])
         rows = _rows(store, window, linked.attempts)
         taken: list[Original | Image | None] = []
         for row in rows:
-            why = row and originals.refused(row.row, settings, source.max_bytes)
+            why = row and limits.refused(row.row)
             taken.append((row.url, why) if row and why else row)
         yield from tars.images(taken)
 

@@ -9,7 +9,7 @@
 A batch is called after its URLs and after what they were asked with, so it has no place of its own among the tables.
 Which URLs are there is told by `catalogue`; which of them the rows of a table are made of, by `links`.
 
-What settings of the downloader decide is what is tried (`reopened`) and what is taken of what is there (`refused`).
+What settings of the downloader decide is what is tried (`reopened`) and what is taken of what is there (`Limits`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -164,19 +164,26 @@ def either(then: Asked, now: Asked) -> Asked:
     return {**then, **least, **opened, **heeded, "user_agent": agent}
 
 
-def refused(row: Row, settings: FetchSettings, max_bytes: int) -> Rejection | None:
-    """Why a URL gives no image, under the settings of now; None where its bytes are there and may be used."""
-    if row["cause"] is not None:
-        return Rejection(Cause(row["cause"]), row["detail"])
-    if row["wish"] and settings.opt_out:
-        return Rejection(Cause.OPTED_OUT, row["wish"])
-    if closed := [address for address in (row["private"] or "").split() if not settings.opened.admits(address)]:
-        return Rejection(Cause.PRIVATE_ADDRESS, closed[0])
-    if row["redirects"] > settings.redirects:
-        return Rejection(Cause.TOO_MANY_REDIRECTS, f"more than {settings.redirects}")
-    if row["length"] > max_bytes:
-        return Rejection(Cause.TOO_MANY_BYTES, f"{row['length']} bytes")
-    return None
+class Limits:
+    """What is taken of what is there, under the settings of now. What robots.txt says is not asked for once more."""
+
+    def __init__(self, settings: FetchSettings, max_bytes: int) -> None:
+        self._settings, self._max_bytes = settings, max_bytes
+        self._admits = cache(settings.opened.admits)
+
+    def refused(self, row: Row) -> Rejection | None:
+        """Why a URL gives no image; None where its bytes are there and may be used."""
+        if row["cause"] is not None:
+            return Rejection(Cause(row["cause"]), row["detail"])
+        if row["wish"] and self._settings.opt_out:
+            return Rejection(Cause.OPTED_OUT, row["wish"])
+        if closed := [address for address in (row["private"] or "").split() if not self._admits(address)]:
+            return Rejection(Cause.PRIVATE_ADDRESS, closed[0])
+        if row["redirects"] > self._settings.redirects:
+            return Rejection(Cause.TOO_MANY_REDIRECTS, f"more than {self._settings.redirects}")
+        if row["length"] > self._max_bytes:
+            return Rejection(Cause.TOO_MANY_BYTES, f"{row['length']} bytes")
+        return None
 
 
 # Downloading
