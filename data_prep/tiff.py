@@ -22,8 +22,6 @@ _RAW, _JPEG = 1, 7
 _JPEG_TABLES = TiffImagePlugin.JPEGTABLES
 # Compressions that libtiff reads here; the others are valid, and nobody's fault.
 _READ = frozenset({_RAW, 2, 3, 4, 5, 6, _JPEG, 8, 32773, 32946, 34925, 50000})
-# With these, libtiff takes a predictor for none at all, and gives differences for colours.
-_UNPREDICTED = frozenset({_RAW, 32773})
 _SPARE = 1 << 20  # pixels that a tile may be larger than the picture
 
 
@@ -73,8 +71,6 @@ def check(image: TiffImagePlugin.TiffImageFile, data: bytes) -> None:
     packing = tags.get(TiffImagePlugin.COMPRESSION, _RAW)
     if packing not in _READ:
         raise Refused(Cause.UNSUPPORTED, "TIFF of a compression that is not read")
-    if packing in _UNPREDICTED and tags.get(TiffImagePlugin.PREDICTOR, 1) != 1:
-        raise Refused(Cause.UNSUPPORTED, "TIFF of differences without LZW or Deflate")
     parts = _parts(image)
     if _ends_early(data) or any(at + size > len(data) for at, size in parts):
         raise Refused(Cause.TRUNCATED, "TIFF that ends before its picture does")

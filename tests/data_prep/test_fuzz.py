@@ -161,7 +161,6 @@ DETAILS = {
         "PNG as Xcode packs it",
         "TIFF of samples that are not read",
         "TIFF of a compression that is not read",
-        "TIFF of differences without LZW or Deflate",
         "TIFF of values without a fixed range",
         "BMP of a kind that is not read",
         *(f"{name} is not read" for _, name in kinds._PICTURES),
