@@ -23,7 +23,7 @@ from data_prep.links import LISTS, At, LinksRecord
 from data_prep.originals import State
 from data_prep.rejections import TRANSIENT
 from data_prep.sources import ROW, Range, UrlList, parquet
-from data_prep.sources.raw import TABLES
+from data_prep.sources.raw import DAMAGE, TABLES
 from data_prep.stream import in_order
 from infra.errors import DataError
 from infra.records import DataObject, Record, put_data, read_record, write_record
@@ -128,13 +128,14 @@ def rows_again(store: Store, source: UrlList, whole: Range, again: RetryRecord) 
     with tempfile.TemporaryDirectory(prefix="pixnerd-again-") as folder, ExitStack() as files:
         file = files.enter_context(parquet.opened(parquet.open_rows(source, store, whole), whole.table))
         path, first = Path(folder, "again"), 0
-        schema = file.schema_arrow.append(pa.field(ROW, pa.int64()))
+        own = [pa.field(DAMAGE, pa.string())] * (DAMAGE not in file.schema_arrow.names)
+        schema = pa.schema([*file.schema_arrow, *own, pa.field(ROW, pa.int64())])
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-            for batch in file.iter_batches(BATCH, use_threads=False):
+            for batch in parquet.filled(file, whole.table, BATCH, whole=whole.in_store):
                 begin, end = np.searchsorted(rows, [first, first + batch.num_rows])
                 chosen = rows[begin:end]
                 if len(chosen):
-                    part = pa.Table.from_batches([batch]).take(pa.array(chosen - first))
-                    writer.write_table(part.append_column(ROW, pa.array(chosen)).cast(schema))
+                    part = batch.take(pa.array(chosen - first)).append_column(ROW, pa.array(chosen))
+                    writer.write_table(part.cast(schema))
                 first += batch.num_rows
         return put_data(store, TABLES, f"{source.name}.parquet", path).key

@@ -131,6 +131,20 @@ def batches(
         at += count
 
 
+def filled(file: pq.ParquetFile, name: str, batch: int, *, whole: bool = False) -> Iterator[pa.Table]:
+    """Every row with all its columns, and with DAMAGE as `convert` writes it: what is lost are rows of nothing."""
+    schema = file.schema_arrow
+    for found in batches(file, name, schema.names, batch, whole=whole):
+        if isinstance(found, Lost):
+            nothing = [pa.nulls(found.rows, column.type) for column in schema]
+            why = pa.array([found.why.detail] * found.rows, pa.string())
+            yield pa.table([*nothing, why], schema=schema.append(pa.field(DAMAGE, pa.string())))
+        elif DAMAGE in schema.names:
+            yield found
+        else:
+            yield found.append_column(DAMAGE, pa.nulls(found.num_rows, pa.string()))
+
+
 def _stored(schema: pa.Schema, path: str) -> str:
     """What is read for a path: of a struct no more than the field. Within lists only their writer knows its name."""
     start = at = top(schema.names, path)

@@ -18,8 +18,8 @@ from infra.config import parse
 from infra.errors import DataError, SettingsError
 from infra.store import Store
 from tests.data_prep.test_sources import all_items, all_ranges, problem, said
+from tests.data_prep.test_sources_damage import write_pages, zeroed
 from tests.data_prep.test_sources_packed import PACKERS
-from tests.data_prep.test_sources_tables import write_pages, zeroed
 from tests.data_prep.test_sources_tars import member, pairs, tar_bytes
 
 
