@@ -212,8 +212,8 @@ def _fetch(store: Store, key: str, sha256: str, path: Path) -> None:
 def _damaged(store: Store, key: str) -> DataError:
     return DataError(
         f"{store.url}/{key} is damaged: its bytes do not have the hash in its name",
-        remedy="if it is of shards, scores, snapshots or downloads, run `pixnerd data verify --drop-damaged`; else delete "
-        "it and the record that names it; then run again: it is made anew",
+        remedy="if it is of shards, scores, snapshots or downloads, run `pixnerd data verify --drop-damaged`; else "
+        "delete it and the record that names it; then run again: it is made anew",
     )
 
 

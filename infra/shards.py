@@ -223,6 +223,6 @@ def read_parquet(store: Store, found: DataObject, columns: Sequence[str] | None)
     except pa.ArrowInvalid as error:
         raise DataError(
             f"{store.url}/{found.key} is not a readable table ({error})",
-            remedy="it was written by another program or version: one of shards, scores, snapshots or downloads goes with "
-            "`pixnerd data verify --drop-damaged`, another with the record that names it; then run again",
+            remedy="it was written by another program or version: one of shards, scores, snapshots or downloads goes "
+            "with `pixnerd data verify --drop-damaged`, another with the record that names it; then run again",
         ) from None
