@@ -115,7 +115,7 @@ def test_pictures_that_nobody_can_read_are_told_of(folder: Path) -> None:
     for name in numbered(folder):
         (folder / name).write_bytes(b"<html>")
         (folder / name).with_suffix(".txt").write_text("words")
-    refused(folder, r"none of the first 6 pictures of .* can be read \(unknown_format, b'<html>'\)")
+    refused(folder, r"none of the first 6 pictures of .* can be read \(unknown_format, HTML\)")
 
 
 # Tables that name pictures

@@ -223,7 +223,8 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(hub: list[str], monkeypatch
     monkeypatch.setattr(encoders, "SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         point_at(monkeypatch, silent.getsockname()[1])
-        with pytest.raises(CheckpointError, match=r"cannot be reached \(no answer within 0.3 s\)"):
+        # Two clocks run, ours and the hub's library's: on a busy machine either may be first.
+        with pytest.raises(CheckpointError, match=r"cannot be reached \((no answer within 0.3 s|.*timed out.*)\)"):
             check(encoders=None, text_encoder="some/model")
 
 
