@@ -89,6 +89,7 @@ def check(address: str, folder: Path, count: int, rows_per_shard: int) -> None:
     assert verified.images == sum(size.accepted for size in summary.sizes.values())
 
 
+@pytest.mark.timeout(600)  # it prepares the corpus twice
 def test_four_hundred_items_end_as_they_must(ray_cluster: str, tmp_path: Path) -> None:
     check(ray_cluster, tmp_path, 400, 40)
 
