@@ -155,7 +155,7 @@ class _Downloads:
         self._slots = settings.at_once  # free ones
         self._later: dict[_Item, asyncio.TimerHandle] = {}
         self._for_rules: dict[str, list[_Item]] = {}  # what waits for an origin's robots.txt, which is asked for
-        self._unreachable: dict[str, Rejection] = {}  # origins of which it could not be had
+        self._rules = robots.Known(settings.user_agent, self._window)
         self._results: SimpleQueue[Fetched | BaseException] = SimpleQueue()
         self._started: Future[asyncio.AbstractEventLoop] = Future()
         self._thread = threading.Thread(target=self._serve, name="fetch", daemon=True)
@@ -266,7 +266,7 @@ class _Downloads:
         """Whether it may be asked for now; if not it is done with, or waits for its origin's rules."""
         if self._settings.robots:
             origin, _ = robots.parted(item.at)
-            rules = self._unreachable.get(origin) or robots.REMEMBERED.get(self._rules_key(origin))
+            rules = self._rules.of(origin)
             if rules is None:
                 self._wait_for_rules(item, origin)
                 return False
@@ -289,20 +289,9 @@ class _Downloads:
     def _learn(self, item: _Item, origin: str, data: bytes | Rejection) -> None:
         if isinstance(data, bytes):
             self._held -= len(data)
-            rules: robots.Rules | Rejection = robots.parse(data, self._settings.user_agent)
-        else:
-            rules = robots.without(data, item.status, astray=item.hops > 0)
-        if isinstance(rules, Rejection):
-            self._unreachable[origin] = rules
-            if len(self._unreachable) > self._window:
-                del self._unreachable[next(iter(self._unreachable))]
-        else:
-            robots.REMEMBERED.put(self._rules_key(origin), rules)
+        self._rules.learn(origin, data, item.status, astray=item.hops > 0)
         for waiting in self._for_rules.pop(origin):
             heappush(self._waiting, (waiting.index, waiting))
-
-    def _rules_key(self, origin: str) -> str:
-        return f"{self._settings.user_agent} {origin}"
 
     def _check(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):

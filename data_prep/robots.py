@@ -180,3 +180,24 @@ class Memory:
 
 
 REMEMBERED = Memory()  # by this process, for all that it downloads
+
+
+class Known:
+    """What one downloader knows of origins: rules, which the process remembers, and for now what cannot be reached."""
+
+    def __init__(self, agent: str, most: int) -> None:
+        """`most`: unreachable origins that are told from those that nobody has asked."""
+        self._agent, self._most = agent, most
+        self._unreachable: dict[str, Rejection] = {}
+
+    def of(self, origin: str) -> Rules | Rejection | None:
+        return self._unreachable.get(origin) or REMEMBERED.get(f"{self._agent} {origin}")
+
+    def learn(self, origin: str, answer: bytes | Rejection, status: int | None, *, astray: bool) -> None:
+        rules = parse(answer, self._agent) if isinstance(answer, bytes) else without(answer, status, astray)
+        if not isinstance(rules, Rejection):
+            REMEMBERED.put(f"{self._agent} {origin}", rules)
+            return
+        self._unreachable[origin] = rules
+        if len(self._unreachable) > self._most:
+            del self._unreachable[next(iter(self._unreachable))]
