@@ -280,7 +280,7 @@ def test_warnings_are_shown(tmp_path: Path):
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
     assert "no image was accepted: 4 rejected (2 no_caption, 2 unknown_format): let the source's `captions`" in last
-    told = [line for line in result.stderr.splitlines() if "captions" in line]
+    told = [line for line in result.stderr.splitlines() if "new tables of captions" in line]
     assert len(told) == 1, result.stderr
     assert "captions of the source `sa` (1) are not for its tars that are planned already (2)" in told[0]
 
