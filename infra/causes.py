@@ -104,7 +104,7 @@ def _exhausted(error: BaseException) -> PixnerdError | None:
     if _is_of_ray(error) and name == "OutOfMemoryError":
         return PixnerdError(_LACK[0], remedy=_LACK[1])
     if (
-        isinstance(error, OSError | RuntimeError)
+        isinstance(error, OSError | RuntimeError | ImportError)  # of a library that cannot be mapped, for one
         or _is_of_ray(error)
         or name in ("SafetensorError", "OperationalError")
     ):

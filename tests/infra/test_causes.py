@@ -43,6 +43,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "/tmp/x")
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "ulimit -v"),
         (MemoryError(), "ulimit -v"),
         (RuntimeError("can't start new thread"), "ulimit -u"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "ulimit -v"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"), "ulimit -v"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
         (sqlite3.OperationalError("database or disk is full"), "the disk is full"),

@@ -121,7 +121,9 @@ def test_it_can_be_stopped_at_every_stage(started: Callable[..., Run], temporary
         with nothing_left(run, temporary):
             run.process.send_signal(number)
             ended = run.end()
-            assert (ended.code, ended.errors, ended.out) == (128 + number, [STOPPED], ""), words
+            # On a busy machine MLflow may not have taken everything by then, which is told as well.
+            errors = [line for line in ended.errors if not line.startswith("MLflow at ")]
+            assert (ended.code, errors, ended.out) == (128 + number, [STOPPED], ""), words
             assert ended.seconds < SECONDS, words
 
 
