@@ -6,7 +6,10 @@ length, a wait or a packing, is believed only where it makes sense.
 
 from __future__ import annotations
 
+import errno
 import re
+import socket
+import ssl
 import zlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -26,6 +29,11 @@ OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})  
 
 RESERVATION = "tdm-reservation"  # of rights to text and data mining: a header of its own, or a tag like the others
 GZIP = b"\x1f\x8b"
+
+# What a certificate lacks, by OpenSSL's codes, and why a name was not resolved, by the system's.
+_CERTIFICATE = {9: "not valid yet", 10: "expired", 18: "self-signed", 19: "self-signed", 20: "of an unknown issuer"}
+_CERTIFICATE |= {62: "another host's", 64: "another host's"}
+_RESOLVER = {number: name for name, number in vars(socket).items() if name.startswith("EAI_")}
 
 _VALUED = frozenset(
     {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview", RESERVATION, "tdm-policy"}
@@ -147,23 +155,28 @@ def unpacked(data: bytes, coding: str, limit: int) -> bytes | Failure:
 
 
 def trouble(error: Exception) -> Rejection:
+    """Why a connection gave no answer, in words of ours: a library's own may hold addresses and other people's texts."""
     if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return Rejection(Cause.DNS, _said(error.os_error))
+        return Rejection(Cause.DNS, _code(error.os_error) or "the name leads nowhere")
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return Rejection(Cause.CERTIFICATE, _said(error.certificate_error))
+        code = getattr(error.certificate_error, "verify_code", None)
+        return Rejection(Cause.CERTIFICATE, _CERTIFICATE.get(code, "not trusted"))
     if isinstance(error, TimeoutError):
         return Rejection(Cause.TIMEOUT, "no connection in time")
     if isinstance(error, aiohttp.ClientConnectorError):
-        return Rejection(Cause.CONNECTION, _said(error.os_error))
+        return Rejection(Cause.CONNECTION, _code(error.os_error) or "no connection")
     if isinstance(error, aiohttp.ClientResponseError):
-        return Rejection(Cause.HTTP_ERROR, plain(f"not HTTP: {error.message}", 200))
+        return Rejection(Cause.HTTP_ERROR, "not HTTP")
     if isinstance(error, ValueError) and not isinstance(error, OSError):
-        return Rejection(Cause.BAD_URL, type(error).__name__)  # its text repeats the URL
-    return Rejection(Cause.CONNECTION, _said(error))
+        return Rejection(Cause.BAD_URL, "cannot be asked for")
+    return Rejection(Cause.CONNECTION, _code(error) or "closed before all had come")
 
 
-def _said(error: BaseException) -> str:
-    return plain(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}", 200)
+def _code(error: BaseException) -> str:
+    """ECONNRESET and the like; empty for what is no error of the system."""
+    if isinstance(error, ssl.SSLError):
+        return "TLS failed"
+    return (_RESOLVER if isinstance(error, socket.gaierror) else errno.errorcode).get(getattr(error, "errno", None), "")
 
 
 def plain(text: str, length: int) -> str:

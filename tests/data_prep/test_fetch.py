@@ -336,11 +336,14 @@ async def silent_end(_: Request, stream: Stream) -> None:
     stream.writer.close()
 
 
+ENDED = Rejection(Cause.CONNECTION, "closed before all had come")
+
+
 @pytest.mark.parametrize("page", [cut_short, chunks_cut_short, reset, silent_end])
 def test_broken_off(web: Web, page: Page):
     web.pages["/"] = page
     found = one(web.url("/"), retries=2)
-    assert cause(found) is Cause.CONNECTION and found.tries == 3
+    assert found.data in (ENDED, Rejection(Cause.CONNECTION, "ECONNRESET")) and found.tries == 3
 
 
 @pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.1 abc\r\n\r\n", b"\0" * 1000, b"{}\r\n\r\n"])
@@ -483,7 +486,7 @@ def test_names_that_lead_nowhere_are_asked_for_again():
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     found = one("http://bücher.example:81/", retries=2, lookup=lookup)
-    assert found.data == Rejection(Cause.DNS, "gaierror: Name or service not known")
+    assert found.data == Rejection(Cause.DNS, "EAI_NONAME")
     assert asked == ["xn--bcher-kva.example"] * 3 and found.tries == 3
     assert cause(one("http://no.example/", lookup=lambda host: [])) is Cause.DNS
 
@@ -492,7 +495,7 @@ def test_nobody_listens():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         found = one(f"http://127.0.0.1:{unused.getsockname()[1]}/", retries=2)
-    assert cause(found) is Cause.CONNECTION and found.tries == 3
+    assert found.data == Rejection(Cause.CONNECTION, "ECONNREFUSED") and found.tries == 3
 
 
 def test_waits_as_long_as_it_is_told(web: Web):
@@ -563,10 +566,10 @@ def test_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tls, path = certificate(tmp_path, "photos.example")
     with Web({"/": b"x"}, tls) as web:
         found = one(web.url("/", "photos.example"))
-        assert cause(found) is Cause.CERTIFICATE and found.tries == 1
+        assert found.data == Rejection(Cause.CERTIFICATE, "self-signed") and found.tries == 1
         monkeypatch.setenv("SSL_CERT_FILE", str(path))
         assert one(web.url("/", "photos.example")).data == b"x"
-        assert cause(one(web.url("/", "other.example"))) is Cause.CERTIFICATE
+        assert one(web.url("/", "other.example")).data == Rejection(Cause.CERTIFICATE, "another host's")
     gc.collect()
 
 
