@@ -31,7 +31,7 @@ from data_prep.decode import Decoded, decode
 from data_prep.rejections import Cause, Rejection
 from tests.data_prep import test_fetch as pages
 from tests.data_prep import zoo
-from tests.data_prep.corpora import DOWNLOADED, shaded
+from tests.data_prep.corpora import shaded
 from tests.data_prep.test_sources_tars import ENDS, member, tar_bytes
 from tests.data_prep.web import Page, Stream, Web
 
@@ -503,29 +503,18 @@ def _look_up(host: str) -> list[str]:
 
 
 def main() -> None:
-    """ADDRESS STORE OTHER SETTINGS: prepare on that Ray cluster, with the decoder that some file kills.
-
-    Then once more in the other store, from the first one's downloads, one shard after the other.
-    """
+    """ADDRESS STORE SETTINGS: prepare on that Ray cluster, with the decoder that some file kills."""
     import ray
 
     from data_prep.job import prepare
     from data_prep.plan import PrepareSettings
     from infra.config import parse
-    from infra.store import open_store
 
-    address, first, other, settings = sys.argv[1:]
+    address, store, settings = sys.argv[1:]
     ray.init(
         address=address, runtime_env={"worker_process_setup_hook": at_home}, log_to_driver=False, logging_level="ERROR"
     )
-    given = parse(PrepareSettings, json.loads(settings))
-    summary = prepare(first, given, decoder=deadly)
-    stores = open_store(first), open_store(other)
-    for entry in stores[0].list():
-        if entry.key.startswith(DOWNLOADED):
-            stores[1].put(entry.key, stores[0].get(entry.key))
-    assert prepare(other, given.model_copy(update={"in_flight": 1}), decoder=deadly) == summary
-    print(summary.model_dump_json())
+    print(prepare(store, parse(PrepareSettings, json.loads(settings)), decoder=deadly).model_dump_json())
 
 
 if __name__ == "__main__":
