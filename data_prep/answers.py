@@ -155,7 +155,7 @@ def unpacked(data: bytes, coding: str, limit: int) -> bytes | Failure:
 
 
 def trouble(error: Exception) -> Rejection:
-    """Why a connection gave no answer, in words of ours: a library's own may hold addresses and other people's texts."""
+    """Why a connection gave no answer, in words of ours: a library's own may hold addresses and others' texts."""
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return Rejection(Cause.DNS, _code(error.os_error) or "the name leads nowhere")
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
