@@ -159,7 +159,7 @@ def trouble(error: Exception) -> Rejection:
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return Rejection(Cause.DNS, _code(error.os_error) or "the name leads nowhere")
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        code = getattr(error.certificate_error, "verify_code", None)
+        code = getattr(error.certificate_error, "verify_code", 0)
         return Rejection(Cause.CERTIFICATE, _CERTIFICATE.get(code, "not trusted"))
     if isinstance(error, TimeoutError):
         return Rejection(Cause.TIMEOUT, "no connection in time")
@@ -176,7 +176,8 @@ def _code(error: BaseException) -> str:
     """ECONNRESET and the like; empty for what is no error of the system."""
     if isinstance(error, ssl.SSLError):
         return "TLS failed"
-    return (_RESOLVER if isinstance(error, socket.gaierror) else errno.errorcode).get(getattr(error, "errno", None), "")
+    known: Mapping[int, str] = _RESOLVER if isinstance(error, socket.gaierror) else errno.errorcode
+    return known.get(getattr(error, "errno", None) or 0, "")
 
 
 def plain(text: str, length: int) -> str:
