@@ -32,6 +32,7 @@ from data_prep import originals
 from data_prep.originals import Asked, BatchRecord, url_hash
 from data_prep.rejections import TRANSIENT, Cause
 from data_prep.stream import in_order
+from infra import layout
 from infra.config import canonical_json
 from infra.errors import PixnerdError, StoreUnreachable
 from infra.records import DataObject, Record, fetch_data, put_data, read_record, write_record
@@ -40,7 +41,6 @@ from infra.store import Store
 
 _log = logging.getLogger(__name__)
 
-CATALOGUES = "downloads/catalogue/"
 BITS = 6  # of a hash, by which URLs are dealt out to piles
 PILES = 1 << BITS
 FEW = 64  # batches whose indexes are soon read
@@ -155,7 +155,7 @@ class Catalogue:
         return np.concatenate(found)
 
     def _open_newest(self) -> None:
-        keys = [entry.key for entry in self._store.list(CATALOGUES) if entry.key.endswith(".json")]
+        keys = list(layout.CATALOGUE.keys(self._store))
         self._written, self._current = 0, np.zeros(0, bool)
         if not keys:
             return
@@ -290,13 +290,13 @@ def update(store: Store) -> None:
         urls = _write(known, places, Path(folder, "entries"))
         batches = pa.Table.from_pylist([known.batches[number]._asdict() for number in kept], schema=COVERED)
         record = CatalogueRecord(
-            entries=put_data(store, originals.DATA, "entries.parquet", Path(folder, "entries")),
-            batches=put_data(store, originals.DATA, "batches.parquet", parquet_bytes(batches)),
+            entries=put_data(store, layout.ORIGINALS.at(), "entries.parquet", Path(folder, "entries")),
+            batches=put_data(store, layout.ORIGINALS.at(), "batches.parquet", parquet_bytes(batches)),
             urls=urls,
         )
-        before = [entry.key for entry in store.list(CATALOGUES)]
+        before = list(layout.CATALOGUE.keys(store))
         number = 1 + max((int(Path(key).stem) for key in before), default=-1)
-        if write_record(store, f"{CATALOGUES}{number:05d}.json", record):
+        if write_record(store, layout.CATALOGUE.at(number=number), record):
             for key in before:
                 store.delete(key)
 

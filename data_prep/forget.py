@@ -28,10 +28,10 @@ from pydantic import BaseModel, ConfigDict
 
 from data_prep.plan import Edition, Plan
 from data_prep.stream import column, in_order
+from infra import layout
 from infra.config import digest
 from infra.errors import DataError, SettingsError
 from infra.records import (
-    EXPORTS,
     CheckpointRecord,
     DataObject,
     ExportRecord,
@@ -46,8 +46,6 @@ from infra.records import (
 from infra.shards import list_shards, parquet_bytes, read_index, shard_prefix
 from infra.store import Store
 
-LISTS = "forgotten/"
-CHECKPOINTS = ("training/", "imported/")
 NAMES = ("key", "name")  # what an item may be called by, besides an origin of its own
 HASHES = ("image_sha256", "pixels_sha256")
 OWN_ORIGIN = ("origin_column", "origin_field")  # the settings of a source that say where its items' origins stand
@@ -202,11 +200,11 @@ def _write(store: Store, hits: set[Hit], reason: str, twins: bool, searched: dic
     record = ForgottenRecord(
         reason=reason,
         twins=twins,
-        items=put_data(store, "data/forgotten", f"{name}.parquet", parquet_bytes(rows)),
+        items=put_data(store, layout.FORGOTTEN_ITEMS.at(), f"{name}.parquet", parquet_bytes(rows)),
         keys=len({key for key, _ in pairs}),
         searched=searched,
     )
-    key = f"{LISTS}{name}.json"
+    key = layout.FORGOTTEN.at(items=name)
     write_record(store, key, record)
     return key
 
@@ -252,11 +250,13 @@ def members(column: pa.ChunkedArray, among: Collection[str | bytes]) -> Mask:
 
 def _prefixes(store: Store) -> list[str]:
     """Of the shard records of every plan and size."""
-    return sorted({entry.key.rpartition("/")[0] + "/" for entry in store.list("shards/") if _is_record(entry.key)})
+    return sorted({key.rpartition("/")[0] + "/" for key in layout.SHARD.keys(store)})
 
 
-def _is_record(key: str) -> bool:
-    return key.endswith(".json")
+def _plan_of(prefix: str) -> str:
+    parts = layout.SHARDS.parse(prefix)
+    assert parts is not None, "it was listed"
+    return str(parts["plan"])
 
 
 def _without_gap(shards: Sequence[ShardRecord]) -> int:
@@ -266,7 +266,7 @@ def _without_gap(shards: Sequence[ShardRecord]) -> int:
 
 def _search(store: Store, prefix: str, shards: Sequence[ShardRecord], wanted: _Wanted) -> dict[int, set[Hit]]:
     """The rows that items name, by shard. A key may have several pictures: one for each content that its input had."""
-    shared = _shared_origins(store, prefix.split("/")[1])
+    shared = _shared_origins(store, _plan_of(prefix))
     found: dict[int, set[Hit]] = {}
     for number, table in _tables(store, shards, [*NAMES, *HASHES, "origin", "source"]):
         rows = table.filter(pa.array(wanted.mask(table, shared)))
@@ -277,14 +277,13 @@ def _search(store: Store, prefix: str, shards: Sequence[ShardRecord], wanted: _W
 
 def _shared_origins(store: Store, plan: str) -> dict[str, str]:
     """The sources whose items have origins of their own, and the corpus's, which items without one share."""
-    for entry in store.list(f"plans/{plan}/"):
-        if _is_record(entry.key):
-            sources = read_record(store, entry.key, Edition).settings.get("sources", [])  # the same in all editions
-            return {
-                source["name"]: source.get("origin", "")
-                for source in sources
-                if source["kind"] == "url_list" or any(source.get(name) for name in OWN_ORIGIN)
-            }
+    for key in layout.EDITION.keys(store, plan=plan):
+        sources = read_record(store, key, Edition).settings.get("sources", [])  # the same in all editions
+        return {
+            source["name"]: source.get("origin", "")
+            for source in sources
+            if source["kind"] == "url_list" or any(source.get(name) for name in OWN_ORIGIN)
+        }
     return {}
 
 
@@ -306,13 +305,12 @@ def _tables(store: Store, shards: Sequence[ShardRecord], columns: list[str]) -> 
 
 
 def _holders(store: Store, gone: dict[str, set[str]], keys: set[str]) -> Iterator[Holder]:
-    for entry in store.list("snapshots/"):
-        if _is_record(entry.key):
-            record = read_record(store, entry.key, SnapshotRecord)
-            here = gone.get(record.shards, keys)
-            training, held_out = (_held(store, part, here) for part in (record.selection, record.held_out))
-            if training or held_out:
-                yield Holder(entry.key, record.digest(), training, held_out)
+    for key in layout.SNAPSHOT.keys(store):
+        record = read_record(store, key, SnapshotRecord)
+        here = gone.get(record.shards, keys)
+        training, held_out = (_held(store, part, here) for part in (record.selection, record.held_out))
+        if training or held_out:
+            yield Holder(key, record.digest(), training, held_out)
 
 
 def _held(store: Store, selection: DataObject, keys: set[str]) -> int:
@@ -321,7 +319,7 @@ def _held(store: Store, selection: DataObject, keys: set[str]) -> int:
 
 
 def _copies(store: Store, snapshots: Collection[str]) -> list[Copy]:
-    records = [read_record(store, entry.key, ExportRecord) for entry in store.list(EXPORTS) if _is_record(entry.key)]
+    records = [read_record(store, key, ExportRecord) for key in layout.EXPORT.keys(store)]
     return [Copy(one.to, one.layout, one.snapshot) for one in records if one.snapshot in snapshots]
 
 
@@ -345,9 +343,9 @@ def _witnesses(store: Store, snapshots: Sequence[Holder]) -> list[Witness]:
 
 
 def _checkpoints(store: Store) -> Iterator[tuple[str, CheckpointRecord]]:
-    for prefix in CHECKPOINTS:
-        for entry in store.list(prefix):
-            if entry.key.endswith("/checkpoint.json"):
+    for home in (layout.TRAINING, layout.IMPORTED):
+        for entry in store.list(home.under()):
+            if layout.CHECKPOINT.parse(entry.key):
                 yield entry.key, read_record(store, entry.key, CheckpointRecord)
 
 
@@ -361,8 +359,7 @@ def concerning(store: Store, plan: Plan, size: str) -> dict[str, ForgottenRecord
 
 def lists_about(store: Store, prefix: str, numbers: Collection[int]) -> dict[str, ForgottenRecord]:
     """The lists that may concern some of the shards under a prefix: all but those that are known not to."""
-    keys = [entry.key for entry in store.list(LISTS) if _is_record(entry.key)]
-    found = {Path(key).stem: read_record(store, key, ForgottenRecord) for key in keys}
+    found = {Path(key).stem: read_record(store, key, ForgottenRecord) for key in layout.FORGOTTEN.keys(store)}
     searched = {name: record.searched.get(prefix) for name, record in found.items()}
     return {name: found[name] for name, before in searched.items() if before is None or not before.clears(numbers)}
 

@@ -27,22 +27,16 @@ import pyarrow.parquet as pq
 
 from data_prep.folders import is_key
 from data_prep.stream import column, in_order
+from infra import layout
 from infra.errors import NotFound, PixnerdError, RecordError
+from infra.layout import place_of
 from infra.records import DataObject, SnapshotRecord, named_sha256
 from infra.store import Entry, Store
 
-DATA = "data/"
-RECORDS = (
-    *("downloads/", "evaluations/", "exports/", "forgotten/", "imported/", "plans/", "prepared/", "scored/", "scores/"),
-    *("shards/", "snapshots/", "stages/", "training/"),
-)
-LARGEST = 64 << 20  # bytes of a JSON that is no record and is looked into all the same
-NO_RECORDS = (
-    *("corpus/", "mlartifacts/"),  # a workflow's own files, where its store is a folder
-    "originals/",  # what earlier versions wrote of their downloads, and nobody reads any more
-)
+LARGEST = 64 << 20  # bytes of a JSON that is no record of ours and is looked into all the same
 READERS = 16  # requests for small objects under way at once
 SHOWN = 5  # keys
+_QUOTED = re.compile(rb'"(%s[^"\\]+)"' % layout.DATA.encode())
 
 
 class Count(NamedTuple):
@@ -56,6 +50,7 @@ class Garbage(NamedTuple):
     first: list[str]  # some of their keys
     young: int  # orphans that may be those of a job at work
     foreign: int  # objects whose names hold no hash
+    unknown: list[str]  # keys of JSON that is no record of any kind that this pixnerd knows
 
 
 def collect(store: Store, older_than_hours: float = 24.0, *, dry_run: bool = False) -> Garbage:
@@ -64,7 +59,7 @@ def collect(store: Store, older_than_hours: float = 24.0, *, dry_run: bool = Fal
     data: list[Entry] = []
     records: dict[str, float] = {}
     for entry in store.list_unchecked():  # whatever lies there: a name that is none of ours stops nothing
-        if entry.key.startswith(DATA):
+        if entry.key.startswith(layout.DATA):
             data.append(entry)
         elif _may_name(entry):
             records[entry.key] = entry.modified
@@ -85,6 +80,7 @@ def collect(store: Store, older_than_hours: float = 24.0, *, dry_run: bool = Fal
         first=[entry.key for entry in orphans[:SHOWN]],
         young=sum(entry.modified > limit for entry in unnamed),
         foreign=len(data) - len(ours),
+        unknown=[key for key in records if place_of(key) is None and not _is_of_a_folder(key)],
     )
 
 
@@ -101,14 +97,17 @@ def _counted(orphans: Iterable[Entry]) -> dict[str, Count]:
 
 
 def _may_name(entry: Entry) -> bool:
-    key = entry.key
-    if key.startswith((DATA, *NO_RECORDS)) or not is_key(key):
+    if entry.key.startswith((layout.DATA, *layout.NOT_OURS)) or not is_key(entry.key):
         return False
-    return _is_plan(key) or (key.endswith(".json") and (key.startswith(RECORDS) or entry.size <= LARGEST))
+    place = place_of(entry.key)
+    if place is None:
+        return entry.key.endswith(".json") and entry.size <= LARGEST
+    return place.record != "" or bool(place.names)
 
 
-def _is_plan(key: str) -> bool:
-    return key.startswith("plans/") and key.endswith(".parquet")
+def _is_of_a_folder(key: str) -> bool:
+    """Whether it lies with its own record: the settings of a checkpoint, say."""
+    return named_sha256(key) is not None and any(folder.holds(key) for folder in layout.FOLDERS)
 
 
 def _named(store: Store, keys: Collection[str]) -> set[str]:
@@ -122,13 +121,13 @@ def _names(store: Store, key: str) -> set[str]:
     except NotFound:  # deleted since it was listed: old training states are
         return set()
     try:
-        if _is_plan(key):
+        if layout.PLANNED.parse(key):
             table = pq.read_table(pa.BufferReader(found), columns=["table"])
             return set(filter(_is_data, table["table"].to_pylist()))
-        if not key.startswith(RECORDS):  # somebody's, who may name ours: what they look like is not ours to say
-            return {name.decode(errors="replace") for name in re.findall(rb'"(data/[^"\\]+)"', found)}
+        if place_of(key) is None:  # somebody's, who may name ours: what they look like is not ours to say
+            return {name.decode(errors="replace") for name in _QUOTED.findall(found)}
         names = set(filter(_is_data, _values(json.loads(found))))
-        record = SnapshotRecord.model_validate_json(found) if key.startswith("snapshots/") else None
+        record = SnapshotRecord.model_validate_json(found) if layout.SNAPSHOT.parse(key) else None
     except (ValueError, RecursionError, pa.ArrowException, OSError) as error:
         raise _unreadable(store, key, type(error).__name__) from None
     for selection in (record.selection, record.held_out) if record else ():
@@ -158,7 +157,7 @@ def _values(found: Any) -> Iterator[Any]:
 
 
 def _is_data(value: object) -> bool:
-    return isinstance(value, str) and value.startswith(DATA)
+    return isinstance(value, str) and value.startswith(layout.DATA)
 
 
 def _unreadable(store: Store, key: str, why: str) -> RecordError:

@@ -21,8 +21,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
-
 from data_prep import catalogue, downloads, links, originals
 from data_prep.downloads import Downloads, Work
 from data_prep.fetch import FetchSettings
@@ -32,9 +30,10 @@ from data_prep.plan import Plan, PlannedShard, PrepareSettings, make_plan
 from data_prep.rejections import counted, remedy
 from data_prep.retries import Retry, begin, retries, retry
 from data_prep.sources import UrlList, inputs
+from infra import layout
 from infra.cluster import sigterm
 from infra.errors import ClusterError, DataError, Stopped
-from infra.records import Record, ShardRecord, read_record, write_record
+from infra.records import PrepareSummary, ShardRecord, SizeSummary, read_record, write_record
 from infra.shards import shard_key, shard_prefix
 from infra.store import Store, open_store
 
@@ -44,25 +43,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 WORKER_LIFE = 200  # shards: native libraries leak a little, a new process does not
-
-
-class SizeSummary(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    shards: str  # key prefix of the records
-    count: int
-    accepted: int
-    rejected: dict[str, int]  # an input whose download was tried again counts with what came of it last
-
-
-class PrepareSummary(Record):
-    """What became of every input, at every size; the same whoever did the work."""
-
-    plan: str
-    edition: str
-    inputs: int
-    tried_again: dict[str, int]  # why downloads had failed that were tried again -> count
-    sizes: dict[str, SizeSummary]
-    versions: list[dict[str, str]]  # more than one if the decoders changed between runs
 
 
 def check_accepted(summary: PrepareSummary) -> None:
@@ -153,11 +133,7 @@ def begin_retries(store: Store, found: Sequence[Retry]) -> int:
 
 
 def summary_key(plan: str, edition: str) -> str:
-    return f"{summary_prefix(plan)}{edition}.json"
-
-
-def summary_prefix(plan: str) -> str:
-    return f"prepared/{plan}/"
+    return layout.PREPARED.at(plan=plan, edition=edition)
 
 
 def _tried_again(store: Store, settings: PrepareSettings, plan: Plan) -> Counter[str]:

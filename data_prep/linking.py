@@ -29,6 +29,7 @@ from data_prep.links import ASKED, BATCHES_READ, GROUP, LINKS, At, LinksRecord
 from data_prep.originals import Asked, asked_with, batch_name, reopened
 from data_prep.rejections import Rejection
 from data_prep.sources import Range, UrlList
+from infra import layout
 from infra.records import put_data, write_record
 from infra.store import Store
 
@@ -149,8 +150,8 @@ class _Lists:
                     place=each.at.place,
                     generation=each.at.generation,
                     rows=end - first,
-                    links=put_data(store, originals.DATA, "links.parquet", path),
-                    asked=put_data(store, originals.DATA, "asked.parquet", asked),
+                    links=put_data(store, layout.ORIGINALS.at(), "links.parquet", path),
+                    asked=put_data(store, layout.ORIGINALS.at(), "asked.parquet", asked),
                     urls=urls,
                     asked_with=now,
                     others=sorted(others),

@@ -25,12 +25,12 @@ from data_prep.fetch import FetchSettings
 from data_prep.folders import StoreFolder
 from data_prep.originals import Asked, Missing, asked_with
 from data_prep.sources import UrlList, parquet
+from infra import layout
 from infra.config import digest
 from infra.errors import DataError, SettingsError
 from infra.records import DataObject, Record, read_record
 from infra.store import Store
 
-LISTS = "downloads/lists/"
 GROUP = 1 << 16  # rows that are read together
 BATCHES_READ = 16  # whose URLs are: a row group of a thousand is not worth its place in the footer
 
@@ -51,7 +51,7 @@ class At(NamedTuple):
 
     @property
     def key(self) -> str:
-        return f"{LISTS}{self.place}/{self.generation}/links.json"
+        return layout.LINKS.at(list=self.place, generation=self.generation)
 
 
 class LinksRecord(Record):

@@ -25,6 +25,7 @@ from data_prep.rejections import Rejection
 from data_prep.sizes import SUFFIX, Size, size_name
 from data_prep.sources import Range, RawItem, Source, Url, UrlList
 from data_prep.transform import Box, encode, fitted
+from infra import layout
 from infra.records import ShardRecord, put_data, read_record, write_record
 from infra.shards import INDEX_SCHEMA, TarWriter, first_text, parquet_bytes, shard_key, sidecar
 from infra.store import Store, spool_path
@@ -231,7 +232,7 @@ class _Writer:
         self._tar.finish()
         accepted = len(self._rows) - self._rejected.total()
         index = pa.Table.from_pylist(self._rows, schema=to.schema)
-        where, name = f"data/{to.size}", f"{to.number:05d}"
+        where, name = layout.IMAGES.at(size=to.size), f"{to.number:05d}"
         tar = put_data(to.store, where, f"{name}.tar", spool_path(self._file), self._tar.sha256) if accepted else None
         record = ShardRecord(
             plan=to.plan,

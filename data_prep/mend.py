@@ -15,12 +15,21 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from data_prep import originals
-from data_prep.job import summary_prefix
 from data_prep.originals import BatchRecord
 from data_prep.stream import column
 from data_prep.verify import Shared, Verified
+from infra import layout
 from infra.errors import DataError, NotFound, RecordError, SettingsError
-from infra.records import DataObject, SnapshotRecord, StageRecord, read_record
+from infra.records import (
+    DataObject,
+    Output,
+    PrepareSummary,
+    ScoreSummary,
+    SnapshotOutput,
+    SnapshotRecord,
+    StageRecord,
+    read_record,
+)
 from infra.shards import data_name, shard_number, shard_prefix
 from infra.store import Store
 
@@ -29,12 +38,14 @@ def drop(store: Store, plan: str, found: Verified) -> list[str]:
     """Delete what is in the way of making a plan's damaged shards, scores and snapshots again; its keys."""
     numbers = defaultdict[str, set[int]](set)
     for key in found.again:
-        numbers[key.split("/")[2]].add(shard_number(key))
+        if parts := layout.SHARD.parse(key):
+            numbers[parts["size"]].add(parts["number"])
     scores = [*found.scores_again, *_scores_of(store, plan, numbers)]
     snapshots = [*found.snapshots_again, *_snapshots_of(store, plan, numbers)]
     keys = [*found.objects, *_scored(store, scores), *_listed(store, snapshots), *found.records]
     if found.again:
-        keys += [*(entry.key for entry in store.list(summary_prefix(plan))), *_stages(store, "prepare", plan=plan)]
+        keys += layout.PREPARED.keys(store, plan=plan)
+        keys += _stages(store, PrepareSummary, plan=plan)
     return _deleted(store, keys)
 
 
@@ -56,15 +67,15 @@ def _deleted(store: Store, keys: Iterable[str]) -> list[str]:
 def _scores_of(store: Store, plan: str, shards: Mapping[str, Collection[int]]) -> Iterator[str]:
     """The records of the scores of these shards, by their sizes."""
     for size, numbers in shards.items():
-        keys = [entry.key for entry in store.list(f"scores/{plan}/{size}/") if entry.key.endswith(".json")]
-        yield from (key for key in keys if shard_number(key) in numbers)
+        yield from (key for key in layout.SCORE.keys(store, plan=plan, size=size) if shard_number(key) in numbers)
 
 
 def _scored(store: Store, records: Collection[str]) -> Iterator[str]:
     """These records of scores, and before them all that says that their scorers are done."""
-    for plan, size, scorer in dict.fromkeys(tuple(key.split("/")[1:4]) for key in records):
-        yield from (entry.key for entry in store.list(f"scored/{plan}/{size}/{scorer}/"))
-        yield from _stages(store, "score", plan=plan, size=size, scorer=scorer)
+    found = (layout.SCORE.parse(key) or layout.SCORED.parse(key) or {} for key in records)
+    for plan, size, scorer in dict.fromkeys((parts["plan"], parts["size"], parts["scorer"]) for parts in found):
+        yield from layout.SCORED.keys(store, plan=plan, size=size, scorer=scorer)
+        yield from _stages(store, ScoreSummary, plan=plan, size=size, scorer=scorer)
     yield from filter(store.exists, records)
 
 
@@ -74,14 +85,14 @@ def _snapshots_of(store: Store, plan: str, shards: Mapping[str, Collection[int]]
         shard_prefix(plan, size): tuple(data_name(size, number) for number in numbers)
         for size, numbers in shards.items()
     }
-    for entry in store.list("snapshots/") if tars else ():
+    for key in layout.SNAPSHOT.keys(store) if tars else ():
         try:
-            record = read_record(store, entry.key, SnapshotRecord)
+            record = read_record(store, key, SnapshotRecord)
         except RecordError:  # of no use to anybody, and told of apart
             continue
         names = tars.get(record.shards, ())
         if names and any(_lists(store, part, names) for part in (record.selection, record.held_out)):
-            yield entry.key
+            yield key
 
 
 def _lists(store: Store, selection: DataObject, tars: tuple[str, ...]) -> bool:
@@ -97,13 +108,13 @@ def _lists(store: Store, selection: DataObject, tars: tuple[str, ...]) -> bool:
 def _listed(store: Store, records: Collection[str]) -> Iterator[str]:
     """These records of snapshots, and before them the stages that say that they are there."""
     for key in records:
-        yield from _stages(store, "snapshot", record=key)
+        yield from _stages(store, SnapshotOutput, record=key)
     yield from filter(store.exists, records)
 
 
-def _stages(store: Store, kind: str, **output: str) -> Iterator[str]:
-    """The records of a kind's stages that came to this."""
-    for entry in store.list(f"stages/{kind}/"):
-        found = read_record(store, entry.key, StageRecord).output
-        if all(found.get(name) == value for name, value in output.items()):
-            yield entry.key
+def _stages(store: Store, output: type[Output], **facts: str) -> Iterator[str]:
+    """The records of the stages of a kind that came to this."""
+    for key in layout.STAGE.keys(store, kind=output.kind):
+        found = read_record(store, key, StageRecord).of(output)
+        if all(getattr(found, name) == value for name, value in facts.items()):
+            yield key

@@ -15,7 +15,6 @@ What settings of the downloader decide is what is tried (`reopened`) and what is
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -29,6 +28,7 @@ from data_prep.decode import sniff
 from data_prep.fetch import Fetched, FetchSettings, fetch
 from data_prep.rejections import Cause, Rejection
 from data_prep.stream import in_order
+from infra import layout
 from infra.config import canonical_json
 from infra.errors import DataError
 from infra.records import DataObject, Record, put_data, read_record, write_record
@@ -36,8 +36,6 @@ from infra.shards import TarWriter, parquet_bytes, read_parquet
 from infra.store import Store, spool_path
 
 ROWS = 1024  # URLs of a batch: about 256 MiB of photographs from the web
-BATCHES = "downloads/batches/"
-DATA = "data/originals"
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "AVIF": "avif"}
 
 SCHEMA = pa.schema(
@@ -94,11 +92,10 @@ class State(NamedTuple):
 
 
 NOTHING = State()
-_NAME = re.compile(r"([^.]+)\.([0-9]+)(\.dropped)?\.json")
 
 
 def batch_key(batch: str, attempt: int) -> str:
-    return f"{BATCHES}{batch}.{attempt}.json"
+    return layout.BATCH.at(batch=batch, attempt=attempt)
 
 
 def read_batch(store: Store, batch: str, attempt: int) -> BatchRecord:
@@ -108,10 +105,12 @@ def read_batch(store: Store, batch: str, attempt: int) -> BatchRecord:
 def states(store: Store) -> dict[str, State]:
     """Every batch of which anything is there, from one listing."""
     found: dict[str, State] = {}
-    for entry in store.list(BATCHES):
-        if name := _NAME.fullmatch(entry.key.removeprefix(BATCHES)):
-            state = State(int(name[2]), name[3] is not None)
-            found[name[1]] = max(found.get(name[1], state), state)  # a drop counts more than what is dropped
+    for entry in store.list(layout.BATCH.under()):
+        dropped = layout.DROPPED.parse(entry.key)
+        if parts := dropped or layout.BATCH.parse(entry.key):
+            state = State(parts["attempt"], dropped is not None)
+            batch = parts["batch"]
+            found[batch] = max(found.get(batch, state), state)  # a drop counts more than what is dropped
     return found
 
 
@@ -239,15 +238,15 @@ def make(store: Store, todo: Missing, settings: FetchSettings, max_bytes: int, *
         assert len(rows) == len(todo.urls) + len(todo.rows), "a URL was lost or counted twice"
         table = pa.Table.from_pylist([rows[at] for at in sorted(rows)], schema=SCHEMA)
         causes = Counter(row["cause"] for row in rows.values() if row["cause"])
-        accepted = len(rows) - causes.total()
+        accepted, where = len(rows) - causes.total(), layout.ORIGINALS.at()
         record = BatchRecord(
             batch=todo.batch,
             attempt=todo.attempt,
             began=began,
             asked=asked,
             kept=keep,
-            tar=put_data(store, DATA, f"{todo.batch}.tar", spool_path(file), tar.sha256) if accepted else None,
-            index=put_data(store, DATA, f"{todo.batch}.parquet", parquet_bytes(table)),
+            tar=put_data(store, where, f"{todo.batch}.tar", spool_path(file), tar.sha256) if accepted else None,
+            index=put_data(store, where, f"{todo.batch}.parquet", parquet_bytes(table)),
             accepted=accepted,
             rejected=dict(sorted(causes.items())),
         )
@@ -292,7 +291,7 @@ def drop(store: Store, done: Iterable[BatchRecord]) -> None:
 
 
 def mark_dropped(store: Store, record: BatchRecord) -> None:
-    key = f"{BATCHES}{record.batch}.{record.attempt}.dropped.json"
+    key = layout.DROPPED.at(batch=record.batch, attempt=record.attempt)
     write_record(store, key, Dropped(batch=record.batch, attempt=record.attempt))
 
 

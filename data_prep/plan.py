@@ -29,6 +29,7 @@ from data_prep.links import At
 from data_prep.retries import RetryRecord, retries, rows_again
 from data_prep.sizes import Buckets, Format, Size, Subsampling, size_name
 from data_prep.sources import Input, Range, Sa1b, Source, UrlList, WebDataset, inputs, ranges
+from infra import layout
 from infra.config import Settings, digest, operational
 from infra.errors import DataError, SettingsError
 from infra.records import Record, ShardRecord, read_record, write_record
@@ -197,7 +198,7 @@ class Plan:
 
 
 def edition_key(plan: str, edition: str) -> str:
-    return f"plans/{plan}/{edition}.json"
+    return layout.EDITION.at(plan=plan, edition=edition)
 
 
 class Given(NamedTuple):
@@ -218,7 +219,7 @@ def make_plan(store: Store, settings: PrepareSettings) -> Plan:
     results = settings.results()
     name = digest({"format": FORMAT, "settings": results})
     while True:
-        extensions = [entry.key for entry in store.list(f"plans/{name}/") if entry.key.endswith(".parquet")]
+        extensions = _extensions(store, name)
         planned = [shard for key in extensions for shard in _read(store, key)]
         given = list(_given(store, settings, planned))
         known = {shard.known_as for shard in planned}
@@ -226,7 +227,7 @@ def make_plan(store: Store, settings: PrepareSettings) -> Plan:
         if not fresh:
             break
         # Whoever extends it first has extended it for all; the next round reads what they wrote.
-        store.create(f"plans/{name}/{len(extensions):05d}.parquet", _to_parquet(fresh))
+        store.create(layout.PLANNED.at(plan=name, number=len(extensions)), _to_parquet(fresh))
     edition = Edition(
         inputs=[here.known_as for here in given],
         sizes={size_name(size): settings.shards_of(size) for size in settings.sizes},
@@ -242,8 +243,12 @@ def make_plan(store: Store, settings: PrepareSettings) -> Plan:
 
 def read_plan(store: Store, name: str, edition: str) -> Plan:
     found = read_record(store, edition_key(name, edition), Edition)
-    keys = [entry.key for entry in store.list(f"plans/{name}/") if entry.key.endswith(".parquet")]
-    return _plan(name, found, [shard for key in keys for shard in _read(store, key)])
+    return _plan(name, found, [shard for key in _extensions(store, name) for shard in _read(store, key)])
+
+
+def _extensions(store: Store, name: str) -> list[str]:
+    """The keys of a plan's tables, each of which adds shards to those before it."""
+    return list(layout.PLANNED.keys(store, plan=name))
 
 
 def all_shards(store: Store, plan: Plan, size: str) -> list[ShardRecord]:
@@ -272,9 +277,8 @@ def _check_captions(
     tars = {(shard.source, shard.part.input) for shard in planned}
     now = {given[:2]: given.sha256 for given in edition.inputs if given.source in joined and given[:2] not in tars}
     earlier: set[KnownAs] = set()
-    for entry in store.list(f"plans/{name}/") if now else ():
-        if entry.key.endswith(".json"):
-            earlier.update(read_record(store, entry.key, Edition).inputs)
+    for key in layout.EDITION.keys(store, plan=name) if now else ():
+        earlier.update(read_record(store, key, Edition).inputs)
     for given in sorted(earlier):
         if now.get(given[:2], given.sha256) != given.sha256:
             raise SettingsError(

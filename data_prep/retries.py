@@ -19,12 +19,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep import links, originals
-from data_prep.links import LISTS, At, LinksRecord
+from data_prep.links import At, LinksRecord
 from data_prep.originals import State
 from data_prep.rejections import TRANSIENT
 from data_prep.sources import ROW, Range, UrlList, parquet
-from data_prep.sources.raw import DAMAGE, TABLES
+from data_prep.sources.raw import DAMAGE
 from data_prep.stream import in_order
+from infra import layout
 from infra.errors import DataError
 from infra.records import DataObject, Record, put_data, read_record, write_record
 from infra.shards import parquet_bytes, read_parquet
@@ -51,7 +52,7 @@ class Retry(NamedTuple):
 
 
 def again_key(place: str, generation: int) -> str:
-    return f"{LISTS}{place}/{generation}/again.json"
+    return layout.RETRY.at(list=place, generation=generation)
 
 
 def retries(store: Store, place: str) -> list[RetryRecord]:
@@ -81,7 +82,7 @@ def begin(store: Store, found: Retry) -> int:
     if not found.failed.num_rows:
         return 0
     record = RetryRecord(
-        table=put_data(store, originals.DATA, "again.parquet", parquet_bytes(found.failed)),
+        table=put_data(store, layout.ORIGINALS.at(), "again.parquet", parquet_bytes(found.failed)),
         rows=found.failed.num_rows,
         causes=dict(sorted(Counter(found.failed["cause"].to_pylist()).items())),
     )
@@ -138,4 +139,4 @@ def rows_again(store: Store, source: UrlList, whole: Range, again: RetryRecord) 
                     part = batch.take(pa.array(chosen - first)).append_column(ROW, pa.array(chosen))
                     writer.write_table(part.cast(schema))
                 first += batch.num_rows
-        return put_data(store, TABLES, f"{source.name}.parquet", path).key
+        return put_data(store, layout.TABLES.at(), f"{source.name}.parquet", path).key

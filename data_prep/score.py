@@ -27,12 +27,13 @@ import pyarrow.parquet as pq
 from data_prep.plan import all_shards, read_plan
 from data_prep.scorers import Sample, Scorer
 from data_prep.scorers.settings import ClipSettings, EndpointSettings, ScorerSettings
+from infra import layout
 from infra.cluster import sigterm
 from infra.config import Settings, digest, operational
 from infra.errors import ClusterError, DataError, Stopped
 from infra.records import (
-    Record,
     ScoreRecord,
+    ScoreSummary,
     ShardRecord,
     fetch_data,
     get_data,
@@ -55,20 +56,6 @@ class ScoreSettings(Settings):
     gpus: float = operational(0.0, ge=0, description="of each worker: 1, or a part of one; 0: it works on the CPU")
 
 
-class ScoreSummary(Record):
-    """What became of every accepted sample; the same whoever did the work."""
-
-    plan: str
-    size: str
-    scorer: str
-    settings: dict[str, Any]  # of the scorer: those that change results, with the sha256 of its weights
-    columns: list[str]
-    shards: int
-    rows: int
-    failures: dict[str, int]  # cause -> rows without a value
-    versions: list[dict[str, str]]  # more than one if libraries or machines changed between runs
-
-
 @dataclass(frozen=True)
 class Progress:
     shards: int
@@ -87,13 +74,13 @@ class Place(NamedTuple):
 
     @property
     def prefix(self) -> str:
-        return f"scores/{self.plan}/{self.size}/{self.scorer}/"
+        return layout.SCORE.under(**self._asdict())
 
     def key(self, number: int) -> str:
-        return f"{self.prefix}{number:05d}.json"
+        return layout.SCORE.at(**self._asdict(), number=number)
 
     def summary_key(self, numbers: list[int]) -> str:
-        return f"scored/{self.plan}/{self.size}/{self.scorer}/{digest(numbers)}.json"
+        return layout.SCORED.at(**self._asdict(), shards=digest(numbers))
 
 
 def scorer_digest(settings: ScoreSettings) -> str:
@@ -347,7 +334,7 @@ def score_shard(store: Store, scorer: Scorer, place: Place, number: int) -> Scor
     record = ScoreRecord(
         **place._asdict(),
         number=number,
-        table=put_data(store, f"data/scores/{place.scorer}", f"{number:05d}.parquet", parquet_bytes(table)),
+        table=put_data(store, layout.SCORES.at(scorer=place.scorer), f"{number:05d}.parquet", parquet_bytes(table)),
         rows=table.num_rows,
         failures=dict(sorted(Counter(row[failure] for row in rows if row.get(failure)).items())),
         versions=scorer.versions(),

@@ -39,6 +39,7 @@ from data_prep.plan import all_shards, read_plan
 from data_prep.rejections import counted, remedy
 from data_prep.score import SideTables
 from data_prep.stream import READERS, in_order
+from infra import layout
 from infra.config import Settings, digest, nearest, operational
 from infra.errors import DataError, SettingsError
 from infra.problems import Wrong
@@ -109,7 +110,7 @@ class SnapshotSettings(Settings):
 def snapshot_key(plan: str, edition: str, settings: SnapshotSettings, forgotten: Sequence[str] = ()) -> str:
     """`forgotten`: the lists that may concern its shards, as its record tells. Others do not make it another one."""
     work = {"format": FORMAT, "plan": plan, "edition": edition, "settings": settings.results()}
-    return f"snapshots/{digest(work | ({'forgotten': list(forgotten)} if forgotten else {}))}.json"
+    return layout.SNAPSHOT.at(digest=digest(work | ({"forgotten": list(forgotten)} if forgotten else {})))
 
 
 def snapshot(store: Store, plan: str, edition: str, settings: SnapshotSettings) -> SnapshotRecord:
@@ -130,9 +131,9 @@ def snapshot(store: Store, plan: str, edition: str, settings: SnapshotSettings) 
         record = SnapshotRecord(
             shards=shard_prefix(plan, str(settings.size)),
             size=str(settings.size),
-            selection=put_data(store, "data/snapshots", f"{name}-selection.parquet", paths[0]),
-            held_out=put_data(store, "data/snapshots", f"{name}-held-out.parquet", paths[1]),
-            by_shard=put_data(store, "data/snapshots", f"{name}-by-shard.parquet", selection.tally.by_shard()),
+            selection=put_data(store, layout.SELECTIONS.at(), f"{name}-selection.parquet", paths[0]),
+            held_out=put_data(store, layout.SELECTIONS.at(), f"{name}-held-out.parquet", paths[1]),
+            by_shard=put_data(store, layout.SELECTIONS.at(), f"{name}-by-shard.parquet", selection.tally.by_shard()),
             rows=rows[0],
             held_out_rows=rows[1],
             counts=selection.tally.counts(),

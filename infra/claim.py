@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from infra import layout
 from infra.errors import NotFound, PixnerdError, RecordError, TakenOver
 from infra.records import Record, read_record, write_record
 from infra.store import Store
@@ -41,18 +42,18 @@ class Claim:
     """What a driver holds while it works; it travels to its workers."""
 
     store: Store
-    prefix: str  # where the claims on this work lie
+    home: str  # where the claims on this work lie
     number: int
     driver: str
 
     @property
     def key(self) -> str:
-        return _key(self.prefix, self.number)
+        return _key(self.home, self.number)
 
     def check(self) -> None:
         """Raises if another driver has taken the run over."""
-        newest = _newest(self.store, self.prefix)
-        holder = read_record(self.store, _key(self.prefix, newest), DriverRecord) if newest else None
+        newest = _newest(self.store, self.home)
+        holder = read_record(self.store, _key(self.home, newest), DriverRecord) if newest else None
         if holder is None or holder.driver != self.driver:
             where = f" on {holder.host}" if holder else ""
             raise TakenOver(
@@ -63,13 +64,13 @@ class Claim:
 
 @contextmanager
 def held(
-    store: Store, prefix: str, done: Callable[[], bool], waiting: Callable[[str], None], every: float = 1.0
+    store: Store, home: str, done: Callable[[], bool], waiting: Callable[[str], None], every: float = 1.0
 ) -> Iterator[Claim | None]:
     """The claim, once no other driver holds it; None if the work is `done` by then.
 
     `waiting` is told, again and again, on which host the driver is that is waited for.
     """
-    claim = _claimed(store, prefix, done, waiting, every)
+    claim = _claimed(store, home, done, waiting, every)
     if claim is None:
         yield None
         return
@@ -82,28 +83,28 @@ def held(
         over.set()
         beat.join()
         with suppress(PixnerdError):  # then it is found out by the beat
-            store.put(f"{claim.key}.beat", ENDED)
+            store.put(f"{claim.key}{layout.BEAT}", ENDED)
 
 
 def _claimed(
-    store: Store, prefix: str, done: Callable[[], bool], waiting: Callable[[str], None], every: float
+    store: Store, home: str, done: Callable[[], bool], waiting: Callable[[str], None], every: float
 ) -> Claim | None:
     driver = uuid.uuid4().hex[:12]
     own = DriverRecord(driver=driver, host=socket.gethostname(), process=process_of(os.getpid()))
     pause = threading.Event()
     watched: _Watched | None = None
     while not done():
-        newest = _newest(store, prefix)
+        newest = _newest(store, home)
         if newest and (watched is None or watched.number != newest):
-            watched = _Watched(store, prefix, newest)
+            watched = _Watched(store, home, newest)
         if newest and watched is not None and watched.alive():
             waiting(watched.host)
             pause.wait(every)
             continue
-        claim = Claim(store, prefix, newest + 1, driver)
+        claim = Claim(store, home, newest + 1, driver)
         if write_record(store, claim.key, own):
             for number in range(newest, 0, -1):
-                if not _drop(store, prefix, number):
+                if not _drop(store, home, number):
                     break  # those before it went when it came
             return claim
     return None
@@ -112,8 +113,8 @@ def _claimed(
 class _Watched:
     """Another driver's claim, as it looks from here."""
 
-    def __init__(self, store: Store, prefix: str, number: int) -> None:
-        self.store, self.number, self.key = store, number, _key(prefix, number)
+    def __init__(self, store: Store, home: str, number: int) -> None:
+        self.store, self.number, self.key = store, number, _key(home, number)
         self.host, self.process = "", ""
         with suppress(NotFound, RecordError):  # dropped by a newer one, or damaged: the beat alone tells
             record = read_record(store, self.key, DriverRecord)
@@ -124,7 +125,7 @@ class _Watched:
     def alive(self) -> bool:
         beat = b""
         with suppress(NotFound):
-            beat = self.store.get(f"{self.key}.beat")
+            beat = self.store.get(f"{self.key}{layout.BEAT}")
         if beat == ENDED or runs_here(self.process) is False:
             return False
         if beat != self.beat:
@@ -137,26 +138,26 @@ def _beat(claim: Claim, over: threading.Event) -> None:
     while True:
         count += 1
         with suppress(PixnerdError):  # the store is away: whoever waits cannot read the beat either
-            claim.store.put(f"{claim.key}.beat", f"{claim.driver} {count}".encode())
+            claim.store.put(f"{claim.key}{layout.BEAT}", f"{claim.driver} {count}".encode())
         if over.wait(BEAT_SECONDS):
             return
 
 
-def _key(prefix: str, number: int) -> str:
-    return f"{prefix}/{number:06d}.json"
+def _key(home: str, number: int) -> str:
+    return layout.DRIVER.at(home=home, number=number)
 
 
-def _newest(store: Store, prefix: str) -> int:
+def _newest(store: Store, home: str) -> int:
     """The highest claim's number; 0 if there is none."""
-    keys = (entry.key for entry in store.list(f"{prefix}/"))
+    keys = (entry.key for entry in store.list(layout.DRIVER.under(home=home)))
     return max((int(Path(key).stem) for key in keys if key.endswith(".json")), default=0)
 
 
-def _drop(store: Store, prefix: str, number: int) -> bool:
-    key = _key(prefix, number)
+def _drop(store: Store, home: str, number: int) -> bool:
+    key = _key(home, number)
     there = store.exists(key)
     store.delete(key)
-    store.delete(f"{key}.beat")
+    store.delete(f"{key}{layout.BEAT}")
     return there
 
 

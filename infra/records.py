@@ -21,7 +21,7 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, model_validator
 
 from infra.config import canonical_json, digest
 from infra.errors import DataError, RecordError
@@ -89,9 +89,6 @@ class SnapshotRecord(Record):
     forgotten: list[str]  # the lists of forgotten items that may concern its shards
 
 
-EXPORTS = "exports/"  # the prefix of their records
-
-
 class ExportRecord(Record):
     snapshot: str  # key of its record
     digest_of_snapshot: str  # of the record
@@ -139,16 +136,152 @@ class EvalReport(Record):
         return given if all(score.low is not None for score in scores) else {"schema_version": 2, **given}
 
 
+class Output(BaseModel):
+    """What a stage came to: all that later stages, and whoever looks at a store, know of it.
+
+    A kind of stage has a class of its own, which gives the kind its name: `class GateOutput(Output, kind="gate")`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: ClassVar[str]
+    _kinds: ClassVar[dict[str, type[Output]]] = {}
+
+    def __init_subclass__(cls, *, kind: str, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        cls.kind = kind
+        Output._kinds[kind] = cls
+
+    @classmethod
+    def of_kind(cls, kind: str) -> type[Output]:
+        if kind not in Output._kinds:
+            raise ValueError(f"{kind} is not a kind of stage that this pixnerd knows")
+        return Output._kinds[kind]
+
+
+class CorpusOutput(Output, kind="corpus"):
+    folder: str  # of the machine that ran the stage
+    files: dict[str, int]  # suffix -> count
+
+
+class SizeSummary(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    shards: str  # key prefix of the records
+    count: int
+    accepted: int
+    rejected: dict[str, int]  # an input whose download was tried again counts with what came of it last
+
+
+class PrepareSummary(Record, Output, kind="prepare"):
+    """What became of every input, at every size; the same whoever did the work."""
+
+    plan: str
+    edition: str
+    inputs: int
+    tried_again: dict[str, int]  # why downloads had failed that were tried again -> count
+    sizes: dict[str, SizeSummary]
+    versions: list[dict[str, str]]  # more than one if the decoders changed between runs
+
+
+class ScoreSummary(Record, Output, kind="score"):
+    """What became of every accepted sample; the same whoever did the work."""
+
+    plan: str
+    size: str
+    scorer: str
+    settings: dict[str, Any]  # of the scorer: those that change results, with the sha256 of its weights
+    columns: list[str]
+    shards: int
+    rows: int
+    failures: dict[str, int]  # cause -> rows without a value
+    versions: list[dict[str, str]]  # more than one if libraries or machines changed between runs
+
+
+class SnapshotOutput(Output, kind="snapshot"):
+    record: str  # key of its SnapshotRecord
+    rows: int
+    counts: list[tuple[str, int]]
+    size: str
+
+
+class EncodersOutput(Output, kind="encoders"):
+    text: dict[str, DataObject]  # name in the encoder's folder -> object
+    vision: dict[str, DataObject]
+
+
+class TrainOutput(Output, kind="train"):
+    record: str  # key of its CheckpointRecord
+    parameters: int
+    images_seen: int
+    image_size: int | None = None  # of older ones nobody knows
+
+
+class SampleOutput(Output, kind="sample"):
+    record: str  # key of what was drawn
+    sheet: str  # path of the contact sheet, on the machine that ran the stage
+    prompts: int
+
+
+class EvaluateOutput(Output, kind="evaluate"):
+    record: str  # key of its EvalReport
+    scores: dict[str, float]
+
+
+class Verdict(BaseModel):
+    """What a rule of a gate says of a score."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    score: str
+    value: float
+    limit: str
+    passed: bool
+
+
+class GateOutput(Output, kind="gate"):
+    passed: bool
+    verdicts: list[Verdict]
+
+
+class RegisterOutput(Output, kind="register"):
+    model: str
+    version: str
+    alias: str
+    source: str  # URL of the record of its checkpoint
+
+
+class ReportOutput(Output, kind="report"):
+    page: DataObject
+    path: str  # of the page, on the machine that ran the stage
+
+
+OutputT = TypeVar("OutputT", bound=Output)
+
+
 class StageRecord(Record):
     stage: str  # its name in the workflow
     kind: str
     digest_of_work: str  # of kind, settings and inputs: where the record lies
     inputs: dict[str, str]  # the setting that names a stage -> the digest of that stage's work
     settings: dict[str, Any]  # those that change results
-    output: dict[str, Any]  # what the next stages need: keys, records, counts
+    output: SerializeAsAny[Output]  # of the kind's own class
     versions: dict[str, str]
     started: str
     seconds: float
+
+    @model_validator(mode="before")
+    @classmethod
+    def _typed(cls, given: dict[str, Any]) -> dict[str, Any]:
+        output = given.get("output")
+        if isinstance(output, Output):
+            return given
+        return {**given, "output": Output.of_kind(str(given.get("kind"))).model_validate(output)}
+
+    def of(self, kind: type[OutputT]) -> OutputT:
+        """Its output, for who knows of which kind the stage is."""
+        if not isinstance(self.output, kind):
+            raise RecordError(
+                f"the stage `{self.stage}` is a `{self.kind}`, not a `{kind.kind}`", remedy="name a stage of that kind"
+            )
+        return self.output
 
 
 R = TypeVar("R", bound=Record)

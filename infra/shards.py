@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra import layout
 from infra.errors import DataError
 from infra.records import DataObject, ShardRecord, SnapshotRecord, get_data, read_record
 from infra.store import Store
@@ -94,16 +95,16 @@ def sample_key(source: str, name: str) -> str:
 
 
 def shard_prefix(plan: str, size: str) -> str:
-    return f"shards/{plan}/{size}/"
+    return layout.SHARD.under(plan=plan, size=size)
 
 
 def shard_key(plan: str, size: str, number: int) -> str:
-    return f"{shard_prefix(plan, size)}{number:05d}.json"
+    return layout.SHARD.at(plan=plan, size=size, number=number)
 
 
 def data_name(size: str, number: int) -> str:
     """How the keys of a shard's data begin: their hash follows."""
-    return f"data/{size}/{number:05d}-"
+    return layout.IMAGES.named(f"{number:05d}", size=size)
 
 
 def shard_number(key: str) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infra.errors import CheckpointError, SettingsError
+from infra.records import TrainOutput
 from orchestration import terminal
 from orchestration.patience import doing
 from orchestration.terminal import print_json
@@ -170,7 +171,7 @@ def fetch_checkpoint(stage: str, folder: Path, store: str, *, as_json: bool) -> 
     if folder.exists() and any(folder.iterdir()):
         raise SettingsError(f"the folder {folder} is not empty", remedy="name a new one")
     newest = max(found, key=lambda record: record.started)
-    record = read_record(opened, newest.output["record"], CheckpointRecord)
+    record = read_record(opened, newest.of(TrainOutput).record, CheckpointRecord)
     checkpoints.fetch(opened, record, folder)
     if as_json:
         print_json(record.model_dump(mode="json"))

@@ -12,8 +12,9 @@ from data_prep.forget import Forgotten, forget, read_list
 from data_prep.look import Histogram, Summary, contact_sheet, draw, printable, summarise
 from data_prep.mend import drop, drop_shared
 from data_prep.verify import Shared, Verified, verify, verify_shared
+from infra import layout
 from infra.errors import DataError, SettingsError
-from infra.records import StageRecord
+from infra.records import PrepareSummary, ScoreSummary, SnapshotOutput, StageRecord
 from infra.store import Store, open_store
 from orchestration import leftovers, terminal
 from orchestration.patience import doing
@@ -32,15 +33,13 @@ class Prepared(NamedTuple):
 
 def prepared(store: Store) -> list[Prepared]:
     """The newest edition of every plan."""
-    newest: dict[str, StageRecord] = {}
+    newest: dict[str, Prepared] = {}
     for record in _by_start(store, "prepare"):
-        newest[record.output["plan"]] = record
+        made = record.of(PrepareSummary)
+        newest[made.plan] = Prepared(record.stage, made.plan, made.edition, list(made.sizes))
     if not newest:
         raise DataError(f"nothing has been prepared in {store.url}", remedy="run `pixnerd prepare` first")
-    return [
-        Prepared(record.stage, plan, record.output["edition"], list(record.output["sizes"]))
-        for plan, record in newest.items()
-    ]
+    return list(newest.values())
 
 
 def _by_start(store: Store, kind: str) -> list[StageRecord]:
@@ -91,17 +90,17 @@ def _sizes(all_prepared: list[Prepared], size: str | None) -> list[tuple[Prepare
 
 def _scored(store: Store, names: Sequence[str]) -> list[tuple[str, str, str]]:
     """Plan, size and scorer of the scores that are called so: by their stage, whose last ones they are, or a digest."""
-    made = [(record.stage, record.output) for record in _by_start(store, "score")] if names else []
+    made = [(record.stage, record.of(ScoreSummary)) for record in _by_start(store, "score")] if names else []
     for name in names:
-        if not any(name in (stage, output["scorer"]) for stage, output in made):
+        if not any(name in (stage, scores.scorer) for stage, scores in made):
             known = ", ".join(sorted({stage for stage, _ in made}))
             raise SettingsError(
                 f"there are no scores called `{name}` in {store.url}",
                 remedy=f"scores: {known}" if known else "run a recipe with a `score` stage first",
             )
-    newest = {(stage, output["plan"], output["size"]): output["scorer"] for stage, output in made if stage in names}
+    newest = {(stage, scores.plan, scores.size): scores.scorer for stage, scores in made if stage in names}
     by_stage = [(plan, size, scorer) for (_, plan, size), scorer in newest.items()]
-    by_digest = [(output["plan"], output["size"], output["scorer"]) for _, output in made if output["scorer"] in names]
+    by_digest = [(scores.plan, scores.size, scores.scorer) for _, scores in made if scores.scorer in names]
     return list(dict.fromkeys([*by_stage, *by_digest]))
 
 
@@ -204,8 +203,14 @@ def _print_dropped(store: str, dropped: dict[str, list[str]], again: Sequence[st
     if again:
         stages = " and ".join(f"`{stage}`" for stage in dict.fromkeys(again))
         print(f"now run `pixnerd prepare RECIPE --store {store}`, with the recipe that has the stage {stages}")
-    if any(key.startswith(("stages/score/", "stages/snapshot/")) for keys in dropped.values() for key in keys):
+    if any(_makes_again(key) for keys in dropped.values() for key in keys):
         print(f"{'then' if again else 'now'} `pixnerd run RECIPE --store {store}` makes the scores and snapshots again")
+
+
+def _makes_again(key: str) -> bool:
+    """Whether it was the record of a stage that a workflow runs again, and `prepare` alone does not."""
+    parts = layout.STAGE.parse(key)
+    return parts is not None and parts["kind"] in (ScoreSummary.kind, SnapshotOutput.kind)
 
 
 # ------------------------------------------------------------------------------------------------ forget
@@ -267,7 +272,7 @@ def export_data(name: str, store: str, out: str, *, layout: LayoutName, tar_mib:
 
 def _snapshot_key(store: Store, name: str) -> str:
     """Of a snapshot that is called so: by its stage, whose last one it is, or by the digest in its key."""
-    made = [(record.stage, str(record.output["record"])) for record in _by_start(store, "snapshot")]
+    made = [(record.stage, record.of(SnapshotOutput).record) for record in _by_start(store, "snapshot")]
     found = [key for stage, key in made if name in (stage, key, Path(key).stem)]
     if not found:
         known = ", ".join(dict.fromkeys(stage for stage, _ in made))
@@ -305,6 +310,9 @@ def collect_data(store: str, *, older_than_hours: float, dry_run: bool, as_json:
         print(f"left alone: {found.young:,} younger than {older_than_hours:g} hours, which a job may be about to name")
     if found.foreign:
         print(f"left alone: {found.foreign:,} whose names hold no hash, so that they are not pixnerd's")
+    if found.unknown:
+        some = ", ".join(map(printable, found.unknown[: gc.SHOWN]))
+        print(f"left alone: {len(found.unknown):,} JSON objects that are no records of this pixnerd's: {some}")
     print(f"{said} of what killed runs had left: {left}" if str(left) else "killed runs have left nothing else")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from infra import scratch
+from infra import layout, scratch
 from infra.scratch import Removed
 from infra.store import FileStore, Store
 from training.leftovers import States, collect_states
@@ -34,5 +34,5 @@ def remove(
     home = home or (store.root if isinstance(store, FileStore) else None)
     folders = scratch.sweep(dry_run=dry_run)
     if home is not None:
-        folders += scratch.sweep([home / "corpus"], UNFINISHED, dry_run=dry_run)
+        folders += scratch.sweep([home / layout.CORPUS.under()], UNFINISHED, dry_run=dry_run)
     return Leftovers(folders, collect_states(store, older_than_hours, dry_run=dry_run))

@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
+from infra import layout
 from infra.claim import BEAT_SECONDS, PATIENCE_SECONDS, process_of, runs_here
 from infra.errors import NotFound, PixnerdError, RecordError
 from infra.records import Record, read_record, write_record
 from infra.store import Store
 
-PREFIX = "running/"
 Tell = Callable[[str], None]
 
 
@@ -46,7 +46,7 @@ def noted(store: Store, workflow: str, tell: Tell) -> Iterator[None]:
         process=process_of(os.getpid()),
         since=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )
-    key = f"{PREFIX}{uuid.uuid4().hex[:12]}.json"
+    key = layout.RUNNING.at(run=uuid.uuid4().hex[:12])
     over = threading.Event()
     others = Others(store, tell, own=key)
     with suppress(PixnerdError):
@@ -68,7 +68,7 @@ def _beat(store: Store, key: str, others: Others, over: threading.Event) -> None
     while not over.wait(BEAT_SECONDS if count else 0):
         count += 1
         with suppress(PixnerdError):  # a store that is away: whoever needs it says so
-            store.put(f"{key}.beat", str(count).encode())
+            store.put(f"{key}{layout.BEAT}", str(count).encode())
             others.look()
 
 
@@ -81,7 +81,7 @@ class Others:
         self._beats: dict[str, tuple[bytes, float]] = {}  # key -> the beat, and since when it stands still
 
     def look(self) -> None:
-        for key in [entry.key for entry in self.store.list(PREFIX) if entry.key.endswith(".json")]:
+        for key in list(layout.RUNNING.keys(self.store)):
             if key == self.own or key in self._told:
                 continue
             with suppress(NotFound, RecordError):  # it has just ended, or says nothing that can be read
@@ -104,7 +104,7 @@ class Others:
         """None as long as it cannot be told."""
         beat = b""
         with suppress(NotFound):
-            beat = self.store.get(f"{key}.beat")
+            beat = self.store.get(f"{key}{layout.BEAT}")
         before, since = self._beats.setdefault(key, (beat, time.monotonic()))
         if beat != before:
             return True
@@ -113,4 +113,4 @@ class Others:
 
 def _drop(store: Store, key: str) -> None:
     store.delete(key)
-    store.delete(f"{key}.beat")
+    store.delete(f"{key}{layout.BEAT}")

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from data_prep.plan import PrepareSettings
+from infra import layout
 from infra.cluster import ClusterSettings, connect, disconnect
 from infra.config import digest, parse
 from infra.errors import CheckpointError, DataError, SettingsError
 from infra.notices import watched
-from infra.records import EvalReport, StageRecord, read_record
+from infra.records import EvalReport, EvaluateOutput, PrepareSummary, StageRecord, read_record
 from infra.store import Store, open_store
 from infra.tracking import Tracker, TrackingSettings
 from orchestration import leftovers, running, terminal, workflow
@@ -99,9 +100,9 @@ def _say(screen: terminal.Screen, store: Store) -> workflow.Say:
 
     def say(node: workflow.Node, event: str, text: str) -> None:
         if event in ("finished", "reused") and node.kind.name == "prepare":
-            record = read_record(store, node.key, StageRecord)
-            speed = screen.own_per_second(record.output["inputs"]) if event == "finished" else 0.0
-            text = f"{text}, {terminal.prepared(record, speed)}"
+            made = read_record(store, node.key, StageRecord).of(PrepareSummary)
+            speed = screen.own_per_second(made.inputs) if event == "finished" else 0.0
+            text = f"{text}, {terminal.prepared(made, speed)}"
         screen.stage(node, event, text)
 
     return say
@@ -138,9 +139,9 @@ def _reports(store: Store, records: dict[str, StageRecord]) -> dict[str, EvalRep
     """Each evaluation, under the name of the train stage that it measured."""
     trained = {record.digest_of_work: name for name, record in records.items()}
     return {
-        trained.get(record.inputs["checkpoint"], name): read_record(store, record.output["record"], EvalReport)
+        trained.get(record.inputs["checkpoint"], name): read_record(store, record.output.record, EvalReport)
         for name, record in records.items()
-        if record.kind == "evaluate"
+        if isinstance(record.output, EvaluateOutput)
     }
 
 
@@ -190,7 +191,7 @@ def _context(store: Store, name: str, address: str | None, quiet: bool) -> Itera
 
 
 def stage_records(store: Store, kind: str) -> list[StageRecord]:
-    return [read_record(store, entry.key, StageRecord) for entry in store.list(f"stages/{kind}/")]
+    return [read_record(store, key, StageRecord) for key in layout.STAGE.keys(store, kind=kind)]
 
 
 def evaluate_folder(
@@ -210,9 +211,9 @@ def evaluate_folder(
         screen.doing(f"joining the Ray cluster at {address}" if address else "starting Ray")
         connect(ClusterSettings(address=address))
         try:
-            prefix = f"evaluations/{digest([record.digest(), settings.results()])}"
+            stage = digest([record.digest(), settings.results()])
             with watched():
-                report = geneval(opened, prefix, record, settings, screen.count)
+                report = geneval(opened, stage, record, settings, screen.count)
         finally:
             disconnect()
     if as_json:

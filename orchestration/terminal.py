@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from data_prep.rejections import counted
+from infra.records import PrepareSummary, RegisterOutput, ReportOutput, SampleOutput
 from orchestration.patience import SILENCE, Watch
 
 if TYPE_CHECKING:
@@ -157,13 +158,13 @@ def show_plan(plans: Sequence[Plan]) -> None:
         print(f"{_PLAN_SIGNS[plan.state]} {plan.node.name:<12} {plan.state:<5} {plan.why}")
 
 
-def prepared(record: StageRecord, per_second: float) -> str:
+def prepared(made: PrepareSummary, per_second: float) -> str:
     """What came of a preparation, at each size; `per_second`: inputs, of those that this run worked on itself."""
     told = [f"{per_second:,.0f} images/s"] if per_second else []
-    several = len(record.output["sizes"]) > 1
-    for size, counts in record.output["sizes"].items():
-        accepted = f"{size}: " * several + f"{counts['accepted']:,} accepted"
-        told.append(f"{accepted}, {counted(counts['rejected'])}")
+    several = len(made.sizes) > 1
+    for size, counts in made.sizes.items():
+        accepted = f"{size}: " * several + f"{counts.accepted:,} accepted"
+        told.append(f"{accepted}, {counted(counts.rejected)}")
     return "; ".join(told)
 
 
@@ -171,14 +172,13 @@ def show_result(records: Iterable[StageRecord], reports: dict[str, EvalReport]) 
     """The scores of each stage, what was registered, and where the page is."""
     if reports:
         show_scores(reports)
-    for record in records:
-        if record.kind == "register":
-            out = record.output
-            print(f"registered  {out['model']} version {out['version']} as `{out['alias']}`: {out['source']}")
-        if record.kind == "sample":
-            print(f"pictures    {record.output['sheet']}")
-        if record.kind == "report":
-            print(f"page        {record.output['path']}")
+    for out in (record.output for record in records):
+        if isinstance(out, RegisterOutput):
+            print(f"registered  {out.model} version {out.version} as `{out.alias}`: {out.source}")
+        if isinstance(out, SampleOutput):
+            print(f"pictures    {out.sheet}")
+        if isinstance(out, ReportOutput):
+            print(f"page        {out.path}")
 
 
 def show_scores(reports: dict[str, EvalReport]) -> None:

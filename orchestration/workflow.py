@@ -17,6 +17,7 @@ from itertools import chain
 from types import MappingProxyType
 from typing import Any, Literal
 
+from infra import layout
 from infra.causes import explained
 from infra.config import Settings, digest, nearest, parse
 from infra.errors import NotFound, PixnerdError, RecordError, SettingsError, StageFailed, Stopped
@@ -39,7 +40,7 @@ class Node:
 
     @property
     def key(self) -> str:
-        return f"stages/{self.kind.name}/{self.digest}.json"
+        return layout.STAGE.at(kind=self.kind.name, digest=self.digest)
 
 
 State = Literal["done", "open", "new"]  # open: whether it must run is not known before other stages have run
@@ -195,10 +196,10 @@ def plan(nodes: Sequence[Node], store: Store) -> list[Plan]:
     @cache
     def earlier(kind: str) -> dict[str, StageRecord]:
         found = {}
-        for entry in store.list(f"stages/{kind}/"):
+        for key in layout.STAGE.keys(store, kind=kind):
             # One that is damaged or just deleted is unrelated work's: a stage's own is read before this.
             with suppress(RecordError, NotFound):
-                record = read_record(store, entry.key, StageRecord)
+                record = read_record(store, key, StageRecord)
                 found[record.digest_of_work] = record
         return found
 

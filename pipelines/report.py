@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from infra.records import StageRecord
+from infra.records import GateOutput, RegisterOutput, StageRecord
 from infra.store import Store
 from pipelines.evaluation.statistics import ends, without_interval
 from pipelines.page import curves, drawn, inputs, lineage, samples, scores, settings
@@ -95,19 +95,19 @@ def _tile(name: str, value: str, more: str, class_: str | None = None) -> Html:
 
 
 def _verdict(story: Story) -> Html:
-    gates = [stage.output for stage in story.stages if stage.kind == "gate"]
-    models = [stage.output for stage in story.stages if stage.kind == "register"]
+    outputs = [stage.output for stage in story.stages]
+    gates = [output for output in outputs if isinstance(output, GateOutput)]
+    models = [output for output in outputs if isinstance(output, RegisterOutput)]
     parts: list[Child] = [tag("b", "No gate yet", class_="chip")]
     if gates:
-        passed = bool(gates[-1].get("passed"))
+        passed = gates[-1].passed
         parts = [tag("b", "Gate passed" if passed else "Gate closed", class_="chip good" if passed else "chip bad")]
-        for rule in gates[-1].get("verdicts", []):
-            mark, holds = ("✓", "is") if rule["passed"] else ("✗", "is not")
-            parts.append(tag("span", f"{mark} {rule['score']} {rule['value']:.3f} {holds} {rule['limit']}"))
+        for rule in gates[-1].verdicts:
+            mark, holds = ("✓", "is") if rule.passed else ("✗", "is not")
+            parts.append(tag("span", f"{mark} {rule.score} {rule.value:.3f} {holds} {rule.limit}"))
     if not models:
         return tag("p", parts, tag("b", "Not registered", class_="chip"), class_="verdict")
-    name, version, alias = (models[-1].get(key) for key in ("model", "version", "alias"))
-    said = tag("span", f"{name} version {version}, alias {alias}")
+    said = tag("span", f"{models[-1].model} version {models[-1].version}, alias {models[-1].alias}")
     return tag("p", parts, tag("b", "Registered", class_="chip good"), said, class_="verdict")
 
 

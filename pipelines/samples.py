@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from infra import layout
 from infra.config import Settings
 from infra.errors import NotFound
 from infra.records import CheckpointRecord, DataObject, Record, SnapshotRecord, read_record, write_record
@@ -60,20 +61,20 @@ class Drawn(Record):
 
 def draw(
     store: Store,
-    prefix: str,
+    stage: str,
     checkpoint: CheckpointRecord,
     data: SnapshotRecord,
     settings: DrawSettings,
     show: Callable[[str, int, int], None],
 ) -> Drawn:
-    key = f"{prefix}/drawn.json"
+    key = layout.SAMPLES.at(stage=stage)
     if store.exists(key):
         return read_record(store, key, Drawn)
     own = [Prompt(text=text) for text in settings.prompts]
     prompts = [*own, *_captions(store, data, settings.count)]
     tars = generate(
         store,
-        prefix,
+        layout.SAMPLED.at(stage=stage),
         checkpoint,
         [prompt.text for prompt in prompts],
         settings.images,

@@ -21,21 +21,34 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from data_prep.forget import LISTS, concerning
+from data_prep.forget import concerning
 from data_prep.plan import PrepareSettings, read_plan
 from data_prep.rejections import counted
 from data_prep.score import ScoreSettings, scorer_digest
 from data_prep.snapshot import SnapshotSettings
-from infra import scratch
+from infra import layout, scratch
 from infra.config import Settings, parse, spelt
 from infra.errors import SettingsError, StageFailed
 from infra.problems import Wrong
 from infra.records import (
     CheckpointRecord,
+    CorpusOutput,
     DataObject,
+    EncodersOutput,
     EvalReport,
+    EvaluateOutput,
+    GateOutput,
+    Output,
+    PrepareSummary,
+    RegisterOutput,
+    ReportOutput,
+    SampleOutput,
+    ScoreSummary,
+    SnapshotOutput,
     SnapshotRecord,
     StageRecord,
+    TrainOutput,
+    Verdict,
     get_data,
     put_data,
     read_record,
@@ -50,7 +63,6 @@ from training.loop import TrainSettings
 
 log = logging.getLogger(__name__)
 
-Output = dict[str, Any]
 Inputs = Mapping[str, StageRecord]
 
 
@@ -117,14 +129,14 @@ def corpus(context: Context, settings: CorpusStage, inputs: Inputs) -> Output:
     """The shape world, written as an ordinary image folder with a table of captions, as any corpus would come."""
     from data_prep.shape_corpus import write_corpus
 
-    folder = context.home / "corpus" / context.digest
+    folder = context.home / layout.CORPUS.at(stage=context.digest)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with scratch.folder("corpus", folder.parent) as unfinished:
             write_corpus(unfinished / "new", settings.count, settings.seed, settings.size)
             (unfinished / "new").rename(folder)
     files = Counter(path.suffix.lstrip(".") for path in (folder / "images").iterdir())
-    return {"folder": str(folder.absolute()), "files": dict(sorted(files.items()))}
+    return CorpusOutput(folder=str(folder.absolute()), files=dict(sorted(files.items())))
 
 
 STAGE_URL = "stage:"  # a source's url may be another stage's folder: `url: stage:corpus`
@@ -162,7 +174,7 @@ def prepare(context: Context, settings: PrepareSettings, inputs: Inputs) -> Outp
     sources = list(settings.sources)
     for field, record in inputs.items():
         number = int(field.rpartition(".")[2])
-        sources[number] = sources[number].model_copy(update={"url": record.output["folder"]})
+        sources[number] = sources[number].model_copy(update={"url": record.of(CorpusOutput).folder})
 
     def show(so_far: Prepared) -> None:
         rejected = next(iter(so_far.rejected.values()), {})
@@ -181,7 +193,7 @@ def prepare(context: Context, settings: PrepareSettings, inputs: Inputs) -> Outp
         rejected = {f"prepare/{size}/rejected_{cause}": n for cause, n in counts.rejected.items()}
         context.run.metrics({f"prepare/{size}/accepted": counts.accepted, **rejected}, 0)
     check_accepted(summary)
-    return summary.model_dump(mode="json")
+    return summary
 
 
 class ScoreStage(ScoreSettings):
@@ -204,11 +216,11 @@ def score(context: Context, settings: ScoreStage, inputs: Inputs) -> Output:
         failed = sum(so_far.failures.values())
         context.progress(f"{text}, {failed:,} failed" if failed else text, so_far.shards, so_far.planned_shards)
 
-    prepared = inputs["shards"].output
-    summary = run(context.store, prepared["plan"], prepared["edition"], str(settings.size), settings, show)
+    prepared = inputs["shards"].of(PrepareSummary)
+    summary = run(context.store, prepared.plan, prepared.edition, str(settings.size), settings, show)
     failures = {f"score/failed_{cause}": count for cause, count in summary.failures.items()}
     context.run.metrics({"score/rows": summary.rows, **failures}, 0)
-    return summary.model_dump(mode="json")
+    return summary
 
 
 class SnapshotStage(SnapshotSettings):
@@ -221,12 +233,12 @@ def forgotten_lists(settings: SnapshotStage, store: Store | None, inputs: Inputs
 
     Which shards it has is not known before they are prepared; until then it counts as if nothing were forgotten.
     """
-    prepared = inputs["shards"].output if "shards" in inputs else {}
+    prepared = inputs["shards"].of(PrepareSummary) if "shards" in inputs else None
     size = str(settings.size)
-    if store is None or size not in prepared.get("sizes", ()):
+    if store is None or prepared is None or size not in prepared.sizes:
         return []  # a size that was not prepared is the stage's own error
-    plan = read_plan(store, prepared["plan"], prepared["edition"])
-    return [f"{LISTS}{name}.json" for name in concerning(store, plan, size)]
+    plan = read_plan(store, prepared.plan, prepared.edition)
+    return [layout.FORGOTTEN.at(items=name) for name in concerning(store, plan, size)]
 
 
 def snapshot(context: Context, settings: SnapshotStage, inputs: Inputs) -> Output:
@@ -234,13 +246,14 @@ def snapshot(context: Context, settings: SnapshotStage, inputs: Inputs) -> Outpu
     from data_prep.snapshot import snapshot as run
     from data_prep.snapshot import snapshot_key
 
-    prepared = inputs["shards"].output
-    scores = [*settings.scores, *(inputs[f"scored.{n}"].output["scorer"] for n in range(len(settings.scored)))]
+    prepared = inputs["shards"].of(PrepareSummary)
+    scored = [inputs[f"scored.{number}"].of(ScoreSummary).scorer for number in range(len(settings.scored))]
+    scores = [*settings.scores, *scored]
     plain = SnapshotSettings(**settings.model_dump(exclude={"shards", "scored", "scores"}), scores=scores)
-    record = run(context.store, prepared["plan"], prepared["edition"], plain)
-    key = snapshot_key(prepared["plan"], prepared["edition"], plain, record.forgotten)
+    record = run(context.store, prepared.plan, prepared.edition, plain)
+    key = snapshot_key(prepared.plan, prepared.edition, plain, record.forgotten)
     context.run.metrics({"snapshot/rows": record.rows, "snapshot/held_out": record.held_out_rows}, 0)
-    return {"record": key, **record.model_dump(mode="json", include={"rows", "counts", "size"})}
+    return SnapshotOutput(record=key, rows=record.rows, counts=record.counts, size=record.size)
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -273,19 +286,31 @@ def encoders(context: Context, settings: EncodersStage, inputs: Inputs) -> Outpu
     from infra.shards import read_selection
     from training.encoders import text, vision
 
-    record = read_record(context.store, inputs["captions"].output["record"], SnapshotRecord)
+    record = _snapshot(context.store, inputs["captions"])
     rows = read_selection(context.store, record, columns=["captions"])["captions"]
     captions = [caption for row in rows.to_pylist() for caption in row]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text.build_tiny(folder / "text", captions, seed=settings.seed, **settings.text.model_dump())
         vision.build_tiny(folder / "vision", seed=settings.seed, **settings.vision.model_dump())
-        prefix = f"encoders/{context.digest}"
-        return {part: _put_folder(context.store, f"{prefix}/{part}", folder / part) for part in ("text", "vision")}
+        return EncodersOutput(**{part: _put_encoder(context, part, folder / part) for part in ("text", "vision")})
 
 
-def _put_folder(store: Store, prefix: str, folder: Path) -> dict[str, Any]:
-    return {path.name: put_data(store, prefix, path.name, path).model_dump() for path in sorted(folder.iterdir())}
+def _put_encoder(context: Context, name: str, folder: Path) -> dict[str, DataObject]:
+    where = layout.ENCODER_FILES.at(stage=context.digest, encoder=name)
+    return {path.name: put_data(context.store, where, path.name, path) for path in sorted(folder.iterdir())}
+
+
+def _snapshot(store: Store, stage: StageRecord) -> SnapshotRecord:
+    return read_record(store, stage.of(SnapshotOutput).record, SnapshotRecord)
+
+
+def _checkpoint(store: Store, stage: StageRecord) -> CheckpointRecord:
+    return read_record(store, stage.of(TrainOutput).record, CheckpointRecord)
+
+
+def _report(store: Store, stage: StageRecord) -> EvalReport:
+    return read_record(store, stage.of(EvaluateOutput).record, EvalReport)
 
 
 class TrainStage(TrainSettings):
@@ -302,24 +327,24 @@ def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
     from training.ray_train import fit
 
     store, own = context.store, {"data", "start_from", "encoders", "text_encoder", "vision_encoder"}
-    given = inputs["encoders"].output if "encoders" in inputs else None
+    given = inputs["encoders"].of(EncodersOutput) if "encoders" in inputs else None
     start = inputs.get("start_from")
-    data = read_record(store, inputs["data"].output["record"], SnapshotRecord)
+    data = _snapshot(store, inputs["data"])
     plain = settings.model_dump(exclude=own)
     size = int(data.size) if data.size.isdigit() else None
     plain["model"] = fitted(settings.model, size, _text_width(store, settings, inputs))
     job = Job(
         store=store,
-        prefix=f"training/{context.digest}",
+        prefix=layout.TRAINING.at(run=context.digest),
         digest=context.digest,
         settings=parse(TrainSettings, plain),
         snapshot=data,
-        text=_files(given["text"]) if given else settings.text_encoder,
-        vision=_files(given["vision"]) if given else settings.vision_encoder,
-        start_from=read_record(store, start.output["record"], CheckpointRecord) if start else None,
+        text=given.text if given else settings.text_encoder,
+        vision=given.vision if given else settings.vision_encoder,
+        start_from=_checkpoint(store, start) if start else None,
         run=NOWHERE,  # rank 0 may be on a machine that does not see the tracker's database
     )
-    _log_lineage(context, settings, data, inputs["data"].output["record"])
+    _log_lineage(context, settings, data, inputs["data"].of(SnapshotOutput).record)
 
     def show(message: dict[str, Any]) -> None:
         if message["event"] == "start":
@@ -336,12 +361,12 @@ def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
 
     context.progress(f"starting {settings.workers} ranks" if settings.workers > 1 else "starting")
     record = fit(job, show)
-    return {
-        "record": f"{job.prefix}/checkpoint.json",
-        "parameters": record.parameters,
-        "images_seen": record.position,
-        "image_size": job.settings.network().image_size,
-    }
+    return TrainOutput(
+        record=layout.CHECKPOINT.at(home=job.prefix),
+        parameters=record.parameters,
+        images_seen=record.position,
+        image_size=job.settings.network().image_size,
+    )
 
 
 def fitted(model: Mapping[str, Any], size: int | None, width: int) -> dict[str, Any]:
@@ -354,16 +379,12 @@ def _text_width(store: Store, settings: TrainStage, inputs: Inputs) -> int:
     if "text_dim" in settings.model:
         return int(settings.model["text_dim"])
     if "start_from" in inputs:
-        start = read_record(store, inputs["start_from"].output["record"], CheckpointRecord)
+        start = _checkpoint(store, inputs["start_from"])
         return int(json.loads(get_data(store, start.files["config.json"]))["model"]["text_dim"])
     if "encoders" in inputs:
-        config = _files(inputs["encoders"].output["text"])["config.json"]
+        config = inputs["encoders"].of(EncodersOutput).text["config.json"]
         return int(json.loads(get_data(store, config))["hidden_size"])
     return known(settings.text_encoder).width
-
-
-def _files(plain: dict[str, Any]) -> dict[str, DataObject]:
-    return {name: DataObject.model_validate(data) for name, data in plain.items()}
 
 
 def _log_lineage(context: Context, settings: Settings, data: SnapshotRecord, key: str) -> None:
@@ -389,15 +410,14 @@ class SampleStage(DrawSettings):
 
 def sample(context: Context, settings: SampleStage, inputs: Inputs) -> Output:
     """A checkpoint -> pictures for captions that training never saw, on the page and on a sheet of their own."""
-    checkpoint = read_record(context.store, inputs["checkpoint"].output["record"], CheckpointRecord)
-    data = read_record(context.store, inputs["data"].output["record"], SnapshotRecord)
+    checkpoint, data = _checkpoint(context.store, inputs["checkpoint"]), _snapshot(context.store, inputs["data"])
     plain = DrawSettings(**settings.model_dump(exclude={"checkpoint", "data"}))
-    prefix = f"samples/{context.digest}"
-    drawn = samples.draw(context.store, prefix, checkpoint, data, plain, context.progress)
+    drawn = samples.draw(context.store, context.digest, checkpoint, data, plain, context.progress)
     path = context.home / f"{context.stage}.png"
     samples.write_sheet(context.store, drawn, f"{inputs['checkpoint'].stage}, step {checkpoint.step:,}", path)
     context.run.artifact(path)
-    return {"record": f"{prefix}/drawn.json", "sheet": str(path.absolute()), "prompts": len(drawn.prompts)}
+    record = layout.SAMPLES.at(stage=context.digest)
+    return SampleOutput(record=record, sheet=str(path.absolute()), prompts=len(drawn.prompts))
 
 
 class EvaluateStage(GenevalSettings):
@@ -408,15 +428,14 @@ def evaluate(context: Context, settings: EvaluateStage, inputs: Inputs) -> Outpu
     """A checkpoint -> GenEval's six tasks with intervals."""
     from pipelines.evaluation.run import geneval
 
-    checkpoint = read_record(context.store, inputs["checkpoint"].output["record"], CheckpointRecord)
+    checkpoint = _checkpoint(context.store, inputs["checkpoint"])
     plain = GenevalSettings(**settings.model_dump(exclude={"checkpoint"}))
-    prefix = f"evaluations/{context.digest}"
-    report = geneval(context.store, prefix, checkpoint, plain, context.progress)
+    report = geneval(context.store, context.digest, checkpoint, plain, context.progress)
     scores = {name: interval.value for name, interval in report.scores.items()}
     context.run.metrics(scores, checkpoint.step)
     context.run.tags({"pixnerd.checkpoint": report.checkpoint, "pixnerd.judge": report.judge})
     context.parent.metrics({f"{inputs['checkpoint'].stage}/{name}": value for name, value in scores.items()}, 0)
-    return {"record": f"{prefix}/report.json", "scores": scores}
+    return EvaluateOutput(record=layout.REPORT.at(stage=context.digest), scores=scores)
 
 
 class Rule(Settings):
@@ -440,10 +459,7 @@ class GateStage(Settings):
 
 def gate(context: Context, settings: GateStage, inputs: Inputs) -> Output:
     """Is the model good enough to be registered? The verdict is recorded either way."""
-    reports = {
-        name: read_record(context.store, inputs[f"scores.{number}"].output["record"], EvalReport)
-        for number, name in enumerate(settings.scores)
-    }
+    reports = {name: _report(context.store, inputs[f"scores.{number}"]) for number, name in enumerate(settings.scores)}
     judged = reports[settings.scores[0]]
     verdicts = []
     for rule in settings.rules:
@@ -453,13 +469,13 @@ def gate(context: Context, settings: GateStage, inputs: Inputs) -> Output:
             other = _score(reports[rule.above], rule.score)
             limits.append((f"above {rule.above}'s", other, value > other))
         verdicts += [
-            {"score": rule.score, "value": value, "limit": f"{text} {limit:.3f}", "passed": passed}
+            Verdict(score=rule.score, value=value, limit=f"{text} {limit:.3f}", passed=passed)
             for text, limit, passed in limits
             if limit is not None
         ]
-    passed = all(verdict["passed"] for verdict in verdicts)
+    passed = all(verdict.passed for verdict in verdicts)
     context.run.tags({"pixnerd.gate": "passed" if passed else "failed"})
-    return {"passed": passed, "verdicts": verdicts}
+    return GateOutput(passed=passed, verdicts=verdicts)
 
 
 def _score(report: EvalReport, name: str) -> float:
@@ -482,19 +498,19 @@ class RegisterStage(Settings):
 
 def register(context: Context, settings: RegisterStage, inputs: Inputs) -> Output:
     """The checkpoint as a version of a registered model in MLflow; its weights stay where they are."""
-    verdict = inputs["gate"].output
-    if not verdict["passed"]:
-        missed = [f"{v['score']} is {v['value']:.3f}, not {v['limit']}" for v in verdict["verdicts"] if not v["passed"]]
+    verdict = inputs["gate"].of(GateOutput)
+    if not verdict.passed:
+        missed = [f"{rule.score} is {rule.value:.3f}, not {rule.limit}" for rule in verdict.verdicts if not rule.passed]
         raise StageFailed(
             f"the gate is closed ({'; '.join(missed)})", remedy="train longer, or change the gate's rules on purpose"
         )
-    checkpoint = read_record(context.store, inputs["checkpoint"].output["record"], CheckpointRecord)
-    report = read_record(context.store, inputs["scores"].output["record"], EvalReport)
-    source = f"{context.store.url}/{inputs['checkpoint'].output['record']}"
+    checkpoint = _checkpoint(context.store, inputs["checkpoint"])
+    report = _report(context.store, inputs["scores"])
+    source = f"{context.store.url}/{inputs['checkpoint'].of(TrainOutput).record}"
     tags = {"pixnerd.checkpoint": checkpoint.digest(), "pixnerd.snapshot": checkpoint.snapshot, "judge": report.judge}
     scores = {name: interval.value for name, interval in report.scores.items()}
     made = context.tracker.register(settings.model, settings.alias, context.run, source, tags, scores)
-    return {"model": settings.model, "version": made, "alias": settings.alias, "source": source}
+    return RegisterOutput(model=settings.model, version=made, alias=settings.alias, source=source)
 
 
 # ------------------------------------------------------------------------------------------------ telling
@@ -509,11 +525,11 @@ def report(context: Context, settings: ReportStage, inputs: Inputs) -> Output:
     from pipelines.report import build
 
     page = build(context.store, settings.title, list(inputs.values()))
-    data = put_data(context.store, "reports", "report.html", page.encode())
+    data = put_data(context.store, layout.PAGES.at(), "report.html", page.encode())
     path = context.home / "report.html"
     path.write_text(page, encoding="utf-8")
     context.parent.artifact(path)
-    return {"page": data.model_dump(), "path": str(path.absolute())}
+    return ReportOutput(page=data, path=str(path.absolute()))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,31 @@ def test_ray_is_started_in_one_place():
 def test_the_ground_has_no_torch():
     for path in (ROOT / "infra").rglob("*.py"):
         assert not roots(path) & {"torch", "transformers"}, path
+
+
+# Names of metrics that begin as a folder of the store does.
+METRICS = {"data/wait_share"}
+
+
+def spelt_keys(path: Path) -> Iterator[str]:
+    """The texts of a file that begin as a key of the store does; docstrings tell of keys, and may."""
+    from infra import layout
+
+    roots = {
+        place.spelling.split("/")[0] for place in (*layout.PLACES, *layout.FOLDERS, layout.TRAINING, layout.IMPORTED)
+    }
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told:
+            root, slash, _ = node.value.partition("/")
+            if slash and root in roots and node.value not in METRICS:
+                yield f"{path.relative_to(ROOT)}:{node.lineno}: {node.value}"
+
+
+def test_keys_are_spelt_in_one_place():
+    found = [key for path in FILES if path.name != "layout.py" for key in spelt_keys(path)]
+    assert not found, f"ask infra/layout.py for these: {found}"
 
 
 def test_no_other_top_level_folder():

@@ -13,7 +13,6 @@ the other's.
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Container, Iterator
@@ -26,6 +25,7 @@ from pydantic import model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from infra import layout
 from infra.config import digest
 from infra.errors import CheckpointError, DataError, NotFound, RecordError
 from infra.files import sha256_of
@@ -38,7 +38,6 @@ from training.model.fit import differences, refuse, shapes
 from training.team import Team
 
 KEPT_STEPS = 2  # the newest state, and the one before it in case the newest is damaged
-_NAME = re.compile(r"/(\d+)(?:-\w+)?\.json$")  # of a state's record; schema 1 named no attempt
 
 
 class StateFile(Record):
@@ -91,13 +90,13 @@ def save_state(
             path = Path(folder) / "state.safetensors"
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
             name = f"{step:08d}-{engine.rank:05d}-{attempt}.safetensors"
-            data = put_data(store, f"{prefix}/state", name, path)
+            data = put_data(store, layout.STATE_PARTS.at(home=prefix), name, path)
         return StateFile(data=data, ranges=ranges, step=step, attempt=attempt)
 
     def commit(files: list[StateFile]) -> None:
         allowed()
         state = TrainingState(run=run, attempt=attempt, step=step, position=position, files=files, curve=curve)
-        written = write_record(store, f"{prefix}/states/{step:08d}-{attempt}.json", state)
+        written = write_record(store, layout.STATE.at(home=prefix, step=step, attempt=attempt), state)
         assert written, "an attempt commits each step once"
         drop_states(store, prefix, kept=KEPT_STEPS)
 
@@ -128,8 +127,9 @@ def drop_states(store: Store, prefix: str, *, kept: int) -> None:
 
 def _state_keys(store: Store, prefix: str) -> list[tuple[int, str]]:
     """The step and the key of every state's record, in the order of their steps."""
-    found = ((_NAME.search(entry.key), entry.key) for entry in store.list(f"{prefix}/states/"))
-    return sorted((int(name[1]), key) for name, key in found if name)
+    listed = [entry.key for entry in store.list(layout.STATE.under(home=prefix))]
+    found = ((layout.STATE.parse(key) or layout.OLD_STATE.parse(key), key) for key in listed)
+    return sorted((parts["step"], key) for parts, key in found if parts)
 
 
 class Found(NamedTuple):
@@ -182,7 +182,7 @@ def _refuse_to_begin_anew(store: Store, prefix: str, damaged: dict[str, str]) ->
     if left:
         raise CheckpointError(
             f"every training state of this run is damaged ({'; '.join(left)})",
-            remedy=f"to train from the beginning, delete {prefix}/states/ in {store.url} and run again",
+            remedy=f"to train from the beginning, delete {store.url}/{layout.STATE.under(home=prefix)} and run again",
         )
 
 
@@ -234,11 +234,11 @@ def publish(store: Store, prefix: str, write: Callable[[Path], None], **facts: A
         files = {}
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             relative = path.relative_to(folder)
-            where = "/".join([prefix, "checkpoint", *relative.parts[:-1]])
+            where = "/".join([layout.TRAINED_FILES.at(home=prefix), *relative.parts[:-1]])
             files[relative.as_posix()] = put_data(store, where, relative.name, path)
-    record = CheckpointRecord(folder=f"{prefix}/checkpoint", files=files, **facts)
-    write_record(store, f"{prefix}/checkpoint.json", record)
-    return read_record(store, f"{prefix}/checkpoint.json", CheckpointRecord)
+    record = CheckpointRecord(folder=layout.TRAINED_FILES.at(home=prefix), files=files, **facts)
+    write_record(store, layout.CHECKPOINT.at(home=prefix), record)
+    return read_record(store, layout.CHECKPOINT.at(home=prefix), CheckpointRecord)
 
 
 def publish_folder(store: Store, folder: Path) -> CheckpointRecord:
@@ -251,12 +251,12 @@ def publish_folder(store: Store, folder: Path) -> CheckpointRecord:
     name = digest(hashes)
     copy = partial(shutil.copytree, folder, dirs_exist_ok=True)
     facts = {"run": name, "step": 0, "position": 0, "snapshot": "", "start_from": None, "parameters": 0}
-    return publish(store, f"imported/{name}", copy, **facts)
+    return publish(store, layout.IMPORTED.at(digest=name), copy, **facts)
 
 
 def published(store: Store, prefix: str) -> CheckpointRecord | None:
     try:
-        return read_record(store, f"{prefix}/checkpoint.json", CheckpointRecord)
+        return read_record(store, layout.CHECKPOINT.at(home=prefix), CheckpointRecord)
     except NotFound:
         return None
 

@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from infra import layout
 from infra.errors import NotFound
 from infra.store import Entry, Store
 
-RUNS = "training/"
-_KEY = re.compile(rf"{RUNS}([^/]+)/(checkpoint\.json|states?/.+)")
+_HOME = re.compile(rf"{layout.TRAINING.under()}[^/]+")
 
 
 class States(NamedTuple):
@@ -30,27 +30,27 @@ def collect_states(store: Store, older_than_hours: float = 24.0, *, dry_run: boo
     A part is written before the state that names it: only those that are old are taken for left. Where a state's record
     cannot be read nothing of its run is, for that record may name it.
     """
-    runs: dict[str, dict[str, Entry]] = {}
-    for entry in store.list_unchecked(RUNS):
-        if found := _KEY.fullmatch(entry.key):
-            runs.setdefault(found[1], {})[found[2]] = entry
+    runs: dict[str, list[Entry]] = {}
+    for entry in store.list_unchecked(layout.TRAINING.under()):
+        if home := _HOME.match(entry.key):
+            runs.setdefault(home[0], []).append(entry)
     limit = store.now() - 3600 * older_than_hours
-    left = [entry for run, entries in runs.items() for entry in _left(store, run, entries, limit)]
+    left = [entry for home, entries in runs.items() for entry in _left(store, home, entries, limit)]
     for entry in () if dry_run else left:
         store.delete(entry.key)
     return States(len(left), sum(entry.size for entry in left))
 
 
-def _left(store: Store, run: str, entries: dict[str, Entry], limit: float) -> Iterator[Entry]:
+def _left(store: Store, home: str, entries: list[Entry], limit: float) -> Iterator[Entry]:
     """In the order in which they are to go: a state whose record is there must be whole."""
-    records = [entry for name, entry in entries.items() if name.startswith("states/")]
-    parts = [entry for name, entry in entries.items() if name.startswith("state/")]
-    if "checkpoint.json" in entries:
+    records = [entry for entry in entries if entry.key.startswith(layout.STATE.under(home=home))]
+    parts = [entry for entry in entries if layout.STATE_PARTS.holds(entry.key)]
+    if any(entry.key == layout.CHECKPOINT.at(home=home) for entry in entries):
         yield from records
         yield from parts
         return
     old = [part for part in parts if part.modified <= limit]
-    named = _named(store, [record.key for record in records], f"{RUNS}{run}/state/") if old else None
+    named = _named(store, [record.key for record in records], layout.STATE_PARTS.at(home=home)) if old else None
     if named is not None:
         yield from (part for part in old if part.key not in named)
 

@@ -26,6 +26,7 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from safetensors.torch import save_file
 
+from infra import layout
 from infra.claim import Claim
 from infra.config import Refused, Settings, check, operational
 from infra.errors import SettingsError, TrainingError
@@ -356,4 +357,4 @@ def _store_curve(job: Job, curve: list[dict[str, float]]) -> DataObject:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "curve.parquet"
         pq.write_table(pa.Table.from_pylist(curve), path)
-        return put_data(job.store, job.prefix, "curve.parquet", path)
+        return put_data(job.store, layout.CURVES.at(home=job.prefix), "curve.parquet", path)

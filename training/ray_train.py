@@ -37,7 +37,7 @@ def fit(job: Job, show: Callable[[dict[str, Any]], None]) -> CheckpointRecord:
     def waiting(host: str) -> None:
         show({"event": "waiting", "host": host})
 
-    with held(job.store, f"{job.prefix}/drivers", done, waiting) as claim:
+    with held(job.store, job.prefix, done, waiting) as claim:
         if claim is not None:
             _fit(replace(job, claim=claim), show)
     record = checkpoint.published(job.store, job.prefix)

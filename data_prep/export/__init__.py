@@ -28,8 +28,8 @@ from data_prep.plan import Edition
 from data_prep.sizes import SUFFIX, Format
 from data_prep.stream import column, in_order
 from infra.errors import DataError, SettingsError
+from infra.layout import EDITION, EXPORT
 from infra.records import (
-    EXPORTS,
     DataObject,
     ExportRecord,
     Record,
@@ -89,7 +89,7 @@ def export(store: Store, snapshot: str, to: Store, layout: LayoutName, tar_mib: 
     if done is not None:
         return done
     copy = ExportRecord(snapshot=snapshot, digest_of_snapshot=record.digest(), to=to.url, layout=layout)
-    write_record(store, f"{EXPORTS}{copy.digest()}.json", copy)  # first: what is half there is a copy, too
+    write_record(store, EXPORT.at(digest=copy.digest()), copy)  # first: what is half there is a copy, too
     write_record(to, BEGUN, begun)
     halves = {"train": (record.selection, record.rows), "validation": (record.held_out, record.held_out_rows)}
     splits = {split: _split(store, to, begun, record, split, *half) for split, half in halves.items() if half[1]}
@@ -134,10 +134,9 @@ def _layout(store: Store, to: Store, begun: Begun, shards: str, split: str, path
 
 def _suffix(store: Store, plan: str) -> str:
     """Of the images: as a plan's settings say, which are the same in all editions."""
-    for entry in store.list(f"plans/{plan}/"):
-        if entry.key.endswith(".json"):
-            image_format: Format = read_record(store, entry.key, Edition).settings["format"]
-            return SUFFIX[image_format]
+    for key in EDITION.keys(store, plan=plan):
+        image_format: Format = read_record(store, key, Edition).settings["format"]
+        return SUFFIX[image_format]
     raise DataError(f"there is no plan {plan} in {store.url}", remedy="export from the store that it was prepared in")
 
 

@@ -21,7 +21,8 @@ from data_prep.rejections import Rejection
 from data_prep.sources.fields import field, listed
 from data_prep.sources.lines import Line, kind_of, lines
 from data_prep.sources.parquet import RowWriter
-from data_prep.sources.raw import DAMAGE, TABLES, missing_column
+from data_prep.sources.raw import DAMAGE, missing_column
+from infra import layout
 from infra.errors import DataError
 from infra.records import DataObject, put_data
 from infra.store import Store
@@ -59,7 +60,7 @@ def converted(
                     writer.add([*nothing, line.detail])
                 else:
                     writer.add([*(cast(field(line, column)) for column, cast in casts), None])
-        return put_data(store, TABLES, f"{source}.parquet", path), writer.rows
+        return put_data(store, layout.TABLES.at(), f"{source}.parquet", path), writer.rows
 
 
 # Types

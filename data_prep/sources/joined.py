@@ -30,8 +30,8 @@ from data_prep.sources import parquet, words
 from data_prep.sources.convert import Columns, converted
 from data_prep.sources.fields import element, is_list, kind_of, listed
 from data_prep.sources.lines import is_parquet
-from data_prep.sources.raw import TABLES
 from data_prep.sources.tables import check_columns
+from infra import layout
 from infra.errors import SettingsError
 from infra.records import put_data
 from infra.store import Store
@@ -120,7 +120,7 @@ def _join(store: Store, source: str, tables: Sequence[_Table], columns: Columns)
         _pile_up(_batches(tables, columns.names), columns, schema, starts, piles)
         joined = Path(place, "joined.parquet")
         _write_sorted(piles, schema, joined)
-        return put_data(store, TABLES, f"{source}.parquet", joined).key
+        return put_data(store, layout.TABLES.at(), f"{source}.parquet", joined).key
 
 
 def _pile_up(

@@ -16,7 +16,8 @@ import pyarrow as pa
 from data_prep.folders import StoreFolder
 from data_prep.sources import parquet
 from data_prep.sources.parquet import RowWriter
-from data_prep.sources.raw import TABLES, Input
+from data_prep.sources.raw import Input
+from infra import layout
 from infra.records import put_data
 from infra.store import Store
 
@@ -139,7 +140,7 @@ def put(source: str, store: Store | None, place: Path, rows: Iterator[Listed]) -
                 writer.add(row)
                 identity.add(row)
         if identity.rows or not number:
-            stored = put_data(store, TABLES, f"{source}.parquet", path) if store and identity.rows else None
+            stored = put_data(store, layout.TABLES.at(), f"{source}.parquet", path) if store and identity.rows else None
             yield identity.input(stored.key if stored else "")
         if identity.rows < LISTED:
             return

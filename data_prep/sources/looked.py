@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from data_prep.folders import Folder
 from data_prep.rejections import Rejection
 from data_prep.sources.raw import Range
+from infra import layout
 from infra.config import digest
 from infra.shards import parquet_bytes
 from infra.store import Store
@@ -40,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 
 def place(*what: Any) -> str:
-    return f"looked/{digest(what)}/"
+    return digest(what)
 
 
 class Looks:
@@ -48,7 +49,7 @@ class Looks:
 
     def __init__(self, store: Store, where: str, part: Range) -> None:
         self._store, self._part = store, part
-        self._key = f"{where}{part.first:012d}-{part.rows}.parquet"
+        self._key = layout.LOOKED.at(listing=where, first=part.first, rows=part.rows)
         self._seen: dict[int, tuple[int, int, int]] = {}
 
     def read(self, folder: Folder, row: int, name: str, limit: int) -> bytes | Rejection:
@@ -77,7 +78,7 @@ def replaced(
     store: Store, where: str, folder: Folder, limit: int, rows: Callable[[], Iterator[Files]]
 ) -> Iterator[tuple[int, bytes]]:
     """The rows whose files are not what they were, and a hash of what they are; `rows` tells them from the start."""
-    pieces = [_Piece.of(entry.key) for entry in store.list(where)]
+    pieces = [_Piece.of(key) for key in layout.LOOKED.keys(store, listing=where)]
     if not pieces:
         return
     count = sum(1 for _ in _suspects(store, pieces, rows))
@@ -143,8 +144,9 @@ class _Piece(NamedTuple):
 
     @classmethod
     def of(cls, key: str) -> _Piece:
-        first, rows = key.rpartition("/")[2].partition(".")[0].split("-")
-        return cls(int(first), int(rows), key)
+        parts = layout.LOOKED.parse(key)
+        assert parts is not None, "it was listed"
+        return cls(parts["first"], parts["rows"], key)
 
     @property
     def end(self) -> int:

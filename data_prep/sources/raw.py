@@ -39,7 +39,6 @@ FOREIGN = {
     ".npz": "write it as tars or Parquet",
     ".pkl": "write it as tars or Parquet: a pickle runs whatever it likes",
 }
-TABLES = "data/tables"  # listings, and inputs that were turned into Parquet
 ROW = "pixnerd_row"  # in a table of selected rows: which row of the input each one is
 DAMAGE = "pixnerd_damage"  # in a table that was turned into Parquet: why there is nothing in the row
 

@@ -19,6 +19,7 @@ from data_prep.folders import BUFFER, Folder, StoreFolder, fingerprint
 from data_prep.sources.packed import Unpacked, packing_in
 from data_prep.sources.raw import Input
 from data_prep.sources.tarwalk import BLOCK, Broken, members
+from infra import layout
 from infra.config import digest
 from infra.errors import DataError
 from infra.records import DataObject, Record, put_data, read_record, write_record
@@ -51,7 +52,7 @@ def unpack(store: Store, source: str, folder: Folder, name: str) -> int:
     with folder.open(name, BUFFER) as file, store.spool() as spool:
         stream = Unpacked(file, packing(folder, name), name)
         sha256 = _copy(stream, spool)
-        tar = put_data(store, "data/unpacked", f"{source}.tar", spool_path(spool), sha256)
+        tar = put_data(store, layout.UNPACKED_TARS.at(), f"{source}.tar", spool_path(spool), sha256)
     write_record(store, key, UnpackedRecord(tar=tar, broken=stream.broken))
     return tar.size
 
@@ -89,4 +90,4 @@ def opened(store: Store, folder: Folder, name: str, buffer: int) -> Iterator[Bin
 
 
 def _key(folder: Folder, name: str) -> str:
-    return f"unpacked/{digest(fingerprint(folder, name))}.json"
+    return layout.UNPACKED.at(tar=digest(fingerprint(folder, name)))

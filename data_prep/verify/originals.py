@@ -21,12 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep import links, originals
-from data_prep.catalogue import CATALOGUES, CatalogueRecord
-from data_prep.links import LISTS, LinksRecord
+from data_prep.catalogue import CatalogueRecord
+from data_prep.links import LinksRecord
 from data_prep.originals import BatchRecord, State
 from data_prep.retries import RetryRecord
 from data_prep.stream import in_order
 from data_prep.verify.looking import Looked, Report, looked
+from infra import layout
 from infra.errors import RecordError
 from infra.files import sha256_of
 from infra.records import DataObject, fetch_data, read_record
@@ -70,8 +71,8 @@ class Originals(Report):
             self.batches += 1
             self._note(batch, seen)
         self._read_lists()
-        for entry in self.store.list(CATALOGUES):
-            self._look(entry.key, f"the catalogue {Path(entry.key).stem}", self._catalogue_problems)
+        for key in layout.CATALOGUE.keys(self.store):
+            self._look(key, f"the catalogue {Path(key).stem}", self._catalogue_problems)
 
     def objects(self) -> list[str]:
         """The damaged ones, and tars that are not what their indexes say."""
@@ -83,10 +84,10 @@ class Originals(Report):
     def _note(self, batch: _Batch, seen: _Seen) -> None:
         what, record = f"originals {batch.name}", seen.record
         if self.note(what, seen.itself):
-            dropped = batch.key.removesuffix(".json") + ".dropped.json"
+            dropped = layout.DROPPED.at(batch=batch.name, attempt=batch.state.attempt)
             self.again += [batch.key, *([dropped] if self.store.exists(dropped) else [])]
             self._lost.add(batch.name)
-            named = _objects(record) if record else self.store.list(f"{originals.DATA}/{batch.name}-")
+            named = _objects(record) if record else self.store.list(layout.ORIGINALS.named(batch.name))
             self._what[batch.key], self._of[batch.key] = what, [found.key for found in named]
         elif self.note(what, seen.tar) and record is not None and record.tar is not None:
             self.tars.append(batch.key)
@@ -102,7 +103,7 @@ class Originals(Report):
 
     def _index_problems(self, batch: _Batch, found: list[tuple[BatchRecord, pa.Table]]) -> Iterator[str]:
         record = originals.read_batch(self.store, batch.name, batch.state.attempt)
-        start = f"{originals.DATA}/{batch.name}-"
+        start = layout.ORIGINALS.named(batch.name)
         own = (record.batch, record.attempt) == (batch.name, batch.state.attempt)
         if not own or any(one.key.partition(one.sha256)[0] != start for one in _objects(record)):
             raise RecordError("its record speaks of another batch", remedy="download it again")
@@ -130,14 +131,11 @@ class Originals(Report):
 
     def _read_lists(self) -> None:
         linked: list[LinksRecord] = []
-        for entry in self.store.list(LISTS):
-            _, _, place, generation, name = entry.key.split("/")
-            what = f"the list {place}, generation {generation}"
-            if name == "again.json":
-                for problem in looked(partial(self._retry_problems, entry.key)).problems:
-                    self.lasts(what, problem)
-            elif name == "links.json":
-                self._look(entry.key, what, partial(self._links_problems, linked))
+        for key in layout.RETRY.keys(self.store):
+            for problem in looked(partial(self._retry_problems, key)).problems:
+                self.lasts(_list_name(layout.RETRY, key), problem)
+        for key in layout.LINKS.keys(self.store):
+            self._look(key, _list_name(layout.LINKS, key), partial(self._links_problems, linked))
         for record in linked if self._lost else ():
             if record.at.key not in self.again and self._lost & self._borrowed(record):
                 self.again.append(record.at.key)
@@ -180,6 +178,12 @@ class Originals(Report):
             count = pq.read_metadata(path).num_rows
             if rows is not None and count != rows:
                 yield f"{table.key} has {count} rows, and by its record {rows}"
+
+
+def _list_name(place: layout.Place, key: str) -> str:
+    parts = place.parse(key)
+    assert parts is not None, "it was listed"
+    return f"the list {parts['list']}, generation {parts['generation']}"
 
 
 def _objects(record: BatchRecord) -> list[DataObject]:

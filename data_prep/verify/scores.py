@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import pyarrow as pa
 
 from data_prep.plan import Plan
-from data_prep.score import Place, ScoreSummary
+from data_prep.score import Place
 from data_prep.stream import in_order
 from data_prep.verify.looking import Report, looked
 from data_prep.verify.shards import Shards
+from infra import layout
 from infra.errors import RecordError
-from infra.records import ScoreRecord, read_record
+from infra.records import ScoreRecord, ScoreSummary, read_record
 from infra.shards import read_index, read_parquet
 from infra.store import Store
 
@@ -33,11 +33,10 @@ class ScoreTables(Report):
     def read(self) -> None:
         there: dict[str, set[int]] = defaultdict(set)
         keys = []
-        for entry in self.store.list(f"scores/{self._plan.digest}/{self._size}/"):
-            path = Path(entry.key)
-            if path.suffix == ".json" and path.stem.isdecimal():
-                there[path.parent.name].add(int(path.stem))
-                keys.append(entry.key)
+        for key in layout.SCORE.keys(self.store, plan=self._plan.digest, size=self._size):
+            place, number = _placed(key)
+            there[place.scorer].add(number)
+            keys.append(key)
         for key, found in zip(keys, in_order(lambda key: looked(partial(self._problems, key)), keys), strict=True):
             self.tables += 1
             if self.note(self._name(key), found):
@@ -53,7 +52,7 @@ class ScoreTables(Report):
         """What the record names; where nobody can tell what it named, all that may be its table."""
         if record := self._records.get(key):
             yield record.table.key
-        elif key.startswith("scores/"):
+        elif layout.SCORE.parse(key):
             place, number = _placed(key)
             yield from (entry.key for entry in self.store.list(_data_name(place, number)))
 
@@ -75,19 +74,17 @@ class ScoreTables(Report):
 
     def _check_summaries(self, there: dict[str, set[int]]) -> None:
         numbers = sorted(self._plan.all_numbers(self._size))
-        for entry in list(self.store.list(f"scored/{self._plan.digest}/{self._size}/")):
-            scorer = Path(entry.key).parent.name
+        for key in list(layout.SCORED.keys(self.store, plan=self._plan.digest, size=self._size)):
+            scorer = _scorer(key)
             place = Place(self._plan.digest, self._size, scorer)
-            known = numbers if entry.key == place.summary_key(numbers) else []
+            known = numbers if key == place.summary_key(numbers) else []
             missing = sorted(set(known) - there[scorer])
             if missing:
-                self.problems.append(
-                    f"{self._name(entry.key)}: {len(missing)} shards have none, the first {missing[0]}"
-                )
+                self.problems.append(f"{self._name(key)}: {len(missing)} shards have none, the first {missing[0]}")
                 self.again += [place.key(number) for number in missing]
             keys = [place.key(number) for number in known]
-            if self.note(self._name(entry.key), looked(partial(self._summary_problems, entry.key, keys))):
-                self.again.append(entry.key)
+            if self.note(self._name(key), looked(partial(self._summary_problems, key, keys))):
+                self.again.append(key)
 
     def _summary_problems(self, key: str, keys: list[str]) -> Iterator[str]:
         summary = read_record(self.store, key, ScoreSummary)
@@ -98,20 +95,28 @@ class ScoreTables(Report):
                 yield "their summary and their records count differently"
 
     def _name(self, key: str) -> str:
-        if key.startswith("scored/"):
-            return f"scores {Path(key).parent.name} at {self._size}"
+        if layout.SCORED.parse(key):
+            return f"scores {_scorer(key)} at {self._size}"
         place, number = _placed(key)
         return f"scores {place.scorer} of shard {number} at {self._size}"
 
 
 def _placed(key: str) -> tuple[Place, int]:
-    _, plan, size, scorer, name = key.split("/")
-    return Place(plan, size, scorer), int(Path(name).stem)
+    parts = layout.SCORE.parse(key)
+    assert parts is not None, "it was listed"
+    number = parts.pop("number")
+    return Place(**parts), number
+
+
+def _scorer(summary: str) -> str:
+    parts = layout.SCORED.parse(summary)
+    assert parts is not None, "it was listed"
+    return str(parts["scorer"])
 
 
 def _data_name(place: Place, number: int) -> str:
     """How the keys of a table begin: its hash follows."""
-    return f"data/scores/{place.scorer}/{number:05d}-"
+    return layout.SCORES.named(f"{number:05d}", scorer=place.scorer)
 
 
 def _failures(table: pa.Table) -> dict[str, int]:

@@ -15,6 +15,7 @@ from data_prep.plan import Plan
 from data_prep.sources import parquet
 from data_prep.verify.looking import Report, looked
 from data_prep.verify.shards import Shards
+from infra import layout
 from infra.errors import RecordError
 from infra.records import DataObject, SnapshotRecord, fetch_data, read_record
 from infra.shards import SELECTION_SCHEMA, read_index, read_parquet, shard_prefix
@@ -34,16 +35,16 @@ class Selections(Report):
         self._records: dict[str, SnapshotRecord] = {}
 
     def read(self) -> None:
-        for entry in list(self.store.list("snapshots/")):
+        for key in list(layout.SNAPSHOT.keys(self.store)):
             try:
-                record = read_record(self.store, entry.key, SnapshotRecord)
+                record = read_record(self.store, key, SnapshotRecord)
             except RecordError:
                 continue  # nobody can tell whose it is: see data_prep.verify.strays
             if record.shards in self._shards:
                 self.snapshots += 1
-                self._records[entry.key] = record
-                if self.note(_name(entry.key), looked(partial(self._problems, record))):
-                    self.again.append(entry.key)
+                self._records[key] = record
+                if self.note(_name(key), looked(partial(self._problems, record))):
+                    self.again.append(key)
 
     def objects(self) -> list[str]:
         keys = {part.key: key for key in self.again for part in _objects(self._records[key])}

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.verify.looking import Looked, Report, said
+from infra import layout
 from infra.errors import RecordError
-from infra.records import SnapshotRecord, StageRecord, read_record
+from infra.records import SnapshotOutput, SnapshotRecord, StageRecord, read_record
 from infra.store import Store
 
 
@@ -17,10 +18,10 @@ class Strays(Report):
         self.again: list[str] = []
 
     def read(self) -> None:
-        there = {entry.key: self._wrong(entry.key) for entry in self.store.list("snapshots/")}
+        there = {key: self._wrong(key) for key in layout.SNAPSHOT.keys(self.store)}
         wrong = {key: problem for key, problem in there.items() if problem}
-        for entry in self.store.list("stages/snapshot/"):
-            key = str(read_record(self.store, entry.key, StageRecord).output["record"])
+        for stage in layout.STAGE.keys(self.store, kind=SnapshotOutput.kind):
+            key = read_record(self.store, stage, StageRecord).of(SnapshotOutput).record
             if key not in there:
                 wrong[key] = "its record is gone, and its stage says that it is there"
         for key, problem in wrong.items():
@@ -40,4 +41,4 @@ class Strays(Report):
 
     def _data_of(self, key: str) -> Iterator[str]:
         """All that may be its own."""
-        yield from (entry.key for entry in self.store.list(f"data/snapshots/{Path(key).stem}-"))
+        yield from (entry.key for entry in self.store.list(layout.SELECTIONS.named(Path(key).stem)))

@@ -22,7 +22,7 @@ from training.sampling import Artist, SampleSettings
 
 def generate(
     store: Store,
-    prefix: str,
+    folder: str,
     checkpoint: CheckpointRecord,
     prompts: Sequence[str],
     images: int,
@@ -38,7 +38,7 @@ def generate(
     starts = range(0, len(prompts), chunk)
     refs = [
         task.remote(
-            store, f"{prefix}/pictures", checkpoint, start, list(prompts[start : start + chunk]), images, settings
+            store, f"{folder}/pictures", checkpoint, start, list(prompts[start : start + chunk]), images, settings
         )
         for start in starts
     ]
@@ -57,7 +57,7 @@ def generate(
 
 def _draw_chunk(
     store: Store,
-    prefix: str,
+    folder: str,
     checkpoint: CheckpointRecord,
     first: int,
     prompts: list[str],
@@ -78,7 +78,7 @@ def _draw_chunk(
         Image.fromarray(picture).save(png, "PNG")
         tar.add(f"{first + prompt:05d}-{image}.png", png.getvalue())
     tar.finish()
-    return put_data(store, prefix, f"{first:05d}.tar", packed.getvalue())
+    return put_data(store, folder, f"{first:05d}.tar", packed.getvalue())
 
 
 _loaded: dict[tuple[str, SampleSettings], Artist] = {}  # a worker draws many chunks with one checkpoint

@@ -10,6 +10,7 @@ from typing import Literal
 import pyarrow as pa
 from pydantic import Field
 
+from infra import layout
 from infra.config import Settings, digest
 from infra.records import CheckpointRecord, DataObject, EvalReport, Record, put_data, read_record, write_record
 from infra.shards import parquet_bytes
@@ -52,11 +53,11 @@ Show = Callable[[str, int, int], None]
 
 
 def geneval(
-    store: Store, prefix: str, checkpoint: CheckpointRecord, settings: GenevalSettings, show: Show
+    store: Store, stage: str, checkpoint: CheckpointRecord, settings: GenevalSettings, show: Show
 ) -> EvalReport:
     """GenEval's score of a checkpoint; what an interrupted run drew is used again."""
     prompts = _prompts(settings)
-    drawn = _draw(store, prefix, checkpoint, prompts, settings, show)
+    drawn = _draw(store, stage, checkpoint, prompts, settings, show)
     judge: Judge = ShapeJudge()
     pictures = read_pictures(store, drawn.tars)
     verdicts = protocol.evaluate(
@@ -71,28 +72,29 @@ def geneval(
         images=len(verdicts),
         failed=len(verdicts) - len(pictures),
         scores={f"geneval/{task}": interval for task, interval in scores.items()},
-        details=put_data(store, prefix, "verdicts.parquet", parquet_bytes(_table(verdicts))),
+        details=put_data(store, layout.EVALUATED.at(stage=stage), "verdicts.parquet", parquet_bytes(_table(verdicts))),
         pictures=drawn.tars,
     )
-    write_record(store, f"{prefix}/report.json", report)
-    return read_record(store, f"{prefix}/report.json", EvalReport)
+    key = layout.REPORT.at(stage=stage)
+    write_record(store, key, report)
+    return read_record(store, key, EvalReport)
 
 
 def _draw(
     store: Store,
-    prefix: str,
+    stage: str,
     checkpoint: CheckpointRecord,
     prompts: Sequence[Prompt],
     settings: GenevalSettings,
     show: Show,
 ) -> Pictures:
-    key = f"{prefix}/pictures.json"
+    key = layout.PICTURES.at(stage=stage)
     if store.exists(key):
         return read_record(store, key, Pictures)
     texts = [prompt.prompt for prompt in prompts]
     tars = generate(
         store,
-        prefix,
+        layout.EVALUATED.at(stage=stage),
         checkpoint,
         texts,
         settings.images,

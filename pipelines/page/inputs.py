@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_prep.job import SizeSummary
+from infra.records import SizeSummary
 from pipelines.page.fates import ABOUT, Fate
 from pipelines.page.markup import Child, Html, tag
 from pipelines.page.parts import QUIET, check, image, section, table, words

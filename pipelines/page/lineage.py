@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from infra.records import CorpusOutput, EncodersOutput, GateOutput, RegisterOutput, TrainOutput
 from pipelines.evaluation.statistics import ends
 from pipelines.page.graph import Box, graph
 from pipelines.page.markup import Child, Html, tag
@@ -51,29 +52,29 @@ def _above(story: Story, number: int) -> set[int]:
 
 def _fact(story: Story, number: int) -> str:
     """The one thing to know about what a stage made."""
-    stage, output = story.stages[number], story.stages[number].output
+    output = story.stages[number].output
     if number in story.prepared:
         summary = story.prepared[number]
         return f"{min(size.accepted for size in summary.sizes.values()):,} of {summary.inputs:,} kept"
     if number in story.snapshots:
         return f"{story.snapshots[number].rows:,} samples, {story.snapshots[number].size} px"
-    if number in story.checkpoints:
-        size = f", {output['image_size']} px" if "image_size" in output else ""
+    if number in story.checkpoints and isinstance(output, TrainOutput):
+        size = f", {output.image_size} px" if output.image_size else ""
         return f"{story.checkpoints[number].position:,} images{size}"
     if number in story.reports and (name := overall(story.reports[number])):
         score = story.reports[number].scores[name]
         return f"{score.value:.3f} {ends(score)}"
     if number in story.drawn:
         return f"{len(story.drawn[number].record.prompts):,} captions drawn"
-    if stage.kind == "corpus":
-        return f"{sum(output.get('files', {}).values()):,} files"
-    if stage.kind == "encoders":
-        return " and ".join(output)
-    if stage.kind == "gate":
-        return "passed" if output.get("passed") else "closed"
-    if stage.kind == "register":
-        return f"version {output.get('version')}, {output.get('alias')}"
-    return words(stage.kind)
+    if isinstance(output, CorpusOutput):
+        return f"{sum(output.files.values()):,} files"
+    if isinstance(output, EncodersOutput):
+        return "text and vision"
+    if isinstance(output, GateOutput):
+        return "passed" if output.passed else "closed"
+    if isinstance(output, RegisterOutput):
+        return f"version {output.version}, {output.alias}"
+    return words(story.stages[number].kind)
 
 
 def _times(story: Story) -> Html:

@@ -7,17 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 
-from data_prep.job import PrepareSummary
 from infra.errors import NotFound
 from infra.records import (
     CheckpointRecord,
     DataObject,
     EvalReport,
-    Record,
+    EvaluateOutput,
+    PrepareSummary,
+    SampleOutput,
+    SnapshotOutput,
     SnapshotRecord,
     StageRecord,
+    TrainOutput,
     get_data,
     read_record,
 )
@@ -28,12 +30,6 @@ from pipelines.page.fates import Fate, fates
 
 Rows = list[dict[str, Any]]
 
-NAMED: dict[str, type[Record]] = {
-    "snapshot": SnapshotRecord,
-    "train": CheckpointRecord,
-    "sample": samples.Drawn,
-    "evaluate": EvalReport,
-}
 SEEDS = 4  # pictures shown of a prompt
 SHOWN = 24  # prompts, of the captions that were drawn
 
@@ -110,8 +106,6 @@ def read(store: Store, records: list[StageRecord]) -> Story:
             _read_named(story, number)
         except NotFound as error:
             story.lost.append(f"{record.stage}: {error.message}")
-        except (KeyError, ValidationError):
-            story.lost.append(f"{record.stage}: its output is of another version of pixnerd")
     for number in story.prepared:
         try:
             _read_fates(story, number)
@@ -122,22 +116,20 @@ def read(store: Store, records: list[StageRecord]) -> Story:
 
 def _read_named(story: Story, number: int) -> None:
     """What a stage's output names. A record counts as read even if the data that it names is gone."""
-    stage = story.stages[number]
-    if stage.kind == "prepare":
-        story.prepared[number] = PrepareSummary.model_validate(stage.output)
-    if stage.kind not in NAMED:
-        return
-    found = read_record(story.store, str(stage.output["record"]), NAMED[stage.kind])
-    if isinstance(found, SnapshotRecord):
-        story.snapshots[number] = found
-    elif isinstance(found, CheckpointRecord):
-        story.checkpoints[number] = found
-        story.curves[number] = _table(story.store, found.curve) if found.curve else []
-    elif isinstance(found, samples.Drawn):
-        story.drawn[number] = Shown(found, samples.pictures(story.store, found, most=SHOWN))
-    elif isinstance(found, EvalReport):
-        story.reports[number] = found
-        story.pictures[number] = _chosen(story.store, found)
+    output, store = story.stages[number].output, story.store
+    if isinstance(output, PrepareSummary):
+        story.prepared[number] = output
+    elif isinstance(output, SnapshotOutput):
+        story.snapshots[number] = read_record(store, output.record, SnapshotRecord)
+    elif isinstance(output, TrainOutput):
+        trained = story.checkpoints[number] = read_record(store, output.record, CheckpointRecord)
+        story.curves[number] = _table(store, trained.curve) if trained.curve else []
+    elif isinstance(output, SampleOutput):
+        drawn = read_record(store, output.record, samples.Drawn)
+        story.drawn[number] = Shown(drawn, samples.pictures(store, drawn, most=SHOWN))
+    elif isinstance(output, EvaluateOutput):
+        report = story.reports[number] = read_record(store, output.record, EvalReport)
+        story.pictures[number] = _chosen(store, report)
 
 
 def _read_fates(story: Story, number: int) -> None:

@@ -31,6 +31,7 @@ from data_prep.links import At, LinksRecord
 from data_prep.originals import BatchRecord
 from data_prep.plan import PrepareSettings
 from data_prep.sources import Range, UrlList
+from infra import layout
 from infra.config import parse
 from infra.records import DataObject
 from infra.shards import parquet_bytes
@@ -103,14 +104,14 @@ def answer(store: FileStore) -> str:
         )
         data = parquet_bytes(table)
         sha256 = hashlib.sha256(data).hexdigest()
-        index = DataObject(key=f"{originals.DATA}/{batch.name}-{sha256}.parquet", sha256=sha256, size=len(data))
+        index = DataObject(key=f"{layout.ORIGINALS.at()}/{batch.name}-{sha256}.parquet", sha256=sha256, size=len(data))
         made = BatchRecord(
             batch=batch.name,
             attempt=0,
             began="2026-11-30T09:00:00+00:00",
             asked=record.asked_with,
             kept=True,
-            tar=DataObject(key=f"{originals.DATA}/{batch.name}-{'0' * 64}.tar", sha256="0" * 64, size=0),
+            tar=DataObject(key=f"{layout.ORIGINALS.at()}/{batch.name}-{'0' * 64}.tar", sha256="0" * 64, size=0),
             index=index,
             accepted=int((~gone).sum()),
             rejected={"gone": int(gone.sum())},
@@ -130,7 +131,7 @@ def known(name: str, store: FileStore) -> str:
 
 def write_catalogue(store: FileStore) -> str:
     catalogue.update(store)
-    sizes = [entry.size for entry in store.list(f"{originals.DATA}/entries-")]
+    sizes = [entry.size for entry in store.list(f"{layout.ORIGINALS.at()}/entries-")]
     return f"{sum(sizes) / 1e6:.0f} MB"
 
 

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 
 from data_prep.downloads import Downloads, download
 from data_prep.make import make_shard, plain_outcomes
-from data_prep.originals import BATCHES
 from data_prep.plan import Plan, PrepareSettings, make_plan
 from data_prep.rejections import Cause
+from infra import layout
 from infra.config import parse
 from infra.store import Store
 from tests.data_prep import zoo
@@ -29,7 +29,7 @@ BAD = {  # by place in every ten rows: what is wrong with the input
 }
 
 
-DOWNLOADED = ("downloads/", "data/originals/", "data/tables/")  # what came from the web, and from which lists
+DOWNLOADED = ("downloads/", layout.ORIGINALS.at(), layout.TABLES.at())  # what came from the web, and from which lists
 
 
 def write_corpus(folder: Path, count: int) -> dict[str, int]:
@@ -121,4 +121,6 @@ def prepare_here(store: Store, settings: PrepareSettings, plan: Plan | None = No
 def contents(store: Store) -> dict[str, bytes]:
     """All that is there, but for when its downloads began."""
     found = {entry.key: store.get(entry.key) for entry in store.list()}
-    return found | {key: _BEGAN.sub(b'"began":""', data) for key, data in found.items() if key.startswith(BATCHES)}
+    return found | {
+        key: _BEGAN.sub(b'"began":""', data) for key, data in found.items() if key.startswith(layout.BATCH.under())
+    }

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.forget import LISTS, Forgotten, ForgottenRecord, Gone, concerning, forget, read_list
+from data_prep.forget import Forgotten, ForgottenRecord, Gone, concerning, forget, read_list
 from data_prep.plan import Plan
 from data_prep.snapshot import SnapshotSettings, snapshot, snapshot_key
+from infra import layout
 from infra.errors import DataError, SettingsError
 from infra.records import CheckpointRecord, SnapshotRecord, put_data, read_record, write_record
 from infra.shards import list_shards, parquet_bytes, read_index, read_selection, shard_key, shard_prefix
@@ -34,7 +35,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Plan]:
 def fresh(prepared: tuple[Store, Plan]) -> tuple[Store, Plan]:
     """The shards without what other tests made of them."""
     store, plan = prepared
-    for prefix in (LISTS, "snapshots/", "training/", "imported/"):
+    for prefix in (layout.FORGOTTEN.under(), "snapshots/", "training/", "imported/"):
         for entry in list(store.list(prefix)):
             store.delete(entry.key)
     return store, plan
@@ -65,7 +66,7 @@ def twins_of(rows: list[dict[str, Any]], keys: set[str]) -> set[str]:
 @given(st.data())
 def test_what_is_forgotten_is_in_no_later_snapshot(prepared: tuple[Store, Plan], data: st.DataObject) -> None:
     store, _ = prepared
-    for entry in [*store.list(LISTS), *store.list("snapshots/")]:
+    for entry in [*store.list(layout.FORGOTTEN.under()), *store.list("snapshots/")]:
         store.delete(entry.key)
     wanted = data.draw(
         st.fixed_dictionaries(
@@ -187,7 +188,10 @@ def test_a_list_concerns_the_editions_that_hold_its_items(tmp_path: Path) -> Non
         Gone(store, concerning(store, less, "16")).lists,
     ) == (1, [])
     older = {prefix: here.model_copy(update={"found": None}) for prefix, here in record.searched.items()}
-    store.put(f"{LISTS}older.json", record.model_copy(update={"searched": older}).model_dump_json().encode())
+    store.put(
+        layout.FORGOTTEN.at(items="older"),
+        record.model_copy(update={"searched": older}).model_dump_json().encode(),
+    )
     assert Gone(store, concerning(store, less, "16")).lists == ["older"], (
         "a list that does not say where its items are may concern all"
     )
@@ -222,7 +226,7 @@ def test_lists_add_up_and_are_written_once(fresh: tuple[Store, Plan]) -> None:
     assert store.get(str(first.record)) == content
     assert forget(store, keys[2:], "asked").record != first.record
     assert not set(keys) & keys_in(fresh)
-    assert len(list(store.list(LISTS))) == 2
+    assert len(list(store.list(layout.FORGOTTEN.under()))) == 2
 
 
 class Meanwhile(FileStore):
@@ -242,7 +246,7 @@ class Meanwhile(FileStore):
 def test_a_snapshot_that_is_made_meanwhile_is_named(fresh: tuple[Store, Plan]) -> None:
     made(fresh, size=32)
     key = next(row["key"] for row in rows_of(fresh) if row["accepted"] and row["row"] % 10 < 8)
-    store = Meanwhile(fresh[0], LISTS, lambda: made(fresh))
+    store = Meanwhile(fresh[0], layout.FORGOTTEN.under(), lambda: made(fresh))
     found = forget(store, [key], "asked")
     assert not store.acts and [holder.training for holder in found.snapshots] == [1, 1]
 
@@ -330,7 +334,7 @@ def test_items_that_nobody_knows_are_an_error(fresh: tuple[Store, Plan], tmp_pat
         forget(open_store(str(tmp_path)), ["a"], "asked")
     with pytest.raises(SettingsError, match="names no items"):
         forget(fresh[0], [], "asked")
-    assert not list(fresh[0].list(LISTS))
+    assert not list(fresh[0].list(layout.FORGOTTEN.under()))
 
 
 def test_lists_are_lines_or_a_column(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_names_and_files_that_are_none_of_ours_stop_nothing(prepared: tuple[File
     for odd in (b"bad\xff.json", b"data/bad\xff-" + b"0" * 64 + b".tar"):
         Path(os.fsdecode(os.fsencode(store.root) + b"/" + odd)).write_bytes(b"{")
     found = collect(store, 0.0)
-    assert (found.first, found.foreign) == ([key], 1)
+    assert (found.first, found.foreign, found.unknown) == ([key], 1, ["notes/lines.json"])
     assert not store.exists(key) and store.exists(named)
 
 

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from data_prep import job, originals
 from data_prep.decode import Decoded, decode
 from data_prep.fetch import FetchSettings
-from data_prep.job import PrepareSummary, Progress, SizeSummary, check_accepted, prepare, summary_key
+from data_prep.job import Progress, check_accepted, prepare, summary_key
 from data_prep.plan import make_plan
 from data_prep.rejections import REMEDIES, Cause, Rejection
 from data_prep.verify import verify
 from infra.errors import ClusterError, DataError
+from infra.records import PrepareSummary, SizeSummary
 from infra.shards import list_shards, read_index
 from infra.store import FileStore, Store, open_store
 from tests.data_prep import zoo

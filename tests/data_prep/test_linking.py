@@ -23,6 +23,7 @@ from data_prep.linking import Asking, link
 from data_prep.plan import Plan, PrepareSettings, make_plan
 from data_prep.rejections import Cause
 from data_prep.sources import UrlList
+from infra import layout
 from infra.config import parse
 from infra.errors import DataError
 from infra.shards import list_shards, read_index, shard_prefix
@@ -143,7 +144,7 @@ def test_a_list_of_a_hundred_thousand_costs_what_grew(
             assert summary.sizes["16"].accepted > 0.03 * summary.inputs
 
         walk(store, tmp_path / "lists", web, 100_000, run)
-    assert len(list(store.list(catalogue.CATALOGUES))) == 1
+    assert len(list(store.list(layout.CATALOGUE.under()))) == 1
 
 
 def test_other_orders_columns_and_names_ask_for_nothing(web: Web, store: Store, tmp_path: Path) -> None:
@@ -399,7 +400,7 @@ def test_links_stay_whatever_is_downloaded_later(web: Web, store: Store, tmp_pat
     write(tmp_path / "lists", rows(web, 1, 2))
     settings = settings_for(tmp_path / "lists")
     first = made(store, prepare_here(store, settings))
-    for entry in [*store.list(originals.BATCHES)]:  # as if two drivers had asked at once
+    for entry in [*store.list(layout.BATCH.under())]:  # as if two drivers had asked at once
         record = originals.read_batch(store, entry.key.split("/")[2].split(".")[0], 0)
         other = record.model_copy(update={"batch": f"{int(record.batch, 16) ^ 1:032x}", "began": "9999-01-01"})
         originals.write_record(store, originals.batch_key(other.batch, 0), other)
@@ -436,7 +437,7 @@ def test_what_was_dropped_is_fetched_again_where_it_is_needed(web: Web, store: S
     plan = prepare_here(store, settings)
     before = made(store, plan)
     drop(store, settings, plan)
-    assert not [entry.key for entry in store.list(originals.DATA) if entry.key.endswith(".tar")]
+    assert not [entry.key for entry in store.list(layout.ORIGINALS.at()) if entry.key.endswith(".tar")]
     asked(web)
     web.pages |= {"/3": photo(3), "/4": photo(4)}
     other = prepare_here(store, settings_for(tmp_path / "lists", quality=90))
@@ -498,7 +499,7 @@ def test_a_tar_that_somebody_deleted_is_fetched_once_more(web: Web, store: Store
     write(tmp_path / "lists", rows(web, *range(10)))
     prepare_here(store, settings_for(tmp_path / "lists"))
     asked(web)
-    tars = [entry.key for entry in store.list(originals.DATA) if entry.key.endswith(".tar")]
+    tars = [entry.key for entry in store.list(layout.ORIGINALS.at()) if entry.key.endswith(".tar")]
     store.delete(tars[0])
     with pytest.raises(DataError, match=r"originals .* are gone") as error:
         prepare_here(store, settings_for(tmp_path / "lists", quality=90))
@@ -515,7 +516,7 @@ def test_what_tells_of_a_lists_downloads_can_be_lost(
 ) -> None:
     write(tmp_path / "lists", rows(web, *range(10)))
     half(store, settings_for(tmp_path / "lists"))
-    (key,) = [entry.key for entry in store.list(f"{originals.DATA}/{table}-")]
+    (key,) = [entry.key for entry in store.list(f"{layout.ORIGINALS.at()}/{table}-")]
     store.delete(key) if damage is None else store.put(key, damage)
     with pytest.raises(DataError, match=rf"{key}.* is gone or damaged") as error:
         prepare_here(store, settings_for(tmp_path / "lists"))
@@ -586,11 +587,11 @@ def test_a_catalogue_is_written_when_much_has_come_and_finds_the_same(
     write(tmp_path / "lists", rows(web, *range(14)))
     prepare_here(store, settings_for(tmp_path / "lists"))
     catalogue.update(store)
-    assert [*store.list(catalogue.CATALOGUES)] == [], "two batches are few"
+    assert [*store.list(layout.CATALOGUE.under())] == [], "two batches are few"
     write(tmp_path / "lists", rows(web, *range(40), 999), "more.parquet")
     prepare_here(store, settings_for(tmp_path / "lists"))
     catalogue.update(store)
-    (first,) = [entry.key for entry in store.list(catalogue.CATALOGUES)]
+    (first,) = [entry.key for entry in store.list(layout.CATALOGUE.under())]
     asked(web)
     read, get = list[str](), store.get
 
@@ -603,17 +604,17 @@ def test_a_catalogue_is_written_when_much_has_come_and_finds_the_same(
         patch.setattr(store, "get", noted)
         plan = make_plan(store, settings_for(tmp_path / "others"))
         Downloads(store, settings_for(tmp_path / "others"), plan, plan.shards)
-    assert not [key for key in read if key.startswith(originals.BATCHES)]
+    assert not [key for key in read if key.startswith(layout.BATCH.under())]
     found = made(store, prepare_here(store, settings_for(tmp_path / "others")))
     assert [row["cause"] for row in found] == [None] * 41 + ["gone"]
     assert asked(web) == ["/50"]
     catalogue.update(store)
-    assert [entry.key for entry in store.list(catalogue.CATALOGUES)] == [first]
+    assert [entry.key for entry in store.list(layout.CATALOGUE.under())] == [first]
     write(tmp_path / "lists", rows(web, *range(50, 80)), "third.parquet")
     prepare_here(store, settings_for(tmp_path / "lists"))
     catalogue.update(store)
-    (second,) = [entry.key for entry in store.list(catalogue.CATALOGUES)]
-    assert (first, second) == tuple(f"{catalogue.CATALOGUES}{number:05d}.json" for number in range(2))
+    (second,) = [entry.key for entry in store.list(layout.CATALOGUE.under())]
+    assert (first, second) == tuple(f"{layout.CATALOGUE.under()}{number:05d}.json" for number in range(2))
 
 
 @pytest.mark.parametrize("damage", ["record", "entries", "batches"])
@@ -624,7 +625,7 @@ def test_a_damaged_catalogue_is_none(
     write(tmp_path / "lists", rows(web, *range(20)))
     prepare_here(store, settings_for(tmp_path / "lists"))
     catalogue.update(store)
-    (key,) = [entry.key for entry in store.list(catalogue.CATALOGUES)]
+    (key,) = [entry.key for entry in store.list(layout.CATALOGUE.under())]
     if damage == "record":
         store.put(key, b"{")
     else:
@@ -636,7 +637,7 @@ def test_a_damaged_catalogue_is_none(
     assert asked(web) == ["/20"]
     monkeypatch.setattr(catalogue, "SHARE", 10**9)
     catalogue.update(store)
-    assert [entry.key for entry in store.list(catalogue.CATALOGUES)] == [f"{catalogue.CATALOGUES}00001.json"]
+    assert [entry.key for entry in store.list(layout.CATALOGUE.under())] == [f"{layout.CATALOGUE.under()}00001.json"]
 
 
 @given(

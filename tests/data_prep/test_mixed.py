@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from data_prep.job import PrepareSummary, prepare
+from data_prep.job import prepare
 from data_prep.mend import drop
 from data_prep.plan import PrepareSettings
 from data_prep.rejections import Cause
 from data_prep.verify import verify
 from infra.config import parse
+from infra.records import PrepareSummary
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import Store, open_store
 from tests.data_prep.corpora import DOWNLOADED, contents

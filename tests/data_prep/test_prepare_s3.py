@@ -20,12 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.job import PrepareSummary, prepare
+from data_prep.job import prepare
 from data_prep.plan import PrepareSettings
 from data_prep.rejections import Cause
 from data_prep.verify import verify
 from infra.config import parse
-from infra.records import ShardRecord
+from infra.records import PrepareSummary, ShardRecord
 from infra.store import S3Store, Store, open_store
 from tests.data_prep import zoo
 from tests.data_prep.corpora import contents

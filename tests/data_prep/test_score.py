@@ -27,13 +27,13 @@ from torch.nn import functional as F
 from data_prep import score as score_module
 from data_prep.decode import Decoded, decode
 from data_prep.plan import Plan
-from data_prep.score import Place, Progress, ScoreSettings, ScoreSummary, read_scores, score, scorer_digest
+from data_prep.score import Place, Progress, ScoreSettings, read_scores, score, scorer_digest
 from data_prep.scorers import Row, Sample
 from data_prep.scorers.clip import ClipScorer
 from data_prep.scorers.settings import ClipSettings
 from infra.config import digest, parse
 from infra.errors import CheckpointError, ClusterError, DataError, PixnerdError, SettingsError
-from infra.records import ScoreRecord, ShardRecord, StageRecord, read_record
+from infra.records import PrepareSummary, ScoreRecord, ScoreSummary, ShardRecord, StageRecord, read_record
 from infra.shards import list_shards, read_index, shard_key, shard_prefix
 from infra.store import FileStore, Store, open_store
 from pipelines.stages import NOWHERE, Context, ScoreStage
@@ -473,9 +473,9 @@ def test_the_stage_scores_its_edition_and_no_older_one(tmp_path: Path, url: str,
         """Which shards have scores once the stage has run."""
         settings = parse(ScoreStage, {**endpoint(url).model_dump(), "shards": "prepare", "size": 32})
         context = Context(store, tmp_path, NoTracker(), NOWHERE, lambda stage, progress: None)  # type: ignore[arg-type]
-        output = {"plan": plan.digest, "edition": plan.edition}
+        output = PrepareSummary.model_construct(plan=plan.digest, edition=plan.edition)
         summary = score_stage(context, settings, {"shards": StageRecord.model_construct(output=output)})
-        assert summary["shards"] == 3
+        assert summary.shards == 3
         return {read_record(store, entry.key, ScoreRecord).number for entry in store.list("scores/")}
 
     place = shard_key(new.digest, "32", 3)

@@ -11,12 +11,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.plan import Edition, Plan, PrepareSettings, edition_key
-from data_prep.score import Place, ScoreSummary
+from data_prep.score import Place
 from data_prep.snapshot import SnapshotSettings, snapshot
 from data_prep.verify import Verified, verify, verify_shared
 from infra.config import parse
 from infra.errors import StoreError
-from infra.records import ScoreRecord, ShardRecord, SnapshotRecord, StageRecord, put_data, read_record, write_record
+from infra.records import (
+    ScoreRecord,
+    ScoreSummary,
+    ShardRecord,
+    SnapshotOutput,
+    SnapshotRecord,
+    StageRecord,
+    put_data,
+    read_record,
+    write_record,
+)
 from infra.shards import TarWriter, parquet_bytes, read_index, read_selection, shard_key
 from infra.store import FileStore, Store, open_store
 from tests.data_prep import zoo
@@ -473,7 +483,7 @@ def test_records_of_snapshots_that_nobody_can_read_are_told(with_snapshots: tupl
         digest_of_work="d",
         inputs={},
         settings={},
-        output={"record": gone},
+        output=SnapshotOutput(record=gone, rows=0, counts=[], size="16"),
         versions={},
         started="",
         seconds=0.0,

@@ -10,10 +10,10 @@ import pytest
 
 from data_prep import catalogue, originals
 from data_prep.job import retry_failed
-from data_prep.links import LISTS
 from data_prep.mend import drop_shared
 from data_prep.plan import PrepareSettings
 from data_prep.verify import verify_shared
+from infra import layout
 from infra.records import read_record
 from infra.store import Store
 from tests.data_prep.corpora import contents, prepare_here
@@ -92,7 +92,7 @@ def dropped(found: Prepared) -> set[str]:
 def test_nothing_is_wrong_with_what_was_downloaded(prepared: Prepared) -> None:
     found = verify_shared(prepared.store)
     assert (found.problems, found.damaged, found.batches) == ([], False, len(originals.states(prepared.store)))
-    assert any(prepared.store.list(catalogue.CATALOGUES)) and found.batches == 5
+    assert any(prepared.store.list(layout.CATALOGUE.under())) and found.batches == 5
 
 
 def gone(store: Store, key: str) -> str:
@@ -127,7 +127,7 @@ def test_a_batch_without_its_index_is_nothing(prepared: Prepared) -> None:
     key = originals.batch_key(batch.batch, 0)
     links = set(found.records) - {key}
     assert found.objects == [index] and found.tars_again == [] and key in found.records
-    assert links and all(one.startswith(LISTS) for one in links)
+    assert links and all(one.startswith(layout.LINKS.under()) for one in links)
     prepared.web.pages["/9"] = photo(9)
     assert dropped(prepared) == {key, index, *links}
     assert {name: len(found) for name, found in prepared.larger().items()} == {
@@ -150,7 +150,7 @@ def test_images_that_are_not_those_of_the_index_are_found(prepared: Prepared) ->
     first, second, _ = prepared.batches()
     assert second.tar is not None
     data = prepared.store.get(second.tar.key)
-    wrong = originals.put_data(prepared.store, originals.DATA, f"{first.batch}.tar", data)
+    wrong = originals.put_data(prepared.store, layout.ORIGINALS.at(), f"{first.batch}.tar", data)
     record = first.model_copy(update={"tar": wrong})
     prepared.store.put(originals.batch_key(first.batch, 0), record.model_dump_json().encode())
     found = verify_shared(prepared.store)
@@ -163,7 +163,7 @@ def test_images_that_are_not_those_of_the_index_are_found(prepared: Prepared) ->
 def test_links_that_are_damaged_are_made_again(prepared: Prepared, table: str) -> None:
     from data_prep.links import LinksRecord
 
-    keys = [entry.key for entry in prepared.store.list(LISTS) if entry.key.endswith("/0/links.json")]
+    keys = [key for key in layout.LINKS.keys(prepared.store) if key.endswith("/0/links.json")]
     for key in keys:
         data = spoil(prepared.store, getattr(read_record(prepared.store, key, LinksRecord), table).key)
         assert {key, data} <= dropped(prepared)
@@ -172,7 +172,7 @@ def test_links_that_are_damaged_are_made_again(prepared: Prepared, table: str) -
 
 
 def test_a_damaged_catalogue_goes_and_costs_nothing(prepared: Prepared) -> None:
-    [key] = [entry.key for entry in prepared.store.list(catalogue.CATALOGUES)]
+    [key] = [entry.key for entry in prepared.store.list(layout.CATALOGUE.under())]
     record = read_record(prepared.store, key, catalogue.CatalogueRecord)
     data = spoil(prepared.store, record.entries.key)
     assert dropped(prepared) == {key, data}
@@ -180,7 +180,7 @@ def test_a_damaged_catalogue_goes_and_costs_nothing(prepared: Prepared) -> None:
 
 
 def test_what_a_retry_tries_again_is_told_and_stays(prepared: Prepared) -> None:
-    [key] = [entry.key for entry in prepared.store.list(LISTS) if entry.key.endswith("again.json")]
+    [key] = layout.RETRY.keys(prepared.store)
     prepared.store.put(key, b"{not JSON")
     before = contents(prepared.store)
     found = verify_shared(prepared.store)

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from infra import claim as claims
+from infra import layout
 from infra.claim import Claim, DriverRecord, held
 from infra.errors import TakenOver
 from infra.records import write_record
 from infra.store import Store, open_store
 
-PREFIX = "work/drivers"
+HOME = "training/work"
 
 
 @pytest.fixture
@@ -35,22 +36,24 @@ def nobody(host: str) -> None:
 
 def claim_of(store: Store, process: str, number: int = 1) -> Claim:
     """The claim of a driver that is not here, and does not beat."""
-    write_record(store, f"{PREFIX}/{number:06d}.json", DriverRecord(driver="other", host="far", process=process))
-    return Claim(store, PREFIX, number, "other")
+    write_record(
+        store, layout.DRIVER.at(home=HOME, number=number), DriverRecord(driver="other", host="far", process=process)
+    )
+    return Claim(store, HOME, number, "other")
 
 
 def test_a_second_driver_waits_until_the_first_has_ended(store: Store):
     waits, ended, order = threading.Event(), threading.Event(), []
 
     def second() -> None:
-        with held(store, PREFIX, never, lambda host: waits.set(), every=0.01) as claim:
+        with held(store, HOME, never, lambda host: waits.set(), every=0.01) as claim:
             order.append("second")
             assert ended.is_set()
             assert claim is not None
             claim.check()
 
     with ThreadPoolExecutor(1) as pool:
-        with held(store, PREFIX, never, nobody) as claim:
+        with held(store, HOME, never, nobody) as claim:
             other = pool.submit(second)
             assert waits.wait(30)
             claim.check()
@@ -65,8 +68,8 @@ def test_a_second_driver_waits_until_the_first_has_ended(store: Store):
 def test_who_waits_is_free_once_the_work_is_done(store: Store):
     done = threading.Event()
     with (
-        held(store, PREFIX, never, nobody),
-        held(store, PREFIX, done.is_set, lambda host: done.set(), every=0.01) as second,
+        held(store, HOME, never, nobody),
+        held(store, HOME, done.is_set, lambda host: done.set(), every=0.01) as second,
     ):
         assert second is None
 
@@ -77,20 +80,22 @@ def test_a_driver_that_was_killed_is_followed_at_once(store: Store):
 import os
 from infra.claim import held
 from infra.store import open_store
-with held(open_store({store.url!r}), {PREFIX!r}, lambda: False, print):
+with held(open_store({store.url!r}), {HOME!r}, lambda: False, print):
     os.kill(os.getpid(), 9)
 """
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
-    with held(store, PREFIX, never, nobody) as claim:
+    with held(store, HOME, never, nobody) as claim:
         assert claim is not None
         assert claim.number == 2
-        assert [entry.key for entry in store.list(f"{PREFIX}/") if entry.key.endswith(".json")] == [claim.key]
+        assert [entry.key for entry in store.list(layout.DRIVER.under(home=HOME)) if entry.key.endswith(".json")] == [
+            claim.key
+        ]
 
 
 def test_a_number_that_another_process_has_by_now_is_another_process(store: Store):
     process = claims.process_of(os.getpid())
     claim_of(store, process[:-1] + ("1" if process[-1] != "1" else "2"))
-    with held(store, PREFIX, never, nobody):
+    with held(store, HOME, never, nobody):
         pass
 
 
@@ -106,7 +111,7 @@ def test_a_driver_elsewhere_is_followed_when_its_beat_stands_still(store: Store,
             store.put(f"{theirs.key}.beat", str(now[0]).encode())
         now[0] += 50
 
-    with held(store, PREFIX, never, waiting, every=0.0) as claim:
+    with held(store, HOME, never, waiting, every=0.0) as claim:
         assert asked == [1000, 1050, 1100, 1150, 1200, 1250]
         claim.check()
     with pytest.raises(TakenOver, match="taken this work over"):
@@ -115,11 +120,11 @@ def test_a_driver_elsewhere_is_followed_when_its_beat_stands_still(store: Store,
 
 def test_of_many_that_follow_a_dead_driver_one_works_at_a_time(store: Store):
     claim_of(store, "")
-    store.put(f"{PREFIX}/000001.json.beat", claims.ENDED)
+    store.put(f"{HOME}/000001.json.beat", claims.ENDED)
     working, most, lock = [0], [0], threading.Lock()
 
     def work(_: int) -> None:
-        with held(store, PREFIX, never, lambda host: None, every=0.005):
+        with held(store, HOME, never, lambda host: None, every=0.005):
             with lock:
                 working[0] += 1
                 most[0] = max(most[0], working[0])

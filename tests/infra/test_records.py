@@ -28,8 +28,8 @@ def store(tmp_path: Path) -> Store:
 
 def stage(**changes: object) -> StageRecord:
     plain = {
-        "stage": "a", "kind": "k", "digest_of_work": "d", "inputs": {}, "settings": {}, "output": {"x": [1]},
-        "versions": {}, "started": "2026-01-01", "seconds": 1.0, **changes,
+        "stage": "a", "kind": "gate", "digest_of_work": "d", "inputs": {}, "settings": {},
+        "output": {"passed": True, "verdicts": []}, "versions": {}, "started": "2026-01-01", "seconds": 1.0, **changes,
     }  # fmt: skip
     return StageRecord.model_validate(plain)
 

@@ -19,7 +19,7 @@ import yaml
 
 from data_prep.plan import PrepareSettings, make_plan
 from infra.config import parse
-from infra.records import StageRecord
+from infra.records import PrepareSummary, SizeSummary
 from infra.store import open_store
 from orchestration import terminal
 from tests.data_prep import zoo
@@ -322,8 +322,9 @@ def test_the_end_of_a_preparation_names_the_worst_causes():
         "512": {"accepted": 9_000, "rejected": {"gone": 5_000, "too_small": 6_000}},
         "64": {"accepted": 20_000, "rejected": {}},
     }
-    record = StageRecord.model_construct(output={"inputs": 20_000, "sizes": sizes})
-    assert terminal.prepared(record, 1000.4) == (
+    facts = {"plan": "p", "edition": "e", "inputs": 20_000, "tried_again": {}, "versions": []}
+    made = {size: SizeSummary(shards="", count=1, **counts) for size, counts in sizes.items()}
+    assert terminal.prepared(PrepareSummary(sizes=made, **facts), 1000.4) == (
         "1,000 images/s; 256: 12,000 accepted, 8,000 rejected (5,000 gone, 2,979 too_small, 20 timeout, 1 other); "
         "512: 9,000 accepted, 11,000 rejected (6,000 too_small, 5,000 gone); 64: 20,000 accepted, 0 rejected"
     )

@@ -14,11 +14,20 @@ from PIL import Image
 from data_prep.job import prepare
 from data_prep.mend import drop
 from data_prep.plan import read_plan
-from data_prep.score import Place, ScoreSummary
+from data_prep.score import Place
 from data_prep.snapshot import SnapshotSettings, snapshot
 from data_prep.verify import verify
 from infra.errors import DataError, SettingsError
-from infra.records import ScoreRecord, ShardRecord, SnapshotRecord, StageRecord, put_data, read_record, write_record
+from infra.records import (
+    ScoreRecord,
+    ScoreSummary,
+    ShardRecord,
+    SnapshotRecord,
+    StageRecord,
+    put_data,
+    read_record,
+    write_record,
+)
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import FileStore, Store, open_store
 from orchestration import workflow
@@ -28,6 +37,7 @@ from pipelines import recipes
 from pipelines.stages import NOWHERE, Context
 from tests.data_prep.corpora import contents, settings_for, write_corpus
 from tests.data_prep.test_snapshot import scored
+from tests.infra.stores import misplaced
 from tests.orchestration.test_workflow import NoTracker
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -67,9 +77,14 @@ def test_show_says_what_became_of_every_input(made: Store, capsys: pytest.Captur
     assert sum(summary["rejected"].values()) == 12
 
 
+def summary_of(place: Place) -> ScoreSummary:
+    facts = {"settings": {}, "columns": [], "shards": 4, "rows": 18, "failures": {}, "versions": []}
+    return ScoreSummary(**place._asdict(), **facts)
+
+
 def test_show_joins_the_scores_of_a_stage(made: Store, capsys: pytest.CaptureFixture[str]):
-    plan = stage_records(made, "prepare")[0].output["plan"]
-    edition = stage_records(made, "prepare")[0].output["edition"]
+    plan = stage_records(made, "prepare")[0].output.plan
+    edition = stage_records(made, "prepare")[0].output.edition
     with pytest.raises(SettingsError, match="no scores called `clip`"):
         show_data(made.url, size=None, columns=[], scores=["clip"], out=None, seed=0, as_json=False)
     scored(
@@ -79,8 +94,9 @@ def test_show_joins_the_scores_of_a_stage(made: Store, capsys: pytest.CaptureFix
         clip_failure=lambda keys: pa.array(["no_caption"] + [None] * (len(keys) - 1)),
     )
     [stage] = stage_records(made, "prepare")
-    output = {"plan": plan, "size": "16", "scorer": "0123456789abcdef"}
-    write_record(made, "stages/score/d.json", stage.model_copy(update={"stage": "clip", "output": output}))
+    output = summary_of(Place(plan, "16", "0123456789abcdef"))
+    made_by = stage.model_copy(update={"stage": "clip", "kind": "score", "output": output})
+    write_record(made, "stages/score/d.json", made_by)
     for name in ("clip", "0123456789abcdef"):
         show_data(made.url, size=None, columns=[], scores=[name], out=None, seed=0, as_json=False)
         at_32, at_16 = capsys.readouterr().out.split("size 16:")
@@ -203,13 +219,13 @@ def test_what_was_made_of_damaged_shards_is_made_again_as_well(tmp_path: Path):
     run = run_of(tmp_path, prepare={"sizes": [32, 16]}, small=data | {"size": 16}, large=data | {"size": 32})
     run()
     [stage] = stage_records(run.store, "prepare")
-    plan, edition = stage.output["plan"], stage.output["edition"]
+    plan, edition = stage.output.plan, stage.output.edition
     scored(
         (run.store, read_plan(run.store, plan, edition)), "clip", clip_score=lambda keys: pa.array([1.0] * len(keys))
     )
     before = contents(run.store)
     small, large = (
-        next(record.output["record"] for record in stage_records(run.store, "snapshot") if record.stage == name)
+        next(record.output.record for record in stage_records(run.store, "snapshot") if record.stage == name)
         for name in ("small", "large")
     )
     broken = run.records()[1]
@@ -239,7 +255,7 @@ def test_export_writes_the_newest_snapshot_of_a_stage(tmp_path: Path, capsys: py
     assert capsys.readouterr().out == f"file://{out}/train: 18 samples in 1 folders of pictures\n"
     lines = (tmp_path / "out" / "train" / "metadata.jsonl").read_text().splitlines()
     assert len(lines) == len(list((tmp_path / "out").rglob("*.jpg"))) == 18
-    [key] = {record.output["record"] for record in stage_records(run.store, "snapshot")}
+    [key] = {record.output.record for record in stage_records(run.store, "snapshot")}
     export_data(Path(key).stem, run.store.url, f"{out}2", layout="webdataset", tar_mib=1, as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert (told["snapshot"], told["splits"], told["tar_mib"]) == (key, {"train": {"rows": 18, "parts": 1}}, 1)
@@ -265,7 +281,7 @@ def test_damaged_snapshots_are_made_again_by_the_same_run(tmp_path: Path, capsys
     )
     run()
     before = contents(run.store)
-    made = {record.stage: record.output["record"] for record in stage_records(run.store, "snapshot")}
+    made = {record.stage: record.output.record for record in stage_records(run.store, "snapshot")}
     held_out = read_record(run.store, made["spoilt"], SnapshotRecord).held_out.key
     spoil(run.store, held_out)
     run.store.put(made["unread"], b"{not JSON")
@@ -289,21 +305,15 @@ def test_damaged_snapshots_are_made_again_by_the_same_run(tmp_path: Path, capsys
 def test_damaged_scores_go_with_what_says_that_they_are_done(tmp_path: Path):
     run = run_of(tmp_path, prepare={"sizes": [16]}, data={"kind": "snapshot", "shards": "prepare", "size": 16})
     run()
+    assert misplaced(run.store) == []
     [stage] = stage_records(run.store, "prepare")
-    plan, edition = stage.output["plan"], stage.output["edition"]
+    plan, edition = stage.output.plan, stage.output.edition
     planned = read_plan(run.store, plan, edition)
     for scorer in ("clip", "vlm"):
         scored((run.store, planned), scorer, score=lambda keys: pa.array([1.0] * len(keys)))
         place = Place(plan, "16", scorer)
-        output = place._asdict() | {
-            "settings": {},
-            "columns": [],
-            "shards": 4,
-            "rows": 18,
-            "failures": {},
-            "versions": [],
-        }
-        write_record(run.store, place.summary_key(sorted(planned.all_numbers("16"))), ScoreSummary(**output))
+        output = summary_of(place)
+        write_record(run.store, place.summary_key(sorted(planned.all_numbers("16"))), output)
         record = stage.model_copy(update={"stage": scorer, "kind": "score", "output": output})
         write_record(run.store, f"stages/score/{scorer}.json", record)
     verify_data(run.store.url, as_json=True)
@@ -325,8 +335,8 @@ def test_one_that_is_killed_while_it_drops_is_finished_by_the_next(tmp_path: Pat
     run()
     before = contents(run.store)
     [stage] = stage_records(run.store, "prepare")
-    plan, edition = stage.output["plan"], stage.output["edition"]
-    [key] = [record.output["record"] for record in stage_records(run.store, "snapshot")]
+    plan, edition = stage.output.plan, stage.output.edition
+    [key] = [record.output.record for record in stage_records(run.store, "snapshot")]
     spoil(run.store, read_record(run.store, key, SnapshotRecord).selection.key)
     spoil(run.store, run.tar(run.records()[1]))
 
@@ -419,10 +429,15 @@ def test_every_edition_that_says_that_it_is_done_is_told_otherwise(tmp_path: Pat
     run = run_of(tmp_path, prepare={"sizes": [16]})
     run()
     [stage] = stage_records(run.store, "prepare")
-    older = stage.model_copy(update={"digest_of_work": "older", "started": "2020-01-01", "output": dict(stage.output)})
-    older.output["edition"] = "older"
+    older = stage.model_copy(
+        update={
+            "digest_of_work": "older",
+            "started": "2020-01-01",
+            "output": stage.output.model_copy(update={"edition": "older"}),
+        }
+    )
     write_record(run.store, "stages/prepare/older.json", older)
-    run.store.put(f"prepared/{stage.output['plan']}/older.json", b"{}")
+    run.store.put(f"prepared/{stage.output.plan}/older.json", b"{}")
     spoil(run.store, run.tar(run.records()[0]))
     verify_data(run.store.url, drop_damaged=True, as_json=True)
     assert done_in(run.store, contents(run.store)) == []

@@ -15,6 +15,7 @@ import yaml
 from infra.records import CheckpointRecord, StageRecord, read_record
 from infra.store import Store, open_store
 from pipelines import recipes
+from tests.infra.stores import misplaced
 
 # The demo in small: every stage, two sizes, three training runs, in about a minute.
 RECIPE = {
@@ -95,7 +96,7 @@ def checkpoints(store: Path) -> dict[str, dict[str, str]]:
     found = {}
     for entry in opened.list("stages/train/"):
         record = read_record(opened, entry.key, StageRecord)
-        made = read_record(opened, record.output["record"], CheckpointRecord)
+        made = read_record(opened, record.output.record, CheckpointRecord)
         found[record.stage] = {name: data.sha256 for name, data in made.files.items()}
     return found
 
@@ -105,6 +106,7 @@ def checkpoints(store: Path) -> dict[str, dict[str, str]]:
 def test_killed_at_every_stage_it_ends_where_an_undisturbed_run_does(recipe: Path, tmp_path: Path):
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     finish(recipe, undisturbed)
+    assert misplaced(open_store(str(undisturbed))) == []
     for stage in STAGES:
         kill_during(recipe, disturbed, stage)
     said = finish(recipe, disturbed)

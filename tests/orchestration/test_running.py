@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from infra import layout
 from infra.claim import PATIENCE_SECONDS, process_of
 from infra.records import write_record
 from infra.store import Store, open_store
 from orchestration import running, session
-from orchestration.running import PREFIX, Others, RunRecord, noted
+from orchestration.running import Others, RunRecord, noted
 
 
 @pytest.fixture
@@ -23,11 +24,11 @@ def store(tmp_path: Path) -> Store:
 
 
 def notes(store: Store) -> list[str]:
-    return [entry.key for entry in store.list(PREFIX)]
+    return [entry.key for entry in store.list(layout.RUNNING.under())]
 
 
 def note_of(store: Store, process: str, host: str = "elsewhere") -> str:
-    key = f"{PREFIX}other.json"
+    key = layout.RUNNING.at(run="other")
     run = RunRecord(workflow="demo", host=host, pid=7, process=process, since="2026-11-21 16:05 UTC")
     write_record(store, key, run)
     store.put(f"{key}.beat", b"1")
@@ -102,8 +103,8 @@ def test_the_note_of_a_machine_that_is_gone_is_dropped_after_long_silence(
 
 
 def test_what_is_no_note_stops_nothing(store: Store):
-    store.put(f"{PREFIX}broken.json", b"{")
-    store.put(f"{PREFIX}other.json", b'{"schema_version": 99}')
+    store.put(layout.RUNNING.at(run="broken"), b"{")
+    store.put(layout.RUNNING.at(run="other"), b'{"schema_version": 99}')
     told: list[str] = []
     with noted(store, "demo", told.append):
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 from data_prep.forget import forget
 from infra.config import Settings, operational
 from infra.errors import DataError, SettingsError, StageFailed, Stopped
-from infra.records import StageRecord
+from infra.records import Output, StageRecord
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import Store, open_store
 from infra.tracking import NOWHERE, Run
@@ -30,6 +31,18 @@ class Made(Settings):
     many: list[str] = stage_reference([])
 
 
+class MakeOutput(Output, kind="make"):
+    sum: int
+
+
+class TellOutput(MakeOutput, kind="tell"):
+    pass
+
+
+class FindOutput(MakeOutput, kind="find"):
+    pass
+
+
 class NoTracker:
     def run(self, *args: Any) -> Run:
         return NOWHERE
@@ -40,18 +53,21 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the stages that ran, in order. A negative value fails."""
     names: list[str] = []
 
-    def work(context: Context, settings: Made, inputs: Any) -> dict[str, Any]:
+    def work(kind: type[MakeOutput], context: Context, settings: Made, inputs: Any) -> Output:
         names.append(context.stage)
         if settings.value < 0:
             raise DataError("it is negative", remedy="be positive")
-        return {"sum": settings.value + sum(record.output["sum"] for record in inputs.values())}
+        return kind(sum=settings.value + sum(record.output.sum for record in inputs.values()))
 
     kinds = {
-        "make": StageKind("make", Made, work),
-        "tell": StageKind("tell", Made, work, reads_all=True),
+        "make": StageKind("make", Made, partial(work, MakeOutput)),
+        "tell": StageKind("tell", Made, partial(work, TellOutput), reads_all=True),
         # What it reads from outside, only the stages before it can tell.
         "find": StageKind(
-            "find", Made, work, outside=lambda settings, store, inputs: [r.output["sum"] for r in inputs.values()]
+            "find",
+            Made,
+            partial(work, FindOutput),
+            outside=lambda settings, store, inputs: [r.output.sum for r in inputs.values()],
         ),
     }
     monkeypatch.setattr(workflow, "KINDS", kinds)
@@ -286,7 +302,7 @@ def corpus(folder: Path, name: str, count: int) -> dict[str, Any]:
 
 
 def accepted(store: Store, record: StageRecord) -> list[dict[str, Any]]:
-    shards = list_shards(store, shard_prefix(record.output["plan"], "16"))
+    shards = list_shards(store, shard_prefix(record.output.plan, "16"))
     return [row for shard in shards for row in read_index(store, shard).to_pylist() if row["accepted"]]
 
 
@@ -316,14 +332,14 @@ def test_what_is_forgotten_renews_the_snapshots_that_it_may_concern(store: Store
     assert states(store, made) == {"one": "done", "data_one": "new", "two": "new", "data_two": "new"}
     done = run()
     assert set(states(store, made).values()) == {"done"}, "the digest with the list in it is found again"
-    counts = {name: dict(done[name].output["counts"]) for name in ("data_one", "data_two")}
+    counts = {name: dict(done[name].output.counts) for name in ("data_one", "data_two")}
     assert counts["data_one"]["not forgotten"] == counts["data_one"]["accepted"] - 1
     assert counts["data_two"]["not forgotten"] == counts["data_two"]["accepted"] - 1, "its twin, in shards made since"
     forget(store, [late["key"]], "of the first corpus alone", twins=False)
     assert states(store, made) == {"one": "done", "data_one": "new", "two": "done", "data_two": "done"}
     [why] = [plan.why for plan in workflow.plan(nodes("one", "data_one"), store) if plan.node.name == "data_one"]
     assert "what is forgotten" in why
-    assert dict(run()["data_one"].output["counts"])["not forgotten"] == counts["data_one"]["accepted"] - 2
+    assert dict(run()["data_one"].output.counts)["not forgotten"] == counts["data_one"]["accepted"] - 2
 
 
 @pytest.mark.usefixtures("ray_cluster")

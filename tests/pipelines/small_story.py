@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from data_prep.job import PrepareSummary, SizeSummary
 from data_prep.shape_corpus import kind_of
 from data_prep.shape_world import render, render_prompt, sample_scene
 from infra.config import digest
@@ -20,8 +19,10 @@ from infra.records import (
     CheckpointRecord,
     DataObject,
     EvalReport,
+    PrepareSummary,
     Record,
     ShardRecord,
+    SizeSummary,
     SnapshotRecord,
     StageRecord,
     put_data,

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 from infra.config import Settings, parse
 from infra.errors import CheckpointError, SettingsError
-from infra.records import StageRecord
+from infra.records import EncodersOutput, SnapshotOutput, StageRecord
 from infra.store import open_store
 from orchestration import session, workflow
 from pipelines import stages
@@ -93,9 +93,11 @@ def test_width_and_sides_follow_the_encoder_and_the_data(monkeypatch: pytest.Mon
     counts = {"rows": 1, "held_out_rows": 0, "counts": [], "by_source": {}, "caption_shares": {}, "forgotten": []}
     write_record(store, "snapshot.json", SnapshotRecord(shards="s", size="24", **names, **counts))
     config = put_data(store, "x", "config.json", b'{"hidden_size": 40}')
-    outputs = {"data": {"record": "snapshot.json"}, "encoders": {"text": {"config.json": config}, "vision": {}}}
+    outputs = {
+        "data": SnapshotOutput(record="snapshot.json", rows=1, counts=[], size="24"),
+        "encoders": EncodersOutput(text={"config.json": config}, vision={}),
+    }
     inputs = {name: StageRecord.model_construct(output=output) for name, output in outputs.items()}
-    inputs["encoders"].output["text"]["config.json"] = config.model_dump()
     context = stages.Context(store, tmp_path, None, stages.NOWHERE, lambda stage, progress: None, digest="d")  # type: ignore[arg-type]
     settings = parse(TrainStage, {k: v for k, v in TINY.items() if k != "kind"})
     with pytest.raises(CheckpointError, match="far enough"):

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.records import EvalReport, Interval, put_data, write_record
+from infra.records import EvalReport, Interval, Output, PrepareSummary, StageRecord, Verdict, put_data, write_record
 from infra.shards import parquet_bytes
 from infra.store import Store, open_store
 from pipelines.evaluation.statistics import ends
@@ -114,8 +114,13 @@ def shown(made: Made) -> Element:
     return parse(build(made.store, "A small story", made.stages))
 
 
+def changed(stage: StageRecord, change: dict[str, Any]) -> StageRecord:
+    output = stage.output.model_copy(update=change.get("output", {}))
+    return stage.model_copy(update={**change, "output": output})
+
+
 def spoilt(made: Made, stage: str, **change: Any) -> Element:
-    stages = [s.model_copy(update=change) if s.stage == stage else s for s in made.stages]
+    stages = [changed(s, change) if s.stage == stage else s for s in made.stages]
     return parse(build(made.store, "A small story", stages))
 
 
@@ -165,7 +170,7 @@ def test_the_gate_says_which_evaluation_is_the_models(own: Made) -> None:
 
 
 def test_a_closed_gate_and_no_model(own: Made) -> None:
-    rule = {"score": "geneval/overall", "value": 0.5, "limit": "at least 0.600", "passed": False}
+    rule = Verdict(score="geneval/overall", value=0.5, limit="at least 0.600", passed=False)
     own.stages.pop()
     verdict = spoilt(own, "gate", output={"passed": False, "verdicts": [rule]}).one("p", "verdict").text()
     assert "Gate closed✗ geneval/overall 0.500 is not at least 0.600" in verdict
@@ -271,9 +276,9 @@ def test_the_inputs_add_up_and_the_page_says_so(made: Made, page: Element) -> No
 
 
 def test_an_input_that_vanished_is_told(own: Made) -> None:
-    output = own.stages[1].output
-    lost = output["sizes"]["32"] | {"accepted": 194}
-    page = spoilt(own, "prepare", output=output | {"sizes": output["sizes"] | {"32": lost}})
+    sizes = own.stages[1].of(PrepareSummary).sizes
+    lost = sizes["32"].model_copy(update={"accepted": 194})
+    page = spoilt(own, "prepare", output={"sizes": sizes | {"32": lost}})
     bad = [check.text() for check in page.all("p", "bad")]
     assert bad[0] == "✗ 32 px: 194 accepted + 5 rejected are not the 200 inputs"
     assert len(bad) == 3  # and the two snapshots that begin with 195
@@ -328,23 +333,22 @@ def test_hostile_words_stay_words(own: Made) -> None:
         {"task": HOSTILE, "prompt": 0, "text": HOSTILE, "image": 0, "correct": False, "reasons": HOSTILE},
         {"task": "counting", "prompt": 1, "text": "\u202egnorw", "image": 0, "correct": True, "reasons": ""},
     ]
-    changed = report.model_copy(
+    spoken = report.model_copy(
         update={
             "judge": HOSTILE,
             "details": put_data(own.store, "bad", "bad.parquet", parquet_bytes(pa.Table.from_pylist(details))),
             "scores": {f"geneval/{HOSTILE}": report.scores["geneval/overall"]},
         }
     )
-    write_record(own.store, "records/bad.json", changed)
-    output = own.stages[1].output
-    sizes = {HOSTILE: output["sizes"]["16"] | {"rejected": {HOSTILE: 5}}}
+    write_record(own.store, "records/bad.json", spoken)
+    sizes = {HOSTILE: own.stages[1].of(PrepareSummary).sizes["16"].model_copy(update={"rejected": {HOSTILE: 5}})}
     bad: dict[str, dict[str, Any]] = {
         "sft_score": {"output": {"record": "records/bad.json"}, "stage": HOSTILE, "started": HOSTILE},
-        "prepare": {"output": output | {"sizes": sizes}, "versions": {HOSTILE: HOSTILE}},
+        "prepare": {"output": {"sizes": sizes}, "versions": {HOSTILE: HOSTILE}},
         "register": {"output": {"model": HOSTILE, "version": HOSTILE, "alias": HOSTILE}, "kind": "register"},
         "low": {"stage": HOSTILE, "settings": {HOSTILE: [{"a": HOSTILE}]}, "kind": "train"},
     }
-    stages = [stage.model_copy(update=bad.get(stage.stage, {})) for stage in own.stages]
+    stages = [changed(stage, bad.get(stage.stage, {})) for stage in own.stages]
     page = parse(build(own.store, HOSTILE, stages))
     assert not list(page.all("script"))
     assert all(str(image.attributes["src"]).startswith("data:") for image in page.all("img"))
@@ -378,6 +382,10 @@ def test_without_what_came_before(own: Made) -> None:
     assert page.one("table", "scores").rows()
 
 
+class PolishOutput(Output, kind="polish_shoes"):
+    shine: int
+
+
 def test_a_kind_of_stage_that_it_does_not_know(own: Made) -> None:
     own.stage("polish", "polish_shoes", {"shine": 1}, settings={"brush": "soft"}, data="prepare")
     page = shown(own)
@@ -390,9 +398,8 @@ def test_a_curve_of_one_row_and_none(own: Made) -> None:
     bare = own.named["low"].model_copy(update={"curve": None})
     write_record(own.store, "records/bare.json", bare)
     first = [stage for stage in own.stages if stage.stage in ("corpus", "low")]
-    page = parse(
-        build(own.store, "bare", [s.model_copy(update={"output": {"record": "records/bare.json"}}) for s in first])
-    )
+    first[1] = changed(first[1], {"output": {"record": "records/bare.json"}})
+    page = parse(build(own.store, "bare", first))
     assert not list(page.all("svg", "chart"))
 
 

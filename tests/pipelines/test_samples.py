@@ -138,7 +138,7 @@ def test_the_page_shows_them_and_outlives_the_originals(
 def page_of(store: Store, drawn: Drawn) -> str:
     made = make(store)
     key = made.put(f"drawn-{drawn.digest()}", drawn)
-    made.stage("samples", "sample", {"record": key}, checkpoint="sft", data="sft_data")
+    made.stage("samples", "sample", {"record": key, "sheet": "s.png", "prompts": 1}, checkpoint="sft", data="sft_data")
     page = build(store, "A page", made.stages)
     return page.partition(">What it draws<")[2].partition("<section")[0]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from infra.config import parse
-from infra.records import SnapshotRecord, StageRecord, put_data, write_record
+from infra.records import SnapshotOutput, SnapshotRecord, StageRecord, put_data, write_record
 from infra.store import open_store
 from infra.tracking import Tracker
 from pipelines import stages
@@ -40,7 +40,8 @@ def test_the_driver_logs_what_rank_0_says(tmp_path: Path, monkeypatch: pytest.Mo
     names = {"selection": data, "held_out": data, "by_shard": data}
     counts = {"rows": 1, "held_out_rows": 0, "counts": [], "by_source": {}, "caption_shares": {}, "forgotten": []}
     write_record(store, "snapshot.json", SnapshotRecord(shards="s", size="24", **names, **counts))
-    inputs = {"data": StageRecord.model_construct(output={"record": "snapshot.json"})}
+    output = SnapshotOutput(record="snapshot.json", rows=1, counts=[], size="24")
+    inputs = {"data": StageRecord.model_construct(output=output)}
     with closing(Tracker(f"sqlite:///{tmp_path}/mlflow.db", "test", tmp_path / "artifacts")) as tracker:
         run = tracker.run("train", "d")
         context = stages.Context(store, tmp_path, tracker, run, lambda stage, said: None, digest="d", run=run)

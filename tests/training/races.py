@@ -116,7 +116,7 @@ def driver(job: Job, out: Path, claims: bool) -> int:
 
     with contextlib.ExitStack() as stack:
         if claims:
-            job.claim = stack.enter_context(held(job.store, f"{job.prefix}/drivers", done, lambda host: None, 0.1))
+            job.claim = stack.enter_context(held(job.store, job.prefix, done, lambda host: None, 0.1))
         return 0 if any(attempt(job, out) for _ in range(4)) else 1
 
 

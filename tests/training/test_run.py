@@ -19,6 +19,7 @@ from infra.config import canonical_json
 from infra.errors import CheckpointError, SettingsError, StoreError, TakenOver, TrainingError
 from infra.records import CheckpointRecord, DataObject, SnapshotRecord, get_data, read_record
 from infra.store import FileStore, Store, open_store
+from tests.infra.stores import misplaced
 from tests.training import small_run
 from training import checkpoint, loop
 from training import model as models
@@ -137,6 +138,7 @@ def test_only_the_newest_states_are_kept_and_none_of_a_finished_run(store: Store
     assert states(store, job) == [6, 7]
     run(job)
     assert states(store, job) == []
+    assert misplaced(store) == []
 
 
 def test_micro_batches_give_the_same_model(store: Store, make: Any, undisturbed: CheckpointRecord, tmp_path: Path):
@@ -300,7 +302,7 @@ def test_a_state_of_mixed_parts_can_be_neither_written_nor_read(store: Store, ma
 
 def test_a_driver_whose_run_was_taken_over_commits_nothing(store: Store, make: Any, alone: None):
     job = make("taken")
-    with held(store, f"{job.prefix}/drivers", lambda: False, pytest.fail) as claim:
+    with held(store, job.prefix, lambda: False, pytest.fail) as claim:
         store.put(f"{job.prefix}/drivers/000002.json", store.get(claim.key).replace(claim.driver.encode(), b"b" * 12))
         with pytest.raises(TakenOver):
             run(replace(job, claim=claim))
