@@ -406,10 +406,10 @@ def test_links_stay_whatever_is_downloaded_later(web: Web, store: Store, tmp_pat
         originals.write_record(store, originals.batch_key(other.batch, 0), other)
     again = made(store, prepare_here(store, settings.model_copy(update={"quality": 90})))
     assert [row["pixels_sha256"] for row in again] == [row["pixels_sha256"] for row in first]
-    (place,) = {entry.key.split("/")[2] for entry in store.list(links.LISTS)}
+    (place,) = {entry.key.split("/")[2] for entry in store.list(layout.LINKS.under())}
     write(tmp_path / "lists", rows(web, 2, 1))
     prepare_here(store, settings)
-    (newer,) = {entry.key.split("/")[2] for entry in store.list(links.LISTS)} - {place}
+    (newer,) = {entry.key.split("/")[2] for entry in store.list(layout.LINKS.under())} - {place}
     used = {at: batches_of(store, links.At(at)) for at in (place, newer)}
     assert used[place].isdisjoint(used[newer])
     assert asked(web) == pages(1, 2)
@@ -520,7 +520,7 @@ def test_what_tells_of_a_lists_downloads_can_be_lost(
     store.delete(key) if damage is None else store.put(key, damage)
     with pytest.raises(DataError, match=rf"{key}.* is gone or damaged") as error:
         prepare_here(store, settings_for(tmp_path / "lists"))
-    (record,) = [entry.key for entry in store.list(links.LISTS)]
+    (record,) = [entry.key for entry in store.list(layout.LINKS.under())]
     assert error.value.remedy.startswith(f"delete {store.url}/{record}, and run again")
     store.delete(record)
     prepare_here(store, settings_for(tmp_path / "lists"))
