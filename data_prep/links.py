@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from data_prep.fetch import FetchSettings
 from data_prep.folders import StoreFolder
-from data_prep.originals import Asked, Missing, asked_with
+from data_prep.originals import Asked, Missing, asked_with, chosen_of
 from data_prep.sources import UrlList, parquet
 from infra import layout
 from infra.config import digest
@@ -71,7 +71,7 @@ class LinksRecord(Record):
 
 def place(source: UrlList, name: str, sha256: str, settings: FetchSettings) -> str:
     """Of an input, which is a list of URLs."""
-    asked = {"column": source.image, **asked_with(settings, source.max_bytes)}
+    asked = {"column": source.image, **chosen_of(asked_with(settings, source.max_bytes))}
     return digest({"input": [name, sha256], "asked": asked})
 
 

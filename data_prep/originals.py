@@ -194,9 +194,15 @@ def url_hash(url: str) -> bytes:
     return hashlib.sha256(url.encode()).digest()[:16]
 
 
+def chosen_of(asked: Asked) -> Asked:
+    """Those that are not as they are by default: what names are made of."""
+    defaults = FetchSettings().results()
+    return {name: value for name, value in asked.items() if name not in defaults or value != defaults[name]}
+
+
 def batch_name(hashes: bytes, asked: Asked, nonce: str = "") -> str:
     """Of URLs, in this order, asked for with these settings; a `nonce` tells one more try from the first."""
-    return hashlib.sha256(f"{canonical_json(asked)}\n{nonce}\n".encode() + hashes).hexdigest()[:32]
+    return hashlib.sha256(f"{canonical_json(chosen_of(asked))}\n{nonce}\n".encode() + hashes).hexdigest()[:32]
 
 
 class Missing(NamedTuple):

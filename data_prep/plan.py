@@ -156,11 +156,15 @@ class PlannedShard(NamedTuple):
 
 
 class Edition(Record):
-    """What a run found."""
+    """What a run found. Its settings are those of the plan, which is called after them."""
 
     inputs: list[KnownAs]
     sizes: dict[str, int]  # name -> how many shards of it a planned one becomes
     settings: dict[str, Any]  # those that change results
+
+    @property
+    def name(self) -> str:
+        return digest([self.inputs, self.sizes])
 
 
 @dataclass(frozen=True)
@@ -216,8 +220,7 @@ class Given(NamedTuple):
 
 def make_plan(store: Store, settings: PrepareSettings) -> Plan:
     """The plan for these settings and for what the sources hold, extended by the inputs that it did not know."""
-    results = settings.results()
-    name = digest({"format": FORMAT, "settings": results})
+    name = digest({"format": FORMAT, "settings": settings.chosen()})
     while True:
         extensions = _extensions(store, name)
         planned = [shard for key in extensions for shard in _read(store, key)]
@@ -231,7 +234,7 @@ def make_plan(store: Store, settings: PrepareSettings) -> Plan:
     edition = Edition(
         inputs=[here.known_as for here in given],
         sizes={size_name(size): settings.shards_of(size) for size in settings.sizes},
-        settings=results,
+        settings=settings.results(),
     )
     _check_captions(store, settings, name, edition, planned)
     plan = _plan(name, edition, planned)
@@ -266,7 +269,7 @@ def all_shards(store: Store, plan: Plan, size: str) -> list[ShardRecord]:
 def _plan(name: str, edition: Edition, planned: list[PlannedShard]) -> Plan:
     active = set(edition.inputs)
     shards = [shard for shard in planned if shard.known_as in active]
-    return Plan(name, edition.digest(), edition.inputs, shards, len(planned), edition.sizes, edition.settings)
+    return Plan(name, edition.name, edition.inputs, shards, len(planned), edition.sizes, edition.settings)
 
 
 def _check_captions(

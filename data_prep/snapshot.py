@@ -109,7 +109,7 @@ class SnapshotSettings(Settings):
 
 def snapshot_key(plan: str, edition: str, settings: SnapshotSettings, forgotten: Sequence[str] = ()) -> str:
     """`forgotten`: the lists that may concern its shards, as its record tells. Others do not make it another one."""
-    work = {"format": FORMAT, "plan": plan, "edition": edition, "settings": settings.results()}
+    work = {"format": FORMAT, "plan": plan, "edition": edition, "settings": settings.chosen()}
     return layout.SNAPSHOT.at(digest=digest(work | ({"forgotten": list(forgotten)} if forgotten else {})))
 
 

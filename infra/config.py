@@ -3,6 +3,9 @@
 A settings class is a frozen pydantic model. Unknown keys are refused with the nearest known one. Every field counts
 towards the digest, the name of the work that the settings describe, unless it is marked `operational`: retries,
 workers and timeouts change how long work takes, never what comes out, and must not make finished work stale.
+
+A digest is made of `chosen`, which leaves out what has its default. So a new field with a default renames nothing that
+was made before there was one, and a default may only change together with the format number of the work.
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import core_schema
 
 from infra.errors import SettingsError
@@ -29,8 +33,17 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     def results(self) -> dict[str, Any]:
-        """The settings that change results, as plain JSON values: what the digest is made of."""
-        return _results(self)
+        """The settings that change results, as plain JSON values: what records tell."""
+        return {name: _plain(getattr(self, name)) for name in _counted(type(self))}
+
+    def chosen(self) -> dict[str, Any]:
+        """Those of them that are not as they are by default, and the name of its kind: what a digest is made of."""
+        defaults, found = _defaults(type(self)), self.results()
+        return {
+            name: _chosen(getattr(self, name))
+            for name, value in found.items()
+            if name not in defaults or canonical_json(value) != defaults[name]
+        }
 
 
 S = TypeVar("S", bound=Settings)
@@ -41,21 +54,41 @@ def operational(default: Any = ..., **limits: Any) -> Any:
     return Field(default, json_schema_extra={_OPERATIONAL: True}, **limits)
 
 
-def _results(settings: Settings) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
-    for name, field in type(settings).model_fields.items():
-        extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get(_OPERATIONAL):
-            continue
-        kept[name] = _plain(getattr(settings, name))
-    return kept
+@cache
+def _counted(cls: type[Settings]) -> list[str]:
+    """The fields that change results."""
+    extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
+    return [name for name, extra in extras.items() if not (isinstance(extra, dict) and extra.get(_OPERATIONAL))]
+
+
+@cache
+def _defaults(cls: type[Settings]) -> dict[str, str]:
+    """The values that fields have where nothing is said, as texts; of one that tells which kind it is, none."""
+    found = {}
+    for name, field in cls.model_fields.items():
+        only = get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
+        if not field.is_required() and not only:
+            annotation: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+            default = field.get_default(call_default_factory=True)
+            found[name] = canonical_json(TypeAdapter(annotation).validate_python(default))
+    return found
+
+
+def _chosen(value: Any) -> Any:
+    if isinstance(value, Settings):
+        return value.chosen()
+    if isinstance(value, Mapping):
+        return {str(k): _chosen(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_chosen(v) for v in value]
+    return _plain(value)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Secret):
         return None  # a result that depended on a password would be a result nobody could repeat
     if isinstance(value, Settings):
-        return _results(value)
+        return value.results()
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, Mapping):

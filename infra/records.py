@@ -188,7 +188,7 @@ class ScoreSummary(Record, Output, kind="score"):
     plan: str
     size: str
     scorer: str
-    settings: dict[str, Any]  # of the scorer: those that change results, with the sha256 of its weights
+    settings: dict[str, Any]  # of the scorer: those that results depend on and are not the defaults; weights by sha256
     columns: list[str]
     shards: int
     rows: int

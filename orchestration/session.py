@@ -211,7 +211,7 @@ def evaluate_folder(
         screen.doing(f"joining the Ray cluster at {address}" if address else "starting Ray")
         connect(ClusterSettings(address=address))
         try:
-            stage = digest([record.digest(), settings.results()])
+            stage = digest([record.digest(), settings.chosen()])
             with watched():
                 report = geneval(opened, stage, record, settings, screen.count)
         finally:

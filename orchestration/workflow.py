@@ -138,7 +138,8 @@ def _node(
         outside = kind.outside(settings, store, records)
     except SettingsError as error:
         raise SettingsError(f"`{name}`: {error.message}", remedy=error.remedy) from None
-    work = {"kind": kind.name, "settings": settings.results(), "inputs": below, "outside": outside}
+    of = {"kind": kind.name, "format": kind.format}
+    work = {**of, "settings": settings.chosen(), "inputs": below, "outside": outside}
     return Node(name, kind, settings, inputs, below, digest(work), settled=len(records) == len(inputs))
 
 
@@ -226,9 +227,20 @@ def _may_be_recorded(node: Node, nodes: dict[str, Node], earlier: Earlier) -> bo
 def _fits(record: StageRecord, node: Node, nodes: dict[str, Node], earlier: Earlier) -> bool:
     """Whether the record is of the same settings and inputs; what is read from outside, no record tells."""
     return (
-        record.settings == node.settings.results()
+        _agree(record.settings, node.settings.results(), node.settings.chosen())
         and record.inputs.keys() == node.inputs.keys()
         and all(_may_be(nodes[node.inputs[field]], made, nodes, earlier) for field, made in record.inputs.items())
+    )
+
+
+def _agree(before: Any, now: Any, chosen: Any) -> bool:
+    """Whether recorded settings are those of now; those that there were not yet then may have their defaults."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return bool(before == now)
+    new = now.keys() - before.keys()
+    chosen = chosen if isinstance(chosen, dict) else {}
+    return not new & chosen.keys() and all(
+        _agree(before[name], now[name], chosen.get(name, {})) for name in now.keys() - new
     )
 
 

@@ -545,6 +545,7 @@ class StageKind:
     takes: Mapping[str, str] = dataclasses.field(
         default_factory=dict
     )  # a setting that names stages -> the kind that they must be
+    format: int = 1  # raised when the same settings and inputs would come to something else
     reads_all: bool = False  # it reads every other stage of the workflow, those that failed left out
 
 

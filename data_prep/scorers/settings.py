@@ -35,8 +35,8 @@ class _ScorerSettings(Settings):
         """The side table's columns, without `key`."""
 
     def identity(self) -> dict[str, Any]:
-        """The settings that change results, with a local file's bytes in place of its path."""
-        return self.results()
+        """The settings that its results depend on, with a local file's bytes in place of its path."""
+        return self.chosen()
 
     def located(self) -> Self:
         """The same with absolute paths, for workers that stand in another folder."""
@@ -102,12 +102,12 @@ class ClipSettings(_ScorerSettings):
         return self
 
     def identity(self) -> dict[str, Any]:
-        found = self.results()
+        found = self.chosen()
         if self.folder is not None:
             found["model"] = {"sha256": folder_sha256(self.folder)}
         if self._checkpoint is not None:
             found["pretrained"] = {"sha256": file_sha256(self._checkpoint)}
-        for head, settings in zip(found["heads"], self.heads, strict=True):
+        for head, settings in zip(found.get("heads", []), self.heads, strict=True):
             head["file"] = {"sha256": file_sha256(settings.path)}
         return found
 
@@ -162,7 +162,7 @@ class VlmSettings(_CaptionerSettings):
 
     def identity(self) -> dict[str, Any]:
         folder = local_folder(self.model)
-        return self.results() | ({"model": {"sha256": folder_sha256(folder)}} if folder else {})
+        return self.chosen() | ({"model": {"sha256": folder_sha256(folder)}} if folder else {})
 
     def located(self) -> Self:
         folder = local_folder(self.model)

@@ -67,5 +67,14 @@ def test_every_kind_of_record_has_its_place() -> None:
     assert found - ELSEWHERE == {place.record for place in PLACES if place.record}
 
 
+def load_every_record() -> None:
+    for floor in ("infra", "data_prep", "training", "pipelines", "orchestration"):
+        for path in (ROOT / floor).rglob("*.py"):
+            if "class " in (text := path.read_text(encoding="utf-8")) and "Record" in text:
+                importlib.import_module(
+                    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+                )
+
+
 def kinds_below(kind: type[Record]) -> set[type[Record]]:
     return {kind for below in kind.__subclasses__() for kind in (below, *kinds_below(below))}
