@@ -16,13 +16,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_prep import catalogue, downloads, links, originals
-from data_prep.downloads import Downloads, Work
+from data_prep.downloads import Downloads
+from data_prep.downloads import Work as Downloading
 from data_prep.fetch import FetchSettings
 from data_prep.linked import Linked
 from data_prep.links import At
@@ -31,8 +32,8 @@ from data_prep.rejections import counted, remedy
 from data_prep.retries import Retry, begin, retries, retry
 from data_prep.sources import UrlList, inputs
 from infra import layout
-from infra.cluster import sigterm
-from infra.errors import ClusterError, DataError, Stopped
+from infra.errors import DataError
+from infra.pool import Work, results
 from infra.records import PrepareSummary, ShardRecord, SizeSummary, read_record, write_record
 from infra.shards import shard_key, shard_prefix
 from infra.store import Store, open_store
@@ -88,12 +89,13 @@ def prepare(
     tally = _Tally(plan, _tried_again(store, settings, plan))
     for shard, records in _done(store, plan):
         tally.add(shard, Made(records, own=False))
-    job = _Job(store, settings, plan, decoder, [shard for shard in plan.shards if shard.number not in tally.done])
+    todo = [shard for shard in plan.shards if shard.number not in tally.done]
+    job = _Job(store, settings, plan, decoder, todo)
     tally.begin(sum(work.batch.urls for work in job.downloads.works))
     if job.left:
         if progress:
             progress(tally.progress())
-        for what, made in job.run():
+        for what, made in results(job):
             if isinstance(what, PlannedShard):
                 tally.add(what, made)
             else:
@@ -164,99 +166,68 @@ class Made(NamedTuple):
     own: bool  # False if another run had made it before this one came to it
 
 
-@dataclass(frozen=True)
-class _Task:
-    """Something that Ray works on. What kills its worker is tried again: a shard then with its decoder guarded.
+Piece = Downloading | PlannedShard
 
-    Ray by itself starts once more whatever dies with its worker; here one hears of the second death.
+
+class _Job(Work[Piece, Made]):
+    """What is left to do. Downloads and shards are under way at the same time; a shard waits for its own downloads.
+
+    Ray by itself starts once more whatever dies with its worker; here one hears of the second death. A shard is then
+    made with its decoder guarded.
     """
 
-    what: Work | PlannedShard
-    again: bool = False
-    share: FetchSettings | None = None  # of a download that is under way: what it may do
-
-
-class _Job:
-    """What is left to do. Downloads and shards are under way at the same time; a shard waits for its own downloads."""
+    noun = "shards"
 
     def __init__(
         self, store: Store, settings: PrepareSettings, plan: Plan, decoder: Decoder | None, todo: list[PlannedShard]
     ) -> None:
-        self.store, self.settings, self.plan, self.decoder = store, settings, plan, decoder
-        self.downloads = Downloads(store, settings, plan, todo)
-        self.left = len(todo)
-        self._works = deque(_Task(work) for work in self.downloads.works)
-        self._shards = deque(_Task(shard) for shard in self.downloads.ready)
-
-    def run(self) -> Iterator[tuple[Work | PlannedShard, Made]]:
-        """What has been made, as it gets done, in no particular order."""
         import ray
 
+        self.downloads = Downloads(store, settings, plan, todo)
+        super().__init__(
+            self.downloads.ready, settings.in_flight or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+        )
+        self.left = len(todo)
+        self._store, self._settings, self._plan, self._decoder = store, settings, plan, decoder
+        self._works = deque(self.downloads.works)
+        # Dealt out once: downloads that are under way would know nothing of another share.
+        self._shares = _shares(settings.fetch, min(self.at_once, len(self._works)))
+        self._taken: dict[str, FetchSettings] = {}  # by batches
         # One of each for the whole job: Ray counts a worker's calls by what `remote` returned.
         limits = {"max_calls": WORKER_LIFE, "max_retries": 1}
         # Downloading waits for the web most of the time: it keeps no CPU from those that decode, and no node to itself.
-        remotes = {
-            Work: ray.remote(num_cpus=0, scheduling_strategy="SPREAD", **limits)(_download),
-            PlannedShard: ray.remote(num_cpus=1, **limits)(_make),
-        }
-        # Dealt out once: downloads that are under way would know nothing of another share.
-        shares = _shares(self.settings.fetch, min(self._at_once(), len(self._works)))
-        running: dict[Any, _Task] = {}
-        with sigterm() as stopped:
-            try:
-                while self._works or self._shards or running:
-                    for task in self._next(running, shares):
-                        running[remotes[type(task.what)].remote(*self._orders(task))] = task
-                    ready, _ = ray.wait(list(running), timeout=0.5)
-                    if stopped.is_set():
-                        raise Stopped(
-                            f"stopped by SIGTERM with {self.left} shards left",
-                            remedy="run the same command again; it goes on from there",
-                        )
-                    for ref in ready:
-                        task = running.pop(ref)
-                        if task.share:
-                            shares.append(task.share)
-                        made = _result(ref, task)
-                        if made is None:
-                            self._queue(task.what).appendleft(_Task(task.what, again=True))
-                        else:
-                            self._settle(task.what)
-                            yield task.what, made
-            finally:
-                for ref in running:
-                    ray.cancel(ref)
-                if running:
-                    ray.wait(list(running), num_returns=len(running), timeout=10)
+        self._download = ray.remote(num_cpus=0, scheduling_strategy="SPREAD", **limits)(_download)
+        self._make = ray.remote(num_cpus=1, **limits)(_make)
 
-    def _next(self, running: dict[Any, _Task], shares: list[FetchSettings]) -> Iterator[_Task]:
-        """The tasks to start now: a download for each free share, and no more shards than Ray can soon begin."""
-        while self._works and shares:
-            yield replace(self._works.popleft(), share=shares.pop())
-        free = self._at_once() - sum(isinstance(task.what, PlannedShard) for task in running.values())
-        for _ in range(min(free, len(self._shards))):
-            yield self._shards.popleft()
+    def ready(self, running: Collection[Piece]) -> Iterator[Piece]:
+        """A download for each free share, and no more shards than Ray can soon begin."""
+        while self._works and self._shares:
+            yield self._works.popleft()
+        yield from super().ready([piece for piece in running if isinstance(piece, PlannedShard)])
 
-    def _at_once(self) -> int:
-        import ray
+    def start(self, piece: Piece, again: bool) -> Any:
+        if isinstance(piece, Downloading):
+            share = self._taken[piece.batch.name] = self._shares.pop()
+            return self._download.remote(self._store, share, piece, self._settings.keep_originals)
+        linked = self.downloads.linked(piece)
+        return self._make.remote(
+            self._store, self._settings, self._plan.without_shards(), piece, linked, self._decoder, again
+        )
 
-        return self.settings.in_flight or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
-
-    def _orders(self, task: _Task) -> tuple[Any, ...]:
-        what = task.what
-        if isinstance(what, Work):
-            return self.store, task.share, what, self.settings.keep_originals
-        linked = self.downloads.linked(what)
-        return self.store, self.settings, self.plan.without_shards(), what, linked, self.decoder, task.again
-
-    def _queue(self, what: Work | PlannedShard) -> deque[_Task]:
-        return self._works if isinstance(what, Work) else self._shards
-
-    def _settle(self, what: Work | PlannedShard) -> None:
-        if isinstance(what, Work):
-            self._shards.extend(_Task(shard) for shard in self.downloads.finished(what))
-        else:
+    def ended(self, piece: Piece, result: Made | None) -> None:
+        if isinstance(piece, Downloading):
+            self._shares.append(self._taken.pop(piece.batch.name))
+        if result is not None and isinstance(piece, Downloading):
+            self.waiting.extend(self.downloads.finished(piece))
+        elif result is not None:
             self.left -= 1
+
+    def name(self, piece: Piece) -> str:
+        return (
+            str(piece)
+            if isinstance(piece, Downloading)
+            else f"shard {piece.number} ({piece.source}, {piece.part.input})"
+        )
 
 
 def _shares(settings: FetchSettings, tasks: int) -> list[FetchSettings]:
@@ -273,30 +244,7 @@ def _shares(settings: FetchSettings, tasks: int) -> list[FetchSettings]:
     ]
 
 
-def _result(ref: Any, task: _Task) -> Made | None:
-    """None if the task's process died, so that it must be tried once more, with care."""
-    import ray
-    from ray import exceptions
-
-    try:
-        made: Made = ray.get(ref)
-    except exceptions.RayTaskError as error:
-        raise error.cause from None
-    except (exceptions.WorkerCrashedError, exceptions.NodeDiedError, exceptions.OutOfMemoryError) as error:
-        if task.again:
-            raise ClusterError(
-                f"{_name(task.what)} kills its worker, and did so before ({error})",
-                remedy="look for the out-of-memory killer in the node's log; give the cluster more memory per CPU",
-            ) from None
-        return None
-    return made
-
-
-def _name(what: Work | PlannedShard) -> str:
-    return str(what) if isinstance(what, Work) else f"shard {what.number} ({what.source}, {what.part.input})"
-
-
-def _download(store: Store, settings: FetchSettings, work: Work, keep: bool) -> Made:
+def _download(store: Store, settings: FetchSettings, work: Downloading, keep: bool) -> Made:
     downloads.download(store, settings, work, keep=keep)
     return Made([], own=True)  # no shard yet
 

@@ -13,10 +13,11 @@ size: other sizes and devices round otherwise, in the last digits of a score.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -28,9 +29,9 @@ from data_prep.plan import all_shards, read_plan
 from data_prep.scorers import Sample, Scorer
 from data_prep.scorers.settings import ClipSettings, EndpointSettings, ScorerSettings
 from infra import layout
-from infra.cluster import sigterm
 from infra.config import Settings, digest, operational
-from infra.errors import ClusterError, DataError, Stopped
+from infra.errors import ClusterError, DataError
+from infra.pool import Work, results
 from infra.records import (
     ScoreRecord,
     ScoreSummary,
@@ -45,7 +46,6 @@ from infra.shards import parquet_bytes, read_index, shard_key, shard_number
 from infra.store import Store, open_store
 
 FORMAT = 1  # raised when the same images, settings and weights would give other values
-TRIES = 2  # of a shard whose worker dies
 _READERS = 16  # small records read at once
 
 
@@ -113,7 +113,7 @@ def score(
     if todo:
         if progress:
             progress(tally.progress())
-        for record, own in _run(store, settings, place, todo):
+        for _, (record, own) in results(_Job(store, settings, place, todo)):
             tally.add(record, own=own)
             if progress:
                 progress(tally.progress())
@@ -193,42 +193,45 @@ class Done(NamedTuple):
     own: bool  # False if another job had made it before this one came to it
 
 
-def _run(store: Store, settings: ScoreSettings, place: Place, todo: list[int]) -> Iterator[Done]:
-    """Each shard as it gets done, in no particular order."""
-    import ray
+class _Job(Work[int, Done]):
+    """The numbers of shards, for actors each of which keeps its scorer loaded."""
 
-    settings = settings.model_copy(update={"scorer": settings.scorer.located()})
-    make = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_restarts=0)(_Worker).remote
-    idle = [make(store, settings, place) for _ in range(min(_workers(settings), len(todo)))]
-    waiting = deque((number, 1) for number in todo)
-    running: dict[Any, tuple[Any, int, int]] = {}  # task -> its worker, shard and try
-    with sigterm() as stopped:
-        try:
-            while waiting or running:
-                while waiting and idle:
-                    worker, (number, attempt) = idle.pop(), waiting.popleft()
-                    running[worker.score.remote(number)] = worker, number, attempt
-                while idle and not waiting:
-                    ray.kill(idle.pop())  # its place may be what another worker still waits for
-                ready, _ = ray.wait(list(running), timeout=0.5)
-                if stopped.is_set():
-                    raise Stopped(
-                        f"stopped by SIGTERM with {len(waiting) + len(running)} shards left",
-                        remedy="run the same command again; it goes on from there",
-                    )
-                for task in ready:
-                    worker, number, attempt = running[task]
-                    done = _result(task, number, attempt)
-                    del running[task]
-                    if done is None:
-                        waiting.appendleft((number, attempt + 1))
-                        idle.append(make(store, settings, place))
-                    else:
-                        idle.append(worker)
-                        yield done
-        finally:
-            for worker in [*idle, *(worker for worker, _, _ in running.values())]:
-                ray.kill(worker)
+    noun = "shards"
+
+    def __init__(self, store: Store, settings: ScoreSettings, place: Place, todo: list[int]) -> None:
+        import ray
+
+        super().__init__(todo, min(_workers(settings), len(todo)))
+        settings = settings.model_copy(update={"scorer": settings.scorer.located()})
+        make = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_restarts=0)(_Worker).remote
+        self._make = partial(make, store, settings, place)
+        self._idle = [self._make() for _ in range(self.at_once)]
+        self._at_work: dict[int, Any] = {}
+
+    def ready(self, running: Collection[int]) -> Iterator[int]:
+        yield from super().ready(running)
+        while self._idle and not self.waiting:
+            self._kill(self._idle.pop())  # its place may be what another worker still waits for
+
+    def start(self, piece: int, again: bool) -> Any:
+        worker = self._at_work[piece] = self._make() if again else self._idle.pop()
+        return worker.score.remote(piece)
+
+    def ended(self, piece: int, result: Done | None) -> None:
+        worker = self._at_work.pop(piece)
+        if result is not None:
+            self.left -= 1
+            self._idle.append(worker)
+
+    def give_up(self, tasks: list[Any]) -> None:
+        for worker in [*self._idle, *self._at_work.values()]:
+            self._kill(worker)
+
+    @staticmethod
+    def _kill(worker: Any) -> None:
+        import ray
+
+        ray.kill(worker)
 
 
 def _workers(settings: ScoreSettings) -> int:
@@ -246,25 +249,6 @@ def _workers(settings: ScoreSettings) -> int:
             remedy="set the score's `cpus` and `gpus` to what one node has, or join a larger cluster",
         )
     return min(settings.workers or fits, fits)
-
-
-def _result(task: Any, number: int, attempt: int) -> Done | None:
-    """None if the worker's process died, and the shard is worth another try."""
-    import ray
-    from ray import exceptions
-
-    try:
-        done: Done = ray.get(task)
-    except exceptions.RayTaskError as error:
-        raise error.cause from None
-    except (exceptions.RayActorError, exceptions.NodeDiedError, exceptions.OutOfMemoryError) as error:
-        if attempt >= TRIES:
-            raise ClusterError(
-                f"shard {number} killed {attempt} workers ({str(error).splitlines()[0]})",
-                remedy="look for the out-of-memory killer in the node's log; have fewer workers or more memory",
-            ) from None
-        return None
-    return done
 
 
 class _Worker:

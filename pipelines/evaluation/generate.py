@@ -11,8 +11,11 @@ import os
 import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from infra.pool import Work, results
 from infra.records import CheckpointRecord, DataObject, get_data, put_data
 from infra.shards import TarWriter
 from infra.store import Store
@@ -30,29 +33,45 @@ def generate(
     show: Callable[[int, int], None],
 ) -> list[DataObject]:
     """`images` pictures of each prompt, in the order of the prompts; one tar a chunk."""
-    import ray
-    from ray.exceptions import RayTaskError
-
     chunk = max(1, settings.batch // images)
-    task = ray.remote(num_cpus=1)(_draw_chunk)
     starts = range(0, len(prompts), chunk)
-    refs = [
-        task.remote(
-            store, f"{folder}/pictures", checkpoint, start, list(prompts[start : start + chunk]), images, settings
-        )
-        for start in starts
-    ]
-    waiting, done = list(refs), 0
-    while waiting:
-        ready, waiting = ray.wait(waiting, timeout=1.0)
-        done += len(ready)
-        if ready:
-            show(done, len(refs))
-    try:
-        tars: list[DataObject] = ray.get(refs)
-    except RayTaskError as error:
-        raise error.cause from None
-    return tars
+    drawing = _Drawing(store, f"{folder}/pictures", checkpoint, prompts, images, chunk, settings)
+    tars: dict[int, DataObject] = {}
+    for start, tar in results(drawing):
+        tars[start] = tar
+        show(len(tars), len(starts))
+    return [tars[start] for start in starts]
+
+
+class _Drawing(Work[int, DataObject]):
+    """Chunks of prompts, by the first of each."""
+
+    noun = "batches of pictures"
+
+    def __init__(
+        self,
+        store: Store,
+        folder: str,
+        checkpoint: CheckpointRecord,
+        prompts: Sequence[str],
+        images: int,
+        chunk: int,
+        settings: SampleSettings,
+    ) -> None:
+        import ray
+
+        super().__init__(range(0, len(prompts), chunk), 2 * max(1, int(ray.cluster_resources().get("CPU", 1))))
+        self._draw = partial(ray.remote(num_cpus=1, max_retries=1)(_draw_chunk).remote, store, folder, checkpoint)
+        self._prompts, self._images, self._chunk, self._settings = prompts, images, chunk, settings
+
+    def start(self, piece: int, again: bool) -> Any:
+        return self._draw(piece, list(self._prompts[piece : piece + self._chunk]), self._images, self._settings)
+
+    def ended(self, piece: int, result: DataObject | None) -> None:
+        self.left -= result is not None
+
+    def name(self, piece: int) -> str:
+        return f"the batch of pictures from prompt {piece}"
 
 
 def _draw_chunk(

@@ -449,7 +449,7 @@ def test_the_same_bytes_whoever_did_the_work_and_a_second_run_does_nothing(
     for row in rows:
         assert (row["captions"] is None) == (row["captioner_failure"] == "empty_answer")
         assert row["captions"] is None or [caption["kind"] for caption in row["captions"]] == ["recaption"]
-    monkeypatch.setattr(score_module, "_run", refuse)
+    monkeypatch.setattr(score_module, "_Job", refuse)
     assert score(store, plan, edition, "32", settings) == summary
     store.delete(Place(plan, "32", summary.scorer).summary_key(list(range(COUNT // 8))))
     assert score(store, plan, edition, "32", settings) == summary
@@ -581,7 +581,7 @@ def test_a_shard_that_kills_every_worker_is_an_error(
     store: Store, plan: str, edition: str, url: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(score_module, "_Worker", DiesAlways)
-    with pytest.raises(ClusterError, match="shard 2 killed 2 workers"):
+    with pytest.raises(ClusterError, match="shard 2 kills its worker, and did so before"):
         score(store, plan, edition, "32", endpoint(url))
     place = Place(plan, "32", scorer_digest(endpoint(url)))
     assert not store.exists(place.key(2)), "the record is written last"
