@@ -30,6 +30,7 @@ _SQLITE = "sqlite:///"  # and the path
 _BATCH = 900  # the server takes at most 1,000 metrics in a call
 _LOCK_SECONDS = 60.0  # that others may take to open a database file; who holds it longer is stopped or hangs
 _LOCK_EVERY = 0.1
+_URI = "MLFLOW_TRACKING_URI"
 _REGISTER_SECONDS = 90.0  # that may pass until a model is registered
 _FLUSH_SECONDS = 1.0
 _CLOSE_SECONDS, _CLOSE_AWAY_SECONDS = 12.0, 2.0  # for what waits at the end: with an MLflow that answers, and without
@@ -137,11 +138,11 @@ class Tracker:
         if known:  # an earlier attempt of this stage came as far as this
             self._client.set_registered_model_alias(name, alias, known[0].version)
             return str(known[0].version)
-        mlflow.set_tracking_uri(self.uri)
         all_tags = {**tags, SOURCE_TAG: source}
-        model = mlflow.create_external_model(
-            name=name, source_run_id=run_id, tags=all_tags, experiment_id=self._experiment_id
-        )
+        with _default_uri(self.uri):
+            model = mlflow.create_external_model(
+                name=name, source_run_id=run_id, tags=all_tags, experiment_id=self._experiment_id
+            )
         now = int(time.time() * 1000)
         logged = [Metric(key, value, now, 0, model_id=model.model_id) for key, value in metrics.items()]
         self._client.log_batch(run_id, metrics=logged)
@@ -156,6 +157,21 @@ class Tracker:
         )
         self._client.set_registered_model_alias(name, alias, version.version)
         return str(version.version)
+
+
+@contextmanager
+def _default_uri(uri: str) -> Iterator[None]:
+    """For calls that take no URI. MLflow writes it into the environment, where every later process would find it."""
+    import mlflow
+
+    before = os.environ.get(_URI)
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri("")
+        if before is not None:
+            os.environ[_URI] = before
 
 
 class Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import pickle
 import socket
 import sqlite3
@@ -211,7 +212,9 @@ def test_data_and_scores_make_a_lineage(tracker: Tracker, tmp_path: Path):
     run = tracker.run("lineage", "l")
     run.dataset("snapshot-32", "abc", "file:///store/snapshots/abc.json", {"rows": 7}, "training")
     run.params({"optim.lr": 1e-3})
+    before = dict(os.environ)
     version = tracker.register("model", "champion", run, "file:///store/c", {"k": "v"}, {"geneval/overall": 0.7})
+    assert dict(os.environ) == before, "processes that are started later would find this tracker's URI"
     made = client(tracker).get_model_version_by_alias("model", "champion")
     assert (str(made.version), made.run_id) == (version, run.run_id)
     assert made.tags == {"k": "v", "pixnerd.source": "file:///store/c"}
