@@ -17,8 +17,9 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from infra.calls import Calls, NotTaken
 from infra.config import Settings, operational
@@ -30,6 +31,7 @@ _SQLITE = "sqlite:///"  # and the path
 _BATCH = 900  # the server takes at most 1,000 metrics in a call
 _LOCK_SECONDS = 60.0  # that others may take to open a database file; who holds it longer is stopped or hangs
 _LOCK_EVERY = 0.1
+T = TypeVar("T")
 _URI = "MLFLOW_TRACKING_URI"
 _REGISTER_SECONDS = 90.0  # that may pass until a model is registered
 _FLUSH_SECONDS = 1.0
@@ -41,6 +43,25 @@ Call = Callable[[Any, str], object]  # is given MLflow's client and the run's id
 class TrackingSettings(Settings):
     uri: str | None = operational(None, description="MLflow server or database; none: SQLite beside the store")
     experiment: str = operational("pixnerd")
+
+
+def _pointed_here(call: Callable[..., T]) -> Callable[..., T]:
+    """For what takes no URI. MLflow writes it into the environment, where every later process would find it."""
+
+    @wraps(call)
+    def pointed(self: Tracker, *arguments: Any) -> T:
+        import mlflow
+
+        before = os.environ.get(_URI)
+        mlflow.set_tracking_uri(self.uri)
+        try:
+            return call(self, *arguments)
+        finally:
+            mlflow.set_tracking_uri(None)
+            if before is not None:
+                os.environ[_URI] = before
+
+    return pointed
 
 
 class Tracker:
@@ -127,6 +148,7 @@ class Tracker:
         run = self._client.create_run(self._experiment_id, run_name=name, tags=all_tags)
         return str(run.info.run_id)
 
+    @_pointed_here
     def _register(
         self, name: str, alias: str, run_id: str, source: str, tags: Mapping[str, str], metrics: Mapping[str, float]
     ) -> str:
@@ -139,10 +161,9 @@ class Tracker:
             self._client.set_registered_model_alias(name, alias, known[0].version)
             return str(known[0].version)
         all_tags = {**tags, SOURCE_TAG: source}
-        with _default_uri(self.uri):
-            model = mlflow.create_external_model(
-                name=name, source_run_id=run_id, tags=all_tags, experiment_id=self._experiment_id
-            )
+        model = mlflow.create_external_model(
+            name=name, source_run_id=run_id, tags=all_tags, experiment_id=self._experiment_id
+        )
         now = int(time.time() * 1000)
         logged = [Metric(key, value, now, 0, model_id=model.model_id) for key, value in metrics.items()]
         self._client.log_batch(run_id, metrics=logged)
@@ -157,21 +178,6 @@ class Tracker:
         )
         self._client.set_registered_model_alias(name, alias, version.version)
         return str(version.version)
-
-
-@contextmanager
-def _default_uri(uri: str) -> Iterator[None]:
-    """For calls that take no URI. MLflow writes it into the environment, where every later process would find it."""
-    import mlflow
-
-    before = os.environ.get(_URI)
-    mlflow.set_tracking_uri(uri)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri("")
-        if before is not None:
-            os.environ[_URI] = before
 
 
 class Run:
