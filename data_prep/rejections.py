@@ -9,39 +9,87 @@ from typing import NamedTuple
 
 
 class Cause(StrEnum):
-    # the source
-    BAD_ROW = "bad_row"  # a line of a table that cannot be read, or a row that went with a damaged page
-    BAD_NAME = "bad_name"  # empty, or not text that a table can hold
-    OUTSIDE_FOLDER = "outside_folder"  # absolute, with "..", or a link that leads out
-    MISSING = "missing"
-    UNREADABLE = "unreadable"  # no permission, not a regular file, an I/O error
-    TOO_MANY_BYTES = "too_many_bytes"
-    NO_CAPTION = "no_caption"
-    BAD_CAPTION = "bad_caption"  # not text, control characters, or far too long
-    BAD_METADATA = "bad_metadata"  # a JSON beside the image that is huge, too deep, or not JSON
-    # the web
-    BAD_URL = "bad_url"  # not http or https, no host, a password in it, control characters
-    PRIVATE_ADDRESS = "private_address"  # it leads to loopback or into a private network
-    DNS = "dns"  # its host's name leads nowhere
-    CONNECTION = "connection"  # refused, reset, or cut off before the end
-    CERTIFICATE = "certificate"  # the host cannot show that it is who it says
-    TIMEOUT = "timeout"
-    RATE_LIMITED = "rate_limited"  # 429
-    SERVER_ERROR = "server_error"  # 5xx
-    GONE = "gone"  # 404 or 410
-    HTTP_ERROR = "http_error"  # any other answer that is not the file, or no HTTP at all
-    TOO_MANY_REDIRECTS = "too_many_redirects"
-    OPTED_OUT = "opted_out"  # a header or robots.txt asks that it be left alone
-    # the file
-    EMPTY = "empty"
-    UNKNOWN_FORMAT = "unknown_format"
-    TOO_MANY_PIXELS = "too_many_pixels"  # refused from the header, before anything is decoded
-    TRUNCATED = "truncated"  # it ends, or its scans or rows do, before the picture is whole
-    CORRUPT = "corrupt"
-    UNSUPPORTED = "unsupported"  # a picture, of a kind or a variant that is not read
-    DECODER_CRASH = "decoder_crash"  # it killed the process that decoded it, twice
-    # the picture
-    TOO_SMALL = "too_small"  # never enlarged
+    """Each with what to do where it took everything, and the setting that decides it."""
+
+    remedy: str
+
+    def __new__(cls, value: str, remedy: str = "") -> Cause:
+        member = str.__new__(cls, value)
+        member._value_, member.remedy = value, remedy
+        return member
+
+    # ---- the source
+
+    # a line of a table that cannot be read, or a row that went with a damaged page
+    BAD_ROW = "bad_row", "write the tables again, or fetch them again: lines or pages of them are damaged"
+    # empty, or not text that a table can hold
+    BAD_NAME = "bad_name", "let the source's `image` name the column that holds the files' names"
+    # absolute, with "..", or a link that leads out
+    OUTSIDE_FOLDER = "outside_folder", "let `url` be the folder that all files lie in, and `image` their names in it"
+    MISSING = "missing", "let `url` be the folder that the files lie in, and `image` the column of their names in it"
+    # no permission, not a regular file, an I/O error
+    UNREADABLE = "unreadable", "let this user read the files below the source's `url`"
+    TOO_MANY_BYTES = "too_many_bytes", "raise the source's `max_bytes`"
+    NO_CAPTION = (
+        "no_caption",
+        "let the source's `captions` (of a text_folder: `caption_suffix`) name what holds the captions; "
+        "empty, it takes images alone",
+    )
+    # not text, control characters, or far too long
+    BAD_CAPTION = "bad_caption", "raise the source's `max_caption`, or write the captions as UTF-8"
+    # a JSON beside the image that is huge, too deep, or not JSON
+    BAD_METADATA = "bad_metadata", "write whole JSON beside the images, or let `captions` and `keep` name none of it"
+
+    # ---- the web
+
+    # not http or https, no host, a password in it, control characters
+    BAD_URL = "bad_url", "let the source's `image` name the column of URLs, http or https"
+    # it leads to loopback or into a private network
+    PRIVATE_ADDRESS = (
+        "private_address",
+        "name the network in `fetch.allow_networks`, such as [10.0.0.0/8], if its servers may be asked; "
+        "`fetch.allow_private` opens this machine's own",
+    )
+    # its host's name leads nowhere
+    DNS = "dns", "look at the hosts' names and at this network, then run again with --retry-failed"
+    # refused, reset, or cut off before the end
+    CONNECTION = "connection", "look at the hosts and at this network, then run again with --retry-failed"
+    # the host cannot show that it is who it says
+    CERTIFICATE = "certificate", "let the hosts show whole certificates, or list their files by http"
+    TIMEOUT = "timeout", "raise `fetch.seconds`, or lower `fetch.at_once`, and run again with --retry-failed"
+    # 429
+    RATE_LIMITED = "rate_limited", "lower `fetch.per_host`, and run again with --retry-failed"
+    # 5xx
+    SERVER_ERROR = "server_error", "look at the hosts, then run again with --retry-failed"
+    # 404 or 410
+    GONE = "gone", "list URLs that are still there"
+    # any other answer that is not the file, or no HTTP at all
+    HTTP_ERROR = "http_error", "list URLs that lead to the files themselves, without a log-in"
+    TOO_MANY_REDIRECTS = "too_many_redirects", "raise `fetch.redirects`, or list the URLs that it ends at"
+    # a header or robots.txt asks that it be left alone
+    OPTED_OUT = (
+        "opted_out",
+        "ask the hosts' owners; `fetch.opt_out` and `fetch.robots` say which of their wishes are honoured",
+    )
+
+    # ---- the file
+
+    EMPTY = "empty", "fetch the files again: they are empty"
+    UNKNOWN_FORMAT = "unknown_format", "convert the files: JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF are read"
+    # refused from the header, before anything is decoded
+    TOO_MANY_PIXELS = "too_many_pixels", "raise `max_pixels`"
+    # it ends, or its scans or rows do, before the picture is whole
+    TRUNCATED = "truncated", "fetch the files again: they end too early"
+    CORRUPT = "corrupt", "fetch the files again: they are damaged"
+    # a picture, of a kind or a variant that is not read
+    UNSUPPORTED = "unsupported", "convert the files to JPEG or PNG of 8 bits a colour"
+    # it killed the process that decoded it, twice
+    DECODER_CRASH = "decoder_crash", "convert the files with another program"
+
+    # ---- the picture
+
+    # never enlarged
+    TOO_SMALL = "too_small", "lower `sizes`: pictures are never enlarged"
 
 
 # What can pass, so that trying again may help.
@@ -50,45 +98,9 @@ TRANSIENT: frozenset[Cause] = frozenset(
 )
 
 
-# Where a cause took everything: what to do, with the setting that decides it.
-REMEDIES: dict[Cause, str] = {
-    Cause.BAD_ROW: "write the tables again, or fetch them again: lines or pages of them are damaged",
-    Cause.BAD_NAME: "let the source's `image` name the column that holds the files' names",
-    Cause.OUTSIDE_FOLDER: "let `url` be the folder that all files lie in, and `image` their names in it",
-    Cause.MISSING: "let `url` be the folder that the files lie in, and `image` the column of their names in it",
-    Cause.UNREADABLE: "let this user read the files below the source's `url`",
-    Cause.TOO_MANY_BYTES: "raise the source's `max_bytes`",
-    Cause.NO_CAPTION: "let the source's `captions` (of a text_folder: `caption_suffix`) name what holds the captions; "
-    "empty, it takes images alone",
-    Cause.BAD_CAPTION: "raise the source's `max_caption`, or write the captions as UTF-8",
-    Cause.BAD_METADATA: "write whole JSON beside the images, or let `captions` and `keep` name none of it",
-    Cause.BAD_URL: "let the source's `image` name the column of URLs, http or https",
-    Cause.PRIVATE_ADDRESS: "name the network in `fetch.allow_networks`, such as [10.0.0.0/8], if its servers may be "
-    "asked; `fetch.allow_private` opens this machine's own",
-    Cause.DNS: "look at the hosts' names and at this network, then run again with --retry-failed",
-    Cause.CONNECTION: "look at the hosts and at this network, then run again with --retry-failed",
-    Cause.CERTIFICATE: "let the hosts show whole certificates, or list their files by http",
-    Cause.TIMEOUT: "raise `fetch.seconds`, or lower `fetch.at_once`, and run again with --retry-failed",
-    Cause.RATE_LIMITED: "lower `fetch.per_host`, and run again with --retry-failed",
-    Cause.SERVER_ERROR: "look at the hosts, then run again with --retry-failed",
-    Cause.GONE: "list URLs that are still there",
-    Cause.HTTP_ERROR: "list URLs that lead to the files themselves, without a log-in",
-    Cause.TOO_MANY_REDIRECTS: "raise `fetch.redirects`, or list the URLs that it ends at",
-    Cause.OPTED_OUT: "ask the hosts' owners; `fetch.opt_out` and `fetch.robots` say which of their wishes are honoured",
-    Cause.EMPTY: "fetch the files again: they are empty",
-    Cause.UNKNOWN_FORMAT: "convert the files: JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF are read",
-    Cause.TOO_MANY_PIXELS: "raise `max_pixels`",
-    Cause.TRUNCATED: "fetch the files again: they end too early",
-    Cause.CORRUPT: "fetch the files again: they are damaged",
-    Cause.UNSUPPORTED: "convert the files to JPEG or PNG of 8 bits a colour",
-    Cause.DECODER_CRASH: "convert the files with another program",
-    Cause.TOO_SMALL: "lower `sizes`: pictures are never enlarged",
-}
-
-
 def remedy(rejected: Mapping[str, int]) -> str:
     """For the cause that took most."""
-    return REMEDIES[Cause(Counter(rejected).most_common(1)[0][0])]
+    return Cause(Counter(rejected).most_common(1)[0][0]).remedy
 
 
 class Rejection(NamedTuple):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from data_prep.decode import Decoded, decode
 from data_prep.fetch import FetchSettings
 from data_prep.job import Progress, check_accepted, prepare, summary_key
 from data_prep.plan import make_plan
-from data_prep.rejections import REMEDIES, Cause, Rejection
+from data_prep.rejections import Cause, Rejection
 from data_prep.verify import verify
 from infra.errors import ClusterError, DataError
 from infra.records import PrepareSummary, SizeSummary
@@ -166,7 +167,9 @@ def test_where_nothing_was_accepted_the_setting_is_named_that_refused_most(caplo
 
 
 def test_every_cause_tells_what_to_do() -> None:
-    assert REMEDIES.keys() == set(Cause)
+    assert all(len(cause.remedy) > 10 for cause in Cause)
+    assert pickle.loads(pickle.dumps(Cause.DNS)) is Cause.DNS is Cause("dns")
+    assert json.dumps(Cause.DNS) == '"dns"'
 
 
 STOPPED = """
