@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import core_schema
 
 from infra.errors import SettingsError
@@ -49,6 +50,11 @@ class Settings(BaseModel):
 S = TypeVar("S", bound=Settings)
 
 
+def changes_results(field: FieldInfo) -> bool:
+    extra = field.json_schema_extra
+    return not (isinstance(extra, dict) and extra.get(_OPERATIONAL))
+
+
 def operational(default: Any = ..., **limits: Any) -> Any:
     """A field that changes when or how fast work is done but never its result."""
     return Field(default, json_schema_extra={_OPERATIONAL: True}, **limits)
@@ -57,8 +63,7 @@ def operational(default: Any = ..., **limits: Any) -> Any:
 @cache
 def _counted(cls: type[Settings]) -> list[str]:
     """The fields that change results."""
-    extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
-    return [name for name, extra in extras.items() if not (isinstance(extra, dict) and extra.get(_OPERATIONAL))]
+    return [name for name, field in cls.model_fields.items() if changes_results(field)]
 
 
 @cache

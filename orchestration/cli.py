@@ -507,6 +507,20 @@ def report(
     make_report(workflow, store=store, assignments=set_ or [], out=out, as_json=json_)
 
 
+@app.command(epilog="Example: pixnerd settings train")
+def settings(
+    kind: Annotated[
+        str | None,
+        typer.Argument(help="A kind of stage: prepare, train, evaluate, ... [default: their list]"),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Every setting of a kind of stage: its type, its default, what it means, and whether it changes results."""
+    from orchestration.settings import show_settings
+
+    show_settings(kind, as_json=json_)
+
+
 @app.command(epilog="Example: pixnerd doctor --store s3://my-bucket/pixnerd")
 def doctor(store: StoreOption = None, json_: JsonOption = False) -> None:
     """Say what is missing on this machine, and how to get it."""

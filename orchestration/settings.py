@@ -1,0 +1,31 @@
+"""`pixnerd settings`: what may be set, for a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+
+from orchestration.terminal import print_json
+from pipelines.reference import settings_of
+from pipelines.stages import KINDS
+
+WIDTH = 100
+
+
+def show_settings(kind: str | None, *, as_json: bool) -> None:
+    if kind is None:
+        told = {name: (found.work.__doc__ or "").strip().splitlines()[0] for name, found in KINDS.items()}
+        if as_json:
+            print_json(told)
+        else:
+            print("\n".join(f"{name:<10} {about}" for name, about in told.items()))
+        return
+    found = settings_of(kind)
+    if as_json:
+        print_json([setting._asdict() for setting in found])
+        return
+    for setting in found:
+        default = f" [{setting.default}]" if setting.default else " (must be given)"
+        kept = "" if setting.counts else "; what was made stays when it changes"
+        print(f"{setting.name}: {setting.type}{default}{kept}")
+        if setting.meaning:
+            print(textwrap.indent(textwrap.fill(setting.meaning, WIDTH), "    "))
