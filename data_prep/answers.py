@@ -178,8 +178,3 @@ def _code(error: BaseException) -> str:
         return "TLS failed"
     known: Mapping[int, str] = _RESOLVER if isinstance(error, socket.gaierror) else errno.errorcode
     return known.get(getattr(error, "errno", None) or 0, "")
-
-
-def plain(text: str, length: int) -> str:
-    """A stranger's text, fit for a table and a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text[:length])

@@ -43,9 +43,10 @@ from data_prep.addresses import (
     is_public,
     look_up,
 )
-from data_prep.answers import Answer, Failure, plain, refusal, too_long, trouble, unpacked, wish
+from data_prep.answers import Answer, Failure, refusal, too_long, trouble, unpacked, wish
 from data_prep.rejections import TRANSIENT, Cause, Rejection
 from infra.config import Settings, operational, spelt
+from infra.text import printable
 
 _log = logging.getLogger(__name__)
 
@@ -390,7 +391,7 @@ class _Downloads:
             url = URL(item.at.text, encoded=True)
             async with self._session.get(url, headers=headers, allow_redirects=False) as response:
                 item.status = response.status
-                item.content_type = plain(response.headers.get("Content-Type", ""), 100)
+                item.content_type = printable(response.headers.get("Content-Type", "")[:100])
                 assert isinstance(response, Answer)
                 if response.peer not in item.private.split() and not self._is_public(response.peer):
                     item.private = f"{item.private} {response.peer}".lstrip()

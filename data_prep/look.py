@@ -10,7 +10,6 @@ characters; letters that the font lacks are boxes.
 from __future__ import annotations
 
 import io
-import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from infra.errors import SettingsError
 from infra.records import ShardRecord
 from infra.shards import read_index
 from infra.store import Store
+from infra.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -467,12 +467,6 @@ def _lines(ax: Axes, histograms: Mapping[str, Histogram]) -> None:
 def _plain_counts(ax: Axes) -> None:
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     ax.set_ylim(0, 1.15 * max(ax.get_ylim()[1], 1) / 1.05)
-
-
-def printable(text: str) -> str:
-    """Without what would break a line, hide or turn letters around; blanks in their place."""
-    kept = "".join(" " if unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp") else letter for letter in text)
-    return " ".join(kept.split())
 
 
 def _short(text: str, most: int) -> str:

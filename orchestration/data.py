@@ -9,13 +9,14 @@ from typing import NamedTuple
 from data_prep import gc
 from data_prep.export import TAR_MIB, LayoutName, export
 from data_prep.forget import Forgotten, forget, read_list
-from data_prep.look import Histogram, Summary, contact_sheet, draw, printable, summarise
+from data_prep.look import Histogram, Summary, contact_sheet, draw, summarise
 from data_prep.mend import drop, drop_shared
 from data_prep.verify import Shared, Verified, verify, verify_shared
 from infra import layout
 from infra.errors import DataError, SettingsError
 from infra.records import PrepareSummary, ScoreSummary, SnapshotOutput, StageRecord
 from infra.store import Store, open_store
+from infra.text import printable
 from orchestration import leftovers, terminal
 from orchestration.patience import doing
 from orchestration.session import stage_records

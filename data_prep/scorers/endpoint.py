@@ -24,6 +24,7 @@ from data_prep.scorers import Failure, Row, Sample
 from data_prep.scorers.answers import caption_fields, caption_row
 from data_prep.scorers.settings import Ask, EndpointSettings
 from infra.errors import PixnerdError, SettingsError
+from infra.text import printable
 
 MOST_BYTES = 1 << 20  # of a response
 LONGEST_PAUSE = 60.0  # seconds between two tries, also where the server asks for more
@@ -153,7 +154,7 @@ class EndpointScorer:
         text = " ".join((body or b"")[:2000].decode(errors="replace").split())
         key = self.headers.get("Authorization", "").removeprefix("Bearer ")
         text = text.replace(key, "***") if key else text
-        return "".join(letter for letter in text if letter.isprintable())[:200]
+        return printable(text)[:200]
 
 
 class _Health:

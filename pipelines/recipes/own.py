@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from data_prep.survey import Survey
+from infra.text import printable
 
 MOST_WORDS = 40  # of a caption that a small network reads
 SIDE, PATCH = 64, 16  # of the pictures, and of the network's patches
@@ -99,7 +100,7 @@ def _source(source: Mapping[str, Any], remarks: Mapping[str, str]) -> list[str]:
     lines = []
     for number, (key, value) in enumerate(source.items()):
         line = f"      {'-' if not number else ' '} {key}: {_value(value)}"
-        remark = _plain(remarks.get(key, ""))
+        remark = printable(remarks.get(key, ""))
         if remark and len(line) + len(remark) + 4 > WIDTH:
             lines += _comment(f"{key}: {remark}", 8) if number else []
             remark = ""
@@ -187,12 +188,7 @@ def _ends(name: str, chosen: Fit) -> str:
 
 def _comment(said: str, indent: int = 0) -> list[str]:
     start = f"{' ' * indent}# "
-    return wrap(_plain(said), WIDTH, initial_indent=start, subsequent_indent=start, break_on_hyphens=False)
-
-
-def _plain(said: str) -> str:
-    """Nothing in it ends a comment's line or moves the cursor."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in said).split())
+    return wrap(printable(said), WIDTH, initial_indent=start, subsequent_indent=start, break_on_hyphens=False)
 
 
 def _value(value: Any) -> str:

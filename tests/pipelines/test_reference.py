@@ -33,5 +33,5 @@ def test_inner_settings_types_defaults_and_what_counts() -> None:
 
 
 def test_a_kind_that_there_is_not() -> None:
-    with pytest.raises(SettingsError, match="no kind of stage `trian`.*did you mean `train`"):
+    with pytest.raises(SettingsError, match=r"no kind of stage `trian`.*did you mean `train`"):
         reference.settings_of("trian")
