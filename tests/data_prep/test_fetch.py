@@ -52,7 +52,7 @@ def test_a_file(web: Web):
 
     web.pages["/a.jpg"] = photo
     url = web.url("/a.jpg?size=%2B")
-    assert one(url) == Fetched(0, b"photo", url, 200, "image/jpeg; charset=?x", 1, private="127.0.0.1")
+    assert one(url) == Fetched(0, b"photo", url, 200, "image/jpeg; charset= x", 1, private="127.0.0.1")
     assert web.requests[0].target == "/a.jpg?size=%2B"
 
 
