@@ -181,18 +181,19 @@ class _Job(Work[Piece, Made]):
     def __init__(
         self, store: Store, settings: PrepareSettings, plan: Plan, decoder: Decoder | None, todo: list[PlannedShard]
     ) -> None:
-        import ray
-
         self.downloads = Downloads(store, settings, plan, todo)
-        super().__init__(
-            self.downloads.ready, settings.in_flight or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
-        )
+        super().__init__(self.downloads.ready)
         self.left = len(todo)
         self._store, self._settings, self._plan, self._decoder = store, settings, plan, decoder
         self._works = deque(self.downloads.works)
-        # Dealt out once: downloads that are under way would know nothing of another share.
-        self._shares = _shares(settings.fetch, min(self.at_once, len(self._works)))
         self._taken: dict[str, FetchSettings] = {}  # by batches
+
+    def begin(self) -> None:
+        import ray
+
+        self.at_once = self._settings.in_flight or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+        # Dealt out once: downloads that are under way would know nothing of another share.
+        self._shares = _shares(self._settings.fetch, min(self.at_once, len(self._works)))
         # One of each for the whole job: Ray counts a worker's calls by what `remote` returned.
         limits = {"max_calls": WORKER_LIFE, "max_retries": 1}
         # Downloading waits for the web most of the time: it keeps no CPU from those that decode, and no node to itself.

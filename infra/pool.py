@@ -39,6 +39,9 @@ class Work(ABC, Generic[Piece, Result]):
         self.left = len(self.waiting)  # pieces that are not done, those under way among them
         self.at_once = at_once
 
+    def begin(self) -> None:
+        """What needs Ray and comes before the first piece: where nothing is left to do, nobody starts one."""
+
     @abstractmethod
     def start(self, piece: Piece, again: bool) -> Any:
         """A Ray task; `again`: another one died of this piece."""
@@ -69,6 +72,7 @@ def results(work: Work[Piece, Result]) -> Generator[tuple[Piece, Result], None, 
     import ray
 
     running: dict[Any, tuple[Piece, bool]] = {}
+    work.begin()
     with sigterm() as stopped:
         try:
             while True:
