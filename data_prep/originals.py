@@ -195,7 +195,7 @@ def url_hash(url: str) -> bytes:
 
 
 def chosen_of(asked: Asked) -> Asked:
-    """Those that are not as they are by default: what names are made of."""
+    """The settings that differ from their defaults. Batches and lists are named after these."""
     defaults = FetchSettings().results()
     return {name: value for name, value in asked.items() if name not in defaults or value != defaults[name]}
 

@@ -38,7 +38,7 @@ class Settings(BaseModel):
         return {name: _plain(getattr(self, name)) for name in _counted(type(self))}
 
     def chosen(self) -> dict[str, Any]:
-        """Those of them that are not as they are by default, and the name of its kind: what a digest is made of."""
+        """The results settings that differ from their defaults, and the `kind`. Digests are made of these."""
         defaults, found = _defaults(type(self)), self.results()
         return {
             name: _chosen(getattr(self, name))

@@ -89,7 +89,7 @@ class Place(Path):
     names: tuple[Folder, ...] = ()  # where the data lie that it may name
 
     def keys(self, store: Store, **parts: Any) -> Iterator[str]:
-        """Of all that lies there and has these parts."""
+        """The keys that the store holds of this place, as far as they have these parts."""
         return (entry.key for entry in store.list(self.under(**parts)) if self.parse(entry.key) is not None)
 
 

@@ -28,7 +28,7 @@ class Setting(NamedTuple):
 
 
 def settings_of(kind: str) -> list[Setting]:
-    """Those of a kind of stage, with all that are inside of them."""
+    """The settings of a kind of stage, each followed by the settings inside of it."""
     if kind not in KINDS:
         near = nearest(kind, KINDS)
         raise SettingsError(

@@ -201,7 +201,7 @@ def test_a_server_that_is_down_stops_nothing_and_is_told_once(
         tracker.register("m", "champion", run, "s3://a", {}, {})
     run.end()
     tracker.close()
-    # Who still waits for another test's server may tell that it is gone.
+    # A thread of an earlier test may still be waiting for its server, and tell that this server is gone.
     waits, lost = [text for text in told(caplog) if text.startswith("MLflow at http://127.0.0.1:9 ")]
     assert waits.startswith("MLflow at http://127.0.0.1:9 does not answer (")
     assert "4 of the things logged" in lost
