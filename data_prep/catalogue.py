@@ -295,7 +295,7 @@ def update(store: Store) -> None:
             urls=urls,
         )
         before = list(layout.CATALOGUE.keys(store))
-        number = 1 + max((int(Path(key).stem) for key in before), default=-1)
+        number = 1 + max((layout.CATALOGUE.parts(key)["number"] for key in before), default=-1)
         if write_record(store, layout.CATALOGUE.at(number=number), record):
             for key in before:
                 store.delete(key)

@@ -253,12 +253,6 @@ def _prefixes(store: Store) -> list[str]:
     return sorted({key.rpartition("/")[0] + "/" for key in layout.SHARD.keys(store)})
 
 
-def _plan_of(prefix: str) -> str:
-    parts = layout.SHARDS.parse(prefix)
-    assert parts is not None, "it was listed"
-    return str(parts["plan"])
-
-
 def _without_gap(shards: Sequence[ShardRecord]) -> int:
     numbers = {shard.number for shard in shards}
     return next(number for number in range(len(numbers) + 1) if number not in numbers)
@@ -266,7 +260,7 @@ def _without_gap(shards: Sequence[ShardRecord]) -> int:
 
 def _search(store: Store, prefix: str, shards: Sequence[ShardRecord], wanted: _Wanted) -> dict[int, set[Hit]]:
     """The rows that items name, by shard. A key may have several pictures: one for each content that its input had."""
-    shared = _shared_origins(store, _plan_of(prefix))
+    shared = _shared_origins(store, layout.SHARDS.parts(prefix)["plan"])
     found: dict[int, set[Hit]] = {}
     for number, table in _tables(store, shards, [*NAMES, *HASHES, "origin", "source"]):
         rows = table.filter(pa.array(wanted.mask(table, shared)))

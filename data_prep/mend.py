@@ -38,8 +38,8 @@ def drop(store: Store, plan: str, found: Verified) -> list[str]:
     """Delete what is in the way of making a plan's damaged shards, scores and snapshots again; its keys."""
     numbers = defaultdict[str, set[int]](set)
     for key in found.again:
-        if parts := layout.SHARD.parse(key):
-            numbers[parts["size"]].add(parts["number"])
+        parts = layout.SHARD.parts(key)
+        numbers[parts["size"]].add(parts["number"])
     scores = [*found.scores_again, *_scores_of(store, plan, numbers)]
     snapshots = [*found.snapshots_again, *_snapshots_of(store, plan, numbers)]
     keys = [*found.objects, *_scored(store, scores), *_listed(store, snapshots), *found.records]

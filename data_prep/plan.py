@@ -237,7 +237,7 @@ def make_plan(store: Store, settings: PrepareSettings) -> Plan:
         settings=settings.results(),
     )
     _check_captions(store, settings, name, edition, planned)
-    plan = _plan(name, edition, planned)
+    plan = _plan(name, edition.name, edition, planned)
     if not plan.shards:
         raise DataError("the sources hold no images", remedy="check each source's `url`, `tables` and suffixes")
     write_record(store, edition_key(name, plan.edition), edition)
@@ -246,7 +246,7 @@ def make_plan(store: Store, settings: PrepareSettings) -> Plan:
 
 def read_plan(store: Store, name: str, edition: str) -> Plan:
     found = read_record(store, edition_key(name, edition), Edition)
-    return _plan(name, found, [shard for key in _extensions(store, name) for shard in _read(store, key)])
+    return _plan(name, edition, found, [shard for key in _extensions(store, name) for shard in _read(store, key)])
 
 
 def _extensions(store: Store, name: str) -> list[str]:
@@ -266,10 +266,10 @@ def all_shards(store: Store, plan: Plan, size: str) -> list[ShardRecord]:
     return shards
 
 
-def _plan(name: str, edition: Edition, planned: list[PlannedShard]) -> Plan:
-    active = set(edition.inputs)
+def _plan(name: str, edition: str, found: Edition, planned: list[PlannedShard]) -> Plan:
+    active = set(found.inputs)
     shards = [shard for shard in planned if shard.known_as in active]
-    return Plan(name, edition.name, edition.inputs, shards, len(planned), edition.sizes, edition.settings)
+    return Plan(name, edition, found.inputs, shards, len(planned), found.sizes, found.settings)
 
 
 def _check_captions(

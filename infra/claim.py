@@ -149,8 +149,7 @@ def _key(home: str, number: int) -> str:
 
 def _newest(store: Store, home: str) -> int:
     """The highest claim's number; 0 if there is none."""
-    keys = (entry.key for entry in store.list(layout.DRIVER.under(home=home)))
-    return max((int(Path(key).stem) for key in keys if key.endswith(".json")), default=0)
+    return max((layout.DRIVER.parts(key)["number"] for key in layout.DRIVER.keys(store, home=home)), default=0)
 
 
 def _drop(store: Store, home: str, number: int) -> bool:

@@ -31,13 +31,15 @@ DATA = "data/"
 _PARTS = {
     "home": r"(?:training|imported)/[^/]+",  # of a trained network: see TRAINING and IMPORTED
     "batch": r"[^/.]+",
+    "part": ".+",  # of a checkpoint: folders in its folder
+    "size": r"(?!(?:tables|unpacked|originals|scores|snapshots|forgotten)(?:/|$))[^/]+",  # what else lies under data/
 }
 _FIELD = re.compile(r"\{(\w+)(?::0(\d+)d)?\}")
 
 
 @dataclass(frozen=True)
-class Path:
-    """What a key, or the beginning of one, is made of."""
+class Spelling:
+    """How a key, or the beginning of one, is spelt."""
 
     spelling: str
 
@@ -54,8 +56,16 @@ class Path:
     def parse(self, key: str) -> dict[str, Any] | None:
         """The parts of a key; None if it is spelt otherwise."""
         found = self._pattern.fullmatch(key)
+        if found is None:
+            return None
         numbers = {field[1] for field in _FIELD.finditer(self.spelling) if field[2]}
-        return found and {name: int(part) if name in numbers else part for name, part in found.groupdict().items()}
+        return {name: int(part) if name in numbers else part for name, part in found.groupdict().items()}
+
+    def parts(self, key: str) -> dict[str, Any]:
+        """The parts of a key that is known to be of this spelling."""
+        found = self.parse(key)
+        assert found is not None, f"{key} is not spelt {self.spelling}"
+        return found
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -68,7 +78,7 @@ class Path:
 
 
 @dataclass(frozen=True)
-class Folder(Path):
+class Folder(Spelling):
     """Data objects: <folder>/<name>-<sha256>.<suffix>."""
 
     def named(self, name: str, **parts: Any) -> str:
@@ -76,13 +86,12 @@ class Folder(Path):
         return f"{self.at(**parts)}/{name}-"
 
     def holds(self, key: str) -> bool:
-        """Whether the object lies there, or in a folder there."""
-        found = self._pattern.match(key)
-        return found is not None and key[found.end() :].startswith("/")
+        """Whether the object lies just there."""
+        return self._pattern.fullmatch(key.rpartition("/")[0]) is not None
 
 
 @dataclass(frozen=True)
-class Place(Path):
+class Place(Spelling):
     """Records or tables of one kind."""
 
     record: str = ""  # the name of the class of the records that lie there; none: no record, but a table
@@ -107,16 +116,14 @@ FORGOTTEN_ITEMS = Folder("data/forgotten")
 
 PLANNED = Place("plans/{plan}/{number:05d}.parquet", names=(TABLES, UNPACKED_TARS))  # the shards that are to be made
 EDITION = Place("plans/{plan}/{edition}.json", "Edition")
-LOOKED = Place(
-    "looked/{listing}/{first:012d}-{rows:01d}.parquet"
-)  # when which file was looked at, and what it was like
+LOOKED = Place("looked/{listing}/{first:012d}-{rows:01d}.parquet")  # what files were like when they were read
 UNPACKED = Place("unpacked/{tar}.json", "UnpackedRecord", (UNPACKED_TARS,))
 BATCH = Place("downloads/batches/{batch}.{attempt:01d}.json", "BatchRecord", (ORIGINALS,))
 DROPPED = Place("downloads/batches/{batch}.{attempt:01d}.dropped.json", "Dropped")
 LINKS = Place("downloads/lists/{list}/{generation:01d}/links.json", "LinksRecord", (ORIGINALS,))
 RETRY = Place("downloads/lists/{list}/{generation:01d}/again.json", "RetryRecord", (ORIGINALS,))
 CATALOGUE = Place("downloads/catalogue/{number:05d}.json", "CatalogueRecord", (ORIGINALS,))
-SHARDS = Path("shards/{plan}/{size}/")
+SHARDS = Spelling("shards/{plan}/{size}/")
 SHARD = Place("shards/{plan}/{size}/{number:05d}.json", "ShardRecord", (IMAGES,))
 PREPARED = Place("prepared/{plan}/{edition}.json", "PrepareSummary")
 
@@ -130,12 +137,13 @@ EXPORT = Place("exports/{digest}.json", "ExportRecord")
 
 # Networks. A `home` is where all of one lies.
 
-TRAINING = Path("training/{run}")
-IMPORTED = Path("imported/{digest}")
+TRAINING = Spelling("training/{run}")
+IMPORTED = Spelling("imported/{digest}")
 TRAINED_FILES = Folder("{home}/checkpoint")
+TRAINED_PARTS = Folder("{home}/checkpoint/{part}")  # the text encoder's files, say
 STATE_PARTS = Folder("{home}/state")  # <step>-<rank>-<attempt>.safetensors
 CURVES = Folder("{home}")
-CHECKPOINT = Place("{home}/checkpoint.json", "CheckpointRecord", (TRAINED_FILES, CURVES))
+CHECKPOINT = Place("{home}/checkpoint.json", "CheckpointRecord", (TRAINED_FILES, TRAINED_PARTS, CURVES))
 STATE = Place("{home}/states/{step:08d}-{attempt}.json", "TrainingState", (STATE_PARTS,))
 OLD_STATE = Place("{home}/states/{step:08d}.json", "TrainingState", (STATE_PARTS,))  # of schema 1, without attempts
 DRIVER = Place("{home}/drivers/{number:06d}.json", "DriverRecord")
@@ -143,10 +151,11 @@ ENCODER_FILES = Folder("encoders/{stage}/{encoder}")
 
 # Pictures and scores, a folder for each stage
 
-EVALUATED = Folder("evaluations/{stage}")  # tars of pictures, and the verdicts
-REPORT = Place("evaluations/{stage}/report.json", "EvalReport", (EVALUATED,))
-PICTURES = Place("evaluations/{stage}/pictures.json", "Pictures", (EVALUATED,))
-SAMPLED = Folder("samples/{stage}")
+VERDICTS = Folder("evaluations/{stage}")
+JUDGED = Folder("evaluations/{stage}/pictures")  # tars of the pictures that were judged
+REPORT = Place("evaluations/{stage}/report.json", "EvalReport", (VERDICTS, JUDGED))
+PICTURES = Place("evaluations/{stage}/pictures.json", "Pictures", (JUDGED,))
+SAMPLED = Folder("samples/{stage}/pictures")
 SAMPLES = Place("samples/{stage}/drawn.json", "Drawn", (SAMPLED,))
 PAGES = Folder("reports")
 
@@ -154,7 +163,7 @@ PAGES = Folder("reports")
 
 STAGE = Place("stages/{kind}/{digest}.json", "StageRecord", (ENCODER_FILES, PAGES))
 RUNNING = Place("running/{run}.json", "RunRecord")
-CORPUS = Path("corpus/{stage}")  # a folder of this machine, below the workflow's
+CORPUS = Spelling("corpus/{stage}")  # a folder of this machine, below the workflow's
 
 BEAT = ".beat"  # after the key of a driver's or a run's record: what says that it is alive
 

@@ -144,8 +144,7 @@ class _Piece(NamedTuple):
 
     @classmethod
     def of(cls, key: str) -> _Piece:
-        parts = layout.LOOKED.parse(key)
-        assert parts is not None, "it was listed"
+        parts = layout.LOOKED.parts(key)
         return cls(parts["first"], parts["rows"], key)
 
     @property

@@ -181,8 +181,7 @@ class Originals(Report):
 
 
 def _list_name(place: layout.Place, key: str) -> str:
-    parts = place.parse(key)
-    assert parts is not None, "it was listed"
+    parts = place.parts(key)
     return f"the list {parts['list']}, generation {parts['generation']}"
 
 

@@ -102,16 +102,13 @@ class ScoreTables(Report):
 
 
 def _placed(key: str) -> tuple[Place, int]:
-    parts = layout.SCORE.parse(key)
-    assert parts is not None, "it was listed"
+    parts = layout.SCORE.parts(key)
     number = parts.pop("number")
     return Place(**parts), number
 
 
 def _scorer(summary: str) -> str:
-    parts = layout.SCORED.parse(summary)
-    assert parts is not None, "it was listed"
-    return str(parts["scorer"])
+    return str(layout.SCORED.parts(summary)["scorer"])
 
 
 def _data_name(place: Place, number: int) -> str:

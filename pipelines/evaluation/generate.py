@@ -35,7 +35,7 @@ def generate(
     """`images` pictures of each prompt, in the order of the prompts; one tar a chunk."""
     chunk = max(1, settings.batch // images)
     starts = range(0, len(prompts), chunk)
-    drawing = _Drawing(store, f"{folder}/pictures", checkpoint, prompts, images, chunk, settings)
+    drawing = _Drawing(store, folder, checkpoint, prompts, images, chunk, settings)
     tars: dict[int, DataObject] = {}
     for start, tar in results(drawing):
         tars[start] = tar

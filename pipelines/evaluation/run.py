@@ -72,7 +72,7 @@ def geneval(
         images=len(verdicts),
         failed=len(verdicts) - len(pictures),
         scores={f"geneval/{task}": interval for task, interval in scores.items()},
-        details=put_data(store, layout.EVALUATED.at(stage=stage), "verdicts.parquet", parquet_bytes(_table(verdicts))),
+        details=put_data(store, layout.VERDICTS.at(stage=stage), "verdicts.parquet", parquet_bytes(_table(verdicts))),
         pictures=drawn.tars,
     )
     key = layout.REPORT.at(stage=stage)
@@ -94,7 +94,7 @@ def _draw(
     texts = [prompt.prompt for prompt in prompts]
     tars = generate(
         store,
-        layout.EVALUATED.at(stage=stage),
+        layout.JUDGED.at(stage=stage),
         checkpoint,
         texts,
         settings.images,

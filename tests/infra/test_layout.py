@@ -20,7 +20,7 @@ ELSEWHERE = {"Begun", "Exported", "StateFile"}
 WORDS = st.from_regex(r"[a-z0-9][a-z0-9-]{0,20}", fullmatch=True)
 
 
-def parts_of(place: layout.Path) -> st.SearchStrategy[dict[str, str | int]]:
+def parts_of(place: layout.Spelling) -> st.SearchStrategy[dict[str, str | int]]:
     fields = re.findall(r"\{(\w+)(:[^}]*)?\}", place.spelling)
     kinds = {name: st.integers(0, 10**8) if form else WORDS for name, form in fields}
     if "home" in kinds:
@@ -56,13 +56,15 @@ def test_under_goes_as_far_as_the_parts_that_are_known() -> None:
     assert not layout.STATE_PARTS.holds("training/r/states/x.json")
 
 
+def test_no_object_lies_in_two_folders() -> None:
+    example = {"home": "training/r", "size": "256", "scorer": "s", "stage": "d", "encoder": "text", "part": "text"}
+    for folder in FOLDERS:
+        key = f"{folder.named('x', **example)}{'0' * 64}.tar"
+        assert [other for other in FOLDERS if other.holds(key)] == [folder]
+
+
 def test_every_kind_of_record_has_its_place() -> None:
-    for floor in ("infra", "data_prep", "training", "pipelines", "orchestration"):
-        for path in (ROOT / floor).rglob("*.py"):
-            if "class " in (text := path.read_text(encoding="utf-8")) and "Record" in text:
-                importlib.import_module(
-                    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-                )
+    load_every_record()
     found = {kind.__name__ for kind in kinds_below(Record) if not kind.__module__.startswith("tests")}
     assert found - ELSEWHERE == {place.record for place in PLACES if place.record}
 
