@@ -182,7 +182,7 @@ class _Job(Work[Piece, Made]):
         self, store: Store, settings: PrepareSettings, plan: Plan, decoder: Decoder | None, todo: list[PlannedShard]
     ) -> None:
         self.downloads = Downloads(store, settings, plan, todo)
-        super().__init__(self.downloads.ready)
+        super().__init__(self.downloads.ready, settings.in_flight)
         self.left = len(todo)
         self._store, self._settings, self._plan, self._decoder = store, settings, plan, decoder
         self._works = deque(self.downloads.works)
@@ -191,7 +191,7 @@ class _Job(Work[Piece, Made]):
     def begin(self) -> None:
         import ray
 
-        self.at_once = self._settings.in_flight or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+        super().begin()
         # Dealt out once: downloads that are under way would know nothing of another share.
         self._shares = _shares(self._settings.fetch, min(self.at_once, len(self._works)))
         # One of each for the whole job: Ray counts a worker's calls by what `remote` returned.
@@ -216,19 +216,17 @@ class _Job(Work[Piece, Made]):
         )
 
     def ended(self, piece: Piece, result: Made | None) -> None:
-        if isinstance(piece, Downloading):
-            self._shares.append(self._taken.pop(piece.batch.name))
-        if result is not None and isinstance(piece, Downloading):
+        if isinstance(piece, PlannedShard):
+            super().ended(piece, result)
+            return
+        self._shares.append(self._taken.pop(piece.batch.name))
+        if result is not None:
             self.waiting.extend(self.downloads.finished(piece))
-        elif result is not None:
-            self.left -= 1
 
     def name(self, piece: Piece) -> str:
-        return (
-            str(piece)
-            if isinstance(piece, Downloading)
-            else f"shard {piece.number} ({piece.source}, {piece.part.input})"
-        )
+        if isinstance(piece, Downloading):
+            return str(piece)
+        return f"shard {piece.number} ({piece.source}, {piece.part.input})"
 
 
 def _shares(settings: FetchSettings, tasks: int) -> list[FetchSettings]:

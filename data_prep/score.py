@@ -218,9 +218,9 @@ class _Job(Work[int, Done]):
         return worker.score.remote(piece)
 
     def ended(self, piece: int, result: Done | None) -> None:
+        super().ended(piece, result)
         worker = self._at_work.pop(piece)
         if result is not None:
-            self.left -= 1
             self._idle.append(worker)
 
     def give_up(self, tasks: list[Any]) -> None:

@@ -34,13 +34,17 @@ _GIVEN_UP = 10.0  # seconds for tasks to end that are given up
 class Work(ABC, Generic[Piece, Result]):
     noun = "pieces"
 
-    def __init__(self, pieces: Iterable[Piece], at_once: int = 1) -> None:
+    def __init__(self, pieces: Iterable[Piece], at_once: int | None = None) -> None:
+        """`at_once`: None for twice the cluster's CPUs."""
         self.waiting = deque(pieces)
         self.left = len(self.waiting)  # pieces that are not done, those under way among them
-        self.at_once = at_once
+        self.at_once = at_once or 0
 
     def begin(self) -> None:
         """What needs Ray and comes before the first piece: where nothing is left to do, nobody starts one."""
+        import ray
+
+        self.at_once = self.at_once or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
 
     @abstractmethod
     def start(self, piece: Piece, again: bool) -> Any:
@@ -53,6 +57,7 @@ class Work(ABC, Generic[Piece, Result]):
 
     def ended(self, piece: Piece, result: Result | None) -> None:
         """A task has ended, without a result if its process died."""
+        self.left -= result is not None
 
     def name(self, piece: Piece) -> str:
         return f"{self.noun.removesuffix('s')} {piece}"

@@ -31,13 +31,14 @@ _SQLITE = "sqlite:///"  # and the path
 _BATCH = 900  # the server takes at most 1,000 metrics in a call
 _LOCK_SECONDS = 60.0  # that others may take to open a database file; who holds it longer is stopped or hangs
 _LOCK_EVERY = 0.1
-T = TypeVar("T")
-_URI = "MLFLOW_TRACKING_URI"
 _REGISTER_SECONDS = 90.0  # that may pass until a model is registered
 _FLUSH_SECONDS = 1.0
 _CLOSE_SECONDS, _CLOSE_AWAY_SECONDS = 12.0, 2.0  # for what waits at the end: with an MLflow that answers, and without
 
+_URI = "MLFLOW_TRACKING_URI"
+
 Call = Callable[[Any, str], object]  # is given MLflow's client and the run's id
+T = TypeVar("T")
 
 
 class TrackingSettings(Settings):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from orchestration.terminal import print_json
-from pipelines.reference import settings_of
+from pipelines.reference import about, settings_of
 from pipelines.stages import KINDS
 
 WIDTH = 100
@@ -13,11 +13,11 @@ WIDTH = 100
 
 def show_settings(kind: str | None, *, as_json: bool) -> None:
     if kind is None:
-        told = {name: (found.work.__doc__ or "").strip().splitlines()[0] for name, found in KINDS.items()}
+        told = {name: about(name) for name in KINDS}
         if as_json:
             print_json(told)
         else:
-            print("\n".join(f"{name:<10} {about}" for name, about in told.items()))
+            print("\n".join(f"{name:<10} {line}" for name, line in told.items()))
         return
     found = settings_of(kind)
     if as_json:

@@ -27,6 +27,11 @@ class Setting(NamedTuple):
     counts: bool  # whether it changes results
 
 
+def about(kind: str) -> str:
+    """What a stage of the kind does, in a line."""
+    return (KINDS[kind].work.__doc__ or "").strip().splitlines()[0]
+
+
 def settings_of(kind: str) -> list[Setting]:
     """The settings of a kind of stage, each followed by the settings inside of it."""
     if kind not in KINDS:
@@ -48,9 +53,8 @@ def page() -> str:
         "What was made stays when a setting marked with = changes: it is of speed alone, or says where something lies "
         "whose content counts.",
     ]
-    for name, kind in KINDS.items():
-        about = (kind.work.__doc__ or "").strip().splitlines()
-        parts += ["", f"## {name}", "", *about[:1], ""]
+    for name in KINDS:
+        parts += ["", f"## {name}", "", about(name), ""]
         parts += ["| Setting | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
         parts += [_row(setting) for setting in settings_of(name)]
     return "\n".join(parts) + "\n"

@@ -11,7 +11,6 @@ import os
 import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +57,20 @@ class _Drawing(Work[int, DataObject]):
         chunk: int,
         settings: SampleSettings,
     ) -> None:
-        import ray
-
-        super().__init__(range(0, len(prompts), chunk), 2 * max(1, int(ray.cluster_resources().get("CPU", 1))))
-        self._draw = partial(ray.remote(num_cpus=1, max_retries=1)(_draw_chunk).remote, store, folder, checkpoint)
+        super().__init__(range(0, len(prompts), chunk))
+        self._where = store, folder, checkpoint
         self._prompts, self._images, self._chunk, self._settings = prompts, images, chunk, settings
 
-    def start(self, piece: int, again: bool) -> Any:
-        return self._draw(piece, list(self._prompts[piece : piece + self._chunk]), self._images, self._settings)
+    def begin(self) -> None:
+        import ray
 
-    def ended(self, piece: int, result: DataObject | None) -> None:
-        self.left -= result is not None
+        super().begin()
+        self._draw = ray.remote(num_cpus=1, max_retries=1)(_draw_chunk)
+
+    def start(self, piece: int, again: bool) -> Any:
+        return self._draw.remote(
+            *self._where, piece, list(self._prompts[piece : piece + self._chunk]), self._images, self._settings
+        )
 
     def name(self, piece: int) -> str:
         return f"the batch of pictures from prompt {piece}"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.plan import Plan, PrepareSettings, make_plan, read_plan
+from data_prep.plan import Plan, PrepareSettings, edition_key, make_plan, read_plan
 from infra.config import parse
 from infra.errors import DataError, SettingsError
 from infra.store import Store, open_store
@@ -43,6 +43,12 @@ def test_a_plan_is_written_once(corpus: Path, store: Store) -> None:
     before = contents(store)
     assert make_plan(store, settings_for(corpus)) == plan
     assert contents(store) == before
+
+
+def test_an_edition_is_read_under_the_name_that_its_stage_tells(corpus: Path, store: Store) -> None:
+    plan = make_plan(store, settings_for(corpus))
+    store.put(edition_key(plan.digest, "older"), store.get(edition_key(plan.digest, plan.edition)))
+    assert read_plan(store, plan.digest, "older") == replace(plan, edition="older")
 
 
 def test_what_changes_results_makes_another_plan_and_nothing_else_does(

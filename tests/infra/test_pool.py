@@ -46,9 +46,6 @@ class Squares(Work[int, int]):
         self.started.append((piece, again))
         return self.task.remote(piece, self.folder, self.deaths.get(piece, 0))
 
-    def ended(self, piece: int, result: int | None) -> None:
-        self.left -= result is not None
-
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_all_are_done_and_never_more_at_once(tmp_path: Path) -> None:

@@ -382,3 +382,18 @@ def test_a_wrong_recipe_is_refused_before_any_work(ran: list[str], stages: dict[
     with pytest.raises(SettingsError, match=message):
         workflow.graph(recipe(**stages))
     assert ran == []
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "chosen", "agree"),
+    [
+        ({"a": 1}, {"a": 1}, {}, True),
+        ({"a": 1}, {"a": 2}, {"a": 2}, False),
+        ({"a": 1}, {"a": 1, "new": 5}, {}, True),
+        ({"a": 1}, {"a": 1, "new": 6}, {"new": 6}, False),
+        ({"inner": {"a": 1}}, {"inner": {"a": 1, "new": 5}}, {}, True),
+        ({"inner": {"a": 1}}, {"inner": {"a": 1, "new": 6}}, {"inner": {"new": 6}}, False),
+    ],
+)
+def test_a_record_of_before_a_setting_agrees_with_its_default_alone(before: Any, now: Any, chosen: Any, agree: bool):
+    assert workflow._agree(before, now, chosen) is agree
