@@ -121,11 +121,12 @@ class Tracker:
     def _open(self) -> Any:
         from mlflow import MlflowClient
 
+        location = self._artifacts.absolute().as_uri() if self._artifacts else None
         with _alone(self.uri):
+            _make_tables(self.uri, location)
             client = MlflowClient(self.uri)
             found = client.get_experiment_by_name(self.experiment)
             if found is None:
-                location = self._artifacts.absolute().as_uri() if self._artifacts else None
                 self._experiment_id = str(client.create_experiment(self.experiment, artifact_location=location))
             else:
                 self._experiment_id = str(found.experiment_id)
@@ -276,13 +277,36 @@ def _alone(uri: str) -> Iterator[None]:
 
     The lock is the kernel's: it ends with its holder, however that ends. The file that it is on stays.
     """
-    path = uri.removeprefix(_SQLITE).partition("?")[0]
-    if not uri.startswith(_SQLITE) or path in ("", ":memory:"):
+    path = _file_of(uri)
+    if path is None:
         yield
         return
     with open(f"{path}.lock", "ab") as file:
         _lock(file)
         yield
+
+
+def _make_tables(uri: str, artifacts: str | None) -> None:
+    """A new SQLite file gets its name once it has all its tables; for the one process that holds the lock.
+
+    MLflow makes them in some fifty steps, and a file that was left between two of them it can neither use nor mend.
+    """
+    path = _file_of(uri)
+    if path is None or (path.exists() and path.stat().st_size):
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    unfinished = path.with_name(f"{path.name}.new")
+    for left in (unfinished, Path(f"{unfinished}-journal")):
+        left.unlink(missing_ok=True)
+    SqlAlchemyStore(f"{_SQLITE}{unfinished}", artifacts or "mlruns").engine.dispose()
+    unfinished.replace(path)
+
+
+def _file_of(uri: str) -> Path | None:
+    """The file of a SQLite database, if it is one and in a file."""
+    path = uri.removeprefix(_SQLITE).partition("?")[0]
+    return None if not uri.startswith(_SQLITE) or path in ("", ":memory:") else Path(path)
 
 
 def _lock(file: IO[bytes]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from infra import calls, notices, tracking
+from infra import calls, notices, scratch, tracking
 from infra.errors import TrackingError
 from infra.tracking import NOWHERE, Run, Tracker
 
@@ -34,6 +34,7 @@ def nothing_told(monkeypatch: pytest.MonkeyPatch):
 def tracker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracker]:
     folder = tmp_path_factory.mktemp("mlflow")
     with closing(Tracker(f"sqlite:///{folder}/mlflow.db", "test", folder / "artifacts")) as tracker:
+        known(tracker.run("the first", "0"))  # opens the file: two threads of one process cannot make its tables
         yield tracker
 
 
@@ -90,6 +91,21 @@ def test_two_processes_that_open_a_fresh_database_at_once_both_log(tmp_path: Pat
     assert len({*ids, "None"}) == 3, said
     with closing(Tracker(uri, "test")) as tracker:
         assert [known(tracker.run("a", name)) for name in ("one", "two")] == ids
+
+
+@pytest.mark.parametrize("bytes_there", [1, 100_000, 400_000])
+def test_a_kill_while_the_tables_are_made_leaves_nothing_broken(tmp_path: Path, bytes_there: int):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    opening = subprocess.Popen([sys.executable, "-c", OPENS, uri, "one"], stdin=subprocess.DEVNULL)
+    try:
+        while scratch.size(tmp_path) < bytes_there:
+            assert opening.poll() is None
+    finally:
+        opening.kill()
+        opening.wait()
+    with closing(Tracker(uri, "test")) as tracker:
+        assert known(tracker.run("a", "one"))
+    assert not list(tmp_path.glob("*.new*"))
 
 
 def test_a_file_that_is_no_database_stops_nothing_and_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
