@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep import gc
 from data_prep.export import TAR_MIB, LayoutName, export
-from data_prep.forget import Forgotten, forget, read_list
-from data_prep.look import Histogram, Summary, contact_sheet, draw, summarise
-from data_prep.mend import drop, drop_shared
-from data_prep.verify import Shared, Verified, verify, verify_shared
+from data_prep.snapshots.forget import Forgotten, forget, read_list
+from data_prep.upkeep import gc
+from data_prep.upkeep.drop import drop, drop_shared
+from data_prep.upkeep.statistics import Histogram, Summary, contact_sheet, draw, summarise
+from data_prep.upkeep.verify import Shared, Verified, verify, verify_shared
 from infra import layout
 from infra.errors import DataError, SettingsError
 from infra.records import PrepareSummary, ScoreSummary, SnapshotOutput, StageRecord

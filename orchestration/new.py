@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from data_prep.plan import PrepareSettings
+from data_prep.prepare.plan import PrepareSettings
 from data_prep.survey import Survey, Wanted, name_of, survey
 from infra.config import parse
 from infra.errors import SettingsError

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal
 
-from data_prep.plan import PrepareSettings
+from data_prep.prepare.plan import PrepareSettings
 from infra import layout
 from infra.cluster import ClusterSettings, connect, disconnect
 from infra.config import digest, parse
@@ -113,7 +113,7 @@ def _retry_failed(recipe: recipes.Recipe, store: Store, nodes: Sequence[workflow
 
     What is refused is refused before any is begun. False if there are none.
     """
-    from data_prep.job import begin_retries, failed_downloads
+    from data_prep.prepare.job import begin_retries, failed_downloads
     from data_prep.sources import UrlList
 
     parsed = {name: workflow.parse_stage(name, data)[1] for name, data in recipe.stages.items()}

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from data_prep import foresee
+from data_prep.snapshots import foresee
 from infra.config import nearest
 from infra.problems import Wrong
 from pipelines.evaluation.prompts import TASKS

@@ -21,11 +21,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from data_prep.forget import concerning
-from data_prep.plan import PrepareSettings, read_plan
+from data_prep.prepare.plan import PrepareSettings, read_plan
 from data_prep.rejections import counted
-from data_prep.score import ScoreSettings, scorer_digest
-from data_prep.snapshot import SnapshotSettings
+from data_prep.scores.job import ScoreSettings, scorer_digest
+from data_prep.snapshots.build import SnapshotSettings
+from data_prep.snapshots.forget import concerning
 from infra import layout, scratch
 from infra.config import Settings, parse, spelt
 from infra.errors import SettingsError, StageFailed
@@ -127,7 +127,7 @@ class CorpusStage(Settings):
 
 def corpus(context: Context, settings: CorpusStage, inputs: Inputs) -> Output:
     """The shape world, written as an ordinary image folder with a table of captions, as any corpus would come."""
-    from data_prep.shape_corpus import write_corpus
+    from data_prep.shapes.corpus import write_corpus
 
     folder = context.home / layout.CORPUS.at(stage=context.digest)
     if not folder.exists():
@@ -152,7 +152,8 @@ def source_references(settings: PrepareSettings) -> dict[str, str]:
 
 def source_inputs(settings: PrepareSettings, store: Store | None, inputs: Inputs) -> Any:
     """The user's own corpora by their files, and the retries that were asked for: more of either is more to do."""
-    from data_prep import links, retries, sources
+    from data_prep import sources
+    from data_prep.prepare import links, retries
 
     found: list[Any] = []
     for source in settings.sources:
@@ -167,9 +168,9 @@ def source_inputs(settings: PrepareSettings, store: Store | None, inputs: Inputs
 
 def prepare(context: Context, settings: PrepareSettings, inputs: Inputs) -> Output:
     """Raw images -> shards in the store, every input accounted for."""
-    from data_prep.job import Progress as Prepared
-    from data_prep.job import check_accepted
-    from data_prep.job import prepare as run
+    from data_prep.prepare.job import Progress as Prepared
+    from data_prep.prepare.job import check_accepted
+    from data_prep.prepare.job import prepare as run
 
     sources = list(settings.sources)
     for field, record in inputs.items():
@@ -208,8 +209,8 @@ def scorer_weights(settings: ScoreStage, store: Store | None, inputs: Inputs) ->
 
 def score(context: Context, settings: ScoreStage, inputs: Inputs) -> Output:
     """Shards -> scores or captions of their images, in tables of their own."""
-    from data_prep.score import Progress as Scored
-    from data_prep.score import score as run
+    from data_prep.scores.job import Progress as Scored
+    from data_prep.scores.job import score as run
 
     def show(so_far: Scored) -> None:
         text = f"{so_far.shards} of {so_far.planned_shards} shards, {so_far.per_second:.1f} images/s"
@@ -243,8 +244,8 @@ def forgotten_lists(settings: SnapshotStage, store: Store | None, inputs: Inputs
 
 def snapshot(context: Context, settings: SnapshotStage, inputs: Inputs) -> Output:
     """Shards + scores + filter + caption mix -> the rows that training reads."""
-    from data_prep.snapshot import snapshot as run
-    from data_prep.snapshot import snapshot_key
+    from data_prep.snapshots.build import snapshot as run
+    from data_prep.snapshots.build import snapshot_key
 
     prepared = inputs["shards"].of(PrepareSummary)
     scored = [inputs[f"scored.{number}"].of(ScoreSummary).scorer for number in range(len(settings.scored))]

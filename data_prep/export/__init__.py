@@ -23,10 +23,10 @@ from pydantic import BaseModel, ConfigDict
 
 from data_prep.export.layouts import HuggingFace, Layout, WebDataset
 from data_prep.export.listing import Listing
-from data_prep.forget import Gone, lists_about
-from data_prep.plan import Edition
-from data_prep.sizes import SUFFIX, Format
-from data_prep.stream import column, in_order
+from data_prep.images.sizes import SUFFIX, Format
+from data_prep.prepare.plan import Edition
+from data_prep.snapshots.forget import Gone, lists_about
+from data_prep.sources.reading import column, in_order
 from infra.errors import DataError, SettingsError
 from infra.layout import EDITION, EXPORT
 from infra.records import (

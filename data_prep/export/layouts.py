@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.export.listing import Listing, Weights
-from data_prep.stream import in_order
+from data_prep.sources.reading import in_order
 from infra.shards import TarWriter, sidecar
 from infra.store import Store, spool_path
 

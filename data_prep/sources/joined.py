@@ -25,10 +25,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.folders import Folder, StoreFolder, fingerprint
 from data_prep.sources import parquet, words
 from data_prep.sources.convert import Columns, converted
 from data_prep.sources.fields import element, is_list, kind_of, listed
+from data_prep.sources.folders import Folder, StoreFolder, fingerprint
 from data_prep.sources.lines import is_parquet
 from data_prep.sources.tables import check_columns
 from infra import layout

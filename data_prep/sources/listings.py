@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator
 
-from data_prep.folders import File, Folder, open_folder, text_of
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import looked, parquet, words
+from data_prep.sources.folders import File, Folder, open_folder, text_of
 from data_prep.sources.listed import Listed, Stored, Whole, merged, put
 from data_prep.sources.raw import IMAGE_SUFFIXES, Corpus, Input, Range, RawItem
 from infra.config import operational, spelt

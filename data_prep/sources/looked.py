@@ -23,8 +23,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.folders import Folder
 from data_prep.rejections import Rejection
+from data_prep.sources.folders import Folder
 from data_prep.sources.raw import Range
 from infra import layout
 from infra.config import digest
@@ -118,7 +118,7 @@ def _suspects(
 
 
 def _changed(suspects: Iterator[_Suspect], folder: Folder, limit: int) -> Iterator[tuple[int, bytes]]:
-    from data_prep.stream import in_order  # it reads tables by this package
+    from data_prep.sources.reading import in_order  # it reads tables by this package
 
     def look(suspect: _Suspect) -> bytes | None:
         data = folder.read(suspect.name, limit)
@@ -175,7 +175,7 @@ class _Track:
     """Pieces read one behind the other, by windows that go on and never back."""
 
     def __init__(self, store: Store, pieces: Sequence[_Piece]) -> None:
-        from data_prep.stream import in_order
+        from data_prep.sources.reading import in_order
 
         self._pieces = in_order(lambda piece: (piece, _read(store, piece)), pieces)
         self._held = next(self._pieces, None)

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from data_prep.folders import Folder, fingerprint, open_folder
 from data_prep.sources import looked, words
+from data_prep.sources.folders import Folder, fingerprint, open_folder
 from data_prep.sources.raw import Input
 from infra.store import Store
 

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.folders import StoreFolder, open_folder
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources.fields import field, has_odd_lists, is_list, kind_of, top
+from data_prep.sources.folders import StoreFolder, open_folder
 from data_prep.sources.raw import DAMAGE, ROW, Corpus, Range
 from infra.errors import DataError
 from infra.store import Store

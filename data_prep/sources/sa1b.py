@@ -12,10 +12,10 @@ from typing import Literal
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from data_prep.folders import matching, open_folder
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import parquet, tables, tars, words
 from data_prep.sources.convert import Columns
+from data_prep.sources.folders import matching, open_folder
 from data_prep.sources.joined import Captions, join
 from data_prep.sources.raw import Input, Range, RawItem
 from infra.store import Store

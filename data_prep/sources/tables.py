@@ -20,14 +20,14 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 from pydantic import Field
 
-from data_prep.addresses import http_url
-from data_prep.folders import Folder, fingerprint, matching, open_folder
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import fields, looked, named, parquet, words
 from data_prep.sources.convert import Columns, converted
+from data_prep.sources.folders import Folder, fingerprint, matching, open_folder
 from data_prep.sources.lines import is_parquet, kind_of, lines
 from data_prep.sources.named import Files
 from data_prep.sources.raw import Corpus, Input, Range, RawItem, Url, check_kept, foreign, missing_column
+from data_prep.web.addresses import http_url
 from infra.config import operational
 from infra.errors import SettingsError
 from infra.shards import sample_key

@@ -25,9 +25,9 @@ from typing import BinaryIO, NamedTuple
 
 from pydantic import Field
 
-from data_prep.folders import fingerprint, matching, open_folder, text_of
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import unpacked, words
+from data_prep.sources.folders import fingerprint, matching, open_folder, text_of
 from data_prep.sources.raw import IMAGE_SUFFIXES, Corpus, Input, Keys, Range, foreign
 from data_prep.sources.tarwalk import Broken, Member, members
 from infra.config import operational

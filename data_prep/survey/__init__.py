@@ -17,13 +17,13 @@ from pathlib import Path, PurePosixPath
 from statistics import median
 from typing import Any, NamedTuple
 
-from data_prep.addresses import Lookup, look_up
 from data_prep.sources.raw import foreign
 from data_prep.survey import pictures, tables, tars
 from data_prep.survey.hosts import Hosts, hosts_of
 from data_prep.survey.place import Place, nothing_at, place_at
 from data_prep.survey.seen import Seen
 from data_prep.survey.tables import Wanted
+from data_prep.web.addresses import Lookup, look_up
 from infra.errors import DataError, SettingsError
 
 __all__ = ["Hosts", "Survey", "Wanted", "name_of", "survey"]

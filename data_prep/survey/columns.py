@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from data_prep.addresses import http_url
 from data_prep.rejections import Rejection
 from data_prep.sources import words
 from data_prep.sources.raw import IMAGE_SUFFIXES
+from data_prep.web.addresses import http_url
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -9,8 +9,8 @@ from contextlib import suppress
 from threading import Thread
 from typing import Any, NamedTuple
 
-from data_prep.addresses import Lookup, http_url, is_public, look_up, opening
 from data_prep.rejections import Rejection
+from data_prep.web.addresses import Lookup, http_url, is_public, look_up, opening
 
 MOST = 8  # hosts that are looked up
 SECONDS = 3.0  # for all of them

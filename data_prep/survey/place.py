@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from data_prep.folders import Folder, open_folder
+from data_prep.sources.folders import Folder, open_folder
 from data_prep.sources.lines import SUFFIXES as TABLES
 from data_prep.sources.packed import PACKINGS
 from data_prep.sources.raw import FOREIGN, IMAGE_SUFFIXES, foreign

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
-from data_prep.decode import decode
+from data_prep.images.decode import decode
 from data_prep.rejections import Rejection
 from infra.errors import DataError
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from data_prep.decode import sniff
+from data_prep.images.decode import sniff
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import parquet, words
 from data_prep.sources.fields import element, field, flat, is_list, leaves
@@ -301,7 +301,7 @@ class _Files(NamedTuple):
 
 def _files(place: Place, table: _Table, paths: Sequence[str]) -> _Files:
     """The folder that the paths of a Parquet lead to, and the paths from there."""
-    from data_prep.folders import open_folder
+    from data_prep.sources.folders import open_folder
 
     named = [path for path in paths if path]
     absolute = named and all(os.path.isabs(path) for path in named)

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.shape_world import COLOURS, SHAPES, Thing, coverage
+from data_prep.shapes.world import COLOURS, SHAPES, Thing, coverage
 
 Image = npt.NDArray[np.uint8]
 Scalar = TypeVar("Scalar", bound=np.generic)

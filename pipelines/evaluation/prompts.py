@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from data_prep import shape_world as world
-from data_prep.shape_world import Description
+from data_prep.shapes import world
+from data_prep.shapes.world import Description
 from infra.errors import EvaluationError
 from infra.problems import tell
 

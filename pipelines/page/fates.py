@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.shape_corpus import kind_of
+from data_prep.shapes.corpus import kind_of
 from infra.records import SnapshotRecord
 from infra.shards import list_shards, read_index, read_selection
 from infra.store import Store

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.plan import PrepareSettings
+from data_prep.prepare.plan import PrepareSettings
 from infra.cluster import ClusterSettings, connect, disconnect
 from infra.config import parse
 
@@ -108,7 +108,7 @@ def ours(table: Path, out: Path, given: argparse.Namespace) -> list[str]:
 
 def prepare_ours(settings: Path, workers: int) -> None:
     """What runs in our side's process."""
-    from data_prep.job import prepare
+    from data_prep.prepare.job import prepare
 
     connect(ClusterSettings(cpus=workers))
     try:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_prep.dedup import KEY_BYTES, Rows
+from data_prep.snapshots.dedup import KEY_BYTES, Rows
 
 SIZES = (450_000, 4_500_000, 45_000_000)
 CASES = ("uniform", "planted")

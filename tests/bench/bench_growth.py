@@ -27,7 +27,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep import dedup, plan
+from data_prep.prepare import plan
+from data_prep.snapshots import dedup
 from data_prep.sources import Range
 from infra.records import DataObject, ShardRecord
 from infra.shards import INDEX_SCHEMA, list_shards, parquet_bytes, read_index, shard_key, shard_prefix
@@ -185,7 +186,7 @@ def listing(store: Store) -> str:
 
 def resuming(store: Store) -> str:
     """What `prepare` does to find out what is left to do."""
-    from data_prep.job import _done
+    from data_prep.prepare.job import _done
 
     planned = plan.read_plan(store, PLAN, EDITION)
     done = {shard.number for shard, _ in _done(store, planned)}
@@ -248,7 +249,7 @@ def full_snapshot(store: Store) -> str:
 
 
 def selected(store: Store, **settings: Any) -> str:
-    from data_prep.snapshot import SnapshotSettings, snapshot
+    from data_prep.snapshots.build import SnapshotSettings, snapshot
     from infra.config import parse
 
     record = snapshot(store, PLAN, EDITION, parse(SnapshotSettings, settings))
@@ -259,7 +260,7 @@ def selected(store: Store, **settings: Any) -> str:
 
 
 def summary(store: Store) -> str:
-    from data_prep.look import summarise
+    from data_prep.upkeep.statistics import summarise
 
     found = summarise(store, PLAN, EDITION, SIZE, columns=["clip_score"])
     return f"{found.accepted:,} samples, {len(found.model_dump_json())} bytes of JSON"
@@ -267,7 +268,7 @@ def summary(store: Store) -> str:
 
 def forgetting(store: Store) -> str:
     """Some items, one of them in a crowd of twins, and a snapshot after it."""
-    from data_prep.forget import forget
+    from data_prep.snapshots.forget import forget
 
     items = [f"0/{row}" for row in range(500)] + ["unknown"]
     found = forget(store, items, "asked")

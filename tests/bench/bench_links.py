@@ -25,11 +25,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep import catalogue, links, originals
-from data_prep.linking import Asking, link
-from data_prep.links import At, LinksRecord
-from data_prep.originals import BatchRecord
-from data_prep.plan import PrepareSettings
+from data_prep.prepare import catalogue, links, originals
+from data_prep.prepare.linking import Asking, link
+from data_prep.prepare.links import At, LinksRecord
+from data_prep.prepare.originals import BatchRecord
+from data_prep.prepare.plan import PrepareSettings
 from data_prep.sources import Range, UrlList
 from infra import layout
 from infra.config import parse

@@ -23,10 +23,10 @@ import numpy as np
 import simplejpeg
 import torch
 
-from data_prep.scorers import Sample, Scorer
-from data_prep.scorers.clip import ClipScorer
-from data_prep.scorers.settings import ClipSettings, VlmSettings
-from data_prep.scorers.vlm import VlmScorer
+from data_prep.scores import Sample, Scorer
+from data_prep.scores.clip import ClipScorer
+from data_prep.scores.settings import ClipSettings, VlmSettings
+from data_prep.scores.vlm import VlmScorer
 from infra.config import parse
 from tests.bench.sides import compare, show
 from tests.data_prep.small_scorers import build_vlm

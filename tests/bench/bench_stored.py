@@ -22,9 +22,9 @@ import torch
 import webdataset
 from PIL import Image
 
-from data_prep.decode import decoder_versions
-from data_prep.make import make_shard, plain_outcomes
-from data_prep.plan import PrepareSettings, make_plan
+from data_prep.images.decode import decoder_versions
+from data_prep.prepare.plan import PrepareSettings, make_plan
+from data_prep.prepare.shard import make_shard, plain_outcomes
 from infra.config import parse
 from infra.store import open_store
 from tests.data_prep import zoo

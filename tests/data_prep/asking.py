@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from data_prep.addresses import Lookup
-from data_prep.fetch import Fetched, FetchSettings, fetch
 from data_prep.rejections import Cause, Rejection
+from data_prep.web.addresses import Lookup
+from data_prep.web.fetch import Fetched, FetchSettings, fetch
 
 MEGABYTE = 10**6
 QUICK: dict[str, Any] = {"allow_private": True, "seconds": 10.0, "retries": 1, "backoff": 0.01}

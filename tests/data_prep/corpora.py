@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.downloads import Downloads, download
-from data_prep.make import make_shard, plain_outcomes
-from data_prep.plan import Plan, PrepareSettings, make_plan
+from data_prep.prepare.downloads import Downloads, download
+from data_prep.prepare.plan import Plan, PrepareSettings, make_plan
+from data_prep.prepare.shard import make_shard, plain_outcomes
 from data_prep.rejections import Cause
 from infra import layout
 from infra.config import parse

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.decode import Decoded, decode
+from data_prep.images.decode import Decoded, decode
 from data_prep.rejections import Cause, Rejection
 from tests.data_prep import test_fetch as pages
 from tests.data_prep import zoo
@@ -489,7 +489,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 def at_home() -> None:
     """Run in each worker: 127.0.0.1 counts as public, and every name but two leads to it."""
-    from data_prep import addresses, fetch
+    from data_prep.web import addresses, fetch
 
     is_public = addresses.is_public
     addresses.is_public = lambda address: address == "127.0.0.1" or is_public(address)
@@ -506,8 +506,8 @@ def main() -> None:
     """ADDRESS STORE SETTINGS: prepare on that Ray cluster, with the decoder that some file kills."""
     import ray
 
-    from data_prep.job import prepare
-    from data_prep.plan import PrepareSettings
+    from data_prep.prepare.job import prepare
+    from data_prep.prepare.plan import PrepareSettings
     from infra.config import parse
 
     address, store, settings = sys.argv[1:]

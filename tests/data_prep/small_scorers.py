@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 from aiohttp import web
 
-from data_prep import score
-from data_prep.score import ScoreSettings
-from data_prep.scorers import Sample
+from data_prep.scores import Sample, job
+from data_prep.scores.job import ScoreSettings
 from infra.config import parse
 from infra.store import FileStore
 from tests.data_prep import zoo
@@ -199,18 +198,18 @@ def endpoint(url: str, **changes: Any) -> ScoreSettings:
     return parse(ScoreSettings, {"scorer": scorer, "workers": 1} | changes)
 
 
-class DiesOnce(score._Worker):
+class DiesOnce(job._Worker):
     """Killed at the worst moment of shard 2: its table is stored, its record is not."""
 
     always = False
 
-    def score(self, number: int) -> score.Done:
+    def score(self, number: int) -> job.Done:
         assert isinstance(self.store, FileStore)
         marker = self.store.root / ".tmp" / "marker"
         if number == 2 and (self.always or not marker.exists()):
             marker.parent.mkdir(exist_ok=True)
             marker.touch()
-            score.write_record = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            job.write_record = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         return super().score(number)
 
 

@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
-from data_prep import addresses
-from data_prep.addresses import HttpUrl, Opened, http_url, is_public
-from data_prep.fetch import FetchSettings
 from data_prep.rejections import Cause, Rejection
+from data_prep.web import addresses
+from data_prep.web.addresses import HttpUrl, Opened, http_url, is_public
+from data_prep.web.fetch import FetchSettings
 from infra.config import parse
 from infra.errors import SettingsError
 from tests.data_prep.asking import cause, one

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep.scorers import Failure, Row
-from data_prep.scorers.answers import LONGEST, clean
-from data_prep.scorers.endpoint import MOST_BYTES, EndpointScorer
-from data_prep.scorers.settings import EndpointSettings, VlmSettings
-from data_prep.scorers.vlm import VlmScorer
+from data_prep.scores import Failure, Row
+from data_prep.scores.endpoint import MOST_BYTES, EndpointScorer
+from data_prep.scores.replies import LONGEST, clean
+from data_prep.scores.settings import EndpointSettings, VlmSettings
+from data_prep.scores.vlm import VlmScorer
 from infra.config import parse
 from infra.errors import CheckpointError, PixnerdError, SettingsError
 from tests.data_prep.small_scorers import build_vlm, said, sample, serve

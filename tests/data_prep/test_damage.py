@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep import jpeg
-from data_prep.decode import decode
+from data_prep.images import jpeg
+from data_prep.images.decode import decode
 from data_prep.rejections import Cause, Refused, Rejection
 from tests.data_prep import zoo
 from tests.data_prep.test_decode import CLOSE, assert_same, cause_of, pixels_of

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from data_prep import jpeg
-from data_prep.decode import Decoded, decode, exif_orientation, sniff
-from data_prep.jpeg import MAX_SCANS
-from data_prep.png import MAX_PROFILE
+from data_prep.images import jpeg
+from data_prep.images.decode import Decoded, decode, exif_orientation, sniff
+from data_prep.images.jpeg import MAX_SCANS
+from data_prep.images.png import MAX_PROFILE
 from data_prep.rejections import Cause, Refused, Rejection
 from tests.data_prep import zoo
 

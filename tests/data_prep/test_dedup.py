@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import dedup
-from data_prep.dedup import Rows, columns, duplicates, near_pairs
+from data_prep.snapshots import dedup
+from data_prep.snapshots.dedup import Rows, columns, duplicates, near_pairs
 from infra.errors import DataError
 from infra.shards import INDEX_SCHEMA
 

@@ -21,10 +21,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import fetch as fetch_module
-from data_prep.answers import opts_out, retry_after
-from data_prep.fetch import LOOK_AHEAD, Fetched, FetchSettings, fetch
 from data_prep.rejections import TRANSIENT, Cause, Rejection
+from data_prep.web import fetch as fetch_module
+from data_prep.web.fetch import LOOK_AHEAD, Fetched, FetchSettings, fetch
+from data_prep.web.responses import opts_out, retry_after
 from tests.data_prep.asking import MEGABYTE, QUICK, at_home, cause, one
 from tests.data_prep.web import Page, Request, Stream, Web, head
 
@@ -741,7 +741,7 @@ MEMORY = """
 import sys
 import time
 from pathlib import Path
-from data_prep.fetch import FetchSettings, fetch
+from data_prep.web.fetch import FetchSettings, fetch
 
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024

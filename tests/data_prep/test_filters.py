@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.filters import LONGEST, columns_in, masks, parse_filter
+from data_prep.snapshots.filters import LONGEST, columns_in, masks, parse_filter
 from infra.errors import SettingsError
 
 TABLE = pa.table(

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep import kinds
-from data_prep.decode import decode
+from data_prep.images import kinds
+from data_prep.images.decode import decode
 from data_prep.rejections import Cause, Rejection
 from tests.data_prep import zoo
 
@@ -383,7 +383,7 @@ def dear() -> dict[str, bytes]:
 
 RUNNER = """
 import json, os, resource, sys, time
-from data_prep.decode import Decoded, decode
+from data_prep.images.decode import Decoded, decode
 from tests.data_prep.test_fuzz import SEEDS
 
 for seed in SEEDS.values():

@@ -11,13 +11,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from data_prep.forget import forget
-from data_prep.gc import Count, collect
-from data_prep.originals import BatchRecord, batch_key
-from data_prep.plan import Plan
-from data_prep.retries import RetryRecord, again_key
-from data_prep.snapshot import SnapshotSettings, snapshot
-from data_prep.verify import verify
+from data_prep.prepare.originals import BatchRecord, batch_key
+from data_prep.prepare.plan import Plan
+from data_prep.prepare.retries import RetryRecord, again_key
+from data_prep.snapshots.build import SnapshotSettings, snapshot
+from data_prep.snapshots.forget import forget
+from data_prep.upkeep.gc import Count, collect
+from data_prep.upkeep.verify import verify
 from infra.errors import RecordError
 from infra.records import CheckpointRecord, put_data, write_record
 from infra.shards import parquet_bytes, read_selection

@@ -17,13 +17,13 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import job, originals
-from data_prep.decode import Decoded, decode
-from data_prep.fetch import FetchSettings
-from data_prep.job import Progress, check_accepted, prepare, summary_key
-from data_prep.plan import make_plan
+from data_prep.images.decode import Decoded, decode
+from data_prep.prepare import job, originals
+from data_prep.prepare.job import Progress, check_accepted, prepare, summary_key
+from data_prep.prepare.plan import make_plan
 from data_prep.rejections import Cause, Rejection
-from data_prep.verify import verify
+from data_prep.upkeep.verify import verify
+from data_prep.web.fetch import FetchSettings
 from infra.errors import ClusterError, DataError
 from infra.records import PrepareSummary, SizeSummary
 from infra.shards import list_shards, read_index
@@ -119,7 +119,7 @@ def test_the_same_bytes_whoever_did_the_work(
 
 DRIVER = """
 import os, signal, sys
-from data_prep.job import prepare
+from data_prep.prepare.job import prepare
 from infra.cluster import ClusterSettings, connect
 from tests.data_prep.corpora import settings_for
 from pathlib import Path
@@ -175,7 +175,7 @@ def test_every_cause_tells_what_to_do() -> None:
 STOPPED = """
 import os, signal, sys
 from pathlib import Path
-from data_prep.job import prepare
+from data_prep.prepare.job import prepare
 from infra.cluster import ClusterSettings, connect
 from infra.errors import Stopped
 from tests.data_prep.corpora import settings_for

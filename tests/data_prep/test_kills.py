@@ -27,13 +27,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import originals
-from data_prep.decode import Decoded, decode
-from data_prep.job import Progress, _done, prepare
-from data_prep.mend import drop
-from data_prep.plan import PrepareSettings, make_plan
+from data_prep.images.decode import Decoded, decode
+from data_prep.prepare import originals
+from data_prep.prepare.job import Progress, _done, prepare
+from data_prep.prepare.plan import PrepareSettings, make_plan
 from data_prep.rejections import Rejection
-from data_prep.verify import verify
+from data_prep.upkeep.drop import drop
+from data_prep.upkeep.verify import verify
 from infra.config import parse
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import FileStore, Store, open_store
@@ -274,7 +274,7 @@ def one_write_further(function: Callable[..., None], root: Path, settings: dict[
     """Run it in a process that is killed before its second write; its exit code."""
     log.unlink(missing_ok=True)
     context = multiprocessing.get_context("forkserver")  # this process has threads, and Ray's
-    context.set_forkserver_preload(["data_prep.make", "data_prep.job", "torch", __name__])
+    context.set_forkserver_preload(["data_prep.prepare.shard", "data_prep.prepare.job", "torch", __name__])
     store = TrappedStore(root, Trap(str(log), 2, "worker"))
     process = context.Process(target=function, args=(store, settings))
     process.start()

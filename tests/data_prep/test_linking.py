@@ -15,14 +15,14 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from data_prep import catalogue, linked, links, originals
-from data_prep.downloads import Downloads, download, drop
-from data_prep.fetch import FetchSettings
-from data_prep.job import failed_downloads, prepare, retry_failed
-from data_prep.linking import Asking, link
-from data_prep.plan import Plan, PrepareSettings, make_plan
+from data_prep.prepare import catalogue, linked, links, originals
+from data_prep.prepare.downloads import Downloads, download, drop
+from data_prep.prepare.job import failed_downloads, prepare, retry_failed
+from data_prep.prepare.linking import Asking, link
+from data_prep.prepare.plan import Plan, PrepareSettings, make_plan
 from data_prep.rejections import Cause
 from data_prep.sources import UrlList
+from data_prep.web.fetch import FetchSettings
 from infra import layout
 from infra.config import parse
 from infra.errors import DataError

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from data_prep import look
-from data_prep.look import contact_sheet, draw, summarise
-from data_prep.plan import Plan
+from data_prep.prepare.plan import Plan
+from data_prep.upkeep import statistics
+from data_prep.upkeep.statistics import contact_sheet, draw, summarise
 from infra.errors import DataError, SettingsError
 from infra.records import ShardRecord, put_data
 from infra.shards import CAPTIONS, list_shards, parquet_bytes, read_index, shard_key, shard_prefix
@@ -67,7 +67,7 @@ def test_a_summary_counts_every_row(prepared: tuple[Store, Plan]) -> None:
     assert found.captions == {"long": len(accepted), "short": len(accepted)}
     words = [len(c["text"].split()) for row in accepted for c in row["captions"] if c["kind"] == "long"]
     assert found.words["long"].mean == pytest.approx(np.mean(words))
-    assert found.words["long"].counts == np.histogram(words, look.WORDS)[0].tolist()
+    assert found.words["long"].counts == np.histogram(words, statistics.WORDS)[0].tolist()
     assert found.shorter_side.least == found.shorter_side.most == 40
     assert found.aspect.mean == pytest.approx(45 / 40)
     assert sum(found.values["score"].counts) == len(accepted)
@@ -108,7 +108,7 @@ def test_scores_are_counted_beside_the_rest(prepared: tuple[Store, Plan], tmp_pa
     counted = {cause: sum(row["key"][0] == first for row in accepted) for first, cause in causes.items()}
     assert all(counted.values())
 
-    def summed(*scores: str, columns: tuple[str, ...] = ()) -> look.Summary:
+    def summed(*scores: str, columns: tuple[str, ...] = ()) -> statistics.Summary:
         return summarise(store, plan.digest, plan.edition, "16", scores=scores, columns=columns)
 
     found = summed("one", "writer", "one")
@@ -145,8 +145,8 @@ def test_scores_are_counted_beside_the_rest(prepared: tuple[Store, Plan], tmp_pa
 def test_numbers_of_every_size_have_a_histogram(
     values: list[Any], of: pa.DataType, least: float, mean: float, most: float, tmp_path: Path
 ) -> None:
-    numbers = look._numbers("column", pa.chunked_array([pa.array(values, of)]))
-    found = look._evenly(numbers)
+    numbers = statistics._numbers("column", pa.chunked_array([pa.array(values, of)]))
+    found = statistics._evenly(numbers)
     assert (found.least, found.most) == (least, most) and found.mean == pytest.approx(mean)
     assert sum(found.counts) == len(numbers) == len([v for v in values if v is not None and np.isfinite(float(v))])
     assert np.all(np.diff(found.edges) > 0)
@@ -223,11 +223,11 @@ def test_what_lies_beyond_the_bins_counts_in_the_last(prepared: tuple[Store, Pla
 def test_a_corpus_of_names_does_not_fill_memory(
     prepared: tuple[Store, Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(look, "MOST_NAMES", 5)
+    monkeypatch.setattr(statistics, "MOST_NAMES", 5)
     store = rewritten(prepared, tmp_path, lambda row, number: {"licence": row["key"]})
     found = summarise(store, prepared[1].digest, prepared[1].edition, "16")
     assert len(found.licences) == 6 and sum(found.licences.values()) == found.accepted
-    assert next(iter(found.licences)) == look.OTHERS
+    assert next(iter(found.licences)) == statistics.OTHERS
 
 
 def test_a_sheet_shows_the_same_samples_for_the_same_seed(prepared: tuple[Store, Plan], tmp_path: Path) -> None:
@@ -251,16 +251,19 @@ def test_a_sheet_shows_the_samples_themselves(prepared: tuple[Store, Plan], tmp_
             shard = next(s for s in list_shards(store, shard_prefix(plan.digest, "16")) if _holds(store, s, row["key"]))
             assert shard.tar is not None
             data = store.get(shard.tar.key, row["offset"], row["offset"] + row["length"])
-            wanted = look._picture(data)
+            wanted = statistics._picture(data)
             shown = sheet.convert("RGB").crop((*place, place[0] + wanted.width, place[1] + wanted.height))
             assert shown.tobytes() == wanted.tobytes()
 
 
 def _picture_places(sheet: Image.Image, count: int, columns: int) -> list[tuple[int, int]]:
     rows = -(-count // columns)
-    step = (sheet.height - 2 * look.MARGIN - 34 + look.GAP) // rows
-    across = look.CELL + look.GAP
-    return [(look.MARGIN + n % columns * across, look.MARGIN + 34 + n // columns * step) for n in range(count)]
+    step = (sheet.height - 2 * statistics.MARGIN - 34 + statistics.GAP) // rows
+    across = statistics.CELL + statistics.GAP
+    left, top = statistics.MARGIN, statistics.MARGIN + 34
+    return [(left + n % columns * across, top + n // columns * step) for n in range(count)]
+        (statistics.MARGIN + n % columns * across, statistics.MARGIN + 34 + n // columns * step) for n in range(count)
+    ]
 
 
 def _holds(store: Store, shard: ShardRecord, key: str) -> bool:

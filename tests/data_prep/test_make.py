@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 
-from data_prep.make import make_shard, plain_outcomes
-from data_prep.plan import PrepareSettings, make_plan
+from data_prep.prepare.plan import PrepareSettings, make_plan
+from data_prep.prepare.shard import make_shard, plain_outcomes
 from data_prep.rejections import Cause
 from infra.records import ShardRecord
 from infra.shards import INDEX_SCHEMA, read_index

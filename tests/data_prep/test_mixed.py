@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from data_prep.job import prepare
-from data_prep.mend import drop
-from data_prep.plan import PrepareSettings
+from data_prep.prepare.job import prepare
+from data_prep.prepare.plan import PrepareSettings
 from data_prep.rejections import Cause
-from data_prep.verify import verify
+from data_prep.upkeep.drop import drop
+from data_prep.upkeep.verify import verify
 from infra.config import parse
 from infra.records import PrepareSummary
 from infra.shards import list_shards, read_index, shard_prefix

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import originals
-from data_prep.job import Progress, prepare, retry_failed, summary_key
-from data_prep.plan import PrepareSettings, read_plan
+from data_prep.prepare import originals
+from data_prep.prepare.job import Progress, prepare, retry_failed, summary_key
+from data_prep.prepare.plan import PrepareSettings, read_plan
 from data_prep.rejections import Cause
-from data_prep.verify import verify
+from data_prep.upkeep.verify import verify
 from infra.config import parse
 from infra.records import PrepareSummary
 from infra.shards import list_shards, read_index, shard_key, shard_prefix

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep.phash import _grid, phash
+from data_prep.images.phash import _grid, phash
 
 Pixels_HW3 = npt.NDArray[np.uint8]
 

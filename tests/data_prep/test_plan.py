@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.plan import Plan, PrepareSettings, edition_key, make_plan, read_plan
+from data_prep.prepare.plan import Plan, PrepareSettings, edition_key, make_plan, read_plan
 from infra.config import parse
 from infra.errors import DataError, SettingsError
 from infra.store import Store, open_store

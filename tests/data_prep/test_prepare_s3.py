@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.job import prepare
-from data_prep.plan import PrepareSettings
+from data_prep.prepare.job import prepare
+from data_prep.prepare.plan import PrepareSettings
 from data_prep.rejections import Cause
-from data_prep.verify import verify
+from data_prep.upkeep.verify import verify
 from infra.config import parse
 from infra.records import PrepareSummary, ShardRecord
 from infra.store import S3Store, Store, open_store

@@ -14,10 +14,10 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from data_prep.decode import Decoded, decode
+from data_prep.images.decode import Decoded, decode
+from data_prep.images.sizes import Buckets, Size, size_name
+from data_prep.images.transform import Box, fitted
 from data_prep.rejections import Rejection
-from data_prep.sizes import Buckets, Size, size_name
-from data_prep.transform import Box, fitted
 from tests.data_prep import zoo
 
 FLOOR = 50.0  # dB

@@ -11,7 +11,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_prep.plan import Plan
+from data_prep.prepare.plan import Plan
 from infra.records import ShardRecord
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import FileStore, Store

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import robots
-from data_prep.addresses import HttpUrl
-from data_prep.fetch import Fetched, FetchSettings, fetch
 from data_prep.rejections import Cause, Rejection
-from data_prep.robots import LARGEST, Memory, Rules
+from data_prep.web import robots
+from data_prep.web.addresses import HttpUrl
+from data_prep.web.fetch import Fetched, FetchSettings, fetch
+from data_prep.web.robots import LARGEST, Memory, Rules
 from tests.data_prep.asking import QUICK, at_home, cause
 from tests.data_prep.web import Page, Request, Stream, Web, head
 

@@ -24,13 +24,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from data_prep import score as score_module
-from data_prep.decode import Decoded, decode
-from data_prep.plan import Plan
-from data_prep.score import Place, Progress, ScoreSettings, read_scores, score, scorer_digest
-from data_prep.scorers import Row, Sample
-from data_prep.scorers.clip import ClipScorer
-from data_prep.scorers.settings import ClipSettings
+from data_prep.images.decode import Decoded, decode
+from data_prep.prepare.plan import Plan
+from data_prep.scores import Row, Sample
+from data_prep.scores import job as score_module
+from data_prep.scores.clip import ClipScorer
+from data_prep.scores.job import Place, Progress, ScoreSettings, read_scores, score, scorer_digest
+from data_prep.scores.settings import ClipSettings
 from infra.config import digest, parse
 from infra.errors import CheckpointError, ClusterError, DataError, PixnerdError, SettingsError
 from infra.records import PrepareSummary, ScoreRecord, ScoreSummary, ShardRecord, StageRecord, read_record
@@ -518,7 +518,7 @@ def test_an_error_in_a_worker_reaches_the_caller_as_it_was(store: Store, plan: s
 
 DRIVER = """
 import os, signal, sys
-from data_prep.score import score
+from data_prep.scores.job import score
 from infra.cluster import ClusterSettings, connect
 from tests.data_prep.small_scorers import endpoint
 

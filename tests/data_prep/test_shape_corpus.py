@@ -12,10 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image as PilImage
 
-from data_prep import shape_corpus as corpus
-from data_prep import shape_world as world
-from data_prep.decode import Decoded, decode
+from data_prep.images.decode import Decoded, decode
 from data_prep.rejections import Rejection
+from data_prep.shapes import corpus, world
 
 COUNT, SEED, SIZE = 400, 7, 64
 

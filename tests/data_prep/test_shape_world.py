@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import shape_world as world
-from data_prep.shape_world import Captions, Description, Fact, Noun, Scene, Thing
+from data_prep.shapes import world
+from data_prep.shapes.world import Captions, Description, Fact, Noun, Scene, Thing
 
 SCENES = 6000
 

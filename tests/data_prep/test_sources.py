@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import sources
-from data_prep.folders import LocalFolder, StoreFolder
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import RawItem, TableFolder, TextFolder
+from data_prep.sources.folders import LocalFolder, StoreFolder
 from data_prep.sources.lines import _csv_lines
 from infra.config import parse
 from infra.errors import DataError, SettingsError

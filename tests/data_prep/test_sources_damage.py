@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import sources
-from data_prep.job import retry_failed
+from data_prep.prepare.job import retry_failed
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import parquet
 from infra.errors import DataError

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import sources
-from data_prep.folders import LocalFolder, StoreFolder, text_of
 from data_prep.rejections import Cause
 from data_prep.sources import ImageNet, Input, Range, Source
+from data_prep.sources.folders import LocalFolder, StoreFolder, text_of
 from infra.config import parse
 from infra.errors import SettingsError
 from infra.store import Store, open_store

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import sources
-from data_prep.folders import LocalFolder, StoreFolder
 from data_prep.sources import Input, Range, RawItem, Source, listed, looked
+from data_prep.sources.folders import LocalFolder, StoreFolder
 from infra.store import Store, open_store
 from tests.data_prep.corpora import HUGGING_FACE_IMAGE, prepare_here, settings_for, write_corpus
 from tests.data_prep.test_sources import table_folder, text_folder

@@ -21,12 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from data_prep import folders, sources
-from data_prep.decode import decode
-from data_prep.gc import collect
+from data_prep import sources
+from data_prep.images.decode import decode
 from data_prep.rejections import Cause, Rejection
-from data_prep.sources import Range, RawItem, WebDataset
+from data_prep.sources import Range, RawItem, WebDataset, folders
 from data_prep.sources.tars import IMAGE_EXTENSIONS
+from data_prep.upkeep.gc import collect
 from infra.config import parse
 from infra.errors import DataError, SettingsError
 from infra.shards import SPLIT_DIGITS

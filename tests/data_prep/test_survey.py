@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.plan import PrepareSettings
+from data_prep.prepare.plan import PrepareSettings
 from data_prep.sources.raw import RawItem, Url
 from data_prep.survey import Survey, Wanted, name_of, place, seen, survey
 from infra.config import parse

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data_prep.images.sizes import SUFFIX, Bucket, Buckets, Format, Size, size_name
+from data_prep.images.transform import Box, centre_box, encode, fitted, resized
 from data_prep.rejections import Cause, Rejection
-from data_prep.sizes import SUFFIX, Bucket, Buckets, Format, Size, size_name
-from data_prep.transform import Box, centre_box, encode, fitted, resized
 from infra.config import digest, parse
 from infra.errors import SettingsError
 from tests.data_prep import zoo

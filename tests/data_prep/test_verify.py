@@ -10,10 +10,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.plan import Edition, Plan, PrepareSettings, edition_key
-from data_prep.score import Place
-from data_prep.snapshot import SnapshotSettings, snapshot
-from data_prep.verify import Verified, verify, verify_shared
+from data_prep.prepare.plan import Edition, Plan, PrepareSettings, edition_key
+from data_prep.scores.job import Place
+from data_prep.snapshots.build import SnapshotSettings, snapshot
+from data_prep.upkeep.verify import Verified, verify, verify_shared
 from infra.config import parse
 from infra.errors import StoreError
 from infra.records import (

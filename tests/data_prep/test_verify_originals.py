@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from data_prep import catalogue, originals
-from data_prep.job import retry_failed
-from data_prep.mend import drop_shared
-from data_prep.plan import PrepareSettings
-from data_prep.verify import verify_shared
+from data_prep.prepare import catalogue, originals
+from data_prep.prepare.job import retry_failed
+from data_prep.prepare.plan import PrepareSettings
+from data_prep.upkeep.drop import drop_shared
+from data_prep.upkeep.verify import verify_shared
 from infra import layout
 from infra.records import read_record
 from infra.store import Store
@@ -161,7 +161,7 @@ def test_images_that_are_not_those_of_the_index_are_found(prepared: Prepared) ->
 
 @pytest.mark.parametrize("table", ["links", "asked"])
 def test_links_that_are_damaged_are_made_again(prepared: Prepared, table: str) -> None:
-    from data_prep.links import LinksRecord
+    from data_prep.prepare.links import LinksRecord
 
     keys = [key for key in layout.LINKS.keys(prepared.store) if key.endswith("/0/links.json")]
     for key in keys:

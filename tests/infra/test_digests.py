@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import Field, create_model
 
-from data_prep.plan import PrepareSettings
-from data_prep.score import ScoreSettings, scorer_digest
-from data_prep.snapshot import SnapshotSettings, snapshot_key
+from data_prep.prepare.plan import PrepareSettings
+from data_prep.scores.job import ScoreSettings, scorer_digest
+from data_prep.snapshots.build import SnapshotSettings, snapshot_key
 from infra.config import Settings, digest, operational, parse
 from orchestration import workflow
 from pipelines import recipes

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from data_prep.plan import PrepareSettings, make_plan
+from data_prep.prepare.plan import PrepareSettings, make_plan
 from infra.config import parse
 from infra.records import PrepareSummary, SizeSummary
 from infra.store import open_store

@@ -11,12 +11,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from data_prep.job import prepare
-from data_prep.mend import drop
-from data_prep.plan import read_plan
-from data_prep.score import Place
-from data_prep.snapshot import SnapshotSettings, snapshot
-from data_prep.verify import verify
+from data_prep.prepare.job import prepare
+from data_prep.prepare.plan import read_plan
+from data_prep.scores.job import Place
+from data_prep.snapshots.build import SnapshotSettings, snapshot
+from data_prep.upkeep.drop import drop
+from data_prep.upkeep.verify import verify
 from infra.errors import DataError, SettingsError
 from infra.records import (
     ScoreRecord,

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from data_prep.fetch import FetchSettings
+from data_prep.web.fetch import FetchSettings
 from infra.errors import PixnerdError, SettingsError
 from orchestration import cli, session, workflow
 from pipelines import recipes

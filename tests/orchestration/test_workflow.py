@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from data_prep.forget import forget
+from data_prep.snapshots.forget import forget
 from infra.config import Settings, operational
 from infra.errors import DataError, SettingsError, StageFailed, Stopped
 from infra.records import Output, StageRecord

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from data_prep.shape_corpus import kind_of
-from data_prep.shape_world import render, render_prompt, sample_scene
+from data_prep.shapes.corpus import kind_of
+from data_prep.shapes.world import render, render_prompt, sample_scene
 from infra.config import digest
 from infra.records import (
     CheckpointRecord,

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PilImage
 
-from data_prep import shape_world as world
+from data_prep.shapes import world
 from infra.errors import EvaluationError
 from pipelines.evaluation import geneval
 from pipelines.evaluation.judges import Detection, Image, Judge, ShapeJudge

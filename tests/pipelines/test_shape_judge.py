@@ -11,8 +11,8 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image as PilImage
 from PIL import ImageFilter
 
-from data_prep import shape_world as world
-from data_prep.shape_world import Description, Scene, Thing
+from data_prep.shapes import world
+from data_prep.shapes.world import Description, Scene, Thing
 from pipelines.evaluation.judges import Image, ShapeJudge, _components
 
 JUDGE = ShapeJudge()

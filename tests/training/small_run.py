@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_prep.shape_corpus import write_corpus
-from data_prep.snapshot import SnapshotSettings, snapshot
+from data_prep.shapes.corpus import write_corpus
+from data_prep.snapshots.build import SnapshotSettings, snapshot
 from infra.config import parse
 from infra.records import CheckpointRecord, DataObject, SnapshotRecord, put_data
 from infra.store import Store

@@ -1,0 +1,184 @@
+"""What the rows of a list of URLs are made of: for each row an original, in which batch, at which place in it.
+
+    downloads/lists/<place>/<generation>/links.json   LinksRecord: written once, by whoever comes first
+    data/originals/links-<sha256>.parquet             a row for every row of the list; null for what is no URL
+    data/originals/asked-<sha256>.parquet             the URLs that this list is the first to ask for, batch by batch
+
+It is decided before anything is downloaded (`linking`), and stays so whatever is downloaded later and by whom: two
+drivers, a second run and another size make their shards of the same originals. The place is the digest of the list and
+of the settings that decide what may be downloaded; a later generation holds those of its rows that are tried again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.prepare.originals import Asked, Missing, asked_with, chosen_of
+from data_prep.sources import UrlList, parquet
+from data_prep.sources.folders import StoreFolder
+from data_prep.web.fetch import FetchSettings
+from infra import layout
+from infra.config import digest
+from infra.errors import DataError, SettingsError
+from infra.records import DataObject, Record, read_record
+from infra.store import Store
+
+GROUP = 1 << 16  # rows that are read together
+BATCHES_READ = 16  # whose URLs are: a row group of a thousand is not worth its place in the footer
+
+LINKS = pa.schema([pa.field("batch", pa.dictionary(pa.int32(), pa.string())), pa.field("at", pa.int32())])
+ASKED = pa.schema(
+    [
+        pa.field("batch", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        pa.field("url", pa.string(), nullable=False),
+    ]
+)
+
+
+class At(NamedTuple):
+    """Where a list's links lie."""
+
+    place: str
+    generation: int = 0
+
+    @property
+    def key(self) -> str:
+        return layout.LINKS.at(list=self.place, generation=self.generation)
+
+
+class LinksRecord(Record):
+    place: str
+    generation: int
+    rows: int
+    links: DataObject
+    asked: DataObject
+    urls: int  # of `asked`
+    asked_with: Asked
+    others: list[str]  # the records of lists whose batches it is linked to and that were not there yet
+
+    @property
+    def at(self) -> At:
+        return At(self.place, self.generation)
+
+
+def place(source: UrlList, name: str, sha256: str, settings: FetchSettings) -> str:
+    """Of an input, which is a list of URLs."""
+    asked = {"column": source.image, **chosen_of(asked_with(settings, source.max_bytes))}
+    return digest({"input": [name, sha256], "asked": asked})
+
+
+def read_links(store: Store, at: At) -> LinksRecord | None:
+    return read_record(store, at.key, LinksRecord) if store.exists(at.key) else None
+
+
+class Slice(NamedTuple):
+    """The links of some rows."""
+
+    names: list[str]  # of the batches that they are in
+    codes: npt.NDArray[np.int64]  # of each row, its batch's place among the names; -1: no URL
+    at: npt.NDArray[np.int32]
+
+
+class Links:
+    """Read by groups, of which the last few are in memory."""
+
+    def __init__(self, file: pq.ParquetFile) -> None:
+        self._file = file
+        self._held: OrderedDict[int, pa.Table] = OrderedDict()
+
+    def slice(self, first: int, rows: int) -> Slice:
+        groups = range(first // GROUP, -(-(first + rows) // GROUP))
+        table = pa.concat_tables([self._group(number) for number in groups]).unify_dictionaries()
+        table = table.slice(first - groups[0] * GROUP, rows).combine_chunks()
+        batch = table["batch"].chunk(0)
+        used, codes = np.unique(batch.indices.fill_null(-1).to_numpy(), return_inverse=True)
+        nothing = bool(len(used) and used[0] < 0)
+        names = batch.dictionary.take(pa.array(used[nothing:])).to_pylist()
+        return Slice(names, codes - nothing, table["at"].chunk(0).fill_null(0).to_numpy())
+
+    def _group(self, number: int) -> pa.Table:
+        if number not in self._held:
+            while len(self._held) > 1:
+                self._held.popitem(last=False)
+            self._held[number] = self._file.read_row_group(number)
+        return self._held[number]
+
+
+@contextmanager
+def opened(store: Store, record: LinksRecord) -> Iterator[Links]:
+    with _opened(store, record, record.links) as file:
+        yield Links(file)
+
+
+@contextmanager
+def _opened(store: Store, record: LinksRecord, table: DataObject) -> Iterator[pq.ParquetFile]:
+    lost = DataError(
+        f"{store.url}/{table.key}, which tells of the downloads of a list, is gone or damaged",
+        remedy=f"delete {store.url}/{record.at.key}, and run again: the URLs are looked up once more",
+    )
+    try:
+        file = StoreFolder(store).open(table.key)
+    except SettingsError:
+        raise lost from None
+    with file:
+        try:
+            yield pq.ParquetFile(file, buffer_size=parquet.BUFFER)
+        except (pa.ArrowException, OSError):
+            raise lost from None
+
+
+class Batch(NamedTuple):
+    """One that a list is the first to ask for."""
+
+    name: str
+    number: int
+    urls: int
+
+
+def batches(store: Store, record: LinksRecord) -> Iterator[tuple[Batch, pa.Array]]:
+    """With the URLs of each."""
+    number = 0
+    with _opened(store, record, record.asked) as file:
+        for group in range(file.num_row_groups):
+            for name, urls in _of_group(file.read_row_group(group)):
+                yield Batch(name, number, len(urls)), urls
+                number += 1
+
+
+def asked(store: Store, record: LinksRecord) -> list[Batch]:
+    """The batches alone."""
+    found: list[Batch] = []
+    with _opened(store, record, record.asked) as file:
+        for group in range(file.num_row_groups):
+            here = file.read_row_group(group, columns=["batch"])["batch"].combine_chunks()
+            counts = np.bincount(here.indices.to_numpy(), minlength=len(here.dictionary)).tolist()
+            numbers = range(len(found), len(found) + len(counts))
+            found += map(Batch, here.dictionary.to_pylist(), numbers, counts)
+    return found
+
+
+def _of_group(table: pa.Table) -> Iterator[tuple[str, pa.Array]]:
+    batch, urls = table["batch"].combine_chunks(), table["url"].combine_chunks()
+    ends = np.searchsorted(batch.indices.to_numpy(), np.arange(len(batch.dictionary)), "right").tolist()
+    for name, first, end in zip(batch.dictionary.to_pylist(), [0, *ends], ends, strict=False):
+        yield name, urls.slice(first, end - first)
+
+
+def missing(store: Store, record: LinksRecord, batch: Batch) -> Missing:
+    """What a batch is made of that was never downloaded."""
+    with _opened(store, record, record.asked) as file:
+        table = file.read_row_group(batch.number // BATCHES_READ)
+    urls = dict(_of_group(table))[batch.name].to_pylist()
+    return Missing(batch.name, 0, list(enumerate(urls)), {})
+
+
+def changed(name: str) -> DataError:
+    return DataError(f"{name} has changed since it was planned", remedy="run prepare again")

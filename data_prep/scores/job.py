@@ -1,0 +1,380 @@
+"""`score`: prepared shards -> side tables of scores or captions, as a pool of Ray actors, one task for each shard.
+
+    scores/<plan>/<size>/<scorer>/00012.json       ScoreRecord, written last
+    data/scores/<scorer>/00012-<sha256>.parquet    `key` and the scorer's columns, a row for each accepted sample
+    scored/<plan>/<size>/<scorer>/<shards>.json    ScoreSummary, of the shards of an edition, by their numbers
+
+Images are read and never rewritten: a snapshot joins the tables it names by key. <scorer> is the digest of the settings
+that change results and of the weights' bytes, so another head or prompt is another table beside the first. A shard's
+batches are its own, so its table is the same bytes whoever made it, on the same kind of machine with the same batch
+size: other sizes and devices round otherwise, in the last digits of a score.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.prepare.plan import all_shards, read_plan
+from data_prep.scores import Sample, Scorer
+from data_prep.scores.settings import ClipSettings, EndpointSettings, ScorerSettings
+from infra import layout
+from infra.config import Settings, digest, operational
+from infra.errors import ClusterError, DataError
+from infra.pool import Work, results
+from infra.records import (
+    ScoreRecord,
+    ScoreSummary,
+    ShardRecord,
+    fetch_data,
+    get_data,
+    put_data,
+    read_record,
+    write_record,
+)
+from infra.shards import parquet_bytes, read_index, shard_key, shard_number
+from infra.store import Store, open_store
+
+FORMAT = 1  # raised when the same images, settings and weights would give other values
+_READERS = 16  # small records read at once
+
+
+class ScoreSettings(Settings):
+    scorer: ScorerSettings
+    workers: int | None = operational(None, ge=1, description="none: as many as the cluster holds")
+    cpus: int = operational(1, ge=1, description="of each worker: they decode while the network works")
+    gpus: float = operational(0.0, ge=0, description="of each worker: 1, or a part of one; 0: it works on the CPU")
+
+
+@dataclass(frozen=True)
+class Progress:
+    shards: int
+    planned_shards: int
+    rows: int
+    failures: dict[str, int]
+    per_second: float  # rows that this run scored
+
+
+class Place(NamedTuple):
+    """Which images, and whose word on them."""
+
+    plan: str
+    size: str
+    scorer: str
+
+    @property
+    def prefix(self) -> str:
+        return layout.SCORE.under(**self._asdict())
+
+    def key(self, number: int) -> str:
+        return layout.SCORE.at(**self._asdict(), number=number)
+
+    def summary_key(self, numbers: list[int]) -> str:
+        return layout.SCORED.at(**self._asdict(), shards=digest(numbers))
+
+
+def scorer_digest(settings: ScoreSettings) -> str:
+    """The name of a scorer's tables. Local weights are read through for it."""
+    return digest({"format": FORMAT, "scorer": settings.scorer.identity()})
+
+
+def score(
+    store: Store | str,
+    plan: str,
+    edition: str,
+    size: str,
+    settings: ScoreSettings,
+    progress: Callable[[Progress], None] | None = None,
+) -> ScoreSummary:
+    """Score every shard of an edition of a plan that is not scored yet. Ray must be up (infra.cluster.connect)."""
+    store = open_store(store) if isinstance(store, str) else store
+    planned = read_plan(store, plan, edition)
+    numbers = sorted(planned.all_numbers(size))
+    place = Place(plan, size, scorer_digest(settings))
+    if store.exists(place.summary_key(numbers)):
+        return read_record(store, place.summary_key(numbers), ScoreSummary)
+    all_shards(store, planned, size)  # or nothing is begun
+    done = _numbers(store, place)
+    tally = _Tally(len(numbers))
+    for record in _records(store, [place.key(number) for number in numbers if number in done]):
+        tally.add(record, own=False)
+    tally.begin()
+    todo = [number for number in numbers if number not in done]
+    if todo:
+        if progress:
+            progress(tally.progress())
+        for _, (record, own) in results(_Job(store, settings, place, todo)):
+            tally.add(record, own=own)
+            if progress:
+                progress(tally.progress())
+    summary = tally.summary(place, settings.scorer)
+    write_record(store, place.summary_key(numbers), summary)
+    return summary
+
+
+def read_scores(store: Store, plan: str, size: str, scorer: str, number: int) -> pa.Table:
+    """A shard's side table: `key` and the scorer's columns, a row for each accepted sample in the index's order."""
+    record = read_record(store, Place(plan, size, scorer).key(number), ScoreRecord)
+    return pq.read_table(pa.BufferReader(get_data(store, record.table)))
+
+
+class SideTables:
+    """Side tables of scores or captions by their digests, joined to a shard's accepted rows."""
+
+    def __init__(
+        self, store: Store, plan: str, size: str, shards: Sequence[ShardRecord], scorers: Sequence[str]
+    ) -> None:
+        self.store, self.plan, self.size, self.scorers = store, plan, size, scorers
+        numbers = {shard.number for shard in shards if shard.tar is not None}
+        for scorer in scorers:
+            self._check(scorer, numbers)
+        tables = self.read(min(numbers)) if numbers else []
+        self.schemas = {scorer: table.schema for scorer, table in zip(scorers, tables, strict=False)}
+
+    @property
+    def fields(self) -> list[pa.Field]:
+        """The columns of all of them that are no captions."""
+        apart = ("key", "captions")
+        return [field for schema in self.schemas.values() for field in schema if field.name not in apart]
+
+    def read(self, number: int, keys: pa.ChunkedArray | None = None) -> list[pa.Table]:
+        """Each scorer's table of a shard, whose rows are those of the keys."""
+        tables = [read_scores(self.store, self.plan, self.size, scorer, number) for scorer in self.scorers]
+        for scorer, table in zip(self.scorers, tables, strict=True):
+            if keys is not None and not table["key"].equals(keys):
+                raise DataError(
+                    f"the scores {scorer} of shard {number} are not of the samples that its index holds",
+                    remedy="delete their record and run `score` again",
+                )
+        return tables
+
+    def _check(self, scorer: str, numbers: set[int]) -> None:
+        place = Place(self.plan, self.size, scorer)
+        there = _numbers(self.store, place)
+        if not there:
+            above = place.prefix[: -len(scorer) - 1]
+            others = sorted({entry.key.removeprefix(above).partition("/")[0] for entry in self.store.list(above)})
+            raise DataError(
+                f"these shards have no scores called `{scorer}`",
+                remedy=f"there are {', '.join(others)}" if others else "run `score` first, and name its digest",
+            )
+        if missing := sorted(numbers - there):
+            raise DataError(
+                f"{len(missing)} of {len(numbers)} shards have no scores `{scorer}` (the first is {missing[0]})",
+                remedy="run that `score` again: it goes on with what is missing",
+            )
+
+
+def _numbers(store: Store, place: Place) -> set[int]:
+    """Of the shards that are scored, in whatever edition."""
+    return {shard_number(entry.key) for entry in store.list(place.prefix) if entry.key.endswith(".json")}
+
+
+def _records(store: Store, keys: list[str]) -> Iterator[ScoreRecord]:
+    with ThreadPoolExecutor(_READERS) as pool:
+        yield from pool.map(lambda key: read_record(store, key, ScoreRecord), keys)
+
+
+# The pool
+
+
+class Done(NamedTuple):
+    record: ScoreRecord
+    own: bool  # False if another job had made it before this one came to it
+
+
+class _Job(Work[int, Done]):
+    """The numbers of shards, for actors each of which keeps its scorer loaded."""
+
+    noun = "shards"
+
+    def __init__(self, store: Store, settings: ScoreSettings, place: Place, todo: list[int]) -> None:
+        import ray
+
+        super().__init__(todo, min(_workers(settings), len(todo)))
+        settings = settings.model_copy(update={"scorer": settings.scorer.located()})
+        make = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_restarts=0)(_Worker).remote
+        self._make = partial(make, store, settings, place)
+        self._idle = [self._make() for _ in range(self.at_once)]
+        self._at_work: dict[int, Any] = {}
+
+    def ready(self, running: Collection[int]) -> Iterator[int]:
+        yield from super().ready(running)
+        while self._idle and not self.waiting:
+            self._kill(self._idle.pop())  # its place may be what another worker still waits for
+
+    def start(self, piece: int, again: bool) -> Any:
+        worker = self._at_work[piece] = self._make() if again else self._idle.pop()
+        return worker.score.remote(piece)
+
+    def ended(self, piece: int, result: Done | None) -> None:
+        super().ended(piece, result)
+        worker = self._at_work.pop(piece)
+        if result is not None:
+            self._idle.append(worker)
+
+    def give_up(self, tasks: list[Any]) -> None:
+        for worker in [*self._idle, *self._at_work.values()]:
+            self._kill(worker)
+
+    @staticmethod
+    def _kill(worker: Any) -> None:
+        import ray
+
+        ray.kill(worker)
+
+
+def _workers(settings: ScoreSettings) -> int:
+    """As many as were asked for, but no more than the cluster holds: a worker without a place would wait for ever."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fits = sum(
+        min(int(node.get(kind, 0) // each) for kind, each in (("CPU", settings.cpus), ("GPU", settings.gpus)) if each)
+        for node in nodes
+    )
+    if not fits:
+        raise ClusterError(
+            f"the cluster holds no worker of {settings.cpus} CPUs and {settings.gpus:g} GPUs",
+            remedy="set the score's `cpus` and `gpus` to what one node has, or join a larger cluster",
+        )
+    return min(settings.workers or fits, fits)
+
+
+class _Worker:
+    """A process with a scorer in it. Its weights are loaded by the first shard, whose error then reaches the caller."""
+
+    def __init__(self, store: Store, settings: ScoreSettings, place: Place) -> None:
+        self.store, self.settings, self.place = store, settings, place
+        self.scorer: Scorer | None = None
+
+    def score(self, number: int) -> Done:
+        if self.store.exists(self.place.key(number)):
+            return Done(read_record(self.store, self.place.key(number), ScoreRecord), own=False)
+        if self.scorer is None:
+            if scorer_digest(self.settings) != self.place.scorer:
+                raise DataError("the scorer's weights differ between machines", remedy="give every node the same files")
+            self.scorer = load(self.settings)
+        try:
+            return Done(score_shard(self.store, self.scorer, self.place, number), own=True)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, by name: an endpoint's worker has no torch
+                raise
+            raise ClusterError(
+                f"the GPU has too little memory ({str(error).splitlines()[0]})",
+                remedy="lower the scorer's `batch_size`: it changes no table's name, so what is done stays done",
+            ) from None
+
+
+def load(settings: ScoreSettings) -> Scorer:
+    """The scorer with its weights, on the worker's device."""
+    device, wanted = "cuda" if settings.gpus else "cpu", settings.scorer
+    if isinstance(wanted, EndpointSettings):
+        from data_prep.scores.endpoint import EndpointScorer
+
+        return EndpointScorer(wanted)
+    import torch
+
+    torch.set_num_threads(settings.cpus)
+    if isinstance(wanted, ClipSettings):
+        from data_prep.scores.clip import ClipScorer
+
+        return ClipScorer(wanted, device, settings.cpus)
+    from data_prep.scores.vlm import VlmScorer
+
+    return VlmScorer(wanted, device, settings.cpus)
+
+
+# One shard
+
+
+def score_shard(store: Store, scorer: Scorer, place: Place, number: int) -> ScoreRecord:
+    """The work of one task, whole and repeatable: the table first, its record last."""
+    key = place.key(number)
+    shard = read_record(store, shard_key(place.plan, place.size, number), ShardRecord)
+    keys: list[str] = []
+    rows: list[dict[str, Any]] = []
+
+    def noted() -> Iterator[Sample]:
+        for sample in samples(store, shard):
+            keys.append(sample.key)
+            yield sample
+
+    rows.extend(scorer.rows(noted()))
+    failure = scorer.fields[-1].name
+    schema = pa.schema([pa.field("key", pa.string(), nullable=False), *scorer.fields])
+    table = pa.Table.from_pylist([{"key": key} | row for key, row in zip(keys, rows, strict=True)], schema=schema)
+    assert table.num_rows == shard.accepted, "a sample was lost or counted twice"
+    record = ScoreRecord(
+        **place._asdict(),
+        number=number,
+        table=put_data(store, layout.SCORES.at(scorer=place.scorer), f"{number:05d}.parquet", parquet_bytes(table)),
+        rows=table.num_rows,
+        failures=dict(sorted(Counter(row[failure] for row in rows if row.get(failure)).items())),
+        versions=scorer.versions(),
+    )
+    return record if write_record(store, key, record) else read_record(store, key, ScoreRecord)
+
+
+def samples(store: Store, shard: ShardRecord) -> Iterator[Sample]:
+    """The shard's accepted samples, in order, out of one download of its tar."""
+    if shard.tar is None:
+        return
+    index = read_index(store, shard, ["key", "accepted", "captions", "offset", "length"])
+    with TemporaryDirectory(prefix="pixnerd-score-") as folder:
+        path = Path(folder, "shard.tar")
+        fetch_data(store, shard.tar, path)
+        file = path.open("rb")
+    with file:  # it has no name any more: a worker that is killed leaves nothing on the disk
+        for batch in index.filter(index["accepted"]).to_batches(max_chunksize=1024):
+            for row in batch.to_pylist():
+                file.seek(row["offset"])
+                yield Sample(row["key"], row["captions"], file.read(row["length"]))
+
+
+@dataclass
+class _Tally:
+    planned: int
+    shards: int = 0
+    rows: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    versions: dict[str, dict[str, str]] = field(default_factory=dict)
+    began: float = 0.0
+    own_rows: int = 0
+
+    def begin(self) -> None:
+        """From here on it is this run's speed."""
+        self.began = time.monotonic()
+
+    def add(self, record: ScoreRecord, *, own: bool) -> None:
+        self.shards += 1
+        self.rows += record.rows
+        self.own_rows += record.rows if own else 0
+        self.failures.update(record.failures)
+        self.versions[repr(sorted(record.versions.items()))] = record.versions
+
+    def progress(self) -> Progress:
+        passed = max(time.monotonic() - self.began, 1e-9)
+        return Progress(self.shards, self.planned, self.rows, dict(self.failures), self.own_rows / passed)
+
+    def summary(self, place: Place, scorer: ScorerSettings) -> ScoreSummary:
+        assert self.shards == self.planned, "a shard was lost or counted twice"
+        return ScoreSummary(
+            **place._asdict(),
+            settings=scorer.identity(),
+            columns=scorer.columns(),
+            shards=self.shards,
+            rows=self.rows,
+            failures=dict(sorted(self.failures.items())),
+            versions=[self.versions[name] for name in sorted(self.versions)],
+        )

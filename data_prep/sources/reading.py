@@ -1,0 +1,43 @@
+"""Many small objects, and large tables, read so that memory holds a little of them at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import pyarrow as pa
+
+from data_prep.sources import parquet
+from data_prep.sources.folders import StoreFolder
+from infra.records import DataObject
+from infra.store import Store
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+READERS = 8  # requests under way at once: indexes wait for the store, and tables are worked on outside of Python's lock
+
+
+def in_order(work: Callable[[T], R], items: Iterable[T], threads: int = READERS) -> Iterator[R]:
+    """`work` of each item, in the order of the items, whoever is done first; few are done ahead of need."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="in-order") as pool:
+        ahead: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                ahead.append(pool.submit(work, item))
+                if len(ahead) > 2 * threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def column(store: Store, table: DataObject, name: str) -> Iterator[pa.ChunkedArray]:
+    """One column of a table in the store, by row groups."""
+    with parquet.opened(StoreFolder(store).open(table.key), table.key) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns=[name])[name]

@@ -1,0 +1,120 @@
+"""What snapshots list of a plan's shards, row by row held against the shards' indexes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_prep.prepare.plan import Plan
+from data_prep.sources import parquet
+from data_prep.upkeep.verify.looking import Report, looked
+from data_prep.upkeep.verify.shards import Shards
+from infra import layout
+from infra.errors import RecordError
+from infra.records import DataObject, SnapshotRecord, fetch_data, read_record
+from infra.shards import SELECTION_SCHEMA, read_index, read_parquet, shard_prefix
+from infra.store import Store
+
+_PLACES = ("offset", "length", "width", "height")
+
+
+class Selections(Report):
+    """Those of a plan's snapshots, at every size."""
+
+    def __init__(self, store: Store, plan: Plan, shards: dict[str, Shards]) -> None:
+        super().__init__(store)
+        self.snapshots = 0
+        self.again: list[str] = []  # keys of the records of snapshots that must be made again
+        self._shards = {shard_prefix(plan.digest, size): one for size, one in shards.items()}
+        self._records: dict[str, SnapshotRecord] = {}
+
+    def read(self) -> None:
+        for key in list(layout.SNAPSHOT.keys(self.store)):
+            try:
+                record = read_record(self.store, key, SnapshotRecord)
+            except RecordError:
+                continue  # nobody can tell whose it is: see data_prep.upkeep.verify.strays
+            if record.shards in self._shards:
+                self.snapshots += 1
+                self._records[key] = record
+                if self.note(_name(key), looked(partial(self._problems, record))):
+                    self.again.append(key)
+
+    def objects(self) -> list[str]:
+        keys = {part.key: key for key in self.again for part in _objects(self._records[key])}
+        return self.damaged(keys, lambda key: _name(keys[key]))
+
+    def _problems(self, record: SnapshotRecord) -> Iterator[str]:
+        if record.counts[-1][1] != record.rows + record.held_out_rows:
+            yield "its record counts differently from its own steps"
+        counts = read_parquet(self.store, record.by_shard, ["rows", "held_out_rows"])
+        sums = [pc.sum(counts[name]).as_py() or 0 for name in counts.column_names]
+        if sums != [record.rows, record.held_out_rows]:
+            yield "its counts by shard and its record differ"
+        for name, half, rows in (
+            ("selection", record.selection, record.rows),
+            ("held-out rows", record.held_out, record.held_out_rows),
+        ):
+            for problem in self._half_problems(self._shards[record.shards], half, rows):
+                yield f"its {name}: {problem}"
+
+    def _half_problems(self, shards: Shards, half: DataObject, rows: int) -> Iterator[str]:
+        with TemporaryDirectory(prefix="pixnerd-verify-") as folder:
+            path = Path(folder, "selection.parquet")
+            fetch_data(self.store, half, path)
+            with parquet.opened(path.open("rb"), half.key) as file:
+                if not set(SELECTION_SCHEMA.names) <= set(file.schema_arrow.names):
+                    yield "it lacks columns"
+                    return
+                if file.metadata.num_rows != rows:
+                    yield f"it has {file.metadata.num_rows} rows, and by its record {rows}"
+                for group in range(file.num_row_groups):
+                    for part in _by_tar(file.read_row_group(group)):
+                        yield from self._part_problems(shards, part)
+
+    def _part_problems(self, shards: Shards, part: pa.Table) -> Iterator[str]:
+        """Of rows that name the same tar."""
+        tar = str(part["tar"][0].as_py())
+        shard = shards.whole(int(Path(tar).name.partition("-")[0]))
+        if shard is None:
+            return  # it is made again, and what lists its images with it
+        if shard.tar is None or shard.tar.key != tar:
+            yield f"it lists images of {tar}, which no shard's record names"
+            return
+        index = read_index(self.store, shard, ["key", "source", "accepted", *_PLACES])
+        index = index.filter(index["accepted"])
+        places = np.searchsorted(index["offset"].to_numpy(), part["offset"].to_numpy())
+        there = index.take(np.minimum(places, index.num_rows - 1))
+        same = np.ones(part.num_rows, bool)
+        for name in _PLACES:
+            same &= part[name].to_numpy() == there[name].to_numpy()
+        for name in ("key", "source"):
+            same &= pc.equal(part[name].cast(pa.string()), there[name]).to_numpy()
+        lengths = [pc.list_value_length(part[name]).to_numpy() for name in ("captions", "caption_weights")]
+        same &= (lengths[0] == lengths[1]) & (lengths[0] > 0)
+        if not same.all():
+            wrong = part["key"].to_pylist()[int(np.argmin(same))]
+            yield f"{(~same).sum()} rows are not as the index of their shard says, the first {wrong}"
+
+
+def _by_tar(table: pa.Table) -> Iterator[pa.Table]:
+    """In pieces, each of one tar: the rows are in the order of their shards."""
+    tars = table["tar"].combine_chunks()
+    codes = (tars if isinstance(tars, pa.DictionaryArray) else tars.dictionary_encode()).indices.to_numpy()
+    ends = [*(np.flatnonzero(np.diff(codes)) + 1), table.num_rows] if table.num_rows else []
+    for start, end in zip([0, *ends], ends, strict=False):
+        yield table.slice(int(start), int(end - start))
+
+
+def _objects(record: SnapshotRecord) -> list[DataObject]:
+    return [record.selection, record.held_out, record.by_shard]
+
+
+def _name(key: str) -> str:
+    return f"snapshot {Path(key).stem}"

@@ -1,0 +1,446 @@
+"""URLs -> the bytes behind them, or a Rejection with its cause; as they come.
+
+An event loop in a thread of its own downloads; the generator feeds it URLs and hands out what it brings, so deadlines
+hold while the caller is busy elsewhere. What is under way and what waits to be taken is bounded.
+
+Everything on the other side is hostile: one deadline covers all that an item does on the network (a timeout for each
+read never ends a stream that drips), bodies are counted as they come, and every address is checked where it is
+connected to, after resolution and on every redirect, so that no name can mean something else a moment later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import ssl
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import lru_cache
+from heapq import heappop, heappush
+from importlib.metadata import version
+from ipaddress import ip_network
+from itertools import islice
+from queue import SimpleQueue
+from typing import Annotated, NamedTuple
+
+import aiohttp
+from pydantic import Field
+from yarl import URL
+
+from data_prep.rejections import TRANSIENT, Cause, Rejection
+from data_prep.web import robots
+from data_prep.web.addresses import (
+    HttpUrl,
+    Lookup,
+    OpenableNetwork,
+    Opened,
+    PrivateAddress,
+    Resolver,
+    http_url,
+    is_public,
+    look_up,
+)
+from data_prep.web.responses import Answer, Failure, refusal, too_long, trouble, unpacked, wish
+from infra.config import Settings, operational, spelt
+from infra.text import printable
+
+_log = logging.getLogger(__name__)
+
+LOOK_AHEAD = 64  # URLs looked at together for each slot, so that those of other hosts overtake those of a full one
+
+
+class FetchSettings(Settings):
+    redirects: int = Field(5, ge=0, le=20)
+    opt_out: bool = Field(True, description="honour tdm-reservation, and noai, noimageai and noindex in X-Robots-Tag")
+    robots: bool = Field(False, description="honour robots.txt, which each process asks a host for once")
+    allow_private: bool = Field(False, description="connect to this machine's own servers too, on loopback")
+    allow_networks: list[OpenableNetwork] = Field(
+        [], description="private networks that may be connected to, such as 10.0.0.0/8; never what is link-local"
+    )
+    allow_metadata: bool = Field(
+        False, description="connect to link-local addresses too, and to clouds' metadata services, which tell secrets"
+    )
+    seconds: float = operational(60.0, gt=0, description="what an item may take on the network, all tries together")
+    connect_seconds: float = operational(10.0, gt=0, description="what one connection may take to stand")
+    retries: int = operational(2, ge=0, le=100, description="further tries, for causes that can pass")
+    backoff: float = operational(1.0, ge=0, description="seconds before the first retry; doubled for each after it")
+    at_once: int = operational(256, ge=1, description="downloads at once, of one job")
+    per_host: int = operational(
+        8, ge=1, description="downloads at once from one host, of one job; no more of its tasks than that download"
+    )
+    ahead_mib: int = operational(256, ge=1, description="finished downloads, of one job, that wait to be stored")
+    user_agent: Annotated[str, spelt(r"[A-Za-z0-9_-]+", "a word of letters, digits, `_` and `-`")] = Field(
+        "pixnerd", description="also answers to X-Robots-Tag and robots.txt"
+    )
+    contact: Annotated[str, spelt(r"[!-~]*", "plain ASCII without blanks")] = operational(
+        "", description="a page or address where site owners can complain"
+    )
+
+    @property
+    def opened(self) -> Opened:
+        """What is connected to beside the public world."""
+        return Opened(self.allow_private, tuple(map(ip_network, self.allow_networks)), self.allow_metadata)
+
+
+class Fetched(NamedTuple):
+    number: int  # of its URL among those asked for
+    data: bytes | Rejection
+    url: str  # the last that was asked for; empty if none was
+    status: int | None  # of the last answer
+    content_type: str  # as the server says
+    tries: int
+    redirects: int = 0  # that were followed, in the last try
+    wish: str = ""  # that it be left alone, as an answer said, whether or not that was heeded
+    private: str = ""  # the addresses that were asked on the way and are not public, with blanks between them
+
+
+def fetch(
+    urls: Iterable[str | Rejection], settings: FetchSettings, max_bytes: int, lookup: Lookup | None = None
+) -> Generator[Fetched, None, None]:
+    """One result for each URL, as it comes: a host that hangs holds up its own items only.
+
+    A Rejection among the URLs is handed through. Once `ahead_mib` of bodies are held nothing further is started, so
+    that no more than those and `at_once` bodies under way are ever in memory. The limits in `settings` are this call's
+    own: whoever makes several calls at once hands each its share. `lookup` stands in for the system's resolver.
+    """
+    downloads = _Downloads(settings, max_bytes, lookup or look_up)
+    try:
+        yield from downloads.results(iter(urls))
+    finally:
+        downloads.close()
+
+
+class _Item:
+    """One URL on its way through redirects and tries; or, of an origin, its robots.txt on the same way."""
+
+    __slots__ = (
+        *("asked", "at", "cleared", "content_type", "hops", "index", "left", "origin", "status", "task", "timed_out"),
+        *("private", "tries", "url", "wish"),
+    )
+
+    def __init__(self, index: int, url: HttpUrl, seconds: float, origin: str | None = None) -> None:
+        self.index = index
+        self.origin = origin
+        self.url = url
+        self.at = url  # where the redirects have led
+        self.asked = ""  # the last URL that was
+        self.cleared = origin is not None  # the rules of where it is do not forbid it
+        self.left = seconds  # of its time; what it waits for a free slot is not counted
+        self.hops = self.tries = 0
+        self.status: int | None = None
+        self.content_type = self.wish = self.private = ""
+        self.timed_out = False
+        self.task: asyncio.Task[None] | None = None
+
+
+class _Downloads:
+    """Items wait in a heap by their number; each hop and each try is a turn of its own, with a slot of its own."""
+
+    def __init__(self, settings: FetchSettings, max_bytes: int, lookup: Lookup) -> None:
+        self._settings = settings
+        self._max_bytes = max_bytes
+        self._lookup = lookup
+        self._is_public = lru_cache(10_000)(is_public)
+        self._budget = settings.ahead_mib * 2**20
+        self._window = LOOK_AHEAD * settings.at_once
+        self._given = 0
+        self._held = 0  # bytes received and not yet known to be handed out
+        self._waiting: list[tuple[int, _Item]] = []
+        self._waiting_for_host: defaultdict[str, list[tuple[int, _Item]]] = defaultdict(list)
+        self._present: Counter[str] = Counter()  # unfinished items of a host
+        self._running: Counter[str] = Counter()  # and those of them that hold a slot
+        self._slots = settings.at_once  # free ones
+        self._later: dict[_Item, asyncio.TimerHandle] = {}
+        self._for_rules: dict[str, list[_Item]] = {}  # what waits for an origin's robots.txt, which is asked for
+        self._rules = robots.Known(settings.user_agent, self._window)
+        self._results: SimpleQueue[Fetched | BaseException] = SimpleQueue()
+        self._started: Future[asyncio.AbstractEventLoop] = Future()
+        self._thread = threading.Thread(target=self._serve, name="fetch", daemon=True)
+        self._thread.start()
+        self._loop = self._started.result()
+
+    # In the caller's thread.
+
+    def results(self, urls: Iterator[str | Rejection]) -> Iterator[Fetched]:
+        given = returned = freed = 0
+        while True:
+            room = self._window - (given - returned)
+            if self._results.empty() or 2 * room > self._window or 8 * freed > self._budget:
+                more = list(islice(urls, room))
+                given += len(more)
+                self._loop.call_soon_threadsafe(self._guard, self._go_on, more, freed)
+                freed = 0
+            if given == returned:
+                return
+            result = self._results.get()
+            if isinstance(result, BaseException):
+                raise result
+            returned += 1
+            freed += len(result.data) if isinstance(result.data, bytes) else 0
+            yield result
+
+    def close(self) -> None:
+        with suppress(RuntimeError):  # the loop has ended by itself, from an error
+            self._loop.call_soon_threadsafe(self._closed.set)
+        self._thread.join()
+
+    # In the loop's thread.
+
+    def _serve(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except BaseException as error:  # noqa: BLE001 - to be raised where someone is waiting
+            if not self._started.done():
+                self._started.set_exception(error)
+            self._results.put(error)
+
+    async def _main(self) -> None:
+        settings = self._settings
+        self._closed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        # What a broken TLS peer makes asyncio say belongs in no log of ours: it ends as a cause.
+        loop.set_exception_handler(lambda _, context: _log.debug(context["message"]))
+        connector = aiohttp.TCPConnector(
+            limit=0,  # slots are counted here
+            ssl=_tls(),
+            resolver=Resolver(self._lookup, settings.opened),
+            ttl_dns_cache=60,
+            dns_cache_max_size=10_000,
+            socket_factory=settings.opened.socket,
+            keepalive_timeout=5,
+        )
+        agent = f"{settings.user_agent}/{version('pixnerd')}"
+        if settings.contact:
+            agent += f" (+{settings.contact})"
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"User-Agent": agent, "Accept-Encoding": "identity"},
+            auto_decompress=False,
+            timeout=aiohttp.ClientTimeout(total=None, connect=settings.connect_seconds, sock_connect=None),
+            trust_env=False,
+            response_class=Answer,
+        )
+        async with self._session:
+            self._started.set_result(loop)
+            await self._closed.wait()
+            for timer in self._later.values():
+                timer.cancel()
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _go_on(self, urls: list[str | Rejection], freed: int) -> None:
+        self._held -= freed
+        for url in urls:
+            found = http_url(url) if isinstance(url, str) else url
+            if isinstance(found, Rejection):
+                self._results.put(Fetched(self._given, found, "", None, "", 0))
+            else:
+                item = _Item(self._given, found, self._settings.seconds)
+                self._present[found.host] += 1
+                heappush(self._waiting, (item.index, item))
+            self._given += 1
+        self._start()
+
+    def _start(self) -> None:
+        """Start what may start, the first ones first."""
+        while self._waiting and self._slots and self._held < self._budget:
+            index, item = heappop(self._waiting)
+            if not item.cleared and not self._clear(item):
+                continue
+            host = item.at.host
+            if self._running[host] >= self._settings.per_host:
+                heappush(self._waiting_for_host[host], (index, item))
+                continue
+            self._running[host] += 1
+            self._slots -= 1
+            item.task = asyncio.create_task(self._turn(item))
+            item.task.add_done_callback(self._check)
+
+    def _clear(self, item: _Item) -> bool:
+        """Whether it may be asked for now; if not it is done with, or waits for its origin's rules."""
+        if self._settings.robots:
+            origin, _ = robots.parted(item.at)
+            rules = self._rules.of(origin)
+            if rules is None:
+                self._wait_for_rules(item, origin)
+                return False
+            refused = rules if isinstance(rules, Rejection) else rules.forbids(item.at)
+            if refused:
+                self._finish(item, refused)
+                return False
+        item.cleared = True
+        return True
+
+    def _wait_for_rules(self, item: _Item, origin: str) -> None:
+        """In no slot, and on no time of its own."""
+        if origin not in self._for_rules:
+            self._for_rules[origin] = []
+            url = HttpUrl(f"{origin}{robots.PATH}", item.at.host)
+            self._present[url.host] += 1
+            heappush(self._waiting, (item.index, _Item(item.index, url, self._settings.seconds, origin)))
+        self._for_rules[origin].append(item)
+
+    def _learn(self, item: _Item, origin: str, data: bytes | Rejection) -> None:
+        if isinstance(data, bytes):
+            self._held -= len(data)
+        self._rules.learn(origin, data, item.status, astray=item.hops > 0)
+        for waiting in self._for_rules.pop(origin):
+            heappush(self._waiting, (waiting.index, waiting))
+
+    def _check(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            self._results.put(error)
+
+    def _guard(self, function: Callable[..., None], *arguments: object) -> None:
+        """Runs a callback of the loop, whose errors nobody would see, and for whose results somebody would wait."""
+        try:
+            function(*arguments)
+        except Exception as error:  # noqa: BLE001 - raised where the results are awaited
+            self._results.put(error)
+
+    async def _turn(self, item: _Item) -> None:
+        """One request of an item, and what follows from its answer."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        deadline = loop.call_later(item.left, _time_out, item)
+        host = item.at.host
+        try:
+            answer = await self._ask(item)
+        except asyncio.CancelledError:
+            if not item.timed_out:
+                raise
+            answer = Failure(Rejection(Cause.TIMEOUT, f"not done within {self._settings.seconds:g} s"))
+        finally:
+            deadline.cancel()
+        item.left -= loop.time() - began
+        self._release(host)
+        self._follow(item, answer)
+        self._start()
+
+    def _release(self, host: str) -> None:
+        self._slots += 1
+        self._running[host] -= 1
+        if not self._running[host]:
+            del self._running[host]
+        if waiting := self._waiting_for_host.get(host):
+            heappush(self._waiting, heappop(waiting))
+            if not waiting:
+                del self._waiting_for_host[host]
+
+    def _follow(self, item: _Item, answer: bytes | HttpUrl | Failure) -> None:
+        if isinstance(answer, HttpUrl):
+            most = self._settings.redirects if item.origin is None else robots.REDIRECTS
+            if item.hops < most:
+                item.hops += 1
+                self._move(item, answer)
+                heappush(self._waiting, (item.index, item))
+                return
+            answer = Failure(Rejection(Cause.TOO_MANY_REDIRECTS, f"more than {most}"))
+        if isinstance(answer, bytes):
+            self._finish(item, answer)
+            return
+        wait = max(answer.wait, self._settings.backoff * 2 ** (item.tries - 1) * random.uniform(0.5, 1.5))
+        again = answer.rejection.cause in TRANSIENT and item.tries <= self._settings.retries and wait < item.left
+        if not again:
+            self._finish(item, answer.rejection)
+            return
+        item.left -= wait
+        self._later[item] = asyncio.get_running_loop().call_later(wait, self._guard, self._try_again, item)
+
+    def _try_again(self, item: _Item) -> None:
+        del self._later[item]
+        item.hops = 0
+        self._move(item, item.url)
+        heappush(self._waiting, (item.index, item))
+        self._start()
+
+    def _move(self, item: _Item, url: HttpUrl) -> None:
+        self._leave(item.at.host)
+        item.at, item.cleared = url, item.origin is not None
+        self._present[url.host] += 1
+
+    def _leave(self, host: str) -> None:
+        self._present[host] -= 1
+        if not self._present[host]:
+            del self._present[host]
+
+    def _finish(self, item: _Item, data: bytes | Rejection) -> None:
+        self._leave(item.at.host)
+        if item.origin is not None:
+            self._learn(item, item.origin, data)
+        else:
+            said = (item.asked, item.status, item.content_type, item.tries, item.hops, item.wish, item.private)
+            self._results.put(Fetched(item.index, data, *said))
+
+    async def _ask(self, item: _Item) -> bytes | HttpUrl | Failure:
+        """Ask once, follow nothing: the body, or where it is said to be, or why there is none."""
+        if not item.hops:
+            item.tries += 1
+            item.wish = item.private = ""
+        item.asked, item.status, item.content_type = item.at.text, None, ""
+        # The last of a host closes the door: thousands of hosts kept alive would use up the files a process may open.
+        headers = {"Connection": "close"} if self._present[item.at.host] == 1 else None
+        try:
+            url = URL(item.at.text, encoded=True)
+            async with self._session.get(url, headers=headers, allow_redirects=False) as response:
+                item.status = response.status
+                item.content_type = printable(response.headers.get("Content-Type", "")[:100])
+                assert isinstance(response, Answer)
+                if response.peer not in item.private.split() and not self._is_public(response.peer):
+                    item.private = f"{item.private} {response.peer}".lstrip()
+                said = wish(response.headers, self._settings.user_agent) if item.origin is None else ""
+                item.wish = item.wish or said
+                refused = refusal(response, item.at, said if self._settings.opt_out else "")
+                if refused is not None:
+                    return refused
+                if item.origin is not None:
+                    return await self._read(response, robots.LARGEST, whole=False)
+                if (response.content_length or 0) > self._max_bytes:
+                    return too_long(self._max_bytes)
+                return await self._read(response, self._max_bytes)
+        except PrivateAddress as error:
+            return Failure(Rejection(Cause.PRIVATE_ADDRESS, str(error)))
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            return Failure(trouble(error))
+
+    async def _read(self, response: aiohttp.ClientResponse, limit: int, *, whole: bool = True) -> bytes | Failure:
+        """The body; of one that is too long its beginning, if it need not be whole."""
+        chunks: list[bytes] = []
+        size = 0
+        done = False
+        try:
+            while size <= limit and (chunk := await response.content.readany()):
+                chunks.append(chunk)
+                size += len(chunk)
+                self._held += len(chunk)
+            if size > limit:
+                response.close()
+                if whole:
+                    return too_long(limit)
+            data = unpacked(b"".join(chunks)[:limit], response.headers.get("Content-Encoding", ""), limit)
+            if isinstance(data, bytes):
+                self._held += len(data) - size
+                done = True
+            return data
+        finally:
+            if not done:
+                self._held -= size
+
+
+def _time_out(item: _Item) -> None:
+    item.timed_out = True
+    assert item.task is not None
+    item.task.cancel()
+
+
+def _tls() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
