@@ -142,7 +142,7 @@ def new(
 ) -> None:
     """Look at your own pictures and captions, and write a recipe that trains a first small model on them."""
     from data_prep.survey import Wanted
-    from orchestration.new import new_recipe
+    from orchestration.commands.new import new_recipe
 
     wanted = Wanted(kind, image, tuple(captions or ()))
     new_recipe(path, out=out, name=name, wanted=wanted, as_json=json_)
@@ -160,7 +160,7 @@ def run(
 ) -> None:
     """Run a whole workflow: what is done is reused, what is missing is made."""
     _check_recipe(workflow, set_)
-    from orchestration.session import run_workflow
+    from orchestration.commands.run import run_workflow
 
     run_workflow(
         workflow,
@@ -185,7 +185,7 @@ def prepare(
 ) -> None:
     """Turn raw image-text pairs into shards: a recipe's prepare stages and what they need."""
     _check_recipe(config, set_)
-    from orchestration.session import run_workflow
+    from orchestration.commands.run import run_workflow
 
     run_workflow(
         config,
@@ -210,7 +210,7 @@ def train(
 ) -> None:
     """Train: a recipe's train stages and what they need, without evaluation."""
     _check_recipe(recipe, set_)
-    from orchestration.session import run_workflow
+    from orchestration.commands.run import run_workflow
 
     run_workflow(recipe, store=store, assignments=set_ or [], address=on, dry_run=dry_run, as_json=json_, until="train")
 
@@ -270,7 +270,7 @@ def sample(
 
     What is not given is the checkpoint's own default (`sampling` in its config.json's extra), else the default below.
     """
-    from orchestration.drawing import draw
+    from pipelines.sample.draw import draw
 
     given = {
         "size": size,
@@ -308,7 +308,7 @@ def geneval(
     json_: JsonOption = False,
 ) -> None:
     """GenEval's six tasks, with 95 % intervals from a bootstrap over prompts."""
-    from orchestration.session import evaluate_folder
+    from orchestration.commands.run import evaluate_folder
 
     evaluate_folder(checkpoint, out, set_ or [], address=on, as_json=json_)
 
@@ -319,7 +319,7 @@ def checkpoint_show(
     json_: JsonOption = False,
 ) -> None:
     """Task, sizes, parameters by part, and where it comes from; the weights are not read."""
-    from orchestration.checkpoints import show_checkpoint
+    from orchestration.commands.checkpoint import show_checkpoint
 
     show_checkpoint(checkpoint, as_json=json_)
 
@@ -342,7 +342,7 @@ def checkpoint_import(
     json_: JsonOption = False,
 ) -> None:
     """Make a checkpoint's folder of a published file; task and sizes are found in it."""
-    from orchestration.checkpoints import import_checkpoint
+    from orchestration.commands.checkpoint import import_checkpoint
 
     import_checkpoint(
         file, folder, network=network, trained_size=trained_size, text_encoder=text_encoder, as_json=json_
@@ -367,7 +367,7 @@ def checkpoint_export(
     A network that this code would compute something else with is refused, as the demo's own is: one that shall be
     exported is trained with `preset: XXL/16`.
     """
-    from orchestration.checkpoints import export_checkpoint
+    from orchestration.commands.checkpoint import export_checkpoint
 
     export_checkpoint(checkpoint, file, network=network, as_json=json_)
 
@@ -380,7 +380,7 @@ def checkpoint_fetch(
     json_: JsonOption = False,
 ) -> None:
     """Bring a workflow's newest checkpoint of a stage out of the store, as an ordinary folder."""
-    from orchestration.checkpoints import fetch_checkpoint
+    from orchestration.commands.checkpoint import fetch_checkpoint
 
     fetch_checkpoint(stage, folder, store, as_json=json_)
 
@@ -405,7 +405,7 @@ def data_show(
     json_: JsonOption = False,
 ) -> None:
     """What was prepared: sources, sizes, captions, and what became of every input."""
-    from orchestration.data import show_data
+    from orchestration.commands.data import show_data
 
     show_data(store, size=size, columns=column or [], scores=score or [], out=out, seed=seed, as_json=json_)
 
@@ -423,7 +423,7 @@ def data_verify(
     json_: JsonOption = False,
 ) -> None:
     """Read every shard, score and snapshot again and hold hashes, counts and order against the records."""
-    from orchestration.data import verify_data
+    from orchestration.commands.data import verify_data
 
     verify_data(store, drop_damaged=drop_damaged, as_json=json_)
 
@@ -438,7 +438,7 @@ def data_gc(
     json_: JsonOption = False,
 ) -> None:
     """Delete the data that no record names, such as what killed jobs left."""
-    from orchestration.data import collect_data
+    from orchestration.commands.data import collect_data
 
     collect_data(store, older_than_hours=older_than_hours, dry_run=dry_run, as_json=json_)
 
@@ -463,7 +463,7 @@ def data_forget(
     An item is called what its corpus calls it (images/00012.jpg), or by its URL, its key in the index, or the sha256 of
     its encoded image or of its pixels, in hex.
     """
-    from orchestration.data import forget_data
+    from orchestration.commands.data import forget_data
 
     forget_data(items, store, reason=reason, twins=twins, dry_run=dry_run, as_json=json_)
 
@@ -487,7 +487,7 @@ def data_export(
     Each is written as often as training lists it, with one caption as its text, drawn as the snapshot weighs them; all
     of them stand beside it with their weights. A second call goes on where the first was stopped.
     """
-    from orchestration.data import export_data
+    from orchestration.commands.data import export_data
 
     export_data(snapshot, store, out, layout=layout, tar_mib=tar_mib, as_json=json_)
 
@@ -502,7 +502,7 @@ def report(
 ) -> None:
     """Make the page of a workflow again, from the records that are there."""
     _check_recipe(workflow, set_)
-    from orchestration.session import make_report
+    from orchestration.commands.run import make_report
 
     make_report(workflow, store=store, assignments=set_ or [], out=out, as_json=json_)
 
@@ -516,7 +516,7 @@ def settings(
     json_: JsonOption = False,
 ) -> None:
     """Every setting of a kind of stage: its type, its default, what it means, and whether it changes results."""
-    from orchestration.settings import show_settings
+    from orchestration.commands.settings import show_settings
 
     show_settings(kind, as_json=json_)
 
@@ -524,7 +524,7 @@ def settings(
 @app.command(epilog="Example: pixnerd doctor --store s3://my-bucket/pixnerd")
 def doctor(store: StoreOption = None, json_: JsonOption = False) -> None:
     """Say what is missing on this machine, and how to get it."""
-    from orchestration.doctor import examine
+    from orchestration.commands.doctor import examine
     from orchestration.terminal import print_json
 
     findings = examine(store)

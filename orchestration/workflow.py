@@ -25,7 +25,7 @@ from infra.problems import Wrong, shown, where
 from infra.records import StageRecord, read_record, write_record
 from infra.store import Store
 from pipelines.recipes import Recipe
-from pipelines.stages import KINDS, Context, StageKind, versions
+from pipelines.stages.kinds import KINDS, Context, StageKind, versions
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,13 @@ from infra.store import Store
 from infra.tracking import Run
 from training import checkpoint
 from training import model as models
-from training.compiled import compile_network
 from training.data import Batch, Batches, DataSettings, Reader
 from training.diffusion.repa import RepaHead
 from training.ema import Ema, EmaSettings
 from training.encoders.text import TextEncoder
 from training.encoders.vision import VisionEncoder
 from training.engine import Engine, Precision
+from training.model.compiled import compile_network
 from training.model.pixnerd import PixNerd
 from training.model.presets import ModelConfig, preset, training_settings
 from training.optim import OptimSettings, learning_rate

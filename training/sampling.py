@@ -23,9 +23,9 @@ from torch import Tensor
 from infra.config import Refused, Settings, operational, parse
 from infra.errors import CheckpointError, SettingsError
 from training import model as models
-from training.compiled import compile_network
 from training.diffusion.samplers import Watch, guided, noise_for, solver, timesteps, to_uint8
 from training.encoders.text import TextEncoder
+from training.model.compiled import compile_network
 from training.model.embed import Condition, Text
 from training.model.pixnerd import PixNerd
 from training.model.presets import ModelConfig

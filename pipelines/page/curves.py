@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipelines.page import plots
+from pipelines.page.elements import ink, section
 from pipelines.page.markup import Child, Html, tag
-from pipelines.page.parts import ink, section
 from pipelines.page.plots import Line
 from pipelines.page.story import Story
 

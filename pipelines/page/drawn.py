@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pipelines.page.elements import image, section, swatch
 from pipelines.page.markup import Html, tag
-from pipelines.page.parts import image, section, swatch
 from pipelines.page.story import Shown, Story
 
 MOST = 4  # pictures of a prompt

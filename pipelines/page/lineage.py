@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from infra.records import CorpusOutput, EncodersOutput, GateOutput, RegisterOutput, TrainOutput
 from pipelines.evaluation.statistics import ends
+from pipelines.page.elements import duration, ink, overall, section, short, swatch, table, words
 from pipelines.page.graph import Box, graph
 from pipelines.page.markup import Child, Html, tag
-from pipelines.page.parts import duration, ink, overall, section, short, swatch, table, words
 from pipelines.page.story import Story
 
 LANES = {"corpus": 0, "prepare": 0, "snapshot": 1, "encoders": 2, "train": 2, "sample": 3, "evaluate": 3}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pipelines.page.elements import image, section, words
 from pipelines.page.markup import Html, tag
-from pipelines.page.parts import image, section, words
 from pipelines.page.scores import column, groups
 from pipelines.page.story import Picture, Story
 

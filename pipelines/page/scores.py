@@ -5,8 +5,8 @@ from __future__ import annotations
 from pipelines.evaluation.prompts import TASKS
 from pipelines.evaluation.statistics import NO_INTERVAL, ends, without_interval
 from pipelines.page import plots
+from pipelines.page.elements import ink, section, short, swatch, table, words
 from pipelines.page.markup import Child, Html, tag
-from pipelines.page.parts import ink, section, short, swatch, table, words
 from pipelines.page.story import Story
 
 

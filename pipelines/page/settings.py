@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from pipelines.page.elements import duration, section, short, swatch, table
 from pipelines.page.markup import Child, Html, tag
-from pipelines.page.parts import duration, section, short, swatch, table
 from pipelines.page.story import Story
 
 

@@ -24,9 +24,9 @@ from infra.records import (
     read_record,
 )
 from infra.store import Store
-from pipelines import samples
 from pipelines.evaluation.generate import read_pictures
 from pipelines.page.fates import Fate, fates
+from pipelines.sample import held_out
 
 Rows = list[dict[str, Any]]
 
@@ -51,8 +51,8 @@ class Picture:
 class Shown:
     """What was drawn for captions of the data: each prompt, the picture that it belongs to, and the drawn ones."""
 
-    record: samples.Drawn
-    pictures: list[tuple[samples.Prompt, bytes | None, list[bytes]]]
+    record: held_out.Drawn
+    pictures: list[tuple[held_out.Prompt, bytes | None, list[bytes]]]
 
 
 @dataclass
@@ -125,8 +125,8 @@ def _read_named(story: Story, number: int) -> None:
         trained = story.checkpoints[number] = read_record(store, output.record, CheckpointRecord)
         story.curves[number] = _table(store, trained.curve) if trained.curve else []
     elif isinstance(output, SampleOutput):
-        drawn = read_record(store, output.record, samples.Drawn)
-        story.drawn[number] = Shown(drawn, samples.pictures(store, drawn, most=SHOWN))
+        drawn = read_record(store, output.record, held_out.Drawn)
+        story.drawn[number] = Shown(drawn, held_out.pictures(store, drawn, most=SHOWN))
     elif isinstance(output, EvaluateOutput):
         report = story.reports[number] = read_record(store, output.record, EvalReport)
         story.pictures[number] = _chosen(store, report)

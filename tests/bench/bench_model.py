@@ -26,11 +26,12 @@ from tests.bench import plain_pixnerd as plain
 from tests.bench.authors import Authors
 from tests.bench.sides import Side, compare, show, show_floor
 from tests.training import golden
-from training.compiled import compile_network
 from training.diffusion.objective import velocity_loss
 from training.diffusion.path import lognormal_time
 from training.diffusion.samplers import adams, guided, timesteps
-from training.model import ModelConfig, PixNerd, Text, preset, reference
+from training.model import ModelConfig, PixNerd, Text, preset
+from training.model.compiled import compile_network
+from training.model.published import reference
 from training.optim import OptimSettings, adamw
 
 SMALL = ModelConfig(

@@ -8,7 +8,7 @@ import torch
 from infra.errors import SettingsError
 from tests.bench import plain_pixnerd as plain
 from tests.bench.bench_model import SMALL, Bench, Make, authors_make, our_make, plain_make
-from training.model import reference
+from training.model.published import reference
 
 TINY = SMALL.model_copy(
     update={

@@ -262,8 +262,6 @@ def _picture_places(sheet: Image.Image, count: int, columns: int) -> list[tuple[
     across = statistics.CELL + statistics.GAP
     left, top = statistics.MARGIN, statistics.MARGIN + 34
     return [(left + n % columns * across, top + n // columns * step) for n in range(count)]
-        (statistics.MARGIN + n % columns * across, statistics.MARGIN + 34 + n // columns * step) for n in range(count)
-    ]
 
 
 def _holds(store: Store, shard: ShardRecord, key: str) -> bool:

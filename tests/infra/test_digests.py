@@ -14,7 +14,7 @@ from data_prep.snapshots.build import SnapshotSettings, snapshot_key
 from infra.config import Settings, digest, operational, parse
 from orchestration import workflow
 from pipelines import recipes
-from pipelines.stages import KINDS
+from pipelines.stages.kinds import KINDS
 
 CLASSES = sorted(
     {kind.settings for kind in KINDS.values()} | {PrepareSettings, ScoreSettings, SnapshotSettings},

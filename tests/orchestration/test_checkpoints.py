@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from orchestration import cli
-from orchestration.checkpoints import export_checkpoint, import_checkpoint, preset_of, show_checkpoint
+from orchestration.commands.checkpoint import export_checkpoint, import_checkpoint, preset_of, show_checkpoint
 from tests.training import golden
 from tests.training.reference_files import state, write
 from training import model as models

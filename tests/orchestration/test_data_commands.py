@@ -31,10 +31,10 @@ from infra.records import (
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import FileStore, Store, open_store
 from orchestration import workflow
-from orchestration.data import collect_data, export_data, forget_data, show_data, verify_data
-from orchestration.session import stage_records
+from orchestration.commands.data import collect_data, export_data, forget_data, show_data, verify_data
+from orchestration.commands.run import stage_records
 from pipelines import recipes
-from pipelines.stages import NOWHERE, Context
+from pipelines.stages.kinds import NOWHERE, Context
 from tests.data_prep.corpora import contents, settings_for, write_corpus
 from tests.data_prep.test_snapshot import scored
 from tests.infra.stores import misplaced

@@ -11,7 +11,7 @@ import pytest
 from infra.scratch import HELD, folder
 from infra.store import FileStore
 from orchestration import leftovers
-from orchestration.data import collect_data
+from orchestration.commands.data import collect_data
 from training.leftovers import States
 
 

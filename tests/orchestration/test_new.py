@@ -12,7 +12,8 @@ from typer.testing import CliRunner, Result
 
 from data_prep.web.fetch import FetchSettings
 from infra.errors import PixnerdError, SettingsError
-from orchestration import cli, session, workflow
+from orchestration import cli, workflow
+from orchestration.commands import run as session
 from pipelines import recipes
 from pipelines.recipes import own
 from tests.data_prep.test_survey import PHOTO, WORDS, numbered, tar_of, write_hugging_face, write_urls

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from orchestration import cli, doctor, patience, terminal
+from orchestration import cli, patience, terminal
+from orchestration.commands import doctor
 
 
 class Clock:

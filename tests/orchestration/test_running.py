@@ -14,7 +14,8 @@ from infra import layout
 from infra.claim import PATIENCE_SECONDS, process_of
 from infra.records import write_record
 from infra.store import Store, open_store
-from orchestration import running, session
+from orchestration import running
+from orchestration.commands import run as session
 from orchestration.running import Others, RunRecord, noted
 
 

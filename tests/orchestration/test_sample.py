@@ -22,10 +22,10 @@ from PIL import Image
 
 from infra.errors import SettingsError
 from orchestration import cli, terminal
-from orchestration.drawing import parse_size
-from orchestration.pictures import facts_of
-from orchestration.subjects import Labels, parse_seeds
-from pipelines import sheet
+from pipelines.pictures import sheet
+from pipelines.sample.draw import parse_size
+from pipelines.sample.files import facts_of
+from pipelines.sample.prompts import Labels, parse_seeds
 from tests.training import small_checkpoint
 from training import model as models
 from training.sampling import _DEFAULTS, Artist

@@ -18,9 +18,10 @@ from infra.records import Output, StageRecord
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import Store, open_store
 from infra.tracking import NOWHERE, Run
-from orchestration import session, workflow
+from orchestration import workflow
+from orchestration.commands import run as session
 from pipelines.recipes import Recipe
-from pipelines.stages import Context, StageKind, stage_reference
+from pipelines.stages.kinds import Context, StageKind, stage_reference
 from tests.data_prep.corpora import settings_for, write_corpus
 
 

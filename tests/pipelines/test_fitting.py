@@ -18,10 +18,11 @@ from infra.config import Settings, parse
 from infra.errors import CheckpointError, SettingsError
 from infra.records import EncodersOutput, SnapshotOutput, StageRecord
 from infra.store import open_store
-from orchestration import session, workflow
-from pipelines import stages
-from pipelines.fitting import check_training
-from pipelines.stages import TrainStage
+from orchestration import workflow
+from orchestration.commands import run as session
+from pipelines.stages import kinds as stages
+from pipelines.stages.fitting import check_training
+from pipelines.stages.kinds import TrainStage
 from training.encoders import known as encoders
 from training.loop import TrainSettings
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from infra.errors import SettingsError
-from pipelines import reference
-from pipelines.stages import KINDS
+from pipelines.stages import reference
+from pipelines.stages.kinds import KINDS
 
 
 def test_the_page_is_current() -> None:
     now = reference.page()
-    assert reference.PAGE.read_text(encoding="utf-8") == now, "run python -m pipelines.reference"
+    assert reference.PAGE.read_text(encoding="utf-8") == now, "run python -m pipelines.stages.reference"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,11 +18,11 @@ from infra.records import EvalReport, Interval, Output, PrepareSummary, StageRec
 from infra.shards import parquet_bytes
 from infra.store import Store, open_store
 from pipelines.evaluation.statistics import ends
+from pipelines.page.elements import duration
 from pipelines.page.graph import Box, arrange, graph
 from pipelines.page.markup import tag
-from pipelines.page.parts import duration
 from pipelines.page.plots import Axis, Line, lines
-from pipelines.report import build
+from pipelines.page.report import build
 from tests.pipelines.small_story import Made, evaluate, make
 
 VOID = {"br", "col", "hr", "img", "link", "meta"}

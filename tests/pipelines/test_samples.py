@@ -16,10 +16,10 @@ from infra.errors import SettingsError
 from infra.records import CheckpointRecord, DataObject, SnapshotRecord
 from infra.shards import read_selection
 from infra.store import Store, open_store
-from pipelines import samples
 from pipelines.evaluation import generate
-from pipelines.report import build
-from pipelines.samples import Drawn, DrawSettings
+from pipelines.page.report import build
+from pipelines.sample import held_out
+from pipelines.sample.held_out import Drawn, DrawSettings
 from tests.data_prep.corpora import prepare_here, settings_for, write_corpus
 from tests.pipelines.small_story import make
 from tests.training import small_checkpoint
@@ -67,7 +67,7 @@ def drawing(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         calls.append(list(prompts))
         return [generate._draw_chunk(store, f"{prefix}/pictures", checkpoint, 0, list(prompts), images, settings)]
 
-    monkeypatch.setattr(samples, "generate", here)
+    monkeypatch.setattr(held_out, "generate", here)
     return calls
 
 
@@ -76,7 +76,7 @@ FEW = {"count": 3, "images": 2, "sampling": {"steps": 1}}
 
 def draw(store: Store, checkpoint: CheckpointRecord, data: SnapshotRecord, prefix: str, **changes: Any) -> Drawn:
     settings = parse(DrawSettings, FEW | changes)
-    return samples.draw(store, prefix, checkpoint, data, settings, lambda text, done, total: None)
+    return held_out.draw(store, prefix, checkpoint, data, settings, lambda text, done, total: None)
 
 
 def test_held_out_captions_are_drawn_beside_their_pictures(
@@ -90,13 +90,13 @@ def test_held_out_captions_are_drawn_beside_their_pictures(
     rows = read_selection(store, record, held_out=True).to_pylist()
     assert set(texts[1:]) <= {text for row in rows for text in row["captions"]}
     assert not drawn.seen
-    own, *others = samples.pictures(store, drawn)
+    own, *others = held_out.pictures(store, drawn)
     assert own[1] is None and len(own[2]) == 2
     for prompt, original, pngs in others:
         assert original is not None
         assert f"picture {sizes(original)}" and prompt.original is not None
         assert {sizes(png) for png in pngs} == {(16, 16)} == {sizes(original)}
-    samples.write_sheet(store, drawn, "a title", tmp_path / "sheet.png")
+    held_out.write_sheet(store, drawn, "a title", tmp_path / "sheet.png")
     assert sizes((tmp_path / "sheet.png").read_bytes())[0] >= 640
     assert draw(store, checkpoint, record, "one", prompts=["my own"]) == drawn
     assert len(drawing) == 1, "what is drawn is not drawn again"
@@ -108,9 +108,9 @@ def sizes(data: bytes) -> tuple[int, int]:
 
 
 def test_captions_lie_far_from_each_other():
-    assert list(samples._spread(11)) == [0, 8, 4, 2, 6, 10, 1, 3, 5, 7, 9]
-    assert list(samples._spread(1)) == [0]
-    assert list(samples._spread(0)) == []
+    assert list(held_out._spread(11)) == [0, 8, 4, 2, 6, 10, 1, 3, 5, 7, 9]
+    assert list(held_out._spread(1)) == [0]
+    assert list(held_out._spread(0)) == []
 
 
 def test_where_nothing_is_held_out_it_says_so(

@@ -12,7 +12,7 @@ import pytest
 from infra.config import parse
 from infra.errors import SettingsError
 from infra.problems import Path, classes_at, value_at
-from pipelines.stages import KINDS
+from pipelines.stages.kinds import KINDS
 
 LOCAL = {"name": "web", "url": "/data/web"}
 SOURCES: list[dict[str, Any]] = [

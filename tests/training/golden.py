@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.model import ModelConfig, PixNerd, reference
+from training.model import ModelConfig, PixNerd
+from training.model.published import reference
 
 FOLDER = Path(__file__).parents[1] / "golden"
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from tests.training.test_model import inputs, network
-from training.compiled import compile_network
 from training.diffusion.samplers import guided, solver, timesteps
 from training.model import PixNerd, Text
+from training.model.compiled import compile_network
 
 
 @pytest.fixture(autouse=True)

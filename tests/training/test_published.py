@@ -25,10 +25,11 @@ from tests.training.reference_files import State, part, repa_head, same, state, 
 from training import checkpoint
 from training import model as models
 from training.diffusion.repa import RepaHead
-from training.exchange import export_folder, import_file
-from training.model import PRESETS, ModelConfig, PixNerd, reference
+from training.model import PRESETS, ModelConfig, PixNerd
 from training.model.fit import shapes
-from training.model.published import read
+from training.model.published import reference
+from training.model.published.exchange import export_folder, import_file
+from training.model.published.file import read
 
 LIMIT = 5e-6
 

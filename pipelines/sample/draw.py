@@ -23,9 +23,9 @@ from infra.config import digest
 from infra.errors import DataError, SettingsError
 from infra.files import sha256_of
 from orchestration import terminal
-from orchestration.pictures import facts_of, save, version, written_whole
-from orchestration.subjects import Subject, parse_seeds, read_labels, short, subjects
-from pipelines import sheet
+from pipelines.pictures import sheet
+from pipelines.sample.files import facts_of, save, version, written_whole
+from pipelines.sample.prompts import Subject, parse_seeds, read_labels, short, subjects
 from training import model as models
 from training.model import ModelConfig
 from training.sampling import Artist, SampleSettings, check_finite, defaults, encoder_source, pixels, resolved

@@ -22,10 +22,19 @@ from torch import Tensor
 from infra.errors import CheckpointError, SettingsError
 from infra.files import appearing, sha256_of
 from training import model as models
-from training.model import reference
 from training.model.fit import REMEDY, plain, refuse
 from training.model.presets import ModelConfig
-from training.model.published import HEAD, PREFIXES, Network, Published, check_sums, head_differences, naming, read
+from training.model.published import reference
+from training.model.published.file import (
+    HEAD,
+    PREFIXES,
+    Network,
+    Published,
+    check_sums,
+    head_differences,
+    naming,
+    read,
+)
 
 TEXT_ENCODERS = {2048: "Qwen/Qwen3-1.7B"}  # by the width of their features
 

@@ -13,8 +13,8 @@ from infra.records import GateOutput, RegisterOutput, StageRecord
 from infra.store import Store
 from pipelines.evaluation.statistics import ends, without_interval
 from pipelines.page import curves, drawn, inputs, lineage, samples, scores, settings
+from pipelines.page.elements import amount, check, duration, overall
 from pipelines.page.markup import Child, Html, page, tag
-from pipelines.page.parts import amount, check, duration, overall
 from pipelines.page.story import Picture, Story, read
 from pipelines.page.style import STYLE
 

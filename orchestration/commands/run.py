@@ -22,8 +22,8 @@ from orchestration import leftovers, running, terminal, workflow
 from orchestration.patience import doing
 from orchestration.terminal import print_json
 from pipelines import recipes
-from pipelines.fitting import check_training
-from pipelines.stages import STAGE_URL, Context
+from pipelines.stages.fitting import check_training
+from pipelines.stages.kinds import STAGE_URL, Context
 
 
 def run_workflow(
@@ -223,7 +223,7 @@ def evaluate_folder(
 
 
 def make_report(name: str, *, store: str | None, assignments: Sequence[str], out: Path, as_json: bool) -> None:
-    from pipelines.report import build
+    from pipelines.page.report import build
 
     doing("reading the records of the stages")
     recipe = recipes.load(name, assignments)

@@ -13,11 +13,11 @@ from infra.records import TrainOutput
 from orchestration import terminal
 from orchestration.patience import doing
 from orchestration.terminal import print_json
-from training import exchange
 from training import model as models
-from training.model import published
 from training.model.fit import Shape, plain
 from training.model.presets import PRESETS, ModelConfig
+from training.model.published import exchange
+from training.model.published import file as published_file
 
 # The first prefix that fits names a tensor's part.
 _PARTS = {
@@ -66,7 +66,7 @@ def show_checkpoint(checkpoint: Path, *, as_json: bool) -> None:
 
 
 def _show_file(path: Path, *, as_json: bool) -> None:
-    found = published.read(path)
+    found = published_file.read(path)
     configs = {name: found.config(name) for name in found.networks}
     networks = {
         name: {
@@ -156,7 +156,7 @@ def fetch_checkpoint(stage: str, folder: Path, store: str, *, as_json: bool) -> 
     # A workflow's parts take a second to load, for which the other commands need not wait.
     from infra.records import CheckpointRecord, read_record
     from infra.store import open_store
-    from orchestration.session import stage_records
+    from orchestration.commands.run import stage_records
     from training import checkpoint as checkpoints
 
     doing(f"fetching the newest checkpoint of `{stage}`")

@@ -15,7 +15,7 @@ from training.model.fit import shapes
 from training.model.presets import ModelConfig
 
 if TYPE_CHECKING:
-    from pipelines.stages import GateStage, ScoreStage, SnapshotStage, TrainStage
+    from pipelines.stages.kinds import GateStage, ScoreStage, SnapshotStage, TrainStage
 
 Below = Mapping[str, Any]  # `data` or `scored.0` -> the settings of the stage that it names, which is of the right kind
 
@@ -31,7 +31,7 @@ def snapshot(settings: SnapshotStage, below: Below) -> Iterator[Wrong]:
 
 
 def train(settings: TrainStage, below: Below) -> Iterator[Wrong]:
-    """Encoders and sizes are looked at in pipelines.fitting, which may have to ask a hub."""
+    """Encoders and sizes are looked at in pipelines.stages.fitting, which may have to ask a hub."""
     size = below["data"].size
     if isinstance(size, str):
         yield Wrong(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from infra.config import Settings, parse
 from infra.errors import PixnerdError, SettingsError
-from pipelines.stages import EncodersStage, SnapshotStage, TrainStage, fitted
+from pipelines.stages.kinds import EncodersStage, SnapshotStage, TrainStage, fitted
 from training.encoders.known import Known, known
 from training.loop import TrainSettings
 

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from infra.config import Secret, Settings, changes_results
 from infra.errors import SettingsError
 from infra.problems import nearest
-from pipelines.stages import KINDS
+from pipelines.stages.kinds import KINDS
 
 PAGE = Path(__file__).with_name("SETTINGS.md")
 _NAMES = {str: "text", int: "number", float: "number", bool: "true or false", dict: "mapping", Path: "path"}
@@ -48,8 +48,8 @@ def page() -> str:
     parts = [
         "# Settings",
         "",
-        "Made by `python -m pipelines.reference` from the classes that read them; `pixnerd settings KIND` prints the "
-        "same.",
+        "Made by `python -m pipelines.stages.reference` from the classes that read them; `pixnerd settings KIND` "
+        "prints the same.",
         "What was made stays when a setting marked with = changes: it is of speed alone, or says where something lies "
         "whose content counts.",
     ]

@@ -18,8 +18,8 @@ from infra.errors import NotFound
 from infra.records import CheckpointRecord, DataObject, Record, SnapshotRecord, read_record, write_record
 from infra.shards import read_selection
 from infra.store import Store
-from pipelines import sheet
 from pipelines.evaluation.generate import generate, read_pictures
+from pipelines.pictures import sheet
 from training.sampling import SampleSettings
 
 

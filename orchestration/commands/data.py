@@ -18,8 +18,8 @@ from infra.records import PrepareSummary, ScoreSummary, SnapshotOutput, StageRec
 from infra.store import Store, open_store
 from infra.text import printable
 from orchestration import leftovers, terminal
+from orchestration.commands.run import stage_records
 from orchestration.patience import doing
-from orchestration.session import stage_records
 from orchestration.terminal import print_json
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 
 from orchestration.terminal import print_json
-from pipelines.reference import about, settings_of
-from pipelines.stages import KINDS
+from pipelines.stages.kinds import KINDS
+from pipelines.stages.reference import about, settings_of
 
 WIDTH = 100
 

@@ -55,9 +55,10 @@ from infra.records import (
 )
 from infra.store import Store
 from infra.tracking import NOWHERE, Run, Tracker
-from pipelines import checks, samples
 from pipelines.evaluation.run import GenevalSettings, prompts_digest
-from pipelines.samples import DrawSettings
+from pipelines.sample import held_out
+from pipelines.sample.held_out import DrawSettings
+from pipelines.stages import checks
 from training.encoders.known import known
 from training.loop import TrainSettings
 
@@ -413,9 +414,9 @@ def sample(context: Context, settings: SampleStage, inputs: Inputs) -> Output:
     """A checkpoint -> pictures for captions that training never saw, on the page and on a sheet of their own."""
     checkpoint, data = _checkpoint(context.store, inputs["checkpoint"]), _snapshot(context.store, inputs["data"])
     plain = DrawSettings(**settings.model_dump(exclude={"checkpoint", "data"}))
-    drawn = samples.draw(context.store, context.digest, checkpoint, data, plain, context.progress)
+    drawn = held_out.draw(context.store, context.digest, checkpoint, data, plain, context.progress)
     path = context.home / f"{context.stage}.png"
-    samples.write_sheet(context.store, drawn, f"{inputs['checkpoint'].stage}, step {checkpoint.step:,}", path)
+    held_out.write_sheet(context.store, drawn, f"{inputs['checkpoint'].stage}, step {checkpoint.step:,}", path)
     context.run.artifact(path)
     record = layout.SAMPLES.at(stage=context.digest)
     return SampleOutput(record=record, sheet=str(path.absolute()), prompts=len(drawn.prompts))
@@ -523,7 +524,7 @@ class ReportStage(Settings):
 
 def report(context: Context, settings: ReportStage, inputs: Inputs) -> Output:
     """One self-contained page: what went in, what came out, and how the one became the other."""
-    from pipelines.report import build
+    from pipelines.page.report import build
 
     page = build(context.store, settings.title, list(inputs.values()))
     data = put_data(context.store, layout.PAGES.at(), "report.html", page.encode())
