@@ -36,17 +36,20 @@ from infra.store import Store
 from infra.tracking import Run
 from training import checkpoint
 from training import model as models
-from training.data import Batch, Batches, DataSettings, Reader
-from training.diffusion.repa import RepaHead
 from training.ema import Ema, EmaSettings
 from training.encoders.text import TextEncoder
 from training.encoders.vision import VisionEncoder
 from training.engine import Engine, Precision
+from training.loader.batches import Batch, Batches
+from training.loader.order import DataSettings
+from training.loader.reader import Reader
+from training.meter import Meter
 from training.model.compiled import compile_network
 from training.model.pixnerd import PixNerd
 from training.model.presets import ModelConfig, preset, training_settings
+from training.model.repa_head import RepaHead
 from training.optim import OptimSettings, learning_rate
-from training.task import Meter, ObjectiveSettings, Preparer, Trained
+from training.step import ObjectiveSettings, Preparer, Trained
 from training.team import Team
 
 Files = dict[str, DataObject]

@@ -23,10 +23,11 @@ from torch import Tensor
 from infra.config import Refused, Settings, operational, parse
 from infra.errors import CheckpointError, SettingsError
 from training import model as models
+from training.diffusion.prediction import as_velocity
 from training.diffusion.samplers import Watch, guided, noise_for, solver, timesteps, to_uint8
 from training.encoders.text import TextEncoder
 from training.model.compiled import compile_network
-from training.model.embed import Condition, Text
+from training.model.condition import Condition, Text
 from training.model.pixnerd import PixNerd
 from training.model.presets import ModelConfig
 
@@ -201,7 +202,7 @@ class Artist:
         with _enough_memory(len(seeds), height, width, self.device):
             x_BCHW = torch.stack([noise_for(seed, (3, height, width)) for seed in seeds]).to(self.device)
             condition, nothing = self._conditions(subjects, settings.compile)
-            velocity = guided(self.net, condition, nothing, settings.guidance, settings.interval)
+            velocity = guided(as_velocity(self.net), condition, nothing, settings.guidance, settings.interval)
             x_BCHW = solver(settings.solver)(velocity, x_BCHW, timesteps(settings.steps, settings.shift), watch_wanted)
         check_finite(x_BCHW[:wanted], subjects, seeds)
         return pixels(x_BCHW[:wanted])

@@ -11,8 +11,9 @@ import torch
 from tests.training import golden
 from training.diffusion.objective import velocity_loss
 from training.diffusion.path import lognormal_time
-from training.diffusion.repa import RepaHead, alignment_loss
+from training.diffusion.repa import alignment_loss
 from training.diffusion.samplers import adams, guided, solver, timesteps
+from training.model.repa_head import RepaHead
 
 LIMIT = 5e-6
 SAMPLING = {"adams4": 1e-4}  # whose coefficients the reference has in fp32, off by as much

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from infra.errors import SettingsError
+from training.diffusion.prediction import as_velocity
 from training.kernels import field_product, plain, tiled
 from training.model import PRESETS, ModelConfig, PixNerd, Text, preset
 from training.model.field import Field, FieldBlock, coordinates
@@ -190,11 +191,11 @@ def test_tap_gives_the_tokens_after_a_block_and_leaves_the_velocity_alone():
     assert torch.equal(v, net(x, t, y))
 
 
-def test_image_prediction_still_gives_a_velocity():
+def test_of_a_predicted_image_a_velocity_is_made():
     x, t, y = inputs(2, 16, 16, "text")
     t = torch.tensor([0.5, 0.99])
     image = network()(x, t, y)
-    v = network(prediction="image")(x, t, y)
+    v = as_velocity(network(prediction="image"))(x, t, y)
     torch.testing.assert_close(v[0], (image[0] - x[0]) / 0.5)
     torch.testing.assert_close(v[1], (image[1] - x[1]) / 0.05)  # bounded near t = 1
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from training.diffusion import path
 from training.diffusion.objective import by_time, draw, velocity_loss
-from training.diffusion.repa import RepaHead, alignment, alignment_loss
+from training.diffusion.prediction import velocity_of_image
+from training.diffusion.repa import alignment, alignment_loss
+from training.model.repa_head import RepaHead
 
 SHAPE = (3, 4, 4)
 
@@ -74,7 +76,7 @@ def test_path_ends_and_its_velocity_lead_from_noise_to_data():
     x_t, v = path.interpolate(x, noise, t), path.velocity(x, noise)
     assert torch.equal(x_t[0], noise[0])
     assert torch.equal(x_t[2], x[2])
-    torch.testing.assert_close(path.velocity_of_image(x[:2], x_t[:2], t[:2]), v[:2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(velocity_of_image(x[:2], x_t[:2], t[:2]), v[:2], rtol=1e-5, atol=1e-5)
 
 
 def test_the_loss_is_nought_for_the_true_velocity_and_counts_each_sample_alone():

@@ -24,12 +24,12 @@ from tests.training import golden
 from tests.training.reference_files import State, part, repa_head, same, state, write
 from training import checkpoint
 from training import model as models
-from training.diffusion.repa import RepaHead
 from training.model import PRESETS, ModelConfig, PixNerd
 from training.model.fit import shapes
 from training.model.published import reference
 from training.model.published.exchange import export_folder, import_file
 from training.model.published.file import read
+from training.model.repa_head import RepaHead
 
 LIMIT = 5e-6
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.diffusion.path import interpolate, lognormal_time, velocity
-from training.model.embed import Condition
+from training.model.condition import Condition
 
 # What a sample's random numbers are for: each has counters of its own, so one more use changes none of the others.
 _NOISE, _TIME, _DROP = range(3)
@@ -88,7 +88,8 @@ def velocity_loss(
 ) -> Loss:
     """Mean squared error of the velocity, per sample and in fp32.
 
-    A network that predicts the image gives its velocity too (`ModelConfig.prediction`), so the loss is this one always.
+    A network that predicts the image is given as what makes a velocity of it (`prediction.as_velocity`), so the loss is
+    this one always.
     """
     x_t = interpolate(x_BCHW, noise_BCHW, t_B)
     target = velocity(x_BCHW, noise_BCHW).float()

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-# Closest that 1 - t comes to nought where an image is turned into a velocity.
-LEAST_NOISE = 0.05
-
 
 def spread(t_B: Tensor, like: Tensor) -> Tensor:
     """t as [B, 1, 1, ...], ready to be multiplied with `like`."""
@@ -25,11 +22,6 @@ def interpolate(x: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
 def velocity(x: Tensor, noise: Tensor) -> Tensor:
     """The path's derivative by t, the same at every t."""
     return x - noise
-
-
-def velocity_of_image(image: Tensor, x_t: Tensor, t_B: Tensor) -> Tensor:
-    """The velocity that leads from x_t to a predicted image, in fp32, bounded near t = 1."""
-    return (image.float() - x_t.float()) / (1 - spread(t_B.float(), x_t)).clamp(min=LEAST_NOISE)
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:

@@ -8,17 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-
-
-class RepaHead(nn.Sequential):
-    """Linear, SiLU, Linear, SiLU, Linear."""
-
-    def __init__(self, hidden: int, features: int) -> None:
-        super().__init__(
-            nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, features)
-        )
 
 
 def alignment_loss(projected_BNV: Tensor, features_BNV: Tensor) -> Tensor:

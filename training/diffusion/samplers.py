@@ -19,7 +19,7 @@ from torch import Tensor
 from infra.config import nearest
 from infra.errors import SettingsError
 from training.diffusion.path import shift_time
-from training.model.embed import Condition, Embedded, join
+from training.model.condition import Condition, Embedded, join
 
 Velocity = Callable[[Tensor, float], Tensor]
 Watch = Callable[[int, Tensor], None]  # called after each step with its number, from one, and the state

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from training.encoders import load_model, quiet, unusable
-from training.model.embed import Text
+from training.model.condition import Text
 
 MOST_KNOWN = 100_000  # captions whose tokens are remembered
 PAD = "<|endoftext|>"  # Qwen's own pad token

@@ -16,7 +16,7 @@ from torch import Tensor
 from infra.config import parse
 from infra.errors import CheckpointError, SettingsError
 from infra.files import appearing, sha256_of
-from training.model.embed import Condition, Text
+from training.model.condition import Condition, Text
 from training.model.fit import Shape, differences, refuse, shapes
 from training.model.pixnerd import PixNerd
 from training.model.presets import PRESETS, ModelConfig, preset

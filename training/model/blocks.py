@@ -5,18 +5,15 @@ Shapes: B images, N tokens, H hidden, h heads, d head size, R text rows, T text 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.kernels import norm_modulate, norm_rotate
 from training.kernels.plain import rms_norm
-
-if TYPE_CHECKING:
-    from training.model.embed import RotaryTable, TextTokens
-    from training.model.presets import ModelConfig
+from training.model.condition import TextTokens
+from training.model.presets import ModelConfig
+from training.model.rotary import RotaryTable
 
 
 class RMSNorm(nn.Module):

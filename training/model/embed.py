@@ -1,77 +1,19 @@
-"""Time, label and text embeddings, rotary positions, and the condition that a network is called with.
+"""The embeddings of time and text.
 
-Shapes: B images, R text rows (each may serve several images), T text tokens, E text features, H hidden, N patches.
+Shapes: B images, R text rows (each may serve several images), T text tokens, E text features, H hidden.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.model.blocks import Block, RMSNorm
+from training.model.condition import Embedded, Text, TextTokens
 from training.model.presets import ModelConfig
-from training.model.tables import constant_table
-
-
-class Text(NamedTuple):
-    """Captions as features. `rows` says which row each image reads, so that text shared by images is worked once.
-
-    The network's own text blocks know the time, so images that share a row must share their time too.
-    """
-
-    features_RTE: Tensor
-    mask_RT: Tensor | None = None
-    rows_B: Tensor | None = None
-
-
-class TextTokens(NamedTuple):
-    """Text inside of the network: before its own blocks the same at every time, after them what the image attends to.
-
-    The mask is None where pads are attended to like words.
-    """
-
-    y_RTH: Tensor
-    mask_RT: Tensor | None
-    rows_B: Tensor | None
-
-
-# Labels [B], bare features [B, T, E], or Text.
-Condition = Tensor | Text
-# What `PixNerd.embed` makes of it.
-Embedded = Tensor | TextTokens
-
-
-def as_text(condition: Condition) -> Text:
-    return condition if isinstance(condition, Text) else Text(condition)
-
-
-def shown(text: Text) -> Tensor:
-    """Which tokens are words, [R, T]; without a mask all of them are."""
-    if text.mask_RT is None:
-        return torch.ones(text.features_RTE.shape[:2], dtype=torch.bool, device=text.features_RTE.device)
-    return text.mask_RT.bool()
-
-
-def join(first: Condition, second: Condition) -> Condition:
-    """The conditions of two batches, one behind the other; a single caption of the second serves as many images."""
-    if not isinstance(first, Text) and not first.is_floating_point():
-        assert isinstance(second, Tensor)
-        return torch.cat([first, second.to(first).expand(len(first))])
-    one, two = as_text(first), as_text(second)
-    rows1, rows2 = _rows(one), _rows(two)
-    if len(rows2) == 1:
-        rows2 = rows2.expand(len(rows1))
-    features = torch.cat([one.features_RTE, two.features_RTE.to(one.features_RTE)])
-    mask = None if one.mask_RT is None and two.mask_RT is None else torch.cat([shown(one), shown(two)])
-    return Text(features, mask, torch.cat([rows1, rows2 + len(one.features_RTE)]))
-
-
-def _rows(text: Text) -> Tensor:
-    return torch.arange(len(text.features_RTE), device=text.features_RTE.device) if text.rows_B is None else text.rows_B
 
 
 class TimeEmbedding(nn.Module):
@@ -143,24 +85,3 @@ def check_times(embedded: Embedded, t_B: Tensor) -> None:
     rows_B = embedded.rows_B
     if not torch.equal(t_B[_speakers(rows_B, len(embedded.y_RTH))][rows_B], t_B):
         raise ValueError("images that share a row of text must have the same time")
-
-
-class RotaryTable(NamedTuple):
-    """cos and sin of every position's d/2 angles, [N, d/2]; pairs (2i, 2i+1) of a head are rotated by angle i."""
-
-    cos: Tensor
-    sin: Tensor
-
-
-@constant_table
-def rotary_table(rows: int, columns: int, head_dim: int, extent: float | None, device: torch.device) -> RotaryTable:
-    """Angles x f0, y f0, x f1, y f1, ... over the grid, row-major; end points are included."""
-    # Text to image counts x to the number of rows and y to that of columns: so the published weights learnt it.
-    x_end, y_end = (rows, columns) if extent is None else (extent, extent)
-    x = torch.linspace(0, x_end, columns, dtype=torch.float64)
-    y = torch.linspace(0, y_end, rows, dtype=torch.float64)
-    j = torch.arange(head_dim // 4, dtype=torch.float64)
-    f = 10000.0 ** (-4 * j / head_dim)
-    y_grid, x_grid = torch.meshgrid(y, x, indexing="ij")
-    angles = torch.stack([x_grid.reshape(-1, 1) * f, y_grid.reshape(-1, 1) * f], dim=-1).flatten(1)
-    return RotaryTable(angles.cos().float().to(device), angles.sin().float().to(device))

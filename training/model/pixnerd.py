@@ -11,24 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.diffusion.path import velocity_of_image
 from training.model.blocks import Block
-from training.model.embed import (
-    Condition,
-    Embedded,
-    TextEmbedding,
-    TextTokens,
-    TimeEmbedding,
-    as_text,
-    check_times,
-    rotary_table,
-)
+from training.model.condition import Condition, Embedded, TextTokens, as_text
+from training.model.embed import TextEmbedding, TimeEmbedding, check_times
 from training.model.field import Field, LinearHead
 from training.model.presets import ModelConfig
+from training.model.rotary import rotary_table
 
 
 class PixNerd(nn.Module):
-    """`net(x_BCHW, t_B, condition)` is the velocity at x; the condition is labels, features, or `Text`."""
+    """`net(x_BCHW, t_B, condition)` is the velocity at x; the condition is labels, features, or `Text`.
+
+    With `prediction: image` it is the image that x will become; `training.diffusion.prediction` makes a velocity of it.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -62,7 +57,7 @@ class PixNerd(nn.Module):
     def forward(
         self, x_BCHW: Tensor, t_B: Tensor, condition: Condition | TextTokens, tap: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The velocity; with `tap=k` also the tokens [B, N, H] after the trunk's k-th block, counted from one."""
+        """The prediction; with `tap=k` also the tokens [B, N, H] after the trunk's k-th block, counted from one."""
         assert tap is None or 1 <= tap <= len(self.trunk)
         self.config.check_size(x_BCHW.shape[-2], x_BCHW.shape[-1])
         pixels_BCHW = x_BCHW.to(self.stem.weight.dtype)
@@ -71,8 +66,6 @@ class PixNerd(nn.Module):
         time_BH = self.time(t_B)
         tokens_BNH, tapped = self._trunk(self._shrink(pixels_BCHW), time_BH, embedded, tap)
         out_BCHW = self._draw(pixels_BCHW, tokens_BNH, time_BH)
-        if self.config.prediction == "image":
-            out_BCHW = velocity_of_image(out_BCHW, x_BCHW, t_B)
         return out_BCHW if tapped is None else (out_BCHW, tapped)
 
     def embed(self, condition: Condition) -> Embedded:

@@ -49,7 +49,8 @@ class ModelConfig(Settings):
     field_norm: Literal["fc1", "fc1_fc2", "fc1_fc2_out"] = "fc1_fc2_out"
 
     prediction: Literal["velocity", "image"] = Field(
-        default="velocity", description="what the last layer means; the network's output is a velocity either way"
+        default="velocity",
+        description="what the network gives; of an image a velocity is made",
     )
     open_gates: bool = Field(
         False, description="start with the blocks' gates at 1, not near 0: a short run learns what words mean sooner"

@@ -31,10 +31,10 @@ from torch import Tensor
 
 from infra.errors import CheckpointError, SettingsError
 from training import model as models
-from training.diffusion.repa import RepaHead
 from training.model.fit import REMEDY, Shape, differences, plain, refuse, shapes
 from training.model.presets import ModelConfig
 from training.model.published import reference
+from training.model.repa_head import RepaHead
 
 Network = Literal["ema", "raw"]
 PREFIXES: dict[str, str] = {"ema": "ema_denoiser.", "raw": "denoiser."}

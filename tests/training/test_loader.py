@@ -17,7 +17,9 @@ from infra.errors import DataError
 from infra.records import put_data
 from infra.shards import SELECTION_SCHEMA, TarWriter
 from infra.store import open_store
-from training.data import Batches, DataSettings, Order, Reader
+from training.loader.batches import Batches
+from training.loader.order import DataSettings, Order
+from training.loader.reader import Reader
 
 ROWS = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(sum)
 

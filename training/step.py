@@ -13,13 +13,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from infra.config import Fraction, Settings
-from training.data import Batch
 from training.diffusion.objective import by_time, draw, velocity_loss
-from training.diffusion.repa import RepaHead, alignment, alignment_loss
+from training.diffusion.prediction import as_velocity
+from training.diffusion.repa import alignment, alignment_loss
 from training.encoders.text import TextEncoder
 from training.encoders.vision import VisionEncoder
-from training.model.embed import Text
+from training.loader.batches import Batch
+from training.model.condition import Text
 from training.model.pixnerd import PixNerd
+from training.model.repa_head import RepaHead
 
 TIME_BINS = 10
 
@@ -44,7 +46,7 @@ class Trained(nn.Module):
         text = inputs.text if self.text is None else self.text.encode(inputs.captions)
         assert text is not None
         tap = self.settings.repa_block if self.head is not None else None
-        loss = velocity_loss(self.net, inputs.images_BCHW, text, inputs.noise_BCHW, inputs.t_B, tap)
+        loss = velocity_loss(as_velocity(self.net), inputs.images_BCHW, text, inputs.noise_BCHW, inputs.t_B, tap)
         total = loss.each_B.mean()
         report = Report(len(loss.each_B), total.detach(), *by_time(loss.each_B, inputs.t_B, TIME_BINS))
         if self.head is not None:
@@ -102,47 +104,3 @@ class Preparer:
         text = self.frozen_text.encode(captions) if self.frozen_text is not None else None
         features = self.vision(images_BCHW, self.grid) if self.vision is not None else None
         return Inputs(images_BCHW, captions, noise.to(self.device), t.to(self.device), text, features)
-
-
-class Meter:
-    """Adds up the steps between two log lines, over all ranks."""
-
-    def __init__(self) -> None:
-        self.steps = self.reports = self.images = 0
-        self.sums = torch.zeros(3 + 2 * TIME_BINS, dtype=torch.float64)  # loss, cosines, then the bins
-        self.grad_norm = self.waited = 0.0
-        self.aligned = False
-
-    def add(self, reports: list[Report], grad_norm: float, waited: float) -> None:
-        self.steps += 1
-        self.grad_norm += grad_norm
-        self.waited += waited
-        for report in reports:
-            self.reports += 1
-            self.images += report.images
-            self.aligned = report.alignment is not None
-            cosines = report.alignment or (torch.zeros(()), torch.zeros(()))
-            heads = torch.stack([value.float().cpu() for value in (report.loss, *cosines)])
-            self.sums += torch.cat([heads, report.loss_by_time.float().cpu(), report.count_by_time.float().cpu()])
-
-    def read(self, ranks: int, seconds: float, rate: float) -> dict[str, float]:
-        """The means over the steps so far; every rank must call it."""
-        sums = self.sums
-        if ranks > 1:
-            sums = sums.cuda() if torch.distributed.get_backend() == "nccl" else sums.clone()
-            torch.distributed.all_reduce(sums)
-        loss, matched, shuffled = (sums[:3] / (self.reports * ranks)).tolist()
-        values: dict[str, float] = {
-            "train/loss": loss,
-            "train/grad_norm": self.grad_norm / self.steps,
-            "train/lr": rate,
-            "train/images_per_second": self.images * ranks / seconds,
-            "data/wait_share": self.waited / seconds,
-        }
-        if self.aligned:
-            values |= {"repa/cosine": matched, "repa/cosine_shuffled": shuffled}
-        totals, counts = sums[3 : 3 + TIME_BINS].tolist(), sums[3 + TIME_BINS :].tolist()
-        for k, (total, count) in enumerate(zip(totals, counts, strict=True)):
-            if count:
-                values[f"train/loss_t{k / TIME_BINS:.1f}"] = total / count
-        return values
