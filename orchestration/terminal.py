@@ -28,7 +28,7 @@ from orchestration.patience import SILENCE, Watch
 if TYPE_CHECKING:
     from infra.records import EvalReport, StageRecord
     from orchestration.workflow import Node, Plan
-    from pipelines.stages.kinds import Progress as StageProgress
+    from pipelines.stages.base import Progress as StageProgress
 
 _SIGNS = {"reused": "=", "running": ">", "finished": "+", "failed": "!", "skipped": "-"}
 _PLAN_SIGNS = {"done": "=", "open": "?", "new": ">"}

@@ -25,7 +25,8 @@ from infra.problems import Wrong, shown, where
 from infra.records import StageRecord, read_record, write_record
 from infra.store import Store
 from pipelines.recipes import Recipe
-from pipelines.stages.kinds import KINDS, Context, StageKind, versions
+from pipelines.stages.base import Context, StageKind
+from pipelines.stages.kinds import KINDS, versions
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from orchestration import leftovers, running, terminal, workflow
 from orchestration.patience import doing
 from orchestration.terminal import print_json
 from pipelines import recipes
+from pipelines.stages.base import Context
+from pipelines.stages.data import STAGE_URL
 from pipelines.stages.fitting import check_training
-from pipelines.stages.kinds import STAGE_URL, Context
 
 
 def run_workflow(

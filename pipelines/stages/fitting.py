@@ -7,7 +7,8 @@ from pathlib import Path
 
 from infra.config import Settings, parse
 from infra.errors import PixnerdError, SettingsError
-from pipelines.stages.kinds import EncodersStage, SnapshotStage, TrainStage, fitted
+from pipelines.stages.data import SnapshotStage
+from pipelines.stages.train import EncodersStage, TrainStage, fitted
 from training.encoders.known import Known, known
 from training.loop import TrainSettings
 

@@ -36,8 +36,10 @@ from infra.errors import CheckpointError, ClusterError, DataError, PixnerdError,
 from infra.records import PrepareSummary, ScoreRecord, ScoreSummary, ShardRecord, StageRecord, read_record
 from infra.shards import list_shards, read_index, shard_key, shard_prefix
 from infra.store import FileStore, Store, open_store
-from pipelines.stages.kinds import NOWHERE, Context, ScoreStage
-from pipelines.stages.kinds import score as score_stage
+from infra.tracking import NOWHERE
+from pipelines.stages.base import Context
+from pipelines.stages.data import ScoreStage
+from pipelines.stages.data import score as score_stage
 from tests.data_prep.corpora import contents, prepare_here, settings_for, write_corpus
 from tests.data_prep.small_scorers import (
     CLIP_WIDTH,

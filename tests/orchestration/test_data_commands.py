@@ -30,11 +30,12 @@ from infra.records import (
 )
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import FileStore, Store, open_store
+from infra.tracking import NOWHERE
 from orchestration import workflow
 from orchestration.commands.data import collect_data, export_data, forget_data, show_data, verify_data
 from orchestration.commands.run import stage_records
 from pipelines import recipes
-from pipelines.stages.kinds import NOWHERE, Context
+from pipelines.stages.base import Context
 from tests.data_prep.corpora import contents, settings_for, write_corpus
 from tests.data_prep.test_snapshot import scored
 from tests.infra.stores import misplaced

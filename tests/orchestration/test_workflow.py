@@ -21,7 +21,7 @@ from infra.tracking import NOWHERE, Run
 from orchestration import workflow
 from orchestration.commands import run as session
 from pipelines.recipes import Recipe
-from pipelines.stages.kinds import Context, StageKind, stage_reference
+from pipelines.stages.base import Context, StageKind, stage_reference
 from tests.data_prep.corpora import settings_for, write_corpus
 
 

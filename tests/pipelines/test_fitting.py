@@ -20,9 +20,9 @@ from infra.records import EncodersOutput, SnapshotOutput, StageRecord
 from infra.store import open_store
 from orchestration import workflow
 from orchestration.commands import run as session
-from pipelines.stages import kinds as stages
+from pipelines.stages import train as stages
 from pipelines.stages.fitting import check_training
-from pipelines.stages.kinds import TrainStage
+from pipelines.stages.train import TrainStage
 from training.encoders import known as encoders
 from training.loop import TrainSettings
 

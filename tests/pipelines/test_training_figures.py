@@ -14,7 +14,7 @@ from infra.config import parse
 from infra.records import SnapshotOutput, SnapshotRecord, StageRecord, put_data, write_record
 from infra.store import open_store
 from infra.tracking import Tracker
-from pipelines.stages import kinds as stages
+from pipelines.stages import train as stages
 from training import ray_train
 
 SETTINGS = {"preset": "tiny", "data": "data", "text_encoder": "none", "steps": 30, "batch": 4}

@@ -1,0 +1,149 @@
+"""Stages that look at a checkpoint: pictures for captions, scores, and whether they are good enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import Field, model_validator
+
+from infra import layout
+from infra.config import Settings, nearest
+from infra.errors import SettingsError
+from infra.problems import Wrong
+from infra.records import (
+    EvalReport,
+    EvaluateOutput,
+    GateOutput,
+    Output,
+    SampleOutput,
+    Verdict,
+)
+from pipelines.evaluation.prompts import TASKS
+from pipelines.evaluation.run import GenevalSettings, prompts_digest
+from pipelines.sample import held_out
+from pipelines.sample.held_out import DrawSettings
+from pipelines.stages.base import (
+    Below,
+    Context,
+    Inputs,
+    StageKind,
+    checkpoint_of,
+    report_of,
+    snapshot_of,
+    stage_reference,
+)
+
+
+class SampleStage(DrawSettings):
+    checkpoint: str = stage_reference()
+    data: str = stage_reference()
+
+
+def sample(context: Context, settings: SampleStage, inputs: Inputs) -> Output:
+    """A checkpoint -> pictures for captions that training never saw, on the page and on a sheet of their own."""
+    checkpoint, data = checkpoint_of(context.store, inputs["checkpoint"]), snapshot_of(context.store, inputs["data"])
+    plain = DrawSettings(**settings.model_dump(exclude={"checkpoint", "data"}))
+    drawn = held_out.draw(context.store, context.digest, checkpoint, data, plain, context.progress)
+    path = context.home / f"{context.stage}.png"
+    held_out.write_sheet(context.store, drawn, f"{inputs['checkpoint'].stage}, step {checkpoint.step:,}", path)
+    context.run.artifact(path)
+    record = layout.SAMPLES.at(stage=context.digest)
+    return SampleOutput(record=record, sheet=str(path.absolute()), prompts=len(drawn.prompts))
+
+
+class EvaluateStage(GenevalSettings):
+    checkpoint: str = stage_reference()
+
+
+def evaluate(context: Context, settings: EvaluateStage, inputs: Inputs) -> Output:
+    """A checkpoint -> GenEval's six tasks with intervals."""
+    from pipelines.evaluation.run import geneval
+
+    checkpoint = checkpoint_of(context.store, inputs["checkpoint"])
+    plain = GenevalSettings(**settings.model_dump(exclude={"checkpoint"}))
+    report = geneval(context.store, context.digest, checkpoint, plain, context.progress)
+    scores = {name: interval.value for name, interval in report.scores.items()}
+    context.run.metrics(scores, checkpoint.step)
+    context.run.tags({"pixnerd.checkpoint": report.checkpoint, "pixnerd.judge": report.judge})
+    context.parent.metrics({f"{inputs['checkpoint'].stage}/{name}": value for name, value in scores.items()}, 0)
+    return EvaluateOutput(record=layout.REPORT.at(stage=context.digest), scores=scores)
+
+
+class Rule(Settings):
+    """A score must reach a value, or beat another stage's, or both."""
+
+    score: str = "geneval/overall"
+    at_least: float | None = None
+    above: str | None = Field(None, description="the stage of `scores` that must be beaten")
+
+    @model_validator(mode="after")
+    def _judges_something(self) -> Rule:
+        if self.at_least is None and self.above is None:
+            raise ValueError("a rule needs `at_least` or `above`")
+        return self
+
+
+class GateStage(Settings):
+    scores: list[str] = stage_reference()  # the first is judged
+    rules: list[Rule] = Field(min_length=1)
+
+
+def check_gate(settings: GateStage, below: Below) -> Iterator[Wrong]:
+    scores = [f"geneval/{name}" for name in (*TASKS, "overall")]
+    for number, rule in enumerate(settings.rules):
+        if rule.above is not None and rule.above not in settings.scores:
+            near = nearest(rule.above, settings.scores)
+            yield Wrong(
+                f"rules.{number}.above",
+                f"names `{rule.above}`, which is not among the gate's scores",
+                f"did you mean `{near}`?" if near else f"name one of {', '.join(settings.scores)}",
+            )
+        if rule.score not in scores:
+            near = nearest(rule.score, scores)
+            yield Wrong(
+                f"rules.{number}.score",
+                f"is {rule.score}, which no evaluation has",
+                f"did you mean {near}?" if near else f"known: {', '.join(scores)}",
+            )
+
+
+def gate(context: Context, settings: GateStage, inputs: Inputs) -> Output:
+    """Is the model good enough to be registered? The verdict is recorded either way."""
+    reports = {
+        name: report_of(context.store, inputs[f"scores.{number}"]) for number, name in enumerate(settings.scores)
+    }
+    judged = reports[settings.scores[0]]
+    verdicts = []
+    for rule in settings.rules:
+        value = _score(judged, rule.score)
+        limits = [("at least", rule.at_least, rule.at_least is None or value >= rule.at_least)]
+        if rule.above is not None:
+            other = _score(reports[rule.above], rule.score)
+            limits.append((f"above {rule.above}'s", other, value > other))
+        verdicts += [
+            Verdict(score=rule.score, value=value, limit=f"{text} {limit:.3f}", passed=passed)
+            for text, limit, passed in limits
+            if limit is not None
+        ]
+    passed = all(verdict.passed for verdict in verdicts)
+    context.run.tags({"pixnerd.gate": "passed" if passed else "failed"})
+    return GateOutput(passed=passed, verdicts=verdicts)
+
+
+def _score(report: EvalReport, name: str) -> float:
+    if name not in report.scores:
+        raise SettingsError(f"the evaluation has no score `{name}`", remedy=f"it has {', '.join(report.scores)}")
+    return report.scores[name].value
+
+
+KINDS = (
+    StageKind("sample", SampleStage, sample, takes={"checkpoint": "train", "data": "snapshot"}),
+    StageKind(
+        "evaluate",
+        EvaluateStage,
+        evaluate,
+        outside=lambda settings, store, inputs: prompts_digest(settings),
+        takes={"checkpoint": "train"},
+    ),
+    StageKind("gate", GateStage, gate, check=check_gate, takes={"scores": "evaluate"}),
+)

@@ -1,0 +1,76 @@
+"""Stages that tell the world: a version in the model registry, and the page."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from infra import layout
+from infra.config import Settings, spelt
+from infra.errors import StageFailed
+from infra.records import (
+    GateOutput,
+    Output,
+    RegisterOutput,
+    ReportOutput,
+    TrainOutput,
+    put_data,
+)
+from pipelines.stages.base import (
+    Context,
+    Inputs,
+    StageKind,
+    checkpoint_of,
+    report_of,
+    stage_reference,
+)
+
+
+class RegisterStage(Settings):
+    gate: str = stage_reference()
+    checkpoint: str = stage_reference()
+    scores: str = stage_reference()
+    model: Annotated[str, spelt(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}", "letters, digits, blanks, `.`, `_` and `-`")] = (
+        "pixnerd"
+    )
+    alias: Annotated[
+        str, spelt(r"(?!(latest|v\d+)$)[A-Za-z0-9_-]{1,99}", "letters, digits, `_` and `-`, neither latest nor v1")
+    ] = "champion"
+
+
+def register(context: Context, settings: RegisterStage, inputs: Inputs) -> Output:
+    """The checkpoint as a version of a registered model in MLflow; its weights stay where they are."""
+    verdict = inputs["gate"].of(GateOutput)
+    if not verdict.passed:
+        missed = [f"{rule.score} is {rule.value:.3f}, not {rule.limit}" for rule in verdict.verdicts if not rule.passed]
+        raise StageFailed(
+            f"the gate is closed ({'; '.join(missed)})", remedy="train longer, or change the gate's rules on purpose"
+        )
+    checkpoint = checkpoint_of(context.store, inputs["checkpoint"])
+    report = report_of(context.store, inputs["scores"])
+    source = f"{context.store.url}/{inputs['checkpoint'].of(TrainOutput).record}"
+    tags = {"pixnerd.checkpoint": checkpoint.digest(), "pixnerd.snapshot": checkpoint.snapshot, "judge": report.judge}
+    scores = {name: interval.value for name, interval in report.scores.items()}
+    made = context.tracker.register(settings.model, settings.alias, context.run, source, tags, scores)
+    return RegisterOutput(model=settings.model, version=made, alias=settings.alias, source=source)
+
+
+class ReportStage(Settings):
+    title: str = "PixNerd"
+
+
+def report(context: Context, settings: ReportStage, inputs: Inputs) -> Output:
+    """One self-contained page: what went in, what came out, and how the one became the other."""
+    from pipelines.page.report import build
+
+    page = build(context.store, settings.title, list(inputs.values()))
+    data = put_data(context.store, layout.PAGES.at(), "report.html", page.encode())
+    path = context.home / "report.html"
+    path.write_text(page, encoding="utf-8")
+    context.parent.artifact(path)
+    return ReportOutput(page=data, path=str(path.absolute()))
+
+
+KINDS = (
+    StageKind("register", RegisterStage, register, takes={"gate": "gate", "checkpoint": "train", "scores": "evaluate"}),
+    StageKind("report", ReportStage, report, reads_all=True),
+)

@@ -1,0 +1,207 @@
+"""Stages that train: small encoders where no hub is needed, and the network."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from infra import layout
+from infra.config import Settings, parse
+from infra.problems import Wrong
+from infra.records import (
+    DataObject,
+    EncodersOutput,
+    Output,
+    SnapshotOutput,
+    SnapshotRecord,
+    TrainOutput,
+    get_data,
+    put_data,
+)
+from infra.store import Store
+from infra.tracking import NOWHERE
+from pipelines.stages.base import Below, Context, Inputs, StageKind, checkpoint_of, snapshot_of, stage_reference
+from training.encoders.known import known
+from training.loop import TrainSettings
+from training.model import outline
+from training.model.fit import shapes
+from training.model.presets import ModelConfig
+
+log = logging.getLogger(__name__)
+
+
+class TinyText(Settings):
+    hidden: int = 96
+    layers: int = 2
+    heads: int = 4
+    vocab: int = Field(512, ge=300)
+
+
+class TinyVision(Settings):
+    hidden: int = 64
+    layers: int = 2
+    heads: int = 4
+    patch_size: int = 8
+    image_size: int = 32
+
+
+class EncodersStage(Settings):
+    captions: str = stage_reference()
+    text: TinyText = TinyText()
+    vision: TinyVision = TinyVision()
+    seed: int = 0
+
+
+def encoders(context: Context, settings: EncodersStage, inputs: Inputs) -> Output:
+    """A small Qwen3 with a tokenizer of the corpus's own captions, and a small DINOv2, where no hub is needed."""
+    from infra.shards import read_selection
+    from training.encoders import text, vision
+
+    record = snapshot_of(context.store, inputs["captions"])
+    rows = read_selection(context.store, record, columns=["captions"])["captions"]
+    captions = [caption for row in rows.to_pylist() for caption in row]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        text.build_tiny(folder / "text", captions, seed=settings.seed, **settings.text.model_dump())
+        vision.build_tiny(folder / "vision", seed=settings.seed, **settings.vision.model_dump())
+        return EncodersOutput(**{part: _put_encoder(context, part, folder / part) for part in ("text", "vision")})
+
+
+def _put_encoder(context: Context, name: str, folder: Path) -> dict[str, DataObject]:
+    where = layout.ENCODER_FILES.at(stage=context.digest, encoder=name)
+    return {path.name: put_data(context.store, where, path.name, path) for path in sorted(folder.iterdir())}
+
+
+class TrainStage(TrainSettings):
+    data: str = stage_reference()
+    start_from: str | None = stage_reference(None)
+    encoders: str | None = stage_reference(None)
+    text_encoder: str = Field("Qwen/Qwen3-1.7B", description="a published text encoder, where `encoders` is not given")
+    vision_encoder: str = Field("facebook/dinov2-base", description="for REPA, where `encoders` is not given")
+
+
+def check_train(settings: TrainStage, below: Below) -> Iterator[Wrong]:
+    """Encoders and sizes are looked at in pipelines.stages.fitting, which may have to ask a hub."""
+    size = below["data"].size
+    if isinstance(size, str):
+        yield Wrong(
+            "data",
+            f"names `{settings.data}`, whose images are of the several sizes of `{size}`",
+            "train on a square size: buckets can be prepared, but not trained on yet",
+        )
+    if settings.start_from is not None:
+        yield from _other_network(settings.start_from, below["start_from"], settings)
+
+
+def _other_network(start: str, before: TrainStage, settings: TrainStage) -> Iterator[Wrong]:
+    theirs, ours = before.network(), settings.network()
+    if not ("text_dim" in before.model and "text_dim" in settings.model):  # it follows the encoder
+        ours = ours.model_copy(update={"text_dim": theirs.text_dim})
+    if shapes(outline(theirs).state_dict()) == shapes(outline(ours).state_dict()):
+        return
+    # What differs and decides a shape; neither the size of images nor how training begins does.
+    names = [name for name in ModelConfig.model_fields if name not in ("image_size", "fixed_grid", "open_gates")]
+    pairs = [(name, getattr(theirs, name), getattr(ours, name)) for name in names]
+    said = [f"{name} {there} there, {here} here" for name, there, here in pairs if there != here]
+    yield Wrong(
+        "model",
+        f"is another network than that of `{start}`, whose weights it starts from ({', '.join(said)})",
+        "give both stages the same preset and model",
+    )
+
+
+def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
+    """A snapshot -> a checkpoint, from scratch or from an earlier stage's EMA weights."""
+    from training.loop import Job
+    from training.ray_train import fit
+
+    store, own = context.store, {"data", "start_from", "encoders", "text_encoder", "vision_encoder"}
+    given = inputs["encoders"].of(EncodersOutput) if "encoders" in inputs else None
+    start = inputs.get("start_from")
+    data = snapshot_of(store, inputs["data"])
+    plain = settings.model_dump(exclude=own)
+    size = int(data.size) if data.size.isdigit() else None
+    plain["model"] = fitted(settings.model, size, _text_width(store, settings, inputs))
+    job = Job(
+        store=store,
+        prefix=layout.TRAINING.at(run=context.digest),
+        digest=context.digest,
+        settings=parse(TrainSettings, plain),
+        snapshot=data,
+        text=given.text if given else settings.text_encoder,
+        vision=given.vision if given else settings.vision_encoder,
+        start_from=checkpoint_of(store, start) if start else None,
+        run=NOWHERE,  # rank 0 may be on a machine that does not see the tracker's database
+    )
+    _log_lineage(context, settings, data, inputs["data"].of(SnapshotOutput).record)
+
+    def show(message: dict[str, Any]) -> None:
+        if message["event"] == "start":
+            context.progress(f"step {message['step']} of {message['steps']}", message["step"], message["steps"])
+        if message["event"] == "log":
+            speed = f"{message['train/images_per_second']:.0f} images/s"
+            text = f"step {message['step']} of {message['steps']}, loss {message['train/loss']:.4f}, {speed}"
+            context.progress(text, message["step"], message["steps"])
+            context.run.metrics({name: value for name, value in message.items() if "/" in name}, message["step"])
+        if message["event"] == "told":
+            log.warning("%s: %s", context.stage, message["text"])
+        if message["event"] == "waiting":
+            context.progress(f"another run on {message['host']} trains this already; waiting for it to end")
+
+    context.progress(f"starting {settings.workers} ranks" if settings.workers > 1 else "starting")
+    record = fit(job, show)
+    return TrainOutput(
+        record=layout.CHECKPOINT.at(home=job.prefix),
+        parameters=record.parameters,
+        images_seen=record.position,
+        image_size=job.settings.network().image_size,
+    )
+
+
+def fitted(model: Mapping[str, Any], size: int | None, width: int) -> dict[str, Any]:
+    """A network's settings; where they do not say otherwise, its sides are its data's, and its text its encoder's."""
+    return {"text_dim": width, **({} if size is None else {"image_size": size}), **model}
+
+
+def _text_width(store: Store, settings: TrainStage, inputs: Inputs) -> int:
+    """As it is set; else of the network whose weights are inherited, or of the text encoder."""
+    if "text_dim" in settings.model:
+        return int(settings.model["text_dim"])
+    if "start_from" in inputs:
+        start = checkpoint_of(store, inputs["start_from"])
+        return int(json.loads(get_data(store, start.files["config.json"]))["model"]["text_dim"])
+    if "encoders" in inputs:
+        config = inputs["encoders"].of(EncodersOutput).text["config.json"]
+        return int(json.loads(get_data(store, config))["hidden_size"])
+    return known(settings.text_encoder).width
+
+
+def _log_lineage(context: Context, settings: Settings, data: SnapshotRecord, key: str) -> None:
+    context.run.params(_flat(settings.results()))
+    where = f"{context.store.url}/{key}"
+    context.run.dataset(f"snapshot-{data.size}", data.digest(), where, {"rows": data.rows}, "training")
+
+
+def _flat(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= _flat(inner, f"{path}{key}.") if isinstance(inner, dict) else {f"{path}{key}": inner}
+    return found
+
+
+KINDS = (
+    StageKind("encoders", EncodersStage, encoders, takes={"captions": "snapshot"}),
+    StageKind(
+        "train",
+        TrainStage,
+        train,
+        check=check_train,
+        takes={"data": "snapshot", "start_from": "train", "encoders": "encoders"},
+    ),
+)
