@@ -21,12 +21,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from data_prep.rejections import counted
-from infra.records import PrepareSummary, RegisterOutput, ReportOutput, SampleOutput
 from orchestration.patience import SILENCE, Watch
 
 if TYPE_CHECKING:
-    from infra.records import EvalReport, StageRecord
+    from infra.records import EvalReport, PrepareSummary, StageRecord
     from orchestration.workflow import Node, Plan
     from pipelines.stages.base import Progress as StageProgress
 
@@ -160,6 +158,8 @@ def show_plan(plans: Sequence[Plan]) -> None:
 
 def prepared(made: PrepareSummary, per_second: float) -> str:
     """What came of a preparation, at each size; `per_second`: inputs, of those that this run worked on itself."""
+    from data_prep.rejections import counted
+
     told = [f"{per_second:,.0f} images/s"] if per_second else []
     several = len(made.sizes) > 1
     for size, counts in made.sizes.items():
@@ -170,6 +170,8 @@ def prepared(made: PrepareSummary, per_second: float) -> str:
 
 def show_result(records: Iterable[StageRecord], reports: dict[str, EvalReport]) -> None:
     """The scores of each stage, what was registered, and where the page is."""
+    from infra.records import RegisterOutput, ReportOutput, SampleOutput
+
     if reports:
         show_scores(reports)
     for out in (record.output for record in records):

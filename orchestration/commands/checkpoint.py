@@ -1,4 +1,4 @@
-"""What the `pixnerd checkpoint` commands do: show, fetch, import and export."""
+"""`pixnerd checkpoint`: look into checkpoints, and bring them in and out."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from infra.errors import CheckpointError, SettingsError
-from infra.records import TrainOutput
+import typer
+
+from infra.errors import SettingsError
 from orchestration import terminal
+from orchestration.options import JsonOption
 from orchestration.patience import doing
 from orchestration.terminal import print_json
-from training import model as models
-from training.model.fit import Shape, plain
-from training.model.presets import PRESETS, ModelConfig
-from training.model.published import exchange
-from training.model.published import file as published_file
+
+if TYPE_CHECKING:
+    from training.model.fit import Shape
+    from training.model.presets import ModelConfig
+
+app = typer.Typer(no_args_is_help=True, help="Look into checkpoints, and bring them in and out.", rich_markup_mode=None)
 
 # The first prefix that fits names a tensor's part.
 _PARTS = {
@@ -36,11 +39,18 @@ _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 # ------------------------------------------------------------------------------------------------ show
 
 
-def show_checkpoint(checkpoint: Path, *, as_json: bool) -> None:
-    """A folder of ours, or a file of the published layout; no weights are read."""
+@app.command("show", epilog="Example: pixnerd checkpoint show champion")
+def show(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder, or a published checkpoint's file.")],
+    json_: JsonOption = False,
+) -> None:
+    """Task, sizes, parameters by part, and where it comes from; the weights are not read."""
+    from training import model as models
+    from training.model.published import exchange
+
     doing(f"reading {checkpoint}")
     if checkpoint.is_file():
-        _show_file(checkpoint, as_json=as_json)
+        _show_file(checkpoint, as_json=json_)
         return
     config, extra = models.read_config(checkpoint)
     stored = models.read_header(checkpoint, config)
@@ -52,7 +62,7 @@ def show_checkpoint(checkpoint: Path, *, as_json: bool) -> None:
         "dtypes": Counter(_TYPES.get(tensor.dtype, tensor.dtype) for tensor in stored.values()),
         "extra": extra,
     }
-    if as_json:
+    if json_:
         print_json(facts)
         return
     _print_facts(config, facts)
@@ -66,7 +76,11 @@ def show_checkpoint(checkpoint: Path, *, as_json: bool) -> None:
 
 
 def _show_file(path: Path, *, as_json: bool) -> None:
-    found = published_file.read(path)
+    from training import model as models
+    from training.model.fit import plain
+    from training.model.published.file import read
+
+    found = read(path)
     configs = {name: found.config(name) for name in found.networks}
     networks = {
         name: {
@@ -106,6 +120,8 @@ def _count(shapes: Iterable[Shape]) -> int:
 
 def preset_of(config: ModelConfig) -> str | None:
     """Sizes with a name; the trained size does not belong to them, and the grid is chosen at each use."""
+    from training.model.presets import PRESETS
+
     same = {"image_size": None, "fixed_grid": False}
     wanted = config.model_copy(update=same)
     return next((name for name, known in PRESETS.items() if known.model_copy(update=same) == wanted), None)
@@ -152,46 +168,31 @@ def _words(value: object) -> str:
 # ------------------------------------------------------------------------------------------------ in and out
 
 
-def fetch_checkpoint(stage: str, folder: Path, store: str, *, as_json: bool) -> None:
-    # A workflow's parts take a second to load, for which the other commands need not wait.
-    from infra.records import CheckpointRecord, read_record
-    from infra.store import open_store
-    from orchestration.commands.run import stage_records
-    from training import checkpoint as checkpoints
-
-    doing(f"fetching the newest checkpoint of `{stage}`")
-    opened = open_store(store)
-    found = [r for r in stage_records(opened, "train") if r.stage == stage]
-    if not found:
-        known = sorted({r.stage for r in stage_records(opened, "train")})
-        raise CheckpointError(
-            f"{opened.url} holds no checkpoint of a stage `{stage}`",
-            remedy=f"it has {', '.join(known) or 'none at all'}",
-        )
-    if folder.exists() and any(folder.iterdir()):
-        raise SettingsError(f"the folder {folder} is not empty", remedy="name a new one")
-    newest = max(found, key=lambda record: record.started)
-    record = read_record(opened, newest.of(TrainOutput).record, CheckpointRecord)
-    checkpoints.fetch(opened, record, folder)
-    if as_json:
-        print_json(record.model_dump(mode="json"))
-    else:
-        print(f"step {record.step} of `{stage}` is in {folder}")
-
-
-def import_checkpoint(
-    file: Path,
-    folder: Path,
-    *,
-    network: Literal["ema", "raw"] | None,
-    trained_size: int | None,
-    text_encoder: str | None,
-    as_json: bool,
+@app.command("import", epilog="Example: pixnerd checkpoint import model.ckpt champion --trained-size 512")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A published checkpoint: .ckpt, .pt, or .safetensors.")],
+    folder: Annotated[Path, typer.Argument(help="The checkpoint's folder to make; new, or empty.")],
+    network: Annotated[
+        Literal["ema", "raw"] | None,
+        typer.Option(help="Which of its networks: the running mean (ema), or the weights as trained. [default: ema]"),
+    ] = None,
+    trained_size: Annotated[
+        int | None, typer.Option(help="Side of the images that it was trained on: the file does not tell it.")
+    ] = None,
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(help="Its text encoder: a published name, or a folder. [default: Qwen/Qwen3-1.7B, if that fits]"),
+    ] = None,
+    json_: JsonOption = False,
 ) -> None:
+    """Make a checkpoint's folder of a published file; task and sizes are found in it."""
+    from training import model as models
+    from training.model.published import exchange
+
     doing(f"reading {file} and writing {folder}")
     exchange.import_file(file, folder, network=network, trained_size=trained_size, text_encoder=text_encoder)
     config, extra = models.read_config(folder)
-    if as_json:
+    if json_:
         print_json({"folder": str(folder), "settings": config.model_dump(mode="json"), "extra": extra})
         return
     origin = exchange.provenance(extra)
@@ -204,14 +205,57 @@ def import_checkpoint(
         print("its text encoder is not known: without --text-encoder it cannot draw")
 
 
-def export_checkpoint(
-    checkpoint: Path, file: Path, *, network: Literal["ema", "raw", "both"] | None, as_json: bool
+@app.command("export", epilog="Example: pixnerd checkpoint export champion model.ckpt")
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder.")],
+    file: Annotated[Path, typer.Argument(help="The PyTorch file to write.")],
+    network: Annotated[
+        Literal["ema", "raw", "both"] | None,
+        typer.Option(
+            help="Under which network's names its weights are written: the running mean's (ema), those of the weights "
+            "as trained (raw), or both. [default: those that it was imported from, else ema]"
+        ),
+    ] = None,
+    json_: JsonOption = False,
 ) -> None:
+    """Write a checkpoint as the published code's file.
+
+    A network that this code would compute something else with is refused, as the demo's own is: one that shall be
+    exported is trained with `preset: XXL/16`.
+    """
+    from training.model.published import exchange
+
     doing(f"reading {checkpoint} and writing {file}")
     facts = exchange.export_folder(checkpoint, file, network=network)
-    if as_json:
+    if json_:
         print_json(facts)
         return
     print(f"{file}: {facts['tensors']} tensors under {', '.join(facts['prefixes'])}")
     if facts["left_out"]:
         print("its own text encoder has no place in this layout, and stays in the folder text of the checkpoint")
+
+
+@app.command("fetch", epilog="Example: pixnerd checkpoint fetch sft champion --store runs/demo")
+def fetch(
+    stage: Annotated[str, typer.Argument(help="Name of the train stage.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to lay it out in.")],
+    store: Annotated[str, typer.Option("--store", help="The workflow's store.")],
+    json_: JsonOption = False,
+) -> None:
+    """Bring a workflow's newest checkpoint of a stage out of the store, as an ordinary folder."""
+    from infra.records import CheckpointRecord, read_record
+    from infra.store import open_store
+    from orchestration.made import checkpoint_key
+    from training import checkpoint as checkpoints
+
+    doing(f"fetching the newest checkpoint of `{stage}`")
+    opened = open_store(store)
+    key = checkpoint_key(opened, stage)
+    if folder.exists() and any(folder.iterdir()):
+        raise SettingsError(f"the folder {folder} is not empty", remedy="name a new one")
+    record = read_record(opened, key, CheckpointRecord)
+    checkpoints.fetch(opened, record, folder)
+    if json_:
+        print_json(record.model_dump(mode="json"))
+    else:
+        print(f"step {record.step} of `{stage}` is in {folder}")

@@ -4,108 +4,74 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from data_prep.export import TAR_MIB, LayoutName, export
-from data_prep.snapshots.forget import Forgotten, forget, read_list
-from data_prep.upkeep import gc
-from data_prep.upkeep.drop import drop, drop_shared
-from data_prep.upkeep.statistics import Histogram, Summary, contact_sheet, draw, summarise
-from data_prep.upkeep.verify import Shared, Verified, verify, verify_shared
-from infra import layout
+import typer
+
 from infra.errors import DataError, SettingsError
-from infra.records import PrepareSummary, ScoreSummary, SnapshotOutput, StageRecord
-from infra.store import Store, open_store
 from infra.text import printable
-from orchestration import leftovers, terminal
-from orchestration.commands.run import stage_records
+from orchestration import terminal
+from orchestration.options import DryRunOption, JsonOption, StoreOfShards
 from orchestration.patience import doing
 from orchestration.terminal import print_json
 
+if TYPE_CHECKING:
+    from data_prep.snapshots.forget import Forgotten
+    from data_prep.upkeep.statistics import Histogram, Summary
+    from data_prep.upkeep.verify import Shared, Verified
+    from infra.store import Store
 
-class Prepared(NamedTuple):
-    """What a prepare stage made last."""
-
-    stage: str
-    plan: str
-    edition: str
-    sizes: list[str]
-
-
-def prepared(store: Store) -> list[Prepared]:
-    """The newest edition of every plan."""
-    newest: dict[str, Prepared] = {}
-    for record in _by_start(store, "prepare"):
-        made = record.of(PrepareSummary)
-        newest[made.plan] = Prepared(record.stage, made.plan, made.edition, list(made.sizes))
-    if not newest:
-        raise DataError(f"nothing has been prepared in {store.url}", remedy="run `pixnerd prepare` first")
-    return list(newest.values())
-
-
-def _by_start(store: Store, kind: str) -> list[StageRecord]:
-    return sorted(stage_records(store, kind), key=lambda record: record.started)
+app = typer.Typer(no_args_is_help=True, help="Look into prepared data, check it, tidy it up.", rich_markup_mode=None)
 
 
 # ------------------------------------------------------------------------------------------------ show
 
 
-def show_data(
-    store: str,
-    *,
-    size: str | None,
-    columns: list[str],
-    scores: Sequence[str] = (),
-    out: Path | None,
-    seed: int,
-    as_json: bool,
+@app.command("show", epilog="Example: pixnerd data show --store runs/demo --out pictures")
+def show(
+    store: StoreOfShards,
+    size: Annotated[str | None, typer.Option(help="One of the sizes that were prepared. [default: all]")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="A column of numbers to look at as well; repeatable.")
+    ] = None,
+    score: Annotated[
+        list[str] | None, typer.Option(help="Scores or captions to look at as well: a stage, or a digest; repeatable.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for drawings of it, and for a sheet of samples.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the samples that are drawn.")] = 0,
+    json_: JsonOption = False,
 ) -> None:
+    """What was prepared: sources, sizes, captions, and what became of every input."""
+    from data_prep.upkeep.statistics import summarise
+    from infra.store import open_store
+    from orchestration import made
+
     doing("reading what was prepared")
     opened = open_store(store)
     shown = []
-    scored = _scored(opened, scores)
-    chosen = _sizes(prepared(opened), size)
+    scored = made.scores_of(opened, score or [])
+    chosen = made.sizes_of(made.prepared(opened), size)
     if scored and not {(plan, of_size) for plan, of_size, _ in scored} & {(found.plan, one) for found, one in chosen}:
         known = ", ".join(sorted({of_size for _, of_size, _ in scored}))
         raise SettingsError(f"there are no such scores at the size `{size}`", remedy=f"sizes that have them: {known}")
     for found, one in chosen:
         digests = [scorer for plan, of_size, scorer in scored if (plan, of_size) == (found.plan, one)]
-        summary = summarise(opened, found.plan, found.edition, one, columns=columns, scores=digests)
+        summary = summarise(opened, found.plan, found.edition, one, columns=column or [], scores=digests)
         pictures = {} if out is None else _pictures(opened, summary, out, seed)
         shown.append(summary.model_dump(mode="json") | ({"pictures": pictures} if out else {}))
-        if not as_json:
+        if not json_:
             _print(found.stage, summary)
             for path in pictures.values():
                 print(f"  {path}")
-    if as_json:
+    if json_:
         print_json(shown)
 
 
-def _sizes(all_prepared: list[Prepared], size: str | None) -> list[tuple[Prepared, str]]:
-    chosen = [(found, one) for found in all_prepared for one in found.sizes if size in (None, one)]
-    if not chosen:
-        known = sorted({one for found in all_prepared for one in found.sizes})
-        raise SettingsError(f"nothing was prepared at the size `{size}`", remedy=f"sizes: {', '.join(known)}")
-    return chosen
-
-
-def _scored(store: Store, names: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Plan, size and scorer of the scores that are called so: by their stage, whose last ones they are, or a digest."""
-    made = [(record.stage, record.of(ScoreSummary)) for record in _by_start(store, "score")] if names else []
-    for name in names:
-        if not any(name in (stage, scores.scorer) for stage, scores in made):
-            known = ", ".join(sorted({stage for stage, _ in made}))
-            raise SettingsError(
-                f"there are no scores called `{name}` in {store.url}",
-                remedy=f"scores: {known}" if known else "run a recipe with a `score` stage first",
-            )
-    newest = {(stage, scores.plan, scores.size): scores.scorer for stage, scores in made if stage in names}
-    by_stage = [(plan, size, scorer) for (_, plan, size), scorer in newest.items()]
-    by_digest = [(scores.plan, scores.size, scores.scorer) for _, scores in made if scores.scorer in names]
-    return list(dict.fromkeys([*by_stage, *by_digest]))
-
-
 def _pictures(store: Store, summary: Summary, out: Path, seed: int) -> dict[str, str]:
+    from data_prep.upkeep.statistics import contact_sheet, draw
+
     out.mkdir(parents=True, exist_ok=True)
     name = f"{summary.plan}-{summary.size}"
     drawn, sheet = out / f"{name}.png", out / f"{name}-samples.png"
@@ -154,11 +120,29 @@ def _range(found: Histogram) -> str:
 # ------------------------------------------------------------------------------------------------ verify
 
 
-def verify_data(store: str, *, drop_damaged: bool = False, as_json: bool) -> None:
+@app.command("verify", epilog="Example: pixnerd data verify --store runs/demo")
+def verify(
+    store: StoreOfShards,
+    drop_damaged: Annotated[
+        bool,
+        typer.Option(
+            "--drop-damaged",
+            help="Delete damaged objects, and the records that keep what they belong to from being made again.",
+        ),
+    ] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Read every shard, score and snapshot again and hold hashes, counts and order against the records."""
+    from data_prep.upkeep.drop import drop, drop_shared
+    from data_prep.upkeep.verify import verify as verify_plan
+    from data_prep.upkeep.verify import verify_shared
+    from infra.store import open_store
+    from orchestration import made
+
     opened = open_store(store)
     doing("reading every shard again")
-    all_prepared = prepared(opened)
-    checked = {found.plan: verify(opened, found.plan, found.edition) for found in all_prepared}
+    all_prepared = made.prepared(opened)
+    checked = {found.plan: verify_plan(opened, found.plan, found.edition) for found in all_prepared}
     doing("reading the downloads again")
     shared = verify_shared(opened)
     results: dict[str, Verified | Shared] = {**checked, "shared": shared}
@@ -166,7 +150,7 @@ def verify_data(store: str, *, drop_damaged: bool = False, as_json: bool) -> Non
     if drop_damaged:
         dropped = {plan: drop(opened, plan, result) for plan, result in checked.items() if result.damaged}
         dropped |= {"shared": drop_shared(opened, shared)} if shared.damaged else {}
-    if as_json:
+    if json_:
         print_json({name: result._asdict() | {"dropped": dropped.get(name, [])} for name, result in results.items()})
     else:
         for plan, result in checked.items():
@@ -178,7 +162,7 @@ def verify_data(store: str, *, drop_damaged: bool = False, as_json: bool) -> Non
             print(f"downloads: {shared.batches:,} batches of originals read again")
         _print_problems(shared.problems)
     again = [found.stage for found in all_prepared if checked[found.plan].again]
-    if dropped and not as_json:
+    if dropped and not json_:
         _print_dropped(store, dropped, again)
     problems = sum(len(result.problems) for result in results.values())
     lasting = sum(result.lasting for result in results.values())
@@ -199,32 +183,51 @@ def _print_problems(problems: Sequence[str]) -> None:
 
 def _print_dropped(store: str, dropped: dict[str, list[str]], again: Sequence[str]) -> None:
     """`again`: the stages that prepare damaged shards once more."""
+    from orchestration import made
+
     count = len({key for keys in dropped.values() for key in keys})
     print(f"deleted {count:,} objects and records: they kept damaged shards, and what came of them, from being made")
     if again:
         stages = " and ".join(f"`{stage}`" for stage in dict.fromkeys(again))
         print(f"now run `pixnerd prepare RECIPE --store {store}`, with the recipe that has the stage {stages}")
-    if any(_makes_again(key) for keys in dropped.values() for key in keys):
+    if any(made.makes_again(key) for keys in dropped.values() for key in keys):
         print(f"{'then' if again else 'now'} `pixnerd run RECIPE --store {store}` makes the scores and snapshots again")
-
-
-def _makes_again(key: str) -> bool:
-    """Whether it was the record of a stage that a workflow runs again, and `prepare` alone does not."""
-    parts = layout.STAGE.parse(key)
-    return parts is not None and parts["kind"] in (ScoreSummary.kind, SnapshotOutput.kind)
 
 
 # ------------------------------------------------------------------------------------------------ forget
 
 
-def forget_data(path: Path, store: str, *, reason: str, twins: bool, dry_run: bool, as_json: bool) -> None:
-    items = read_list(path)
+@app.command("forget", epilog="Example: pixnerd data forget withdrawn.txt --store runs/demo --reason 'asked to'")
+def forget(
+    items: Annotated[
+        Path,
+        typer.Argument(
+            help="A text file (UTF-8) with an item a line, or a .parquet file with a column of them, called key, name, "
+            "url, origin, sha256, image_sha256 or pixels_sha256."
+        ),
+    ],
+    store: StoreOfShards,
+    reason: Annotated[str, typer.Option(help="Why; it is kept with the list.")],
+    twins: Annotated[bool, typer.Option(help="Forget what has the same pixels as well.")] = True,
+    dry_run: DryRunOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Take items out of every later snapshot, and say which snapshots and checkpoints have seen them.
+
+    An item is called what its corpus calls it (images/00012.jpg), or by its URL, its key in the index, or the sha256 of
+    its encoded image or of its pixels, in hex.
+    """
+    from data_prep.snapshots.forget import forget as forget_items
+    from data_prep.snapshots.forget import read_list
+    from infra.store import open_store
+
+    listed = read_list(items)
     doing("looking for the items in every index")
-    found = forget(open_store(store), items, reason, twins=twins, dry_run=dry_run)
-    if as_json:
+    found = forget_items(open_store(store), listed, reason, twins=twins, dry_run=dry_run)
+    if json_:
         print_json(found._asdict())
     else:
-        _print_forgotten(found, len(items), dry_run=dry_run)
+        _print_forgotten(found, len(listed), dry_run=dry_run)
 
 
 def _print_forgotten(found: Forgotten, asked: int, *, dry_run: bool) -> None:
@@ -256,14 +259,37 @@ def _print_forgotten(found: Forgotten, asked: int, *, dry_run: bool) -> None:
 # ------------------------------------------------------------------------------------------------ export
 
 
-def export_data(name: str, store: str, out: str, *, layout: LayoutName, tar_mib: int | None, as_json: bool) -> None:
+@app.command("export", epilog="Example: pixnerd data export data --store runs/mine --out exported")
+def export(
+    snapshot: Annotated[str, typer.Argument(help="Name of the snapshot stage, whose newest one it is; or a digest.")],
+    store: StoreOfShards,
+    out: Annotated[str, typer.Option("--out", help="Folder or store URL to write it to; new, or empty.")],
+    layout: Annotated[
+        Literal["webdataset", "huggingface"],
+        typer.Option(help="Tars of .jpg, .json and .txt; or folders of pictures with a metadata.jsonl."),
+    ] = "webdataset",
+    tar_mib: Annotated[
+        int | None, typer.Option("--tar-mib", min=1, help="What a tar of webdataset may come to. [default: 256]")
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Write a snapshot's samples as files that others train from.
+
+    Each is written as often as training lists it, with one caption as its text, drawn as the snapshot weighs them; all
+    of them stand beside it with their weights. A second call goes on where the first was stopped.
+    """
+    from data_prep.export import TAR_MIB
+    from data_prep.export import export as export_snapshot
+    from infra.store import open_store
+    from orchestration import made
+
     if tar_mib is not None and layout != "webdataset":
         raise SettingsError(f"--tar-mib means nothing to the layout {layout}", remedy="leave it out")
     opened, to = open_store(store), open_store(out)
-    key = _snapshot_key(opened, name)
+    key = made.snapshot_key(opened, snapshot)
     doing(f"writing {key} to {to.url}")
-    done = export(opened, key, to, layout, tar_mib or TAR_MIB)
-    if as_json:
+    done = export_snapshot(opened, key, to, layout, tar_mib or TAR_MIB)
+    if json_:
         print_json(done.model_dump(mode="json") | {"out": to.url})
         return
     for split, told in done.splits.items():
@@ -271,30 +297,30 @@ def export_data(name: str, store: str, out: str, *, layout: LayoutName, tar_mib:
         print(f"{to.url}/{split}: {told.rows:,} samples in {told.parts:,} {kind}")
 
 
-def _snapshot_key(store: Store, name: str) -> str:
-    """Of a snapshot that is called so: by its stage, whose last one it is, or by the digest in its key."""
-    made = [(record.stage, record.of(SnapshotOutput).record) for record in _by_start(store, "snapshot")]
-    found = [key for stage, key in made if name in (stage, key, Path(key).stem)]
-    if not found:
-        known = ", ".join(dict.fromkeys(stage for stage, _ in made))
-        raise SettingsError(
-            f"there is no snapshot called `{name}` in {store.url}",
-            remedy=f"snapshots: {known}" if known else "run a recipe with a `snapshot` stage first",
-        )
-    return found[-1]
-
-
 # ------------------------------------------------------------------------------------------------ gc
 
 
-def collect_data(store: str, *, older_than_hours: float, dry_run: bool, as_json: bool) -> None:
+@app.command("gc", epilog="Example: pixnerd data gc --store runs/demo --dry-run")
+def gc(
+    store: StoreOfShards,
+    older_than_hours: Annotated[
+        float, typer.Option(min=0, help="Younger data stays: a job may be about to write the record that names it.")
+    ] = 24.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Delete the data that no record names, such as what killed jobs left."""
+    from data_prep.upkeep.gc import SHOWN, collect
+    from infra.store import open_store
+    from orchestration import leftovers
+
     doing("looking for data that no record names")
     opened = open_store(store)
-    found = gc.collect(opened, older_than_hours, dry_run=dry_run)
+    found = collect(opened, older_than_hours, dry_run=dry_run)
     if not found.objects and not any(True for _ in opened.list_unchecked()):
         raise DataError(f"there is no data in {store}", remedy="check --store")
     left = leftovers.remove(opened, None, older_than_hours, dry_run=dry_run)
-    if as_json:
+    if json_:
         orphans = {folder: count._asdict() for folder, count in found.orphans.items()}
         told = {"orphans": orphans, "temporary": left.folders._asdict(), "states": left.states._asdict()}
         print_json(found._asdict() | told | {"dry_run": dry_run})
@@ -312,7 +338,7 @@ def collect_data(store: str, *, older_than_hours: float, dry_run: bool, as_json:
     if found.foreign:
         print(f"left alone: {found.foreign:,} whose names hold no hash, so that they are not pixnerd's")
     if found.unknown:
-        some = ", ".join(map(printable, found.unknown[: gc.SHOWN]))
+        some = ", ".join(map(printable, found.unknown[:SHOWN]))
         print(f"left alone: {len(found.unknown):,} JSON objects that are no records of this pixnerd's: {some}")
     print(f"{said} of what killed runs had left: {left}" if str(left) else "killed runs have left nothing else")
 

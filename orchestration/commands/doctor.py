@@ -10,8 +10,12 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import typer
+
 from infra.errors import PixnerdError
+from orchestration.options import JsonOption, StoreOption
 from orchestration.patience import doing
+from orchestration.terminal import print_json
 
 PACKAGES = (
     "ray",
@@ -28,6 +32,8 @@ PACKAGES = (
 LEAST_MEMORY = 8  # GiB that the demo needs
 LEAST_DISK = 5  # GiB
 
+app = typer.Typer()
+
 
 class Finding(NamedTuple):
     what: str
@@ -35,6 +41,21 @@ class Finding(NamedTuple):
     found: str
     remedy: str = ""
     optional: bool = False
+
+
+@app.command(epilog="Example: pixnerd doctor --store s3://my-bucket/pixnerd")
+def doctor(store: StoreOption = None, json_: JsonOption = False) -> None:
+    """Say what is missing on this machine, and how to get it."""
+    findings = examine(store)
+    if json_:
+        print_json([finding._asdict() for finding in findings])
+    else:
+        for finding in findings:
+            print(f"{'ok     ' if finding.ok else 'MISSING'}  {finding.what}: {finding.found}")
+            if finding.remedy:
+                print(f"         -> {finding.remedy}")
+    if not all(finding.ok or finding.optional for finding in findings):
+        raise typer.Exit(1)
 
 
 def examine(store: str | None) -> list[Finding]:

@@ -5,27 +5,51 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import yaml
+import typer
 
-from data_prep.prepare.plan import PrepareSettings
-from data_prep.survey import Survey, Wanted, name_of, survey
-from infra.config import parse
 from infra.errors import SettingsError
 from infra.files import appearing
+from orchestration.options import JsonOption
 from orchestration.patience import doing
 from orchestration.terminal import print_json
-from pipelines.recipes import own
+
+if TYPE_CHECKING:
+    from data_prep.survey import Survey
+
+app = typer.Typer()
 
 
-def new_recipe(path: str, *, out: Path | None, name: str | None, wanted: Wanted, as_json: bool) -> None:
+@app.command(epilog="Example: pixnerd new photos --out mine.yaml")
+def new(
+    path: Annotated[
+        str,
+        typer.Argument(help="A folder of pictures with captions, tars, a table of URLs, Parquet; or a store's URL."),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="The recipe to write. [default: NAME.yaml]")] = None,
+    name: Annotated[str | None, typer.Option(help="What it is called. [default: as the folder or file]")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Which kind of corpus it is, where several lie there: text_folder, url_list, ...")
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(help="The column of pictures, names or URLs, if another one is found.")
+    ] = None,
+    captions: Annotated[
+        list[str] | None, typer.Option("--captions", help="A column of captions, if others are found; repeatable.")
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Look at your own pictures and captions, and write a recipe that trains a first small model on them."""
+    from data_prep.survey import Wanted, name_of, survey
+    from pipelines.recipes import own
+
     name = name or name_of(path)
     out = out or Path(f"{name}.yaml")
     if out.exists():
         raise SettingsError(f"{out} is there already", remedy="name another --out, or remove it")
     doing(f"looking at {path}")
-    found = survey(path, wanted)
+    found = survey(path, Wanted(kind, image, tuple(captions or ())))
     text = own.written(name, path, shlex.quote(str(out)), found)
     _check(text)
     try:
@@ -36,7 +60,7 @@ def new_recipe(path: str, *, out: Path | None, name: str | None, wanted: Wanted,
             f"{out} cannot be written ({error.strerror or error})", remedy="name another --out"
         ) from None
     then = f"pixnerd run {shlex.quote(str(out))}"
-    if as_json:
+    if json_:
         print_json({"recipe": str(out), "name": name, **_told(found), "next": then})
     else:
         _say(found, out, then)
@@ -44,6 +68,11 @@ def new_recipe(path: str, *, out: Path | None, name: str | None, wanted: Wanted,
 
 def _check(text: str) -> None:
     """What is made of strangers' names is held against what may be set; the rest is ours."""
+    import yaml
+
+    from data_prep.prepare.plan import PrepareSettings
+    from infra.config import parse
+
     stage = yaml.safe_load(text)["stages"]["prepare"]
     parse(PrepareSettings, {key: value for key, value in stage.items() if key != "kind"}, where="prepare")
 

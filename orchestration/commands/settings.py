@@ -1,26 +1,41 @@
-"""`pixnerd settings`: what may be set, for a terminal."""
+"""`pixnerd settings`: what may be set."""
 
 from __future__ import annotations
 
 import textwrap
+from typing import Annotated
 
+import typer
+
+from orchestration.options import JsonOption
 from orchestration.terminal import print_json
-from pipelines.stages.kinds import KINDS
-from pipelines.stages.reference import about, settings_of
 
 WIDTH = 100
 
+app = typer.Typer()
 
-def show_settings(kind: str | None, *, as_json: bool) -> None:
+
+@app.command(epilog="Example: pixnerd settings train")
+def settings(
+    kind: Annotated[
+        str | None,
+        typer.Argument(help="A kind of stage: prepare, train, evaluate, ... [default: their list]"),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Every setting of a kind of stage: its type, its default, what it means, and whether it changes results."""
+    from pipelines.stages.kinds import KINDS
+    from pipelines.stages.reference import about, settings_of
+
     if kind is None:
         told = {name: about(name) for name in KINDS}
-        if as_json:
+        if json_:
             print_json(told)
         else:
             print("\n".join(f"{name:<10} {line}" for name, line in told.items()))
         return
     found = settings_of(kind)
-    if as_json:
+    if json_:
         print_json([setting._asdict() for setting in found])
         return
     for setting in found:

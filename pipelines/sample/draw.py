@@ -22,7 +22,6 @@ from torch import Tensor
 from infra.config import digest
 from infra.errors import DataError, SettingsError
 from infra.files import sha256_of
-from orchestration import terminal
 from pipelines.pictures import sheet
 from pipelines.sample.files import facts_of, save, version, written_whole
 from pipelines.sample.prompts import Subject, parse_seeds, read_labels, short, subjects
@@ -34,6 +33,9 @@ INDEX, SHEET = "index.json", "sheet.png"
 _PICTURE = re.compile(r"\d{3,}-\d+\.png")
 _SHEET = re.compile(r"sheet(-\d+)?\.png")
 _FAST = 1  # compression of the steps' frames, of which there are many
+
+
+Show = Callable[[str, float, int], None]  # what is being done, how much of it is done, of how much
 
 
 class Picture(NamedTuple):
@@ -51,6 +53,17 @@ class Picture(NamedTuple):
         return Path(Path(self.file).stem) / f"step-{step:0{len(str(steps))}d}.png"
 
 
+class Drawn(NamedTuple):
+    """What came of a call."""
+
+    index: dict[str, Any]  # as it stands in the folder
+    pictures: int
+    new: int  # those that were not there before
+    size: tuple[int, int]
+    device: str
+    seconds: float
+
+
 def draw(
     checkpoint: Path,
     out: Path,
@@ -62,8 +75,8 @@ def draw(
     options: Mapping[str, Any],
     device: str,
     save_steps: bool,
-    as_json: bool,
-) -> None:
+    show: Show,
+) -> Drawn:
     """`options` are sampling settings as the command line has them, without those that were not given."""
     numbers, changes = parse_seeds(seeds), _changes(options)
     config, extra = models.read_config(checkpoint)
@@ -85,21 +98,14 @@ def draw(
     todo = {p.file for p in pictures if not _there(out, p, settings.steps if save_steps else 0)}
     began = time.monotonic()
     if todo:
-        with terminal.Screen(quiet=as_json) as screen:
-            screen.count("loading", 0, len(todo))
-            artist = Artist.load(checkpoint, place, settings)
-            _warn_of_long_prompts(artist, [p for p in pictures if p.file in todo])
-            _draw(artist, out, pictures, todo, settings, save_steps, screen)
+        show("loading", 0, len(todo))
+        artist = Artist.load(checkpoint, place, settings)
+        _warn_of_long_prompts(artist, [p for p in pictures if p.file in todo])
+        _draw(artist, out, pictures, todo, settings, save_steps, show)
     seconds = time.monotonic() - began
     index = _conclude(out, wanted, pictures, settings, save_steps, assumed)
-    if as_json:
-        terminal.print_json({"folder": str(out), **index})
-        return
     assert settings.size is not None
-    height, width = settings.size
-    new = f"{len(todo)} drawn on {place} in {seconds:.1f} s" if todo else "there already"
-    many = "1 picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
-    print(f"{many} of {height}x{width} (height x width) in {out}, {new}; see {out / SHEET}")
+    return Drawn(index, len(pictures), len(todo), settings.size, place, seconds)
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for
@@ -269,7 +275,7 @@ def _draw(
     todo: Collection[str],
     settings: SampleSettings,
     save_steps: bool,
-    screen: terminal.Screen,
+    show: Show,
 ) -> None:
     """A batch of which some are there is drawn whole: in another one a picture could differ by a grey level."""
     machine = {"device": _machine(artist.device), "torch": torch.__version__}
@@ -278,9 +284,9 @@ def _draw(
     parts = [part for part in parts if any(p.file in todo for p in part)]
     done, total = 0, sum(map(len, parts))
     if settings.compile:
-        screen.count("compiling", 0, total)
+        show("compiling", 0, total)
     for part in parts:
-        watch = _watch(out, part, todo if save_steps else (), done, total, settings.steps, screen)
+        watch = _watch(out, part, todo if save_steps else (), done, total, settings.steps, show)
         drawn = artist.batch([p.what for p in part], [p.seed for p in part], settings, watch)
         for picture, picture_HW3 in zip(part, drawn, strict=True):
             if picture.file in todo:
@@ -300,7 +306,7 @@ def _watch(
     start: int,
     total: int,
     steps: int,
-    screen: terminal.Screen,
+    show: Show,
 ) -> Callable[[int, Tensor], None]:
     """Tells how far a batch is, and writes each step's frames at once, so that none has to be kept."""
     which = f"{start + 1}-{start + len(part)}" if len(part) > 1 else f"{start + 1}"
@@ -314,7 +320,7 @@ def _watch(
                     path = out / picture.frame(step, steps)
                     save(path, Image.fromarray(frame_HW3), picture.subject.prompt, facts, level=_FAST)
         text = f"drawing {which} of {total}, step {step} of {steps}"
-        screen.count(text, start + len(part) * step / steps, total)
+        show(text, start + len(part) * step / steps, total)
 
     return watch
 

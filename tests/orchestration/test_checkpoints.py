@@ -12,12 +12,12 @@ import pytest
 from safetensors import safe_open
 
 from orchestration import cli
-from orchestration.commands.checkpoint import export_checkpoint, import_checkpoint, preset_of, show_checkpoint
+from orchestration.commands.checkpoint import export, import_, preset_of, show
 from tests.training import golden
 from tests.training.reference_files import state, write
 from training import model as models
 
-CHOICES: dict[str, Any] = {"network": None, "trained_size": 16, "text_encoder": "someone/encoder", "as_json": True}
+CHOICES: dict[str, Any] = {"network": None, "trained_size": 16, "text_encoder": "someone/encoder", "json_": True}
 
 
 @pytest.fixture
@@ -27,27 +27,27 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    import_checkpoint(file, tmp_path / "out", **CHOICES)
+    import_(file, tmp_path / "out", **CHOICES)
     capsys.readouterr()
     return tmp_path / "out"
 
 
 def printed(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> tuple[str, dict[str, Any]]:
-    show_checkpoint(checkpoint, as_json=False)
+    show(checkpoint, json_=False)
     text = capsys.readouterr().out
-    show_checkpoint(checkpoint, as_json=True)
+    show(checkpoint, json_=True)
     return text, json.loads(capsys.readouterr().out)
 
 
 def test_an_import_says_what_was_taken_and_what_is_not_known(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    import_checkpoint(file, tmp_path / "one", **CHOICES)
+    import_(file, tmp_path / "one", **CHOICES)
     facts = json.loads(capsys.readouterr().out)
     assert facts["settings"] == golden.config_of(golden.load("t2i")["cfg"]).model_dump(mode="json")
     assert facts["extra"]["provenance"]["imported_from"] == "model.ckpt"
     nothing = {"network": None, "trained_size": None, "text_encoder": None}
-    import_checkpoint(file, tmp_path / "two", **nothing, as_json=False)
+    import_(file, tmp_path / "two", **nothing, json_=False)
     text = capsys.readouterr().out
     assert "the network ema of model.ckpt, text to image" in text
     assert "not imported: denoiser. (55 tensors), vae. (1 tensors)" in text
@@ -143,10 +143,10 @@ def test_labels_and_linear_heads_are_shown(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_an_export_says_what_is_in_the_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    export_checkpoint(folder, tmp_path / "again.ckpt", network="both", as_json=False)
+    export(folder, tmp_path / "again.ckpt", network="both", json_=False)
     text = capsys.readouterr().out
     assert "116 tensors under denoiser., ema_denoiser., diffusion_trainer.proj.0." in text
-    export_checkpoint(folder, tmp_path / "more.ckpt", network=None, as_json=True)
+    export(folder, tmp_path / "more.ckpt", network=None, json_=True)
     assert json.loads(capsys.readouterr().out)["prefixes"] == ["ema_denoiser.", "diffusion_trainer.proj.0."]
 
 

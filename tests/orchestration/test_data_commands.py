@@ -32,8 +32,8 @@ from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import FileStore, Store, open_store
 from infra.tracking import NOWHERE
 from orchestration import workflow
-from orchestration.commands.data import collect_data, export_data, forget_data, show_data, verify_data
-from orchestration.commands.run import stage_records
+from orchestration.commands import data
+from orchestration.made import stage_records
 from pipelines import recipes
 from pipelines.stages.base import Context
 from tests.data_prep.corpora import contents, settings_for, write_corpus
@@ -66,13 +66,13 @@ def made(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Store:
 
 
 def test_show_says_what_became_of_every_input(made: Store, capsys: pytest.CaptureFixture[str]):
-    show_data(made.url, size=None, columns=["score"], out=None, seed=0, as_json=False)
+    data.show(made.url, size=None, column=["score"], out=None, seed=0, json_=False)
     text = capsys.readouterr().out
     assert "prepare, size 32: 18 images in 4 shards" in text
     assert "prepare, size 16: 18 images" in text
     for part in ("truncated", "no_caption", "words of long: 6 to 6", "licences: CC0-1.0 18", "score: "):
         assert part in text
-    show_data(made.url, size="16", columns=[], out=None, seed=0, as_json=True)
+    data.show(made.url, size="16", column=[], out=None, seed=0, json_=True)
     [summary] = json.loads(capsys.readouterr().out)
     assert (summary["size"], summary["accepted"], summary["inputs"]) == ("16", 18, 30)
     assert sum(summary["rejected"].values()) == 12
@@ -87,7 +87,7 @@ def test_show_joins_the_scores_of_a_stage(made: Store, capsys: pytest.CaptureFix
     plan = stage_records(made, "prepare")[0].output.plan
     edition = stage_records(made, "prepare")[0].output.edition
     with pytest.raises(SettingsError, match="no scores called `clip`"):
-        show_data(made.url, size=None, columns=[], scores=["clip"], out=None, seed=0, as_json=False)
+        data.show(made.url, size=None, column=[], score=["clip"], out=None, seed=0, json_=False)
     scored(
         (made, read_plan(made, plan, edition)),
         "0123456789abcdef",
@@ -99,14 +99,14 @@ def test_show_joins_the_scores_of_a_stage(made: Store, capsys: pytest.CaptureFix
     made_by = stage.model_copy(update={"stage": "clip", "kind": "score", "output": output})
     write_record(made, "stages/score/d.json", made_by)
     for name in ("clip", "0123456789abcdef"):
-        show_data(made.url, size=None, columns=[], scores=[name], out=None, seed=0, as_json=False)
+        data.show(made.url, size=None, column=[], score=[name], out=None, seed=0, json_=False)
         at_32, at_16 = capsys.readouterr().out.split("size 16:")
         assert "clip_score: 0.25 to 0.25" in at_16 and "clip_failure: no_caption" in at_16
         assert "clip_score" not in at_32
 
 
 def test_show_draws(made: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    show_data(made.url, size="32", columns=[], out=tmp_path / "out", seed=0, as_json=True)
+    data.show(made.url, size="32", column=[], out=tmp_path / "out", seed=0, json_=True)
     [summary] = json.loads(capsys.readouterr().out)
     assert sorted(map(str, (tmp_path / "out").iterdir())) == sorted(summary["pictures"].values())
     for path in summary["pictures"].values():
@@ -116,17 +116,17 @@ def test_show_draws(made: Store, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_size_that_is_not_there(made: Store):
     with pytest.raises(SettingsError, match=r"size `64`.*16, 32"):
-        show_data(made.url, size="64", columns=[], out=None, seed=0, as_json=False)
+        data.show(made.url, size="64", column=[], out=None, seed=0, json_=False)
 
 
 def test_an_empty_store_says_what_to_do(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="nothing has been prepared"):
-        verify_data(str(tmp_path / "empty"), as_json=False)
+        data.verify(str(tmp_path / "empty"), json_=False)
 
 
 def test_verify(made: Store, capsys: pytest.CaptureFixture[str]):
-    verify_data(made.url, as_json=False)
+    data.verify(made.url, json_=False)
     assert "8 shards, 60 inputs, 36 images read again" in capsys.readouterr().out
 
 
@@ -136,13 +136,13 @@ def test_forget_names_who_holds_the_items(made: Store, tmp_path: Path, capsys: p
     [gone, *_] = [row for shard in shards for row in read_index(made, shard).to_pylist() if row["accepted"]]
     before = snapshot(made, output["plan"], output["edition"], SnapshotSettings(size=16))
     (tmp_path / "list.txt").write_text(f"{gone['name']}\nunheard-of.png\n")
-    forget_data(tmp_path / "list.txt", made.url, reason="asked", twins=True, dry_run=True, as_json=False)
+    data.forget(tmp_path / "list.txt", made.url, reason="asked", twins=True, dry_run=True, json_=False)
     text = capsys.readouterr().out
     assert "would forget 1 samples" in text
     assert "not known here: 1 of 2 ('unheard-of.png')" in text
     assert "snapshots/" in text and "no checkpoint saw any of them" in text
     assert snapshot(made, output["plan"], output["edition"], SnapshotSettings(size=16)) == before
-    forget_data(tmp_path / "list.txt", made.url, reason="asked", twins=True, dry_run=False, as_json=True)
+    data.forget(tmp_path / "list.txt", made.url, reason="asked", twins=True, dry_run=False, json_=True)
     found = json.loads(capsys.readouterr().out)
     after = snapshot(made, output["plan"], output["edition"], SnapshotSettings(size=16))
     assert after.rows == before.rows - 1 - found["twins"]
@@ -199,11 +199,11 @@ def test_what_verify_says_to_do_mends_it(tmp_path: Path, capsys: pytest.CaptureF
     run.store.put(unread, b"not JSON")
     damaged = contents(run.store)
     with pytest.raises(DataError, match=r"3 things .* `pixnerd data verify --store .*/store --drop-damaged`, then the"):
-        verify_data(run.store.url, as_json=False)
+        data.verify(run.store.url, json_=False)
     assert contents(run.store) == damaged, "without the flag nothing is deleted"
 
     capsys.readouterr()
-    verify_data(run.store.url, drop_damaged=True, as_json=True)
+    data.verify(run.store.url, drop_damaged=True, json_=True)
     said, _ = json.loads(capsys.readouterr().out).values()
     left = contents(run.store)
     gone = damaged.keys() - left.keys()
@@ -211,13 +211,13 @@ def test_what_verify_says_to_do_mends_it(tmp_path: Path, capsys: pytest.CaptureF
     assert healthy in left
     assert all(left[key] == before[key] for key in left)
     run()
-    verify_data(run.store.url, as_json=True)
+    data.verify(run.store.url, json_=True)
     assert without_times(contents(run.store)) == without_times(before)
 
 
 def test_what_was_made_of_damaged_shards_is_made_again_as_well(tmp_path: Path):
-    data = {"kind": "snapshot", "shards": "prepare"}
-    run = run_of(tmp_path, prepare={"sizes": [32, 16]}, small=data | {"size": 16}, large=data | {"size": 32})
+    chosen = {"kind": "snapshot", "shards": "prepare"}
+    run = run_of(tmp_path, prepare={"sizes": [32, 16]}, small=chosen | {"size": 16}, large=chosen | {"size": 32})
     run()
     [stage] = stage_records(run.store, "prepare")
     plan, edition = stage.output.plan, stage.output.edition
@@ -231,7 +231,7 @@ def test_what_was_made_of_damaged_shards_is_made_again_as_well(tmp_path: Path):
     )
     broken = run.records()[1]
     spoil(run.store, run.tar(broken))
-    verify_data(run.store.url, drop_damaged=True, as_json=True)
+    data.verify(run.store.url, drop_damaged=True, json_=True)
     left = contents(run.store)
     assert small not in left and large in left
     assert [key for key in left if key.startswith("stages/snapshot/")] == [
@@ -252,33 +252,33 @@ def test_export_writes_the_newest_snapshot_of_a_stage(tmp_path: Path, capsys: py
     run()
     capsys.readouterr()
     out = str(tmp_path / "out")
-    export_data("data", run.store.url, out, layout="huggingface", tar_mib=None, as_json=False)
+    data.export("data", run.store.url, out, layout="huggingface", tar_mib=None, json_=False)
     assert capsys.readouterr().out == f"file://{out}/train: 18 samples in 1 folders of pictures\n"
     lines = (tmp_path / "out" / "train" / "metadata.jsonl").read_text().splitlines()
     assert len(lines) == len(list((tmp_path / "out").rglob("*.jpg"))) == 18
     [key] = {record.output.record for record in stage_records(run.store, "snapshot")}
-    export_data(Path(key).stem, run.store.url, f"{out}2", layout="webdataset", tar_mib=1, as_json=True)
+    data.export(Path(key).stem, run.store.url, f"{out}2", layout="webdataset", tar_mib=1, json_=True)
     told = json.loads(capsys.readouterr().out)
     assert (told["snapshot"], told["splits"], told["tar_mib"]) == (key, {"train": {"rows": 18, "parts": 1}}, 1)
     with pytest.raises(SettingsError, match=r"no snapshot called `datta` .*snapshots: data"):
-        export_data("datta", run.store.url, out, layout="webdataset", tar_mib=None, as_json=False)
+        data.export("datta", run.store.url, out, layout="webdataset", tar_mib=None, json_=False)
     with pytest.raises(SettingsError, match="--tar-mib means nothing"):
-        export_data("data", run.store.url, out, layout="huggingface", tar_mib=1, as_json=False)
+        data.export("data", run.store.url, out, layout="huggingface", tar_mib=1, json_=False)
     gone = json.loads(lines[0])["name"]
     (tmp_path / "list.txt").write_text(gone)
-    forget_data(tmp_path / "list.txt", run.store.url, reason="asked", twins=True, dry_run=False, as_json=False)
+    data.forget(tmp_path / "list.txt", run.store.url, reason="asked", twins=True, dry_run=False, json_=False)
     assert f"file://{out}2" in capsys.readouterr().out
 
 
 def test_damaged_snapshots_are_made_again_by_the_same_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    data = {"kind": "snapshot", "shards": "prepare", "size": 16}
+    chosen = {"kind": "snapshot", "shards": "prepare", "size": 16}
     run = run_of(
         tmp_path,
         prepare={"sizes": [16]},
-        whole=data,
-        spoilt=data | {"held_out": 0.3},
-        unread=data | {"filter": "objects > 0"},
-        gone=data | {"filter": "objects > 1"},
+        whole=chosen,
+        spoilt=chosen | {"held_out": 0.3},
+        unread=chosen | {"filter": "objects > 0"},
+        gone=chosen | {"filter": "objects > 1"},
     )
     run()
     before = contents(run.store)
@@ -288,9 +288,9 @@ def test_damaged_snapshots_are_made_again_by_the_same_run(tmp_path: Path, capsys
     run.store.put(made["unread"], b"{not JSON")
     run.store.delete(made["gone"])
     with pytest.raises(DataError, match=r"3 things .*--drop-damaged`, then the recipe again"):
-        verify_data(run.store.url, as_json=False)
+        data.verify(run.store.url, json_=False)
     capsys.readouterr()
-    verify_data(run.store.url, drop_damaged=True, as_json=False)
+    data.verify(run.store.url, drop_damaged=True, json_=False)
     text = capsys.readouterr().out
     assert f"now `pixnerd run RECIPE --store {run.store.url}` makes the scores and snapshots again" in text
     assert "pixnerd prepare" not in text
@@ -299,7 +299,7 @@ def test_damaged_snapshots_are_made_again_by_the_same_run(tmp_path: Path, capsys
     stages = {key for key, name in names.items() if name != "whole"}
     assert before.keys() - left.keys() == {held_out, *stages, made["spoilt"], made["unread"], made["gone"]}
     run()
-    verify_data(run.store.url, as_json=True)
+    data.verify(run.store.url, json_=True)
     assert without_times(contents(run.store)) == without_times(before)
 
 
@@ -317,22 +317,22 @@ def test_damaged_scores_go_with_what_says_that_they_are_done(tmp_path: Path):
         write_record(run.store, place.summary_key(sorted(planned.all_numbers("16"))), output)
         record = stage.model_copy(update={"stage": scorer, "kind": "score", "output": output})
         write_record(run.store, f"stages/score/{scorer}.json", record)
-    verify_data(run.store.url, as_json=True)
+    data.verify(run.store.url, json_=True)
     before = contents(run.store)
     table = read_record(run.store, Place(plan, "16", "clip").key(2), ScoreRecord).table.key
     spoil(run.store, table)
-    verify_data(run.store.url, drop_damaged=True, as_json=True)
+    data.verify(run.store.url, drop_damaged=True, json_=True)
     summary = next(key for key in before if key.startswith(f"scored/{plan}/16/clip/"))
     assert before.keys() - contents(run.store).keys() == {
         *(table, Place(plan, "16", "clip").key(2), summary, "stages/score/clip.json")
     }
-    verify_data(run.store.url, as_json=True)
+    data.verify(run.store.url, json_=True)
 
 
 def test_one_that_is_killed_while_it_drops_is_finished_by_the_next(tmp_path: Path):
     """Wherever it ends, what is left tells another one what is to go, and the run mends it."""
-    data = {"kind": "snapshot", "shards": "prepare", "size": 16}
-    run = run_of(tmp_path, prepare={"sizes": [16]}, data=data)
+    chosen = {"kind": "snapshot", "shards": "prepare", "size": 16}
+    run = run_of(tmp_path, prepare={"sizes": [16]}, data=chosen)
     run()
     before = contents(run.store)
     [stage] = stage_records(run.store, "prepare")
@@ -367,7 +367,7 @@ def test_one_that_is_killed_while_it_drops_is_finished_by_the_next(tmp_path: Pat
             break
     assert kills > 3
     run()
-    verify_data(run.store.url, as_json=True)
+    data.verify(run.store.url, json_=True)
     assert without_times(contents(run.store)) == without_times(before)
 
 
@@ -383,17 +383,17 @@ def without_times(found: dict[str, bytes]) -> dict[str, bytes]:
 def test_dropping_says_what_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = run_of(tmp_path, mine={"sizes": [16]})
     run()
-    verify_data(run.store.url, drop_damaged=True, as_json=False)
+    data.verify(run.store.url, drop_damaged=True, json_=False)
     assert "deleted" not in capsys.readouterr().out
     run.store.delete(run.records()[0])
-    verify_data(run.store.url, drop_damaged=True, as_json=False)
+    data.verify(run.store.url, drop_damaged=True, json_=False)
     text = capsys.readouterr().out
     assert "deleted 2 objects and records" in text
     assert (
         f"now run `pixnerd prepare RECIPE --store {run.store.url}`, with the recipe that has the stage `mine`" in text
     )
     run()
-    verify_data(run.store.url, as_json=False)
+    data.verify(run.store.url, json_=False)
 
 
 def test_plans_that_share_damaged_data_are_mended_together(tmp_path: Path):
@@ -405,11 +405,11 @@ def test_plans_that_share_damaged_data_are_mended_together(tmp_path: Path):
     sharing = [key for key in before if key.startswith("shards/") and shared.encode() in before[key]]
     assert len(sharing) == 2
     spoil(run.store, shared)
-    verify_data(run.store.url, drop_damaged=True, as_json=True)
+    data.verify(run.store.url, drop_damaged=True, json_=True)
     gone = before.keys() - contents(run.store).keys()
     assert gone == {shared, *sharing, *done_in(run.store, before)}
     run()
-    verify_data(run.store.url, as_json=True)
+    data.verify(run.store.url, json_=True)
     assert without_times(contents(run.store)) == without_times(before)
 
 
@@ -419,7 +419,7 @@ def test_a_plan_without_damage_stays_done(tmp_path: Path):
     before = contents(run.store)
     [large] = {key for key in before if key.startswith("shards/") and key.endswith("/32/00000.json")}
     spoil(run.store, run.shard(large).index.key)
-    verify_data(run.store.url, drop_damaged=True, as_json=True)
+    data.verify(run.store.url, drop_damaged=True, json_=True)
     plan = large.split("/")[1]
     gone = before.keys() - contents(run.store).keys()
     assert {key.split("/")[0] for key in gone} == {"data", "shards", "prepared", "stages"} and len(gone) == 4
@@ -440,7 +440,7 @@ def test_every_edition_that_says_that_it_is_done_is_told_otherwise(tmp_path: Pat
     write_record(run.store, "stages/prepare/older.json", older)
     run.store.put(f"prepared/{stage.output.plan}/older.json", b"{}")
     spoil(run.store, run.tar(run.records()[0]))
-    verify_data(run.store.url, drop_damaged=True, as_json=True)
+    data.verify(run.store.url, drop_damaged=True, json_=True)
     assert done_in(run.store, contents(run.store)) == []
 
 
@@ -452,7 +452,7 @@ def test_what_no_new_shard_mends_is_not_dropped(tmp_path: Path):
     before = contents(run.store)
     for drop_damaged in (False, True):
         with pytest.raises(DataError, match=r"1 things .* no new work mends.*in no plan"):
-            verify_data(run.store.url, drop_damaged=drop_damaged, as_json=True)
+            data.verify(run.store.url, drop_damaged=drop_damaged, json_=True)
         assert contents(run.store) == before
 
 
@@ -461,17 +461,17 @@ def test_gc_tells_and_deletes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     run()
     before = contents(run.store)
     keys = [put_data(run.store, prefix, "00000.tar", b"x" * 2**20).key for prefix in ("data/16", "data/originals")]
-    collect_data(run.store.url, older_than_hours=24.0, dry_run=True, as_json=False)
+    data.gc(run.store.url, older_than_hours=24.0, dry_run=True, json_=False)
     text = capsys.readouterr().out
     assert f"would delete 0 of {sum(key.startswith('data/') for key in before) + 2} data objects, 0.0 MiB" in text
     assert "left alone: 2 younger than 24 hours" in text
-    collect_data(run.store.url, older_than_hours=0.0, dry_run=True, as_json=False)
+    data.gc(run.store.url, older_than_hours=0.0, dry_run=True, json_=False)
     text = capsys.readouterr().out
     assert "would delete 2 of" in text and "2.0 MiB" in text and f"the first: {', '.join(keys)}" in text
     assert all(map(run.store.exists, keys))
-    collect_data(run.store.url, older_than_hours=0.0, dry_run=False, as_json=True)
+    data.gc(run.store.url, older_than_hours=0.0, dry_run=False, json_=True)
     found = json.loads(capsys.readouterr().out)
     assert found["orphans"] == {folder: {"objects": 1, "bytes": 2**20} for folder in ("data/16", "data/originals")}
     assert (found["dry_run"], found["first"]) == (False, keys)
     assert contents(run.store) == before
-    verify_data(run.store.url, as_json=True)
+    data.verify(run.store.url, json_=True)

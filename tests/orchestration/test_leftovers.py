@@ -11,7 +11,7 @@ import pytest
 from infra.scratch import HELD, folder
 from infra.store import FileStore
 from orchestration import leftovers
-from orchestration.commands.data import collect_data
+from orchestration.commands.data import gc
 from training.leftovers import States
 
 
@@ -61,13 +61,13 @@ def test_all_of_it_is_found_and_told(store: FileStore, temporary: Path):
 
 
 def test_gc_tells_and_deletes(store: FileStore, temporary: Path, capsys: pytest.CaptureFixture[str]):
-    collect_data(store.url, older_than_hours=24.0, dry_run=True, as_json=False)
+    gc(store.url, older_than_hours=24.0, dry_run=True, json_=False)
     assert "would delete of what killed runs had left: 4 folders, 4.0 MiB" in capsys.readouterr().out
     assert len(list(temporary.iterdir())) == 3
-    collect_data(store.url, older_than_hours=24.0, dry_run=False, as_json=True)
+    gc(store.url, older_than_hours=24.0, dry_run=False, json_=True)
     found = json.loads(capsys.readouterr().out)
     assert found["temporary"] == {"folders": 4, "bytes": 4 << 20}
     assert found["states"] == States(1, 1 << 20)._asdict()
     assert list(temporary.iterdir()) == []
-    collect_data(store.url, older_than_hours=24.0, dry_run=False, as_json=False)
+    gc(store.url, older_than_hours=24.0, dry_run=False, json_=False)
     assert "killed runs have left nothing else" in capsys.readouterr().out

@@ -12,8 +12,7 @@ from typer.testing import CliRunner, Result
 
 from data_prep.web.fetch import FetchSettings
 from infra.errors import PixnerdError, SettingsError
-from orchestration import cli, workflow
-from orchestration.commands import run as session
+from orchestration import cli, launch, workflow
 from pipelines import recipes
 from pipelines.recipes import own
 from tests.data_prep.test_survey import PHOTO, WORDS, numbered, tar_of, write_hugging_face, write_urls
@@ -82,7 +81,7 @@ def test_the_recipe_of_every_kind_is_one_that_can_be_run(
     assert recipe.name == "photos"
     stages = {name: workflow.parse_stage(name, stage)[0].name for name, stage in recipe.stages.items()}
     assert list(stages.values()) == ["prepare", "snapshot", "encoders", "train", "sample", "report"]
-    session.run_workflow("mine.yaml", store="store", assignments=[], address=None, dry_run=True, as_json=False)
+    launch.run("mine.yaml", store="store", assignments=[], address=None, dry_run=True, as_json=False)
     assert capsys.readouterr().out.count(" new ") == len(stages)
 
 

@@ -14,8 +14,7 @@ from infra import layout
 from infra.claim import PATIENCE_SECONDS, process_of
 from infra.records import write_record
 from infra.store import Store, open_store
-from orchestration import running
-from orchestration.commands import run as session
+from orchestration import launch, running
 from orchestration.running import Others, RunRecord, noted
 
 
@@ -116,9 +115,7 @@ def test_a_dry_run_tells_of_a_run_at_work(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "x.yaml").write_text(yaml.safe_dump({"name": "x", "stages": {"a": {"kind": "corpus"}}}))
     store = open_store(str(tmp_path / "store"))
     with noted(store, "x", print):
-        session.run_workflow(
-            str(tmp_path / "x.yaml"), store=store.url, assignments=[], address=None, dry_run=True, as_json=False
-        )
+        launch.run(str(tmp_path / "x.yaml"), store=store.url, assignments=[], address=None, dry_run=True, as_json=False)
     told = capsys.readouterr()
     assert told.err.startswith("note: another run of `x` is at work on this store (host ")
     assert told.out.startswith("> a ")

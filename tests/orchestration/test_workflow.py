@@ -18,8 +18,8 @@ from infra.records import Output, StageRecord
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import Store, open_store
 from infra.tracking import NOWHERE, Run
-from orchestration import workflow
-from orchestration.commands import run as session
+from orchestration import launch, workflow
+from orchestration.commands.workflow import report
 from pipelines.recipes import Recipe
 from pipelines.stages.base import Context, StageKind, stage_reference
 from tests.data_prep.corpora import settings_for, write_corpus
@@ -206,11 +206,11 @@ def test_commands_take_no_record_for_a_stages_own_before_its_digest_is_settled(
     name = str(tmp_path / "mine.yaml")
 
     def told(stages: str) -> Any:
-        session.make_report(name, store=store.url, assignments=[], out=tmp_path / "page.html", as_json=True)
+        report(name, store=store.url, out=tmp_path / "page.html", json_=True)
         return json.loads(capsys.readouterr().out)[stages]
 
     def plans(*, as_json: bool) -> str:
-        session.run_workflow(name, store=store.url, assignments=[], address=None, dry_run=True, as_json=as_json)
+        launch.run(name, store=store.url, assignments=[], address=None, dry_run=True, as_json=as_json)
         return capsys.readouterr().out
 
     go(store, made)

@@ -18,8 +18,7 @@ from infra.config import Settings, parse
 from infra.errors import CheckpointError, SettingsError
 from infra.records import EncodersOutput, SnapshotOutput, StageRecord
 from infra.store import open_store
-from orchestration import workflow
-from orchestration.commands import run as session
+from orchestration import launch, workflow
 from pipelines.stages import train as stages
 from pipelines.stages.fitting import check_training
 from pipelines.stages.train import TrainStage
@@ -266,7 +265,7 @@ def test_a_run_and_a_dry_run_tell_it_before_anything_is_built(
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"name": "mine", "stages": plain}))
 
     def go(*, dry_run: bool, address: str | None = None) -> None:
-        session.run_workflow(
+        launch.run(
             str(tmp_path / "mine.yaml"),
             store=str(tmp_path / "store"),
             assignments=[],

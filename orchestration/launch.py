@@ -1,33 +1,25 @@
-"""What the commands do: open the store, the cluster and the tracker, do the work, tell what came of it."""
+"""What `run`, `prepare` and `train` do: read the recipe, look at what is there, do what is missing, tell the end."""
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Literal
 
 from data_prep.prepare.plan import PrepareSettings
-from infra import layout
-from infra.cluster import ClusterSettings, connect, disconnect
-from infra.config import digest, parse
-from infra.errors import CheckpointError, DataError, SettingsError
-from infra.notices import watched
+from infra.errors import CheckpointError, SettingsError
 from infra.records import EvalReport, EvaluateOutput, PrepareSummary, StageRecord, read_record
-from infra.store import Store, open_store
-from infra.tracking import Tracker, TrackingSettings
-from orchestration import leftovers, running, terminal, workflow
+from infra.store import Store
+from orchestration import running, terminal, workflow
+from orchestration.context import context_of, home_of, store_of, tidy
 from orchestration.patience import doing
 from orchestration.terminal import print_json
 from pipelines import recipes
-from pipelines.stages.base import Context
 from pipelines.stages.data import STAGE_URL
 from pipelines.stages.fitting import check_training
 
 
-def run_workflow(
+def run(
     name: str,
     *,
     store: str | None,
@@ -40,7 +32,7 @@ def run_workflow(
 ) -> None:
     doing("reading the recipe, and what the store holds of it")
     recipe = recipes.load(name, assignments)
-    opened = _store(store, recipe.name)
+    opened = store_of(store, recipe.name)
     if retry_failed and dry_run:
         raise SettingsError("a retry is begun in the store", remedy="leave --dry-run out, or --retry-failed")
     if not dry_run:
@@ -62,10 +54,11 @@ def run_workflow(
         with terminal.Screen(quiet=as_json) as screen:
             records = workflow.finished(nodes, opened, _say(screen, opened))
     else:
-        _tidy(opened, _home(opened, recipe.name))
+        tidy(opened, home_of(opened, recipe.name))
         with (
             running.noted(opened, recipe.name, _note),
-            _context(opened, recipe.name, address, quiet=as_json) as (context, screen),
+            terminal.Screen(quiet=as_json) as screen,
+            context_of(opened, recipe.name, address, screen) as context,
         ):
             records = workflow.run(nodes, context, _say(screen, opened))
     if as_json:
@@ -144,101 +137,3 @@ def _reports(store: Store, records: dict[str, StageRecord]) -> dict[str, EvalRep
         for name, record in records.items()
         if isinstance(record.output, EvaluateOutput)
     }
-
-
-def _tidy(store: Store, home: Path | None = None) -> None:
-    if left := str(leftovers.remove(store, home)):
-        print(f"removed what killed runs had left: {left}", file=sys.stderr)
-
-
-def _store(url: str | None, name: str) -> Store:
-    return open_store(url or f"runs/{name}")
-
-
-def _home(store: Store, name: str) -> Path:
-    """A folder of this machine for what is no record: the store's own if it is a folder, else one beside the work."""
-    local = store.url.removeprefix("file://")
-    home = Path(local) if store.url.startswith("file://") else Path("runs") / name
-    home.mkdir(parents=True, exist_ok=True)
-    return home.absolute()
-
-
-@contextmanager
-def _context(store: Store, name: str, address: str | None, quiet: bool) -> Iterator[tuple[Context, terminal.Screen]]:
-    home = _home(store, name)
-    settings = TrackingSettings(uri=os.environ.get("MLFLOW_TRACKING_URI") or None)
-    uri = settings.uri or f"sqlite:///{home / 'mlflow.db'}"
-    with terminal.Screen(quiet=quiet) as screen:
-        screen.doing(f"joining the Ray cluster at {address}" if address else "starting Ray")
-        connect(ClusterSettings(address=address))
-        try:
-            screen.doing("opening MLflow")
-            artifacts = None if uri.startswith("http") else home / "mlartifacts"  # a server has a place of its own
-            with closing(Tracker(uri, settings.experiment, artifacts)) as tracker:
-                parent = tracker.run(name, digest([name, store.url]))
-                try:
-                    with watched():
-                        yield Context(store, home, tracker, parent, screen.progress), screen
-                except BaseException:
-                    parent.end("FAILED")
-                    raise
-                parent.end()
-        finally:
-            screen.doing("leaving the Ray cluster" if address else "stopping Ray")
-            disconnect()
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-
-def stage_records(store: Store, kind: str) -> list[StageRecord]:
-    return [read_record(store, key, StageRecord) for key in layout.STAGE.keys(store, kind=kind)]
-
-
-def evaluate_folder(
-    checkpoint: str, out: str, assignments: Sequence[str], *, address: str | None, as_json: bool
-) -> None:
-    """A folder is first made into a record in the store named by --out, then scored as a workflow's checkpoint is."""
-    from infra.written import override
-    from pipelines.evaluation.run import GenevalSettings, geneval
-    from training import checkpoint as checkpoints
-
-    settings = parse(GenevalSettings, override({}, assignments))
-    opened = open_store(out)
-    opened.probe()
-    _tidy(opened)
-    record = checkpoints.publish_folder(opened, Path(checkpoint))
-    with terminal.Screen(quiet=as_json) as screen:
-        screen.doing(f"joining the Ray cluster at {address}" if address else "starting Ray")
-        connect(ClusterSettings(address=address))
-        try:
-            stage = digest([record.digest(), settings.chosen()])
-            with watched():
-                report = geneval(opened, stage, record, settings, screen.count)
-        finally:
-            disconnect()
-    if as_json:
-        print_json(report.model_dump(mode="json"))
-    else:
-        terminal.show_scores({checkpoint: report})
-
-
-def make_report(name: str, *, store: str | None, assignments: Sequence[str], out: Path, as_json: bool) -> None:
-    from pipelines.page.report import build
-
-    doing("reading the records of the stages")
-    recipe = recipes.load(name, assignments)
-    opened = _store(store, recipe.name)
-    nodes = [node for node in workflow.graph(recipe, opened) if not node.kind.reads_all]
-    records = [read_record(opened, node.key, StageRecord) for node in nodes if workflow.is_done(node, opened)]
-    if not records:
-        raise DataError(f"no stage of `{name}` is done in {opened.url}", remedy=f"run `pixnerd run {name}` first")
-    title = next(
-        (s["title"] for s in recipe.stages.values() if s.get("kind") == "report" and "title" in s), recipe.name
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(build(opened, title, records), encoding="utf-8")
-    if as_json:
-        print_json({"page": str(out), "stages": [record.stage for record in records]})
-    else:
-        print(f"{out}: {len(records)} of {len(nodes)} stages", file=sys.stdout)

@@ -1,0 +1,133 @@
+"""`pixnerd run`, `prepare`, `train` and `report`: a workflow, or a part of it, and its page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestration.options import (
+    DryRunOption,
+    JsonOption,
+    OnOption,
+    RecipeArgument,
+    RetryOption,
+    SetOption,
+    StoreOption,
+)
+
+app = typer.Typer()
+
+
+def _check_recipe(name: str, assignments: list[str] | None) -> None:
+    """A mistake in it is told at once: what its stages are made of takes seconds to load."""
+    from pipelines.recipes import load
+
+    load(name, assignments or [])
+
+
+@app.command(epilog="Example: pixnerd run demo --store s3://my-bucket/pixnerd --set sft.steps=200")
+def run(
+    workflow: RecipeArgument,
+    store: StoreOption = None,
+    set_: SetOption = None,
+    on: OnOption = None,
+    retry_failed: RetryOption = False,
+    dry_run: DryRunOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Run a whole workflow: what is done is reused, what is missing is made."""
+    _check_recipe(workflow, set_)
+    from orchestration import launch
+
+    launch.run(
+        workflow,
+        store=store,
+        assignments=set_ or [],
+        address=on,
+        dry_run=dry_run,
+        as_json=json_,
+        retry_failed=retry_failed,
+    )
+
+
+@app.command(epilog="Example: pixnerd prepare demo --store runs/demo")
+def prepare(
+    config: RecipeArgument,
+    store: StoreOption = None,
+    set_: SetOption = None,
+    on: OnOption = None,
+    retry_failed: RetryOption = False,
+    dry_run: DryRunOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Turn raw image-text pairs into shards: a recipe's prepare stages and what they need."""
+    _check_recipe(config, set_)
+    from orchestration import launch
+
+    launch.run(
+        config,
+        store=store,
+        assignments=set_ or [],
+        address=on,
+        dry_run=dry_run,
+        as_json=json_,
+        until="prepare",
+        retry_failed=retry_failed,
+    )
+
+
+@app.command(epilog="Example: pixnerd train demo --set low.steps=50 --store runs/try")
+def train(
+    recipe: RecipeArgument,
+    store: StoreOption = None,
+    set_: SetOption = None,
+    on: OnOption = None,
+    dry_run: DryRunOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Train: a recipe's train stages and what they need, without evaluation."""
+    _check_recipe(recipe, set_)
+    from orchestration import launch
+
+    launch.run(recipe, store=store, assignments=set_ or [], address=on, dry_run=dry_run, as_json=json_, until="train")
+
+
+@app.command(epilog="Example: pixnerd report demo --out page.html")
+def report(
+    workflow: RecipeArgument,
+    store: StoreOption = None,
+    set_: SetOption = None,
+    out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
+    json_: JsonOption = False,
+) -> None:
+    """Make the page of a workflow again, from the records that are there."""
+    _check_recipe(workflow, set_)
+    from infra.errors import DataError
+    from infra.records import StageRecord, read_record
+    from orchestration.context import store_of
+    from orchestration.patience import doing
+    from orchestration.terminal import print_json
+    from orchestration.workflow import graph, is_done
+    from pipelines import recipes
+    from pipelines.page.report import build
+
+    doing("reading the records of the stages")
+    recipe = recipes.load(workflow, set_ or [])
+    opened = store_of(store, recipe.name)
+    nodes = [node for node in graph(recipe, opened) if not node.kind.reads_all]
+    records = [read_record(opened, node.key, StageRecord) for node in nodes if is_done(node, opened)]
+    if not records:
+        raise DataError(
+            f"no stage of `{workflow}` is done in {opened.url}", remedy=f"run `pixnerd run {workflow}` first"
+        )
+    title = next(
+        (s["title"] for s in recipe.stages.values() if s.get("kind") == "report" and "title" in s), recipe.name
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(build(opened, title, records), encoding="utf-8")
+    if json_:
+        print_json({"page": str(out), "stages": [record.stage for record in records]})
+    else:
+        print(f"{out}: {len(records)} of {len(nodes)} stages")
