@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -25,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, mod
 
 from infra.config import canonical_json, digest
 from infra.errors import DataError, RecordError
-from infra.files import sha256_of
+from infra.files import appearing, sha256_of
 from infra.store import Store
 
 
@@ -334,12 +333,10 @@ def fetch_named(store: Store, key: str, path: Path) -> None:
 
 
 def _fetch(store: Store, key: str, sha256: str, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    store.download(key, partial)
-    if sha256_of(partial) != sha256:
-        partial.unlink()
-        raise _damaged(store, key)
-    partial.replace(path)
+    with appearing(path) as unfinished:
+        store.download(key, unfinished)
+        if sha256_of(unfinished) != sha256:
+            raise _damaged(store, key)
 
 
 def _damaged(store: Store, key: str) -> DataError:

@@ -27,11 +27,10 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-import infra.store as store_module
 from infra import notices, outage
 from infra.config import digest
 from infra.errors import NotFound, SettingsError, StoreError, StoreUnreachable, UnsafeStore
-from infra.store import Entry, FileStore, S3Store, Store, StoreSettings, open_store, spool_path
+from infra.store import Entry, FileStore, S3Store, Store, StoreSettings, file, open_store, spool_path
 from tests.infra.faked_time import faked_time
 from tests.infra.fault_proxy import Fault, FaultProxy
 
@@ -446,7 +445,7 @@ def test_probe_sweeps_what_killed_writers_left(tmp_path: Path) -> None:
     old, young = tmp_path / ".tmp" / "old", tmp_path / ".tmp" / "young"
     for path in (old, young):
         path.write_bytes(b"half")
-    os.utime(old, (time.time() - 2 * store_module.STALE_SECONDS,) * 2)
+    os.utime(old, (time.time() - 2 * file.STALE_SECONDS,) * 2)
     store.probe()
     assert (old.exists(), young.exists()) == (False, True)
 
@@ -455,7 +454,7 @@ def test_probe_leaves_a_live_writers_file_whatever_the_clocks_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = FileStore(tmp_path)
-    days_ahead = time.time() + 2 * store_module.STALE_SECONDS
+    days_ahead = time.time() + 2 * file.STALE_SECONDS
     seen = []
 
     def replace(source: Path, target: Path) -> None:
@@ -463,16 +462,16 @@ def test_probe_leaves_a_live_writers_file_whatever_the_clocks_say(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(time, "time", lambda: days_ahead)
             FileStore(tmp_path).probe()
-        os.utime(source, (time.time() - 2 * store_module.STALE_SECONDS,) * 2)
+        os.utime(source, (time.time() - 2 * file.STALE_SECONDS,) * 2)
         FileStore(tmp_path).probe()
         seen.append(source)
         os.rename(source, target)
 
-    monkeypatch.setattr(store_module.os, "replace", replace)
+    monkeypatch.setattr(file.os, "replace", replace)
     store.put("key", b"data")
     with store.spool() as spool:
         spool.write(b"large")
-        store.put("large", store_module.spool_path(spool))
+        store.put("large", spool_path(spool))
     assert (store.get("key"), store.get("large"), len(seen)) == (b"data", b"large", 2)
 
 
