@@ -108,13 +108,13 @@ def _retry_failed(recipe: recipes.Recipe, store: Store, nodes: Sequence[workflow
     What is refused is refused before any is begun. False if there are none.
     """
     from data_prep.prepare.job import begin_retries, failed_downloads
-    from data_prep.sources import UrlList
+    from data_prep.sources import UrlSource
 
     parsed = {name: workflow.parse_stage(name, data)[1] for name, data in recipe.stages.items()}
     stages = {name: settings for name, settings in parsed.items() if isinstance(settings, PrepareSettings)}
     for name, settings in stages.items():
         for source in settings.sources:
-            if isinstance(source, UrlList) and source.url.startswith(STAGE_URL):
+            if isinstance(source, UrlSource) and source.url.startswith(STAGE_URL):
                 raise SettingsError(
                     f"the downloads of `{name}.{source.name}` cannot be tried again: another stage makes its list",
                     remedy="give the folder that it made as the source's `url`; what is downloaded stays valid",

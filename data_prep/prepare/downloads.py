@@ -17,10 +17,10 @@ import numpy.typing as npt
 from data_prep.prepare import links, originals
 from data_prep.prepare.linked import Linked
 from data_prep.prepare.linking import Asking, link
-from data_prep.prepare.links import Batch, Links, LinksRecord
+from data_prep.prepare.links import Batch, Links, LinksRecord, Slice
 from data_prep.prepare.originals import State
 from data_prep.prepare.plan import KnownAs, Plan, PlannedShard, PrepareSettings
-from data_prep.sources import UrlList
+from data_prep.sources import Rows, UrlSource
 from data_prep.web.fetch import FetchSettings
 from infra.errors import DataError
 from infra.records import read_record
@@ -80,7 +80,7 @@ class Downloads:
         if not self._attempts:
             return Linked(record, {})
         with links.opened(self._store, record) as file:
-            names = file.slice(shard.part.first, shard.part.rows).names
+            names = _slice(file, shard).names
         return Linked(record, {name: self._attempts[name] for name in names if name in self._attempts})
 
     def _all_asked(self) -> Iterator[tuple[str, tuple[Batch, LinksRecord]]]:
@@ -103,7 +103,7 @@ class Downloads:
 
     def _needs(self, file: Links, shard: PlannedShard) -> Iterator[int]:
         """The works that a shard waits for."""
-        here = file.slice(shard.part.first, shard.part.rows)
+        here = _slice(file, shard)
         for code, name in enumerate(here.names):
             state = self._states.get(name, originals.NOTHING)
             if state.is_done or (state.dropped and not self._bytes_in(name, state)[here.at[here.codes == code]].any()):
@@ -141,10 +141,23 @@ def _lists(settings: PrepareSettings, plan: Plan, shards: Sequence[PlannedShard]
     found: dict[KnownAs, Asking] = {}
     for shard in plan.shards:
         source = sources[shard.source]
-        if shard.known_as in wanted and isinstance(source, UrlList):
-            whole = shard.part._replace(first=0, rows=shard.part.first + shard.part.rows)
+        if shard.known_as in wanted and isinstance(source, UrlSource):
+            part = _rows(shard)
+            whole = part._replace(first=0, rows=part.first + part.rows)
             found[shard.known_as] = Asking(source, settings.at(shard.known_as), whole)
     return found
+
+
+def _rows(shard: PlannedShard) -> Rows:
+    """Of the list that it is made of."""
+    assert isinstance(shard.part, Rows)
+    return shard.part
+
+
+def _slice(file: Links, shard: PlannedShard) -> Slice:
+    """What those rows are linked to."""
+    part = _rows(shard)
+    return file.slice(part.first, part.rows)
 
 
 def download(store: Store, settings: FetchSettings, work: Work, *, keep: bool) -> None:
@@ -159,7 +172,7 @@ def download(store: Store, settings: FetchSettings, work: Work, *, keep: bool) -
 def drop(store: Store, settings: PrepareSettings, plan: Plan) -> None:
     """Delete the tars that the plan's lists ask for; of others that they are linked to, what nobody is to keep."""
     own, used = set[str](), set[str]()
-    for at in {settings.at(given) for given in plan.inputs if isinstance(settings.by_name[given.source], UrlList)}:
+    for at in {settings.at(given) for given in plan.inputs if isinstance(settings.by_name[given.source], UrlSource)}:
         if (record := links.read_links(store, at)) is not None:
             own.update(batch.name for batch in links.asked(store, record))
             used.update(_names(store, record))

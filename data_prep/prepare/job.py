@@ -29,7 +29,7 @@ from data_prep.prepare.links import At
 from data_prep.prepare.plan import Plan, PlannedShard, PrepareSettings, make_plan
 from data_prep.prepare.retries import Retry, begin, retries, retry
 from data_prep.rejections import counted, remedy
-from data_prep.sources import UrlList, inputs
+from data_prep.sources import UrlSource
 from data_prep.web.fetch import FetchSettings
 from infra import layout
 from infra.errors import DataError
@@ -119,9 +119,9 @@ def failed_downloads(store: Store, settings: PrepareSettings) -> list[Retry]:
     """What could be tried again, list by list. It is refused where downloads are not finished; nothing is written."""
     states, found, lists = originals.states(store), dict[str, Retry | None](), 0
     for source in settings.sources:
-        if not isinstance(source, UrlList):
+        if not isinstance(source, UrlSource):
             continue
-        for given in inputs(source, store):
+        for given in source.inputs(store):
             place = links.place(source, given.name, given.sha256, settings.fetch)
             found[place] = found.get(place) or retry(store, given.name, place, states)
             lists += links.read_links(store, At(place)) is not None

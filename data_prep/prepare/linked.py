@@ -19,12 +19,11 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from data_prep import sources
 from data_prep.prepare import links, originals
 from data_prep.prepare.links import LinksRecord, Slice
 from data_prep.prepare.originals import BatchRecord, Limits, Row, url_hash
 from data_prep.rejections import Cause, Rejection
-from data_prep.sources import Range, RawItem, Url, UrlList
+from data_prep.sources import Range, RawItem, Rows, Url, UrlSource
 from data_prep.sources.reading import in_order
 from data_prep.web.fetch import FetchSettings
 from infra.errors import DataError, NotFound
@@ -50,13 +49,14 @@ class Original(NamedTuple):
     row: Row
 
 
-def items(store: Store, source: UrlList, settings: FetchSettings, linked: Linked, part: Range) -> Iterator[RawItem]:
+def items(store: Store, source: UrlSource, settings: FetchSettings, linked: Linked, part: Range) -> Iterator[RawItem]:
     """Every row of the part, in order."""
+    assert isinstance(part, Rows)
     with links.opened(store, linked.links) as file:
         here = file.slice(part.first, part.rows)
     with closing(_Tars(store)) as tars:
         found = _images(store, Limits(settings, source.max_bytes), linked, here, tars)
-        for item, image in zip(sources.items(source, store, part), found, strict=True):
+        for item, image in zip(source.items(store, part), found, strict=True):
             yield item._replace(image=_outcome(item, image, part))
 
 

@@ -22,13 +22,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep import sources
 from data_prep.prepare import catalogue, links, originals
 from data_prep.prepare.catalogue import COMING, PILES, Hashed, Known, Piles, Rules, Wanted, hashed
 from data_prep.prepare.links import ASKED, BATCHES_READ, GROUP, LINKS, At, LinksRecord
 from data_prep.prepare.originals import Asked, asked_with, batch_name, reopened
 from data_prep.rejections import Rejection
-from data_prep.sources import Range, UrlList
+from data_prep.sources import Rows, UrlSource
 from data_prep.web.fetch import FetchSettings
 from infra import layout
 from infra.records import put_data, write_record
@@ -40,9 +39,9 @@ T = TypeVar("T")
 class Asking(NamedTuple):
     """A list, or what is tried again of it, whose rows are to be linked."""
 
-    source: UrlList
+    source: UrlSource
     at: At
-    whole: Range
+    whole: Rows
 
 
 def link(store: Store, settings: FetchSettings, asking: Sequence[Asking]) -> dict[At, LinksRecord]:
@@ -239,7 +238,7 @@ def _read(store: Store, lists: Sequence[Asking]) -> Iterator[_Lists]:
 
 def _plain_urls(store: Store, each: Asking) -> Iterator[str | None]:
     """None for what is no URL. They are held by tens of thousands, so they are plain texts, which are no garbage's."""
-    for _, url in sources.urls(each.source, store, each.whole):
+    for _, url in each.source.urls(store, each.whole):
         yield None if isinstance(url, Rejection) else str(url)
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.prepare.originals import Asked, Missing, asked_with, chosen_of
-from data_prep.sources import UrlList, parquet
+from data_prep.sources import UrlSource, parquet
 from data_prep.sources.folders import StoreFolder
 from data_prep.web.fetch import FetchSettings
 from infra import layout
@@ -69,7 +69,7 @@ class LinksRecord(Record):
         return At(self.place, self.generation)
 
 
-def place(source: UrlList, name: str, sha256: str, settings: FetchSettings) -> str:
+def place(source: UrlSource, name: str, sha256: str, settings: FetchSettings) -> str:
     """Of an input, which is a list of URLs."""
     asked = {"column": source.image, **chosen_of(asked_with(settings, source.max_bytes))}
     return digest({"input": [name, sha256], "asked": asked})

@@ -27,7 +27,7 @@ from data_prep.images.sizes import Buckets, Format, Size, Subsampling, size_name
 from data_prep.prepare import links
 from data_prep.prepare.links import At
 from data_prep.prepare.retries import RetryRecord, retries, rows_again
-from data_prep.sources import Input, Range, Sa1b, Source, UrlList, WebDataset, inputs, ranges
+from data_prep.sources import AnySource, Bytes, Input, Range, Rows, Source, UrlSource
 from data_prep.web.fetch import FetchSettings
 from infra import layout
 from infra.config import Settings, digest, operational
@@ -58,13 +58,13 @@ PLAN_SCHEMA = pa.schema(
         pa.field("rows", pa.int64(), nullable=False),
     ]
 )
-
+RANGE = ("input", "table", "in_store", "first", "rows")  # the columns of a range; of a tar, `rows` are bytes
 
 Level = Annotated[int, Field(ge=0, le=255)]
 
 
 class PrepareSettings(Settings):
-    sources: list[Source] = Field(min_length=1)
+    sources: list[AnySource] = Field(min_length=1)
     sizes: list[Size] = Field([256], min_length=1, description="square sides and bucket sets, all from one decode")
     format: Format = "jpeg"
     quality: int = Field(95, ge=1, le=100, description="of JPEG and WebP")
@@ -91,7 +91,7 @@ class PrepareSettings(Settings):
 
     @field_validator("sources")
     @classmethod
-    def _distinct_names(cls, found: list[Source]) -> list[Source]:
+    def _distinct_names(cls, found: list[AnySource]) -> list[AnySource]:
         twice = [name for name, count in Counter(source.name for source in found).items() if count > 1]
         if twice:
             raise ValueError(f"two sources are called `{twice[0]}`: keys are made from the name")
@@ -111,7 +111,7 @@ class PrepareSettings(Settings):
     def at(self, given: KnownAs) -> At:
         """Where it is told what the rows of an input are made of, which is a list of URLs."""
         source = self.by_name[given.source]
-        assert isinstance(source, UrlList)
+        assert isinstance(source, UrlSource)
         return At(links.place(source, given.input, given.sha256, self.fetch), given.generation)
 
     @property
@@ -147,12 +147,16 @@ class PlannedShard(NamedTuple):
     sha256: str
     generation: int
     expected: int  # rows
-    counted: bool  # False for a range of a tar, whose members nobody has counted: then it is an estimate
     part: Range
 
     @property
     def known_as(self) -> KnownAs:
         return KnownAs(self.source, self.part.input, self.sha256, self.generation)
+
+    @property
+    def counted(self) -> bool:
+        """False for a range of a tar, whose members nobody has counted: then `expected` is an estimate."""
+        return isinstance(self.part, Rows)
 
 
 class Edition(Record):
@@ -276,7 +280,7 @@ def _check_captions(
     store: Store, settings: PrepareSettings, name: str, edition: Edition, planned: list[PlannedShard]
 ) -> None:
     """Tables of captions may be added to tars that are planned already; one that changed would go unnoticed."""
-    joined = {source.name for source in settings.sources if isinstance(source, Sa1b)}
+    joined = {source.name for source in settings.sources if source.joins_tables}
     tars = {(shard.source, shard.part.input) for shard in planned}
     now = {given[:2]: given.sha256 for given in edition.inputs if given.source in joined and given[:2] not in tars}
     earlier: set[KnownAs] = set()
@@ -304,10 +308,10 @@ def _check_captions(
 def _given(store: Store, settings: PrepareSettings, planned: list[PlannedShard]) -> Iterator[Given]:
     for source in settings.sources:
         before = [shard.part for shard in planned if shard.source == source.name and not shard.generation]
-        for found in inputs(source, store, before):
+        for found in source.inputs(store, before):
             first = Given(source, found)
             yield first
-            if isinstance(source, UrlList):
+            if isinstance(source, UrlSource):
                 place = settings.at(first.known_as).place
                 for generation, again in enumerate(retries(store, place), start=1):
                     yield Given(source, found, generation, again)
@@ -317,22 +321,29 @@ def _shards(store: Store, settings: PrepareSettings, given: Sequence[Given], num
     for here in given:
         parts = list(_parts(store, settings, here))
         for part in parts:
-            counted = not isinstance(here.source, WebDataset | Sa1b)
-            expected = part.rows if counted else max(1, round(settings.rows * part.rows / parts[0].rows))
-            yield PlannedShard(number, here.source.name, here.input.sha256, here.generation, expected, counted, part)
+            expected = _expected(part, parts[0], settings.rows)
+            yield PlannedShard(number, here.source.name, here.input.sha256, here.generation, expected, part)
             number += 1
+
+
+def _expected(part: Range, first: Range, rows: int) -> int:
+    """Of a tar's pieces it is an estimate: each has about `rows`, and the last may be smaller."""
+    if isinstance(part, Rows):
+        return part.rows
+    assert isinstance(first, Bytes)
+    return max(1, round(rows * part.size / first.size))
 
 
 def _parts(store: Store, settings: PrepareSettings, here: Given) -> Iterator[Range]:
     if here.again is None:
-        yield from ranges(here.source, store, here.input, settings.rows)
+        yield from here.source.ranges(store, here.input, settings.rows)
         return
-    assert isinstance(here.source, UrlList)
-    first_part = next(ranges(here.source, store, here.input, settings.rows))
+    assert isinstance(here.source, UrlSource)
+    first_part = next(here.source.ranges(store, here.input, settings.rows))
     table = rows_again(store, here.source, first_part, here.again)
     for first in range(0, here.again.rows, settings.rows):
         rows = min(settings.rows, here.again.rows - first)
-        yield Range(here.input.name, table, True, first, rows)
+        yield Rows(here.input.name, table, True, first, rows)
 
 
 def _read(store: Store, key: str) -> Iterator[PlannedShard]:
@@ -344,9 +355,12 @@ def _read(store: Store, key: str) -> Iterator[PlannedShard]:
             remedy="delete it, then run prepare again: it is planned once more",
         ) from None
     for row in rows:
-        yield PlannedShard(**{name: row.pop(name) for name in PlannedShard._fields[:-1]}, part=Range(**row))
+        kind = Rows if row.pop("counted") else Bytes
+        yield PlannedShard(part=kind._make(row.pop(name) for name in RANGE), **row)
 
 
 def _to_parquet(shards: Sequence[PlannedShard]) -> bytes:
-    rows = [{**shard._asdict(), **shard.part._asdict()} for shard in shards]
+    rows = [
+        {**shard._asdict(), "counted": shard.counted, **dict(zip(RANGE, shard.part, strict=True))} for shard in shards
+    ]
     return parquet_bytes(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA))

@@ -22,8 +22,8 @@ from data_prep.prepare import links, originals
 from data_prep.prepare.links import At, LinksRecord
 from data_prep.prepare.originals import State
 from data_prep.rejections import TRANSIENT
-from data_prep.sources import ROW, Range, UrlList, parquet
-from data_prep.sources.raw import DAMAGE
+from data_prep.sources import ROW, Range, UrlSource, parquet
+from data_prep.sources.base import DAMAGE
 from data_prep.sources.reading import in_order
 from infra import layout
 from infra.errors import DataError
@@ -123,7 +123,7 @@ class _Failed:
         return pc.if_else(pc.is_in(causes, pa.array([cause.value for cause in TRANSIENT])), causes, None)
 
 
-def rows_again(store: Store, source: UrlList, whole: Range, again: RetryRecord) -> str:
+def rows_again(store: Store, source: UrlSource, whole: Range, again: RetryRecord) -> str:
     """A table in the store of the rows that are tried again, with the columns that the source asks for today."""
     rows = read_parquet(store, again.table, ["row"])["row"].to_numpy()
     with tempfile.TemporaryDirectory(prefix="pixnerd-again-") as folder, ExitStack() as files:

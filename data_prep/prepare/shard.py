@@ -16,7 +16,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
-from data_prep import sources
 from data_prep.images.decode import Decoded, Pixels_HW3, decode, decoder_versions
 from data_prep.images.phash import phash
 from data_prep.images.sizes import SUFFIX, Size, size_name
@@ -25,7 +24,7 @@ from data_prep.prepare import linked
 from data_prep.prepare.linked import Linked
 from data_prep.prepare.plan import Plan, PlannedShard, PrepareSettings
 from data_prep.rejections import Rejection
-from data_prep.sources import Range, RawItem, Source, Url, UrlList
+from data_prep.sources import Range, RawItem, Source, Url, UrlSource
 from infra import layout
 from infra.records import ShardRecord, put_data, read_record, write_record
 from infra.shards import INDEX_SCHEMA, TarWriter, first_text, parquet_bytes, shard_key, sidecar
@@ -104,7 +103,7 @@ def make_shard(
     """
     _keep_freed_memory()
     source = next(source for source in settings.sources if source.name == shard.source)
-    schema = pa.schema([*INDEX_SCHEMA, *sources.kept_fields(source, store, shard.part)])
+    schema = pa.schema([*INDEX_SCHEMA, *source.kept_fields(store, shard.part)])
     with ExitStack() as files:
 
         def start() -> _Writer:
@@ -135,10 +134,10 @@ def _keep_freed_memory() -> None:
 def _items(
     store: Store, settings: PrepareSettings, source: Source, part: Range, originals: Linked | None
 ) -> Iterator[RawItem]:
-    if isinstance(source, UrlList):
+    if isinstance(source, UrlSource):
         assert originals is not None, "they must be downloaded first"
         return linked.items(store, source, settings.fetch, originals, part)
-    return sources.items(source, store, part)
+    return source.items(store, part)
 
 
 class Target(NamedTuple):

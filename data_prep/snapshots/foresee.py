@@ -16,7 +16,6 @@ from data_prep.prepare.plan import PrepareSettings
 from data_prep.scores.settings import ScorerSettings
 from data_prep.snapshots.build import SnapshotSettings, wrongs
 from data_prep.snapshots.filters import columns_in, parse_filter
-from data_prep.sources import kept_columns
 from infra.config import nearest
 from infra.errors import SettingsError
 from infra.problems import Wrong
@@ -73,7 +72,7 @@ def _columns(prepared: PrepareSettings, scorers: Iterable[ScorerSettings]) -> di
     """All that a filter may ask for, with its type where the settings tell it."""
     found: dict[str, pa.DataType | None] = {"duplicate": pa.bool_()}
     for source in prepared.sources:
-        for name, kind in kept_columns(source).items():
+        for name, kind in source.kept_columns().items():
             found[name] = kind if found.get(name, kind) == kind else None
     for scorer in scorers:
         names = (name for name in scorer.columns() if name != "captions")

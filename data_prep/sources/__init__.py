@@ -1,18 +1,10 @@
 """Corpora -> one stream of raw items.
 
-A source is a settings class with a `kind`, in the module of its family, and functions behind it:
+A kind of source is a class in a file of its own (`base` says what it must do):
 
-    inputs(source, store, planned)       what it is made of, by name, size and hash: what a plan's digest is made of
-    ranges(source, store, found, rows)   an input cut into pieces of about `rows` rows, each the work of one task
-    kept_fields(source, store, part)     the columns that it adds to the index
-    kept_columns(source)                 the same, as far as its settings tell
-    items(source, store, part)           the raw items of a piece, each with its bytes, its URL or a Rejection
-    urls(source, store, part)            of a list of URLs: these alone
-
-    tables        table_folder, url_list, parquet_images      a row is an item
-    listings      text_folder, imagenet                       a file is an item
-    web_dataset   webdataset                                  a sample in a tar is an item
-    sa1b          sa1b                                        the same, its words in a table
+    table_folder, url_list, parquet_images    on `tables`: a row is an item
+    text_folder, imagenet                     on `listings`: a file is an item
+    webdataset, sa1b                          on `tars`: a sample in a tar is an item; sa1b's words stand in a table
 
 Behind these: `lines` reads tables of text and `convert` turns them into Parquet, `parquet` reads that, `named` and
 `looked` tell whether files are what they were, `tars` and `tarwalk` read tars, `unpacked` unpacks them.
@@ -30,95 +22,40 @@ table that is no table at all is an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from types import ModuleType
 from typing import Annotated
 
-import pyarrow as pa
 from pydantic import Field
 
-from data_prep.rejections import Rejection
-from data_prep.sources import listings, sa1b, tables, web_dataset
-from data_prep.sources.listings import ImageNet, TextFolder
-from data_prep.sources.raw import ROW, Input, Keys, Range, RawItem, Url
+from data_prep.sources.base import ROW, Bytes, Input, Keys, Range, RawItem, Rows, Source, Url, UrlSource
+from data_prep.sources.imagenet import ImageNet
+from data_prep.sources.parquet_images import ParquetImages
 from data_prep.sources.sa1b import Sa1b
-from data_prep.sources.tables import ParquetImages, TableFolder, UrlList
-from data_prep.sources.web_dataset import WebDataset
-from infra.store import Store
+from data_prep.sources.table_folder import TableFolder
+from data_prep.sources.text_folder import TextFolder
+from data_prep.sources.url_list import UrlList
+from data_prep.sources.webdataset import WebDataset
 
 __all__ = [
     "ROW",
+    "AnySource",
+    "Bytes",
     "ImageNet",
     "Input",
+    "Keys",
     "ParquetImages",
     "Range",
     "RawItem",
+    "Rows",
     "Sa1b",
     "Source",
     "TableFolder",
     "TextFolder",
     "Url",
     "UrlList",
+    "UrlSource",
     "WebDataset",
-    "inputs",
-    "items",
-    "kept_columns",
-    "kept_fields",
-    "ranges",
-    "urls",
 ]
 
-Source = Annotated[
+AnySource = Annotated[
     TableFolder | TextFolder | UrlList | WebDataset | ParquetImages | ImageNet | Sa1b, Field(discriminator="kind")
 ]
-
-_FAMILY: dict[str, ModuleType] = {
-    "table_folder": tables,
-    "url_list": tables,
-    "parquet_images": tables,
-    "text_folder": listings,
-    "imagenet": listings,
-    "webdataset": web_dataset,
-    "sa1b": sa1b,
-}
-
-
-def inputs(source: Source, store: Store | None = None, planned: Sequence[Range] = ()) -> list[Input]:
-    """Every input and its identity. A folder's listing goes to the store; without one, identities are all that is told.
-
-    `planned` are the pieces of an earlier plan: a folder that has only grown is its old listings and one of the rest.
-    """
-    found: list[Input] = _FAMILY[source.kind].inputs(source, store, planned)
-    return found
-
-
-def ranges(source: Source, store: Store, found: Input, rows: int) -> Iterator[Range]:
-    """The input in pieces that cover it once, in order. Tables that are not Parquet are written to the store as such.
-
-    An input may have no items of its own (captions for other inputs); then there are no pieces.
-    """
-    return iter(_FAMILY[source.kind].ranges(source, store, found, rows))
-
-
-def kept_fields(source: Source, store: Store, part: Range) -> list[pa.Field]:
-    """The columns that the source adds to the index, in its order."""
-    found: list[pa.Field] = _FAMILY[source.kind].kept_fields(source, store, part)
-    return found
-
-
-def kept_columns(source: Source) -> dict[str, pa.DataType | None]:
-    """The same as far as the settings tell: a table's types are known once it is read."""
-    found: dict[str, pa.DataType | None] = _FAMILY[source.kind].kept_columns(source)
-    return found
-
-
-def items(source: Source, store: Store, part: Range) -> Iterator[RawItem]:
-    """Every input of the piece, in order, each an item whatever became of it."""
-    keys = Keys()
-    for item in _FAMILY[source.kind].items(source, store, part):
-        yield item._replace(key=keys.distinct(item.key))
-
-
-def urls(source: UrlList, store: Store, part: Range) -> Iterator[tuple[int, str | Rejection]]:
-    """The piece's URLs with their rows, read from their column alone."""
-    return tables.urls(source, store, part)

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from data_prep.rejections import Rejection
+from data_prep.sources.base import DAMAGE, missing_column
 from data_prep.sources.fields import field, listed
 from data_prep.sources.folders import Folder
 from data_prep.sources.lines import Line, kind_of, lines
 from data_prep.sources.parquet import RowWriter
-from data_prep.sources.raw import DAMAGE, missing_column
 from infra import layout
 from infra.errors import DataError
 from infra.records import DataObject, put_data

@@ -18,10 +18,10 @@ from contextlib import suppress
 from typing import Any, BinaryIO
 
 from data_prep.rejections import Cause, Rejection
+from data_prep.sources.base import foreign
 from data_prep.sources.folders import BUFFER, Folder
 from data_prep.sources.json_array import Elements
 from data_prep.sources.packed import PACKINGS, Unpacked, packing_of
-from data_prep.sources.raw import foreign
 from infra.errors import DataError, SettingsError
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")

@@ -14,9 +14,9 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 
 from data_prep.sources import parquet
+from data_prep.sources.base import Input
 from data_prep.sources.folders import StoreFolder
 from data_prep.sources.parquet import RowWriter
-from data_prep.sources.raw import Input
 from infra import layout
 from infra.records import put_data
 from infra.store import Store

@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.rejections import Rejection
+from data_prep.sources.base import Rows
 from data_prep.sources.folders import Folder
-from data_prep.sources.raw import Range
 from infra import layout
 from infra.config import digest
 from infra.shards import parquet_bytes
@@ -47,7 +47,7 @@ def place(*what: Any) -> str:
 class Looks:
     """A piece that is being read; what was seen of it is written at the end."""
 
-    def __init__(self, store: Store, where: str, part: Range) -> None:
+    def __init__(self, store: Store, where: str, part: Rows) -> None:
         self._store, self._part = store, part
         self._key = layout.LOOKED.at(listing=where, first=part.first, rows=part.rows)
         self._seen: dict[int, tuple[int, int, int]] = {}

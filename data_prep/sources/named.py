@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import posixpath
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from data_prep.sources import looked, words
-from data_prep.sources.folders import Folder, fingerprint, open_folder
-from data_prep.sources.raw import Input
+from data_prep.sources.base import Input
+from data_prep.sources.folders import Folder, fingerprint
 from infra.store import Store
 
 Names = Sequence[bytes | None]
@@ -54,17 +53,6 @@ def _hash(name: bytes) -> int:
 
 def _normal(name: bytes) -> bytes:
     return posixpath.normpath(name) if b"./" in name or b"//" in name else name
-
-
-class Files:
-    """The folder of pictures that rows name by path alone; absolute paths count from where the folder lies."""
-
-    def __init__(self, url: str) -> None:
-        self.folder = open_folder(url)
-        self._root = os.path.abspath(url.removeprefix("file://"))
-
-    def inside(self, path: str) -> str:
-        return path.removeprefix(f"{self._root}/")
 
 
 def place(source: str, folder: Folder, table: str) -> str:

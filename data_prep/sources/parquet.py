@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.rejections import Cause, Rejection
+from data_prep.sources.base import DAMAGE, ROW, Range, Rows, Source
 from data_prep.sources.fields import field, has_odd_lists, is_list, kind_of, top
 from data_prep.sources.folders import StoreFolder, open_folder
-from data_prep.sources.raw import DAMAGE, ROW, Corpus, Range
 from infra.errors import DataError
 from infra.store import Store
 
@@ -41,7 +41,7 @@ class Lost(NamedTuple):
         return Rejection(Cause.BAD_ROW, f"a damaged page in row group {self.group}")
 
 
-def open_rows(source: Corpus, store: Store, part: Range) -> BinaryIO:
+def open_rows(source: Source, store: Store, part: Range) -> BinaryIO:
     return StoreFolder(store).open(part.table) if part.in_store else open_folder(source.url).open(part.table)
 
 
@@ -88,7 +88,7 @@ def _check_disk(error: BaseException, name: str) -> None:
 
 
 def rows(
-    source: Corpus, store: Store, part: Range, columns: Sequence[str], batch: int = BATCH
+    source: Source, store: Store, part: Rows, columns: Sequence[str], batch: int = BATCH
 ) -> Iterator[tuple[int, Row]]:
     """The planned rows with their numbers in the input; texts as bytes, since nobody has checked them."""
     with opened(open_rows(source, store, part), part.table) as file:
@@ -202,7 +202,7 @@ class _Group(NamedTuple):
             yield Lost(lost, self.number)
 
 
-def kept_fields(source: Corpus, store: Store, part: Range, names: Sequence[str]) -> list[pa.Field]:
+def kept_fields(source: Source, store: Store, part: Range, names: Sequence[str]) -> list[pa.Field]:
     with opened(open_rows(source, store, part), part.table) as file:
         schema = file.schema_arrow
     return [pa.field(name, plain_type(kind_of(schema, name))) for name in names]

@@ -7,22 +7,23 @@ their rows by id, in the store. A task reads from it the few row groups that its
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field, model_validator
 
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import parquet, tables, tars, words
+from data_prep.sources.base import Bytes, Input, Range, RawItem
 from data_prep.sources.convert import Columns
 from data_prep.sources.folders import matching, open_folder
 from data_prep.sources.joined import Captions, join
-from data_prep.sources.raw import Input, Range, RawItem
 from infra.store import Store
 
 
 class Sa1b(tars.Tars):
     kind: Literal["sa1b"]
+    joins_tables: ClassVar[bool] = True
     tables: list[str] = Field(min_length=1, description="tables of captions in the folder: paths, or patterns")
     image: str = Field("image_id", description="the column of ids: 223750, sa_223750 or sa_223750.jpg")
     captions: list[str] = Field(["caption"], min_length=1, description="columns of text, or of lists of texts")
@@ -40,36 +41,32 @@ class Sa1b(tars.Tars):
         texts = [column for column in (self.licence_column, self.origin_column) if column]
         return Columns([self.image], texts, self.captions, self.keep)
 
+    def inputs(self, store: Store | None = None, planned: Sequence[Range] = ()) -> list[Input]:
+        folder = open_folder(self.url)
+        found = [tables.measured(folder, name) for name in matching(folder, self.tables, "tables")]
+        return [*found, *super().inputs()]
 
-def inputs(source: Sa1b, store: Store | None, planned: Sequence[Range] = ()) -> list[Input]:
-    folder = open_folder(source.url)
-    found = [tables.measured(folder, name) for name in matching(folder, source.tables, "tables")]
-    return [*found, *tars.inputs(source)]
+    def ranges(self, store: Store, found: Input, rows: int) -> Iterator[Range]:
+        folder = open_folder(self.url)
+        names = matching(folder, self.tables, "tables")
+        if found.name in names:
+            return
+        table = join(store, self.name, folder, names, self.columns())
+        for first, size in self.pieces(store, found, rows):
+            yield Bytes(found.name, table, True, first, size)
 
+    def kept_columns(self) -> dict[str, pa.DataType | None]:
+        return dict.fromkeys(self.keep)
 
-def ranges(source: Sa1b, store: Store, found: Input, rows: int) -> Iterator[Range]:
-    folder = open_folder(source.url)
-    names = matching(folder, source.tables, "tables")
-    if found.name in names:
-        return
-    table = join(store, source.name, folder, names, source.columns())
-    for first, size in tars.ranges(source, store, found, rows):
-        yield Range(found.name, table, True, first, size)
+    def kept_fields(self, store: Store, part: Range) -> list[pa.Field]:
+        return parquet.kept_fields(self, store, part, self.keep)
 
-
-def kept_fields(source: Sa1b, store: Store, part: Range) -> list[pa.Field]:
-    return parquet.kept_fields(source, store, part, source.keep)
-
-
-def kept_columns(source: Sa1b) -> dict[str, None]:
-    return dict.fromkeys(source.keep)
-
-
-def items(source: Sa1b, store: Store, part: Range) -> Iterator[RawItem]:
-    with tars.opened(source, store, part) as file, parquet.open_rows(source, store, part) as table:
-        said = Captions(table, part.table)
-        for found in tars.found(source, part, file, ()):
-            yield _item(source, said, found)
+    def read(self, store: Store, part: Range) -> Iterator[RawItem]:
+        assert isinstance(part, Bytes)
+        with tars.opened(self, store, part) as file, parquet.open_rows(self, store, part) as table:
+            said = Captions(table, part.table)
+            for found in tars.found(self, part, file, ()):
+                yield _item(self, said, found)
 
 
 def _item(source: Sa1b, said: Captions, found: tars.Found) -> RawItem:

@@ -27,8 +27,8 @@ from pydantic import Field
 
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import unpacked, words
+from data_prep.sources.base import IMAGE_SUFFIXES, Bytes, Input, Keys, Range, Source, foreign
 from data_prep.sources.folders import fingerprint, matching, open_folder, text_of
-from data_prep.sources.raw import IMAGE_SUFFIXES, Corpus, Input, Keys, Range, foreign
 from data_prep.sources.tarwalk import Broken, Member, members
 from infra.config import operational
 from infra.errors import DataError, SettingsError
@@ -45,7 +45,7 @@ MOST_HELD = 16 << 20  # bytes of a sample that are read in passing; larger membe
 IMAGE_EXTENSIONS = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 
 
-class Tars(Corpus):
+class Tars(Source):
     # Which inputs there are is told by the inputs themselves: another one extends a plan and makes no other.
     tars: list[str] = operational(["*.tar"], min_length=1, description="paths in the folder, or patterns")
     images: list[str] = Field(
@@ -54,34 +54,32 @@ class Tars(Corpus):
     # An unpacked tar is told as another input than the packed one was.
     unpack: bool = operational(False, description="tars packed with gzip, bzip2 or zstd are unpacked into the store")
 
+    def inputs(self, store: Store | None = None, planned: Sequence[Range] = ()) -> list[Input]:
+        folder = open_folder(self.url)
+        names = matching(folder, self.tars, "tars")
+        for name in names:
+            if what := foreign(name):
+                raise SettingsError(f"{name} is no tar", remedy=what)
 
-def inputs(source: Tars) -> list[Input]:
-    folder = open_folder(source.url)
-    names = matching(folder, source.tars, "tars")
-    for name in names:
-        if what := foreign(name):
-            raise SettingsError(f"{name} is no tar", remedy=what)
+        def known(name: str) -> Input:
+            found = Input(name, *fingerprint(folder, name))
+            return unpacked.identity(found) if self.unpack and unpacked.packing(folder, name) else found
 
-    def known(name: str) -> Input:
-        found = Input(name, *fingerprint(folder, name))
-        return unpacked.identity(found) if source.unpack and unpacked.packing(folder, name) else found
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(known, names))
 
-    with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(known, names))
-
-
-def ranges(source: Tars, store: Store, found: Input, rows: int) -> Iterator[tuple[int, int]]:
-    """Equal pieces of about `rows` samples, the first byte and the bytes of each."""
-    folder, size = open_folder(source.url), found.size
-    if source.unpack and unpacked.packing(folder, found.name):
-        size = unpacked.unpack(store, source.name, folder, found.name)
-    with _file(source, store, found.name, PLANNING) as file:
-        mean = _mean_bytes(source, file)
-    size = max(1, size)  # an empty file is an input too, and refused
-    pieces = max(1, round(size / (rows * mean))) if mean else 1
-    for number in range(min(pieces, size)):
-        first = size * number // pieces
-        yield first, size * (number + 1) // pieces - first
+    def pieces(self, store: Store, found: Input, rows: int) -> Iterator[tuple[int, int]]:
+        """Equal pieces of about `rows` samples, the first byte and the bytes of each."""
+        folder, size = open_folder(self.url), found.size
+        if self.unpack and unpacked.packing(folder, found.name):
+            size = unpacked.unpack(store, self.name, folder, found.name)
+        with _file(self, store, found.name, PLANNING) as file:
+            mean = _mean_bytes(self, file)
+        size = max(1, size)  # an empty file is an input too, and refused
+        pieces = max(1, round(size / (rows * mean))) if mean else 1
+        for number in range(min(pieces, size)):
+            first = size * number // pieces
+            yield first, size * (number + 1) // pieces - first
 
 
 def _mean_bytes(source: Tars, file: BinaryIO) -> float:
@@ -249,11 +247,11 @@ def _file(source: Tars, store: Store, name: str, buffer: int) -> AbstractContext
     return folder.open(name, buffer)
 
 
-def found(source: Tars, part: Range, file: BinaryIO, sidecars: Sequence[str]) -> Iterator[Found]:
+def found(source: Tars, part: Bytes, file: BinaryIO, sidecars: Sequence[str]) -> Iterator[Found]:
     """The samples of a range, in order, and the rest of an archive that breaks off in it."""
-    if part.first + part.rows > max(1, file.seek(0, io.SEEK_END)):
+    if part.first + part.size > max(1, file.seek(0, io.SEEK_END)):
         raise DataError(f"{part.input} has become shorter since it was planned", remedy="run prepare again")
-    row, wanted, keys = 0, range(part.first, part.first + part.rows), Keys()
+    row, wanted, keys = 0, range(part.first, part.first + part.size), Keys()
     for sample in samples(file, source.images, sidecars, wanted):
         if sample.first >= wanted.stop:
             return

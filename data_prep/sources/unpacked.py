@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
+from data_prep.sources.base import Input
 from data_prep.sources.folders import BUFFER, Folder, StoreFolder, fingerprint
 from data_prep.sources.packed import Unpacked, packing_in
-from data_prep.sources.raw import Input
 from data_prep.sources.tarwalk import BLOCK, Broken, members
 from infra import layout
 from infra.config import digest

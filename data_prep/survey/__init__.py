@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from statistics import median
 from typing import Any, NamedTuple
 
-from data_prep.sources.raw import foreign
+from data_prep.sources.base import foreign
 from data_prep.survey import pictures, tables, tars
 from data_prep.survey.hosts import Hosts, hosts_of
 from data_prep.survey.place import Place, nothing_at, place_at

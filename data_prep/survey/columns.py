@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from data_prep.rejections import Rejection
 from data_prep.sources import words
-from data_prep.sources.raw import IMAGE_SUFFIXES
+from data_prep.sources.base import IMAGE_SUFFIXES
 from data_prep.web.addresses import http_url
 
 Rows = Sequence[Mapping[str, Any]]

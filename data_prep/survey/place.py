@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from data_prep.sources.base import FOREIGN, IMAGE_SUFFIXES, foreign
 from data_prep.sources.folders import Folder, open_folder
 from data_prep.sources.lines import SUFFIXES as TABLES
 from data_prep.sources.packed import PACKINGS
-from data_prep.sources.raw import FOREIGN, IMAGE_SUFFIXES, foreign
 from infra.errors import DataError, SettingsError
 
 MOST_NAMES = 50_000  # files that are looked at by name: of a larger corpus the first ones tell what it is

@@ -15,10 +15,10 @@ import pyarrow as pa
 from data_prep.images.decode import sniff
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import parquet, words
+from data_prep.sources.base import missing_column
 from data_prep.sources.fields import element, field, flat, is_list, leaves
 from data_prep.sources.lines import ending_of, is_array, is_parquet, kind_of, lines
 from data_prep.sources.packed import Unpacked, packing_of
-from data_prep.sources.raw import missing_column
 from data_prep.survey.columns import captions_of, files_in, is_header, texts_of, urls_in
 from data_prep.survey.place import Place
 from data_prep.survey.seen import ENOUGH, PICTURES, ROWS, Seen, first, spread

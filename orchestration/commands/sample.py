@@ -95,7 +95,7 @@ def sample(
             show=screen.count,
         )
     if json_:
-        terminal.print_json({"folder": str(out), **drawn.index})
+        terminal.print_json({"folder": str(out), **drawn.told})
         return
     height, width = drawn.size
     new = f"{drawn.new} drawn on {drawn.device} in {drawn.seconds:.1f} s" if drawn.new else "there already"

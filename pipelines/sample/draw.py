@@ -56,7 +56,7 @@ class Picture(NamedTuple):
 class Drawn(NamedTuple):
     """What came of a call."""
 
-    index: dict[str, Any]  # as it stands in the folder
+    told: dict[str, Any]  # as the folder's index has it
     pictures: int
     new: int  # those that were not there before
     size: tuple[int, int]

@@ -67,14 +67,14 @@ def source_references(settings: PrepareSettings) -> dict[str, str]:
 
 def source_inputs(settings: PrepareSettings, store: Store | None, inputs: Inputs) -> Any:
     """The user's own corpora by their files, and the retries that were asked for: more of either is more to do."""
-    from data_prep import sources
     from data_prep.prepare import links, retries
+    from data_prep.sources import UrlSource
 
     found: list[Any] = []
     for source in settings.sources:
-        for given in () if source.url.startswith(STAGE_URL) else sources.inputs(source):
+        for given in () if source.url.startswith(STAGE_URL) else source.inputs():
             again = []
-            if store is not None and isinstance(source, sources.UrlList):
+            if store is not None and isinstance(source, UrlSource):
                 place = links.place(source, given.name, given.sha256, settings.fetch)
                 again = retries.retries(store, place)
             found.append([source.name, given[:3], [record.digest() for record in again]])

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from data_prep.prepare import plan
 from data_prep.snapshots import dedup
-from data_prep.sources import Range
+from data_prep.sources import Rows
 from infra.records import DataObject, ShardRecord
 from infra.shards import INDEX_SCHEMA, list_shards, parquet_bytes, read_index, shard_key, shard_prefix
 from infra.store import FileStore, Store, open_store
@@ -63,7 +63,7 @@ def write_plan(store: Store, shards: int, rows: int) -> None:
     planned = []
     for number in range(shards):
         here = inputs[number % len(inputs)]
-        part = Range(here.input, "", True, number // len(inputs) * rows, rows)
+        part = Rows(here.input, "", True, number // len(inputs) * rows, rows)
         planned.append(plan.PlannedShard(number, here.source, here.sha256, 0, rows, True, part))
     edition = plan.Edition(inputs=inputs, sizes={SIZE: 1}, settings={})
     store.put(f"plans/{PLAN}/00000.parquet", plan._to_parquet(planned))

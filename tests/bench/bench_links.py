@@ -30,7 +30,7 @@ from data_prep.prepare.linking import Asking, link
 from data_prep.prepare.links import At, LinksRecord
 from data_prep.prepare.originals import BatchRecord
 from data_prep.prepare.plan import PrepareSettings
-from data_prep.sources import Range, UrlList
+from data_prep.sources import Rows, UrlList
 from infra import layout
 from infra.config import parse
 from infra.records import DataObject
@@ -67,7 +67,7 @@ def linked(store: FileStore, name: str) -> LinksRecord:
     assert isinstance(found, UrlList)
     rows = pq.ParquetFile(folder / name).metadata.num_rows
     at = At(links.place(found, name, "0" * 64, settings.fetch))
-    return link(store, settings.fetch, [Asking(found, at, Range(name, name, False, 0, rows))])[at]
+    return link(store, settings.fetch, [Asking(found, at, Rows(name, name, False, 0, rows))])[at]
 
 
 def nothing(store: FileStore) -> str:

@@ -30,12 +30,12 @@ quick = settings(max_examples=100, suppress_health_check=[HealthCheck.function_s
 
 
 def all_items(store: Store, source: sources.Source, rows: int = 100) -> list[RawItem]:
-    return [item for part in all_ranges(store, source, rows) for item in sources.items(source, store, part)]
+    return [item for part in all_ranges(store, source, rows) for item in source.items(store, part)]
 
 
 def all_ranges(store: Store, source: sources.Source, rows: int = 100) -> list[sources.Range]:
-    found = sources.inputs(source, store)
-    return [part for each in found for part in sources.ranges(source, store, each, rows)]
+    found = source.inputs(store)
+    return [part for each in found for part in source.ranges(store, each, rows)]
 
 
 def table_folder(folder: Path, *tables: str, **changes: Any) -> TableFolder:
@@ -223,7 +223,7 @@ def test_other_words_beside_an_image_are_another_input(folder: Path) -> None:
             (folder / "a.txt").write_text(text)
         else:
             (folder / "a.txt").unlink()
-        found.add(sources.inputs(text_folder(folder))[0].sha256)
+        found.add(text_folder(folder).inputs()[0].sha256)
     assert len(found) == 3
 
 
@@ -238,7 +238,7 @@ def test_a_corpus_in_a_store_gives_the_same_items_as_on_disk(three: Path, store:
     assert sorted(file[:3] for file in here.names()) == sorted(file[:3] for file in there.names())
     with there.open("t.parquet") as remote, here.open("t.parquet") as local:
         assert pq.read_table(remote).equals(pq.read_table(local))
-    assert sources.inputs(source)[0].sha256 == sources.inputs(table_folder(three, "t.parquet", name="other"))[0].sha256
+    assert source.inputs()[0].sha256 == table_folder(three, "t.parquet", name="other").inputs()[0].sha256
     assert here.find("*.jpg") == there.find("*.jpg") == ["a.jpg", "b.jpg", "c.jpg"]
 
 
@@ -400,7 +400,7 @@ def test_a_table_without_rows_is_an_input_without_pieces(three: Path, store: Sto
     (three / name).write_text(text)
     pq.write_table(pa.Table.from_pylist(ROWS), three / "t.parquet")
     source = table_folder(three, name, "t.parquet", keep=["n"])
-    assert len(sources.inputs(source, store)) == 2
+    assert len(source.inputs(store)) == 2
     assert [part.input for part in all_ranges(store, source)] == ["t.parquet"]
 
 
@@ -419,7 +419,7 @@ def test_columns_without_a_value_are_taken(three: Path, store: Store) -> None:
     items = all_items(store, source)
     assert [(problem(item), said(item), item.licence) for item in items] == [(None, [("caption", "x")], "CC0")] * 3
     part = all_ranges(store, source)[0]
-    schema = pa.schema(sources.kept_fields(source, store, part))
+    schema = pa.schema(source.kept_fields(store, part))
     assert schema == pa.schema([("n", pa.null()), ("k", pa.list_(pa.field("element", pa.null())))])
     # Beside other tables, in which there are values, they are what those are.
     other = pa.schema([("n", pa.int64()), ("k", pa.list_(pa.string()))])
@@ -466,10 +466,10 @@ def test_a_kept_column_of_jsonl_has_one_type(three: Path, store: Store, values: 
     (three / "t.jsonl").write_text("\n".join(rows))
     source = table_folder(three, "t.jsonl", captions=[], keep=["v"])
     part = all_ranges(store, source)[0]
-    found = [item.kept["v"] for item in sources.items(source, store, part)]
+    found = [item.kept["v"] for item in source.items(store, part)]
     assert found == expected
     assert [type(value) for value in found] == [type(value) for value in expected]
-    pa.array(found, sources.kept_fields(source, store, part)[0].type)
+    pa.array(found, source.kept_fields(store, part)[0].type)
 
 
 @pytest.mark.parametrize(
@@ -496,21 +496,20 @@ def test_types_do_not_depend_on_where_a_value_stands(three: Path, store: Store) 
     source = table_folder(three, "t.jsonl", keep=["v"])
     parts = all_ranges(store, source, 15_000)
     assert [(part.first, part.rows) for part in parts] == [(0, 15_000), (15_000, 5_001)]
-    assert [sources.kept_fields(source, store, part)[0].type for part in parts] == [pa.float64()] * 2
+    assert [source.kept_fields(store, part)[0].type for part in parts] == [pa.float64()] * 2
 
 
 MEASURE = """
 import resource, sys
-from data_prep import sources
 from data_prep.sources import UrlList
 from infra.store import open_store
 folder, store = sys.argv[1], open_store(sys.argv[2])
 source = UrlList(kind="url_list", name="s", url=folder, tables=["*.*"], captions=["a", "b"], keep=["n"])
 count = 0
-for found in sources.inputs(source, store):
-    for part in sources.ranges(source, store, found, 50_000):
-        read = sources.urls if part.first else sources.items
-        count += sum(1 for _ in read(source, store, part))
+for found in source.inputs(store):
+    for part in source.ranges(store, found, 50_000):
+        read = source.urls if part.first else source.items
+        count += sum(1 for _ in read(store, part))
 print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 """
 

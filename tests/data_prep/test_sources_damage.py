@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import sources
 from data_prep.prepare.job import retry_failed
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import parquet
@@ -89,7 +88,7 @@ def test_the_same_rows_are_lost_however_they_are_cut(folder: Path, store: Store,
     )
     assert [problem(item) for item in all_items(store, source, rows)] == reference
     # Of a list of URLs their column alone is read, many rows at a time, by whoever downloads.
-    asked = [url for part in all_ranges(store, source, rows) for url in sources.urls(source, store, part)]
+    asked = [url for part in all_ranges(store, source, rows) for url in source.urls(store, part)]
     assert [row for row, _ in asked] == list(range(400))
     assert [isinstance(url, Rejection) for _, url in asked] == [cause is not None for cause in reference]
 
@@ -101,7 +100,7 @@ def test_damage_in_a_page_of_captions_costs_no_download(folder: Path, store: Sto
     zeroed(folder / "t.parquet", 0, 1)
     source = url_list(folder, "t.parquet")
     items = all_items(store, source)
-    asked = [url for part in all_ranges(store, source) for _, url in sources.urls(source, store, part)]
+    asked = [url for part in all_ranges(store, source) for _, url in source.urls(store, part)]
     assert Cause.BAD_ROW in map(problem, items) and not any(isinstance(url, Rejection) for url in asked)
 
 
@@ -125,7 +124,7 @@ def test_a_table_of_our_own_that_is_damaged_is_an_error_and_no_rejection(folder:
     path = folder.parent / "store" / part.table
     zeroed(path, 0, 0)
     with pytest.raises(DataError, match="not a readable Parquet"):
-        list(sources.items(source, store, part))
+        list(source.items(store, part))
 
 
 class Failing(io.RawIOBase):

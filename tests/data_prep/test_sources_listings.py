@@ -14,7 +14,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import sources
 from data_prep.rejections import Cause
 from data_prep.sources import ImageNet, Input, Range, Source
 from data_prep.sources.folders import LocalFolder, StoreFolder, text_of
@@ -41,25 +40,25 @@ def write(folder: Path, **texts: str) -> None:
 
 
 def planned(store: Store, source: Source, found: list[Input]) -> list[Range]:
-    return [part for each in found for part in sources.ranges(source, store, each, 2)]
+    return [part for each in found for part in source.ranges(store, each, 2)]
 
 
 def test_a_folder_that_grows_keeps_what_was_planned(folder: Path, store: Store) -> None:
     source = text_folder(folder)
     write(folder, b="bee", d="dee")
-    first = sources.inputs(source, store)
+    first = source.inputs(store)
     parts = planned(store, source, first)
-    before = [list(sources.items(source, store, part)) for part in parts]
-    assert sources.inputs(source, store, parts) == first
+    before = [list(source.items(store, part)) for part in parts]
+    assert source.inputs(store, parts) == first
     write(folder, a="ay", c="see", e="ee")
-    second = sources.inputs(source, store, parts)
+    second = source.inputs(store, parts)
     assert second[0] == first[0] and len(second) == 2
     more = planned(store, source, second[1:])
-    assert [list(sources.items(source, store, part)) for part in parts] == before
-    names = [[item.name for item in sources.items(source, store, part)] for part in parts + more]
+    assert [list(source.items(store, part)) for part in parts] == before
+    names = [[item.name for item in source.items(store, part)] for part in parts + more]
     assert names == [["b.jpg", "d.jpg"], ["a.jpg", "c.jpg"], ["e.jpg"]]
     write(folder, f="eff")
-    third = sources.inputs(source, store, parts + more)
+    third = source.inputs(store, parts + more)
     assert third[:2] == second and third[2].size == 1
 
 
@@ -78,13 +77,13 @@ def test_of_a_folder_that_changed_only_the_listings_that_did_are_others(
 ) -> None:
     source = text_folder(folder)
     write(folder, a="ay", b="bee", c="see")
-    parts = planned(store, source, sources.inputs(source, store))
+    parts = planned(store, source, source.inputs(store))
     write(folder, d="dee")
-    [_, later] = sources.inputs(source, store, parts)
+    [_, later] = source.inputs(store, parts)
     change(folder)
-    found = sources.inputs(source, store, parts + planned(store, source, [later]))
+    found = source.inputs(store, parts + planned(store, source, [later]))
     assert found[0] == later and len(found) == 2
-    items = [item for part in planned(store, source, found) for item in sources.items(source, store, part)]
+    items = [item for part in planned(store, source, found) for item in source.items(store, part)]
     assert sorted(item.name for item in items) == sorted(path.name for path in folder.glob("*.jpg"))
 
 
@@ -116,11 +115,11 @@ def grow(tmp_path: Path, steps: list[dict[str, int]]) -> None:
         for name, size in step.items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / f"{name}.jpg").write_bytes(bytes(size))
-        found = sources.inputs(source, store, parts)
+        found = source.inputs(store, parts)
         if not changed and before and parts:
             assert found[: len(before)] == before
         now = planned(store, source, found)
-        items = [item for part in now for item in sources.items(source, store, part)]
+        items = [item for part in now for item in source.items(store, part)]
         assert {item.name: item.image for item in items} == {f"{name}.jpg": bytes(size) for name, size in known.items()}
         assert len(items) == len(known)
         parts += [part for part in now if part not in parts]
@@ -129,7 +128,7 @@ def grow(tmp_path: Path, steps: list[dict[str, int]]) -> None:
 
 def test_identities_are_told_without_a_store(folder: Path, store: Store) -> None:
     write(folder, a="ay")
-    plain, stored = sources.inputs(text_folder(folder))[0], sources.inputs(text_folder(folder), store)[0]
+    plain, stored = text_folder(folder).inputs()[0], text_folder(folder).inputs(store)[0]
     assert plain[:3] == stored[:3] and not plain.table and store.exists(stored.table)
 
 
@@ -212,9 +211,9 @@ def test_a_text_beside_an_image_may_be_in_upper_case(folder: Path, store: Store)
         (None, [("caption", "six")]),
         (Cause.BAD_CAPTION, []),
     ]
-    first = sources.inputs(text_folder(folder))
+    first = text_folder(folder).inputs()
     (folder / "5.TXT").write_text("FIVE")
-    assert sources.inputs(text_folder(folder)) != first, "it is part of the listing"
+    assert text_folder(folder).inputs() != first, "it is part of the listing"
 
 
 def test_a_mark_of_the_byte_order_is_no_part_of_what_is_said(folder: Path, store: Store) -> None:
@@ -277,7 +276,7 @@ def test_classes_by_their_folders_names(folder: Path, store: Store) -> None:
         "golden_retriever/1.JPEG": (3, [("caption", "a photo of a golden retriever")]),
     }
     part = all_ranges(store, source)[0]
-    assert sources.kept_fields(source, store, part) == [pa.field("label", pa.int32())]
+    assert source.kept_fields(store, part) == [pa.field("label", pa.int32())]
 
 
 def test_class_names_from_a_synset_mapping(folder: Path, store: Store, tmp_path: Path) -> None:
@@ -299,7 +298,7 @@ def test_class_names_in_the_order_of_the_folders(folder: Path, store: Store) -> 
     assert [caption for _, caption in found.values()] == [[("caption", "a great white shark")], [("caption", "a hen")]]
     (folder / "names.txt").write_text("shark\n")
     with pytest.raises(SettingsError, match="the folder 0"):
-        sources.inputs(image_net(folder, classes="names.txt"))
+        image_net(folder, classes="names.txt").inputs()
     with pytest.raises(SettingsError, match="a template has"):
         image_net(folder, template="a photo")
 
@@ -319,26 +318,26 @@ def test_images_in_no_class_are_refused(folder: Path, store: Store, tmp_path: Pa
 def test_a_class_that_comes_moves_the_labels_behind_it(folder: Path, store: Store) -> None:
     classes(folder, "b", "c")
     source = image_net(folder)
-    first = sources.inputs(source, store)
+    first = source.inputs(store)
     parts = planned(store, source, first)
     classes(folder, "d")
-    assert sources.inputs(source, store, parts)[0] == first[0]
+    assert source.inputs(store, parts)[0] == first[0]
     classes(folder, "a")
-    found = sources.inputs(source, store, parts)
+    found = source.inputs(store, parts)
     assert len(found) == 1 and found[0].size == 4
-    named = sources.inputs(image_net(folder, template="{names}"), store)
+    named = image_net(folder, template="{names}").inputs(store)
     (folder / "names.txt").write_text("1\n2\n3\n4")
-    assert sources.inputs(image_net(folder, classes="names.txt", template="{names}"), store) != named
+    assert image_net(folder, classes="names.txt", template="{names}").inputs(store) != named
 
 
 def test_after_a_removal_growth_is_small_again(folder: Path, store: Store) -> None:
     for number in range(6):
         (folder / f"{number}.png").write_bytes(b"x" * number)
     source = text_folder(folder, caption_suffix="")
-    parts = planned(store, source, sources.inputs(source, store))
+    parts = planned(store, source, source.inputs(store))
     (folder / "3.png").unlink()
-    [rest] = sources.inputs(source, store, parts)
+    [rest] = source.inputs(store, parts)
     assert rest.size == 5
     parts += planned(store, source, [rest])
     (folder / "6.png").write_bytes(b"new")
-    assert [found.size for found in sources.inputs(source, store, parts)] == [5, 1]
+    assert [found.size for found in source.inputs(store, parts)] == [5, 1]

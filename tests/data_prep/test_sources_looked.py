@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import sources
 from data_prep.sources import Input, Range, RawItem, Source, listed, looked
 from data_prep.sources.folders import LocalFolder, StoreFolder
 from infra.store import Store, open_store
@@ -66,15 +65,15 @@ class Corpus:
 
     def inputs(self) -> list[str]:
         """What is there now, planned as far as it was not."""
-        found = sources.inputs(self.source, self.store, self.planned)
+        found = self.source.inputs(self.store, self.planned)
         for new in found:
             if new not in self._known:
                 self._known.append(new)
-                self.planned += sources.ranges(self.source, self.store, new, self._rows)
+                self.planned += self.source.ranges(self.store, new, self._rows)
         return [new.sha256 for new in found]
 
     def read(self) -> list[RawItem]:
-        return [item for part in self.planned for item in sources.items(self.source, self.store, part)]
+        return [item for part in self.planned for item in self.source.items(self.store, part)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -259,7 +258,7 @@ def test_a_listing_of_an_earlier_version_is_read(folder: Path, store: Store) -> 
     pq.write_table(table, out)
     store.put("data/tables/old.parquet", out.getvalue().to_pybytes())
     corpus.planned = [part._replace(table="data/tables/old.parquet") for part in corpus.planned]
-    [found] = sources.inputs(corpus.source, store, corpus.planned)
+    [found] = corpus.source.inputs(store, corpus.planned)
     assert ([found.sha256], found.table) == (first, "data/tables/old.parquet")
     assert [item.image for item in corpus.read()] == [b"picture %d" % number for number in range(COUNT)]
 
@@ -269,7 +268,7 @@ def test_many_listings_are_opened_few_at_a_time(folder: Path, store: Store, monk
     for number in range(40):
         (folder / f"{number:02d}.jpg").write_bytes(b"x")
     source = text_folder(folder, caption_suffix="")
-    keys = [found.table for found in sources.inputs(source, store)]
+    keys = [found.table for found in source.inputs(store)]
     stored = [listed.Stored(store, key) for key in keys]
     for one in stored:
         list(one)

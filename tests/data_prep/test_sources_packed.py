@@ -287,7 +287,7 @@ def test_the_names_of_columns_may_be_told(folder: Path, store: Store) -> None:
 def test_columns_that_a_table_names_itself_are_not_told(folder: Path) -> None:
     (folder / "t.jsonl").write_bytes(written(".jsonl", ROWS))
     with pytest.raises(SettingsError, match=r"t.jsonl names its columns itself: leave `header` out"):
-        sources.inputs(url_list(folder, "t.jsonl", header=["url", "caption"]))
+        url_list(folder, "t.jsonl", header=["url", "caption"]).inputs()
 
 
 # Texts within values
@@ -347,8 +347,8 @@ def test_other_columns_may_lie_within_structs(folder: Path, store: Store, kind: 
     assert [item.image for item in items] == [row["at"]["url"] for row in rows]
     assert [item.kept for item in items] == [{"at.n": n, "l.w": ["a", "b"]} for n in range(3)]
     [part] = all_ranges(store, source)
-    assert [url for _, url in sources.urls(source, store, part)] == [item.image for item in items]
-    fields = sources.kept_fields(source, store, part)
+    assert [url for _, url in source.urls(store, part)] == [item.image for item in items]
+    fields = source.kept_fields(store, part)
     assert [field.type for field in fields] == [pa.int64(), pa.list_(pa.string())]
 
 
@@ -455,7 +455,7 @@ def test_mosaics_shards_are_refused_with_a_word_on_how_to_convert_them(folder: P
     for name in ("shard.00000.mds", "shard.00000.mds.zstd"):
         for source in (url_list(folder, name), parquet_images(folder, name)):
             with pytest.raises(SettingsError, match=r"is no table: .*StreamingDataset.*ShardWriter"):
-                sources.inputs(source)
+                source.inputs()
     (folder / "t.xlsx").write_bytes(b"PK")
     with pytest.raises(SettingsError, match="is no table: write it as CSV"):
         list(lines(sources.tables.open_folder(str(folder)), "t.xlsx"))

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import sources
 from data_prep.rejections import Cause
 from data_prep.sources import Sa1b, joined
 from infra.config import parse
@@ -65,7 +64,7 @@ def test_captions_come_from_a_table(folder: Path, store: Store) -> None:
     assert (items[5].image, items[5].licence, items[5].origin) == (b"I6", "MIT", "https://six.example")
     assert (items[1].licence, items[1].origin) == ("CC", "SA-1B")
     part = all_ranges(store, source)[0]
-    assert sources.kept_fields(source, store, part) == [pa.field("n", pa.int64())]
+    assert source.kept_fields(store, part) == [pa.field("n", pa.int64())]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +122,7 @@ def test_tables_without_rows_or_values_go_with_others(folder: Path, store: Store
     items = all_items(store, source)
     assert [(problem(item), item.kept["n"]) for item in items] == [(None, None), (Cause.NO_CAPTION, 2)]
     part = all_ranges(store, source)[0]
-    assert sources.kept_fields(source, store, part) == [pa.field("n", pa.int64())]
+    assert source.kept_fields(store, part) == [pa.field("n", pa.int64())]
 
 
 def test_a_disk_that_fails_is_not_told_of_the_captions(folder: Path, store: Store) -> None:
@@ -131,21 +130,21 @@ def test_a_disk_that_fails_is_not_told_of_the_captions(folder: Path, store: Stor
     pq.write_table(pa.table({"image_id": [1], "caption": ["one"]}), folder / "a.parquet")
     part = all_ranges(store, sa1b(folder))[0]
     with pytest.raises(DataError, match=r"/proc/self/mem cannot be read \("):
-        list(sources.items(sa1b(folder), store, part._replace(input="/proc/self/mem")))
+        list(sa1b(folder).items(store, part._replace(input="/proc/self/mem")))
     store.put(part.table, b"PAR1 no captions PAR1")
     with pytest.raises(DataError, match="is not a readable Parquet file"):
-        list(sources.items(sa1b(folder), store, part))
+        list(sa1b(folder).items(store, part))
 
 
 def test_tables_are_inputs_of_their_own(folder: Path, store: Store) -> None:
     write_tar(folder, "a.tar", 1)
     pq.write_table(pa.table({"image_id": [1], "caption": ["one"]}), folder / "a.parquet")
-    first = sources.inputs(sa1b(folder), store)
+    first = sa1b(folder).inputs(store)
     assert [found.name for found in first] == ["a.parquet", "a.tar"]
-    assert not list(sources.ranges(sa1b(folder), store, first[0], 10))
+    assert not list(sa1b(folder).ranges(store, first[0], 10))
     write_tar(folder, "b.tar", 2)
     pq.write_table(pa.table({"image_id": [2], "caption": ["two"]}), folder / "b.parquet")
-    second = sources.inputs(sa1b(folder), store)
+    second = sa1b(folder).inputs(store)
     assert set(first) < set(second)
     assert [said(item) for item in all_items(store, sa1b(folder))] == [[("caption", "one")], [("caption", "two")]]
 

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import sources
 from data_prep.rejections import Cause
 from data_prep.sources import Source
 from data_prep.survey import survey
@@ -96,9 +95,9 @@ def test_keys_that_no_store_of_ours_takes_are_refused_one_by_one(store: Store, b
     assert items == {"cat/1.jpg": None} | bad
     assert len({item.key for item in all_items(store, source)}) == 6
     assert all_items(store, table_folder(Path("x"), "*.csv", url=url)) == []
-    assert [found.name for found in sources.inputs(url_list(Path("x"), "*.csv", url=url))] == ["t.csv"]
+    assert [found.name for found in url_list(Path("x"), "*.csv", url=url).inputs()] == ["t.csv"]
     with pytest.raises(StoreError, match="rename the object"):
-        sources.inputs(url_list(Path("x"), "cat/**/*.txt", url=url))
+        url_list(Path("x"), "cat/**/*.txt", url=url).inputs()
 
 
 def test_every_corpus_is_the_same_in_a_store_as_on_disk(folder: Path, store: Store, bucket: Store) -> None:
@@ -108,7 +107,7 @@ def test_every_corpus_is_the_same_in_a_store_as_on_disk(folder: Path, store: Sto
             bucket.put(str(path.relative_to(folder)), path)
     for source in here:
         there = source.model_copy(update={"url": bucket.url})
-        assert sources.inputs(there, store) == sources.inputs(source, store)
+        assert there.inputs(store) == source.inputs(store)
         assert all_ranges(store, there, 2) == all_ranges(store, source, 2)
         items = all_items(store, there, 2)
         assert items == all_items(store, source, 2)

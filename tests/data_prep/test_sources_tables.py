@@ -14,11 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import sources
 from data_prep.rejections import Cause, Rejection
-from data_prep.sources import ROW, ParquetImages, RawItem, Source, Url, UrlList
-from data_prep.sources.raw import Keys
-from data_prep.sources.tables import _cuts
+from data_prep.sources import ROW, ParquetImages, RawItem, Rows, Source, Url, UrlList
+from data_prep.sources.base import Keys
+from data_prep.sources.tables import cuts
 from infra.config import parse
 from infra.errors import DataError, SettingsError
 from infra.shards import SPLIT_DIGITS, sample_key
@@ -58,7 +57,7 @@ def test_a_list_of_urls(folder: Path, store: Store) -> None:
     changes = {"image": "link", "captions": ["short", "long"], "keep": ["n"], "licence_column": "own"}
     source = url_list(folder, "**/*.parquet", "*/*.jsonl", **changes)
     items = all_items(store, source, rows=3)
-    assert [found.name for found in sources.inputs(source)] == ["deep/t.parquet", "deep/t.jsonl"]
+    assert [found.name for found in source.inputs()] == ["deep/t.parquet", "deep/t.jsonl"]
     assert all(isinstance(item.image, Url) for item in items)
     assert [item.image for item in items] == [row["link"] for row in URLS] * 2
     assert [item.origin for item in items] == [row["link"] for row in URLS] * 2
@@ -160,7 +159,7 @@ def test_bad_urls_are_refused(folder: Path, store: Store) -> None:
     assert max(len(item.name) + len(item.origin) for item in items) < 17_000
     assert not any("secret" in item.image.detail for item in items if isinstance(item.image, Rejection))
     part = all_ranges(store, source)[0]
-    assert list(sources.urls(source, store, part)) == [(item.row, item.image) for item in items]
+    assert list(source.urls(store, part)) == [(item.row, item.image) for item in items]
 
 
 def test_a_caption_that_is_refused_needs_no_download(folder: Path, store: Store) -> None:
@@ -178,9 +177,9 @@ def test_selected_rows_keep_their_numbers_and_keys(folder: Path, store: Store) -
     again = pa.Table.from_pylist([{**rows[n], ROW: n} for n in (2, 3, 7)])
     pq.write_table(again, folder.parent / "store.parquet")
     store.put("data/retry.parquet", folder.parent / "store.parquet")
-    part = sources.Range("t.parquet", "data/retry.parquet", True, 1, 2)
-    assert list(sources.items(source, store, part)) == [whole[3], whole[7]]
-    assert list(sources.urls(source, store, part)) == [(3, rows[3]["url"]), (7, rows[7]["url"])]
+    part = Rows("t.parquet", "data/retry.parquet", True, 1, 2)
+    assert list(source.items(store, part)) == [whole[3], whole[7]]
+    assert list(source.urls(store, part)) == [(3, rows[3]["url"]), (7, rows[7]["url"])]
     assert whole[7].key == sample_key("s", "https://host.example/7.jpg")
     # In the corpus it is a column like any other.
     pq.write_table(again, folder / "own.parquet")
@@ -231,15 +230,15 @@ def test_rows_that_hold_a_path_alone_are_read_from_their_folder(folder: Path, st
     ]
     assert [items[number].image for number in (0, 1, 7)] == [b"one", b"one", b"own"]
     assert items[0].key == sample_key("s", hashlib.sha256(b"one").hexdigest()), "whatever the picture is called"
-    [before] = sources.inputs(source)
+    [before] = source.inputs()
     (files / "3.png").write_bytes(b"three")
-    [after] = sources.inputs(source)
+    [after] = source.inputs()
     assert before.sha256 != after.sha256, "a picture that has come is noticed"
     (files / "4.png").write_bytes(b"nobody names it")
-    assert sources.inputs(source) == [after]
+    assert source.inputs() == [after]
     pq.write_table(pa.table({"image": [b"1"], "caption": ["x"]}), folder / "plain.parquet")
     with pytest.raises(SettingsError, match="has no paths: leave `files` out"):
-        sources.inputs(parquet_images(folder, "plain.parquet", files=str(files)))
+        parquet_images(folder, "plain.parquet", files=str(files)).inputs()
 
 
 @pytest.mark.parametrize("kind", [pa.null(), pa.struct([("bytes", pa.null()), ("path", pa.string())])])
@@ -271,16 +270,16 @@ def test_few_images_are_in_memory_at_once(folder: Path, store: Store) -> None:
     )
     part = all_ranges(store, parquet_images(folder, "t.parquet"), 400)[0]
     before, most = pa.total_allocated_bytes(), 0
-    for _ in sources.items(parquet_images(folder, "t.parquet"), store, part):
+    for _ in parquet_images(folder, "t.parquet").items(store, part):
         most = max(most, pa.total_allocated_bytes() - before)
     assert most < 25 << 20  # of 40 MB, in row groups of 10: two pages of the file, and a batch
 
 
 @given(groups=st.lists(st.integers(0, 20)), rows=st.integers(1, 8))
 def test_cuts_cover_all_rows_in_pieces_of_at_most_so_many(groups: list[int], rows: int) -> None:
-    cuts = list(_cuts(groups, rows))
-    assert [row for first, count in cuts for row in range(first, first + count)] == list(range(sum(groups)))
-    assert all(0 < count <= rows for _, count in cuts)
+    pieces = list(cuts(groups, rows))
+    assert [row for first, count in pieces for row in range(first, first + count)] == list(range(sum(groups)))
+    assert all(0 < count <= rows for _, count in pieces)
 
 
 def test_cuts_of_images_lie_between_row_groups(folder: Path, store: Store) -> None:
@@ -299,7 +298,7 @@ def test_any_range_is_its_rows(tmp_path: Path, cuts: list[int], groups: int) -> 
     edges = sorted({0, 40, *cuts})
     found: list[RawItem] = []
     for a, b in pairwise(edges):
-        found += sources.items(source, store, sources.Range("t.parquet", "t.parquet", False, a, b - a))
+        found += source.items(store, Rows("t.parquet", "t.parquet", False, a, b - a))
     assert [item.image for item in found] == [b"%d" % n for n in range(40)]
     assert [item.row for item in found] == list(range(40))
 
@@ -310,7 +309,7 @@ def test_a_table_that_became_shorter_is_noticed(folder: Path, store: Store) -> N
     part = all_ranges(store, source)[0]
     pq.write_table(pa.Table.from_pylist(URLS[:2]), folder / "t.parquet")
     with pytest.raises(DataError, match="has become shorter"):
-        list(sources.items(source, store, part))
+        list(source.items(store, part))
 
 
 # Names and patterns
@@ -322,7 +321,7 @@ def test_patterns(folder: Path) -> None:
         (folder / name).write_text("{}")
 
     def names(*tables: str) -> list[str]:
-        return [found.name for found in sources.inputs(url_list(folder, *tables))]
+        return [found.name for found in url_list(folder, *tables).inputs()]
 
     assert names("*.jsonl") == ["a.jsonl", "b.jsonl", "f[1].jsonl"]
     assert names("b.jsonl", "?.jsonl") == ["b.jsonl", "a.jsonl"]
@@ -339,11 +338,11 @@ def test_patterns_follow_no_link_out_of_the_folder(folder: Path, tmp_path: Path)
     (folder / "own.jsonl").write_text("{}")
     (folder / "loop").symlink_to(folder)
     (folder / "alias.jsonl").symlink_to("own.jsonl")
-    assert [found.name for found in sources.inputs(url_list(folder, "**/*.jsonl"))] == ["alias.jsonl", "own.jsonl"]
+    assert [found.name for found in url_list(folder, "**/*.jsonl").inputs()] == ["alias.jsonl", "own.jsonl"]
     (folder / "out.jsonl").symlink_to(tmp_path / "secret.jsonl")
     with pytest.raises(SettingsError, match="leads out of the folder"):
-        sources.inputs(url_list(folder, "*.jsonl"))
-    assert len(sources.inputs(url_list(folder, "out.jsonl"))) == 1  # named by the user
+        url_list(folder, "*.jsonl").inputs()
+    assert len(url_list(folder, "out.jsonl").inputs()) == 1  # named by the user
 
 
 # Identity
@@ -360,7 +359,7 @@ def test_an_image_that_comes_goes_or_changes_its_size_makes_another_table(folder
 
     def identities() -> list[str]:
         source = table_folder(folder, "one.parquet", "one.jsonl", "two.parquet", "two.jsonl")
-        return [found.sha256 for found in sources.inputs(source)]
+        return [found.sha256 for found in source.inputs()]
 
     first = identities()
     assert identities() == first
@@ -385,4 +384,4 @@ def test_a_folder_without_images_has_an_identity(folder: Path) -> None:
     (folder.parent / "bare").mkdir()
     (folder / "t.parquet").rename(folder.parent / "t.parquet")
     source = table_folder(folder, str(folder.parent / "t.parquet"))
-    assert len(sources.inputs(source)) == 1
+    assert len(source.inputs()) == 1

@@ -21,10 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from data_prep import sources
 from data_prep.images.decode import decode
 from data_prep.rejections import Cause, Rejection
-from data_prep.sources import Range, RawItem, WebDataset, folders
+from data_prep.sources import Bytes, RawItem, WebDataset, folders
 from data_prep.sources.tars import IMAGE_EXTENSIONS
 from data_prep.upkeep.gc import collect
 from infra.config import parse
@@ -118,7 +117,7 @@ def test_values_of_another_type_become_null(folder: Path, store: Store) -> None:
     items = all_items(store, source)
     assert not any(map(problem, items))
     kept = {column: [item.kept[column] for item in items] for column in keep}
-    fields = sources.kept_fields(source, store, part)
+    fields = source.kept_fields(store, part)
     for field in fields:
         pa.array(kept[field.name], field.type)
     assert kept["i"][:10] == [1, *[None] * 9]
@@ -196,7 +195,7 @@ def test_a_disk_that_fails_is_what_is_told(folder: Path, store: Store) -> None:
     (folder / "t.tar").write_bytes(tar_bytes(*pairs("a")))
     part = all_ranges(store, web_dataset(folder))[0]
     with pytest.raises(DataError, match=r"/proc/self/mem cannot be read \("):
-        list(sources.items(web_dataset(folder), store, part._replace(input="/proc/self/mem")))
+        list(web_dataset(folder).items(store, part._replace(input="/proc/self/mem")))
 
 
 def test_a_name_that_comes_again_is_another_sample(folder: Path, store: Store) -> None:
@@ -391,7 +390,7 @@ def test_no_damage_is_an_exception(tmp_path: Path, data: st.DataObject) -> None:
     before = place // 2048  # whole pairs, of four blocks each
     assert [item.image for item in items[:before]][:6] == [b"I" + name.encode() for name in "abcdef"][:before]
     cut = all_ranges(store, source, 2)
-    assert [item for part in cut for item in sources.items(source, store, part)] == items
+    assert [item for part in cut for item in source.items(store, part)] == items
 
 
 # What is no tar, or a packed one
@@ -428,11 +427,11 @@ def test_a_packed_tar_is_unpacked_once_into_the_store(folder: Path, store: Store
     assert not collect(store, 0).orphans
     store.delete(made.key)
     with pytest.raises(DataError, match=r"was unpacked to is gone .*delete .*unpacked/"):
-        list(sources.items(source, store, Range(f"a{ending}", f"a{ending}", False, 0, 100)))
+        list(source.items(store, Bytes(f"a{ending}", f"a{ending}", False, 0, 100)))
     assert all_items(store, source, 5) == items, "whoever plans it has it again"
     store.delete(record)
     with pytest.raises(DataError, match="has changed since it was planned"):
-        list(sources.items(source, store, Range(f"a{ending}", f"a{ending}", False, 0, 100)))
+        list(source.items(store, Bytes(f"a{ending}", f"a{ending}", False, 0, 100)))
 
 
 def test_whoever_asks_for_unpacking_later_gets_it(folder: Path, store: Store) -> None:
@@ -441,11 +440,11 @@ def test_whoever_asks_for_unpacking_later_gets_it(folder: Path, store: Store) ->
     [item] = all_items(store, refused)
     why = "packed with gzip: set the source's `unpack`, as a tar is read from any place"
     assert item.image == Rejection(Cause.UNKNOWN_FORMAT, why)
-    assert sources.inputs(refused) != sources.inputs(source), "it is another input"
+    assert refused.inputs() != source.inputs(), "it is another input"
     assert source.results() == refused.results(), "in the same plan"
     (folder / "plain.tar").write_bytes(UNPACKED)
     plain = web_dataset(folder, tars=["plain.tar"])
-    assert sources.inputs(plain) == sources.inputs(plain.model_copy(update={"unpack": True}))
+    assert plain.inputs() == plain.model_copy(update={"unpack": True}).inputs()
 
 
 @pytest.mark.parametrize("ending", [".tar.gz", ".tar.bz2", ".tar.zst"])
@@ -523,7 +522,7 @@ def test_what_is_called_a_tar_and_is_none_says_what_it_is(folder: Path, store: S
 def test_mosaics_shards_are_no_tars(folder: Path) -> None:
     (folder / "shard.00000.mds").write_bytes(bytes(64))
     with pytest.raises(SettingsError, match=r"is no tar: MosaicML's MDS .*ShardWriter.write"):
-        sources.inputs(web_dataset(folder, tars=["*.mds"]))
+        web_dataset(folder, tars=["*.mds"]).inputs()
 
 
 # Ranges
@@ -554,14 +553,14 @@ def test_ranges_of_any_size_part_a_tar_exactly(tmp_path: Path, data: bytes, cuts
     (tmp_path / "parts" / "t.tar").write_bytes(data)
     store = open_store(str(tmp_path / "store"))
     source = web_dataset(tmp_path / "parts", captions=["txt"])
-    whole = list(sources.items(source, store, Range("t.tar", "t.tar", False, 0, len(data))))
+    whole = list(source.items(store, Bytes("t.tar", "t.tar", False, 0, len(data))))
     assert [item.row for item in whole] == list(range(len(whole)))
     edges = sorted({0, len(data), *(cut % len(data) for cut in cuts)})
-    by_hand = [Range("t.tar", "t.tar", False, a, b - a) for a, b in pairwise(edges)]
+    by_hand = [Bytes("t.tar", "t.tar", False, a, b - a) for a, b in pairwise(edges)]
     planned = all_ranges(store, source, rows)
-    assert sum(part.rows for part in planned) == len(data)
+    assert sum(part.size for part in planned) == len(data)
     for parts in (by_hand, planned):
-        assert [item for part in parts for item in sources.items(source, store, part)] == whole
+        assert [item for part in parts for item in source.items(store, part)] == whole
 
 
 @quick
@@ -582,7 +581,7 @@ def test_samples_are_those_of_webdataset(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "theirs").mkdir(exist_ok=True)
     (tmp_path / "theirs" / "t.tar").write_bytes(data)
     source = web_dataset(tmp_path / "theirs", captions=[])
-    items = list(sources.items(source, open_store(str(tmp_path)), Range("t.tar", "t.tar", False, 0, len(data))))
+    items = list(source.items(open_store(str(tmp_path)), Bytes("t.tar", "t.tar", False, 0, len(data))))
     # Images that webdataset leaves aside are ours too: hidden ones, and those that stand under compound extensions.
     ours = [(item.name, item.image) for item in items if not isinstance(item.image, Rejection)]
     known = [(name, image) for name, image in ours if name.rpartition("/")[2].count(".") == 1]
@@ -616,22 +615,22 @@ def test_a_tar_is_planned_by_its_head_and_its_tail(folder: Path, store: Store, c
     parts = all_ranges(store, source, 50)
     assert len(parts) == 8
     assert counting.read < 4 << 20  # of 40 MiB
-    counts = [sum(1 for _ in sources.items(source, store, part)) for part in parts]
+    counts = [sum(1 for _ in source.items(store, part)) for part in parts]
     assert sum(counts) == 400 and all(48 <= count <= 52 for count in counts)
 
 
 def test_identity_of_a_tar(folder: Path) -> None:
     (folder / "a.tar").write_bytes(bytes(1 << 20))
-    first = sources.inputs(web_dataset(folder))
-    assert sources.inputs(web_dataset(folder)) == first
+    first = web_dataset(folder).inputs()
+    assert web_dataset(folder).inputs() == first
     for place in (0, (1 << 20) - 1):
         data = bytearray(1 << 20)
         data[place] = 1
         (folder / "a.tar").write_bytes(data)
-        assert sources.inputs(web_dataset(folder)) != first
+        assert web_dataset(folder).inputs() != first
     (folder / "a.tar").write_bytes(bytes(1 << 20))
     (folder / "b.tar").write_bytes(bytes(2 << 20))
-    assert sources.inputs(web_dataset(folder))[0] == first[0]
+    assert web_dataset(folder).inputs()[0] == first[0]
 
 
 def test_a_tar_that_became_shorter_is_noticed(folder: Path, store: Store) -> None:
@@ -639,7 +638,7 @@ def test_a_tar_that_became_shorter_is_noticed(folder: Path, store: Store) -> Non
     part = all_ranges(store, web_dataset(folder))[0]
     (folder / "t.tar").write_bytes(b"")
     with pytest.raises(DataError, match="has become shorter"):
-        list(sources.items(web_dataset(folder), store, part))
+        list(web_dataset(folder).items(store, part))
 
 
 def test_settings_that_cannot_be(folder: Path) -> None:
@@ -654,4 +653,4 @@ def test_settings_that_cannot_be(folder: Path) -> None:
         assert message in str(error.value)
     (folder / "a.tgz").write_bytes(b"")
     with pytest.raises(SettingsError, match=r"no file matches `\*.tar`.*a.tgz"):
-        sources.inputs(web_dataset(folder))
+        web_dataset(folder).inputs()

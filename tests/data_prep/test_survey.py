@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.prepare.plan import PrepareSettings
-from data_prep.sources.raw import RawItem, Url
+from data_prep.sources.base import RawItem, Url
 from data_prep.survey import Survey, Wanted, name_of, place, seen, survey
 from infra.config import parse
 from infra.errors import DataError, PixnerdError, SettingsError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Any, BinaryIO, Literal
 
 import pyarrow as pa
@@ -11,8 +11,8 @@ from pydantic import Field, field_validator, model_validator
 
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import tars, words
+from data_prep.sources.base import Bytes, Input, Range, RawItem, check_kept
 from data_prep.sources.fields import field
-from data_prep.sources.raw import Input, Range, RawItem, check_kept
 from infra.config import Refused, spelt
 from infra.errors import SettingsError
 from infra.store import Store
@@ -66,28 +66,18 @@ class WebDataset(tars.Tars):
         extensions = [caption.partition(".")[0] for caption in self.captions] + [self.json_extension] * bool(fields)
         return list(dict.fromkeys(extensions))
 
+    def ranges(self, store: Store, found: Input, rows: int) -> Iterator[Range]:
+        for first, size in self.pieces(store, found, rows):
+            yield Bytes(found.name, found.name, False, first, size)
 
-def inputs(source: WebDataset, store: Store | None, planned: Sequence[Range] = ()) -> list[Input]:
-    return tars.inputs(source)
+    def kept_columns(self) -> dict[str, pa.DataType | None]:
+        return {name: _TYPES[kind] for name, kind in self.keep.items()}
 
-
-def ranges(source: WebDataset, store: Store, found: Input, rows: int) -> Iterator[Range]:
-    for first, size in tars.ranges(source, store, found, rows):
-        yield Range(found.name, found.name, False, first, size)
-
-
-def kept_fields(source: WebDataset, store: Store, part: Range) -> list[pa.Field]:
-    return [pa.field(name, kind) for name, kind in kept_columns(source).items()]
-
-
-def kept_columns(source: WebDataset) -> dict[str, pa.DataType]:
-    return {name: _TYPES[kind] for name, kind in source.keep.items()}
-
-
-def items(source: WebDataset, store: Store, part: Range) -> Iterator[RawItem]:
-    with tars.opened(source, store, part) as file:
-        for found in tars.found(source, part, file, source.sidecars()):
-            yield _item(source, file, found)
+    def read(self, store: Store, part: Range) -> Iterator[RawItem]:
+        assert isinstance(part, Bytes)
+        with tars.opened(self, store, part) as file:
+            for found in tars.found(self, part, file, self.sidecars()):
+                yield _item(self, file, found)
 
 
 def _item(source: WebDataset, file: BinaryIO, found: tars.Found) -> RawItem:

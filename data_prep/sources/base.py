@@ -1,16 +1,24 @@
-"""The nouns of the sources: what every kind of corpus is made into, and the settings that all of them share."""
+"""What a source is: a corpus as its owner has it, which becomes one stream of raw items.
+
+A kind of source is a settings class in a file of its own, with a `kind`. It tells what it is made of, cuts that into
+pieces, each the work of one task, and reads a piece. What several kinds share stands in `tables`, `listings`, `tars`.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar, NamedTuple
 
+import pyarrow as pa
 from pydantic import Field
 
 from data_prep.rejections import Rejection
 from infra.config import Settings, nearest, operational, spelt
 from infra.errors import SettingsError
 from infra.shards import INDEX_SCHEMA, SPLIT_DIGITS, sample_key
+from infra.store import Store
 
 # What a corpus means as a picture, also of kinds that nobody here can read: those are refused, and counted.
 IMAGE_SUFFIXES = (
@@ -48,16 +56,6 @@ SourceName = Annotated[
 ]
 
 
-class Corpus(Settings):
-    name: SourceName  # a sample's key and its `source` column come from it
-    # Where the bytes lie is no part of what they are: the inputs' hashes are. A corpus may be moved.
-    url: str = operational(description="a folder, or a store URL such as s3://bucket/prefix")
-    licence: str = ""
-    origin: str = Field("", description="where the corpus comes from: the URL of its page, its name")
-    max_bytes: int = Field(64 * 2**20, ge=1, description="larger files are refused")
-    max_caption: int = Field(20_000, ge=1, description="inputs with a longer caption are refused (characters)")
-
-
 class Input(NamedTuple):
     """One input of a source: a table, a tar, or the listing of a folder (then `size` is its rows)."""
 
@@ -67,17 +65,27 @@ class Input(NamedTuple):
     table: str = ""  # where a listing was put in the store: no part of the identity
 
 
-class Range(NamedTuple):
-    """A planned shard's part of an input: rows of a table, or bytes of a tar.
-
-    Of a tar it means the samples whose first header starts in [first, first + rows).
-    """
+class Rows(NamedTuple):
+    """A planned shard's part of an input: rows of a table, or of a listing."""
 
     input: str
     table: str
     in_store: bool
     first: int
     rows: int
+
+
+class Bytes(NamedTuple):
+    """A planned shard's part of a tar: the samples whose first header starts in [first, first + size)."""
+
+    input: str
+    table: str  # of captions for them, where the tar does not hold them
+    in_store: bool
+    first: int
+    size: int
+
+
+Range = Rows | Bytes
 
 
 class Url(str):
@@ -115,6 +123,63 @@ class RawItem(NamedTuple):
     licence: str
     origin: str
     kept: dict[str, Any]
+
+
+class Source(Settings):
+    name: SourceName  # a sample's key and its `source` column come from it
+    # Where the bytes lie is no part of what they are: the inputs' hashes are. A corpus may be moved.
+    url: str = operational(description="a folder, or a store URL such as s3://bucket/prefix")
+    licence: str = ""
+    origin: str = Field("", description="where the corpus comes from: the URL of its page, its name")
+    max_bytes: int = Field(64 * 2**20, ge=1, description="larger files are refused")
+    max_caption: int = Field(20_000, ge=1, description="inputs with a longer caption are refused (characters)")
+
+    kind: str
+    joins_tables: ClassVar[bool] = False  # some inputs have no items of their own: they say something of other inputs'
+
+    @abstractmethod
+    def inputs(self, store: Store | None = None, planned: Sequence[Range] = ()) -> list[Input]:
+        """Every input and its identity. A folder's listing goes to the store; without one, identities are all there is.
+
+        `planned` are the pieces of an earlier plan: a folder that has only grown is its old listings and one of the
+        rest.
+        """
+
+    @abstractmethod
+    def ranges(self, store: Store, found: Input, rows: int) -> Iterator[Range]:
+        """The input in pieces of about `rows` items that cover it once, in order.
+
+        Tables that are not Parquet are written to the store as such. An input may have no items of its own (captions
+        for other inputs); then there are no pieces.
+        """
+
+    @abstractmethod
+    def read(self, store: Store, part: Range) -> Iterator[RawItem]:
+        """Every input of the piece, in order, each an item whatever became of it; two may have one key."""
+
+    def items(self, store: Store, part: Range) -> Iterator[RawItem]:
+        """The same, with a key of its own for each."""
+        keys = Keys()
+        for item in self.read(store, part):
+            yield item._replace(key=keys.distinct(item.key))
+
+    def kept_columns(self) -> dict[str, pa.DataType | None]:
+        """The columns that it adds to the index, as far as its settings tell: a table's types are in the table."""
+        return {}
+
+    def kept_fields(self, store: Store, part: Range) -> list[pa.Field]:
+        """The same, in their order in the index, once a piece can be looked at."""
+        return [pa.field(name, kind) for name, kind in self.kept_columns().items()]
+
+
+class UrlSource(Source):
+    """A source whose items are addresses: what they lead to is downloaded before shards are made of it."""
+
+    image: str  # the column of addresses
+
+    @abstractmethod
+    def urls(self, store: Store, part: Range) -> Iterator[tuple[int, str | Rejection]]:
+        """A piece's addresses with their rows, read from their column alone."""
 
 
 def check_kept(name: str) -> None:
