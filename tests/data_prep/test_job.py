@@ -133,6 +133,7 @@ prepare(sys.argv[1], settings_for(Path(sys.argv[2]), in_flight=1), die)
 """
 
 
+@pytest.mark.slow
 def test_a_driver_killed_half_way_is_finished_by_the_next(
     corpus: Path, store: Store, undisturbed: dict[str, bytes]
 ) -> None:
@@ -252,20 +253,14 @@ def signs(folder: Path, data: bytes, **options: Any) -> Decoded | Rejection:
     return decode(data, **options)
 
 
-@pytest.mark.parametrize("life", [1, 200])
 def test_a_worker_makes_so_many_shards_and_no_more(
-    corpus: Path,
-    store: Store,
-    tmp_path: Path,
-    undisturbed: dict[str, bytes],
-    monkeypatch: pytest.MonkeyPatch,
-    life: int,
+    corpus: Path, store: Store, tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "WORKER_LIFE", life)
+    monkeypatch.setattr(job, "WORKER_LIFE", 3)
     (tmp_path / "workers").mkdir()
     summary = prepare(store, settings_for(corpus), decoder=partial(signs, tmp_path / "workers"))
     workers = len(list((tmp_path / "workers").iterdir()))
-    assert workers == 7 if life == 1 else workers < 7  # of seven shards
+    assert 3 <= workers < 7, "of seven shards"
     assert_as_undisturbed(store, undisturbed, summary)
 
 

@@ -446,6 +446,7 @@ def test_a_driver_killed_at_any_moment_is_finished_by_the_next(scene: Scene, tmp
         finish(store, scene)
 
 
+@pytest.mark.slow
 def test_a_node_killed_at_any_moment_costs_nothing(scene: Scene, tmp_path: Path) -> None:
     store = scene.store(tmp_path / "store")
     trap = Trap(str(tmp_path / "log"), 1 + moment(scene, 4) // 4, "node")
@@ -460,6 +461,7 @@ def test_a_node_killed_at_any_moment_costs_nothing(scene: Scene, tmp_path: Path)
 # Downloads
 
 
+@pytest.mark.slow
 def test_a_driver_killed_during_its_downloads_loses_no_row(tmp_path: Path) -> None:
     tried: Counter[str] = Counter()
 
@@ -540,6 +542,7 @@ def growing(folder: Path, in_flight: int) -> PrepareSettings:
     return found.model_copy(update={"sources": [found.sources[0].model_copy(update={"tables": ["*.parquet"]})]})
 
 
+@pytest.mark.slow
 def test_one_driver_extends_the_plan_while_another_works_on_it(tmp_path: Path) -> None:
     folder, store = tmp_path / "corpus", FileStore(tmp_path / "store")
     causes = Counter(write_corpus(folder, 50))

@@ -119,8 +119,8 @@ def test_a_driver_elsewhere_is_followed_when_its_beat_stands_still(store: Store,
 
 
 def test_of_many_that_follow_a_dead_driver_one_works_at_a_time(store: Store):
-    claim_of(store, "")
-    store.put(f"{HOME}/000001.json.beat", claims.ENDED)
+    dead = claim_of(store, "another boot of another machine")
+    store.put(f"{dead.key}{layout.BEAT}", claims.ENDED)
     working, most, lock = [0], [0], threading.Lock()
 
     def work(_: int) -> None:

@@ -93,12 +93,11 @@ def test_two_processes_that_open_a_fresh_database_at_once_both_log(tmp_path: Pat
         assert [known(tracker.run("a", name)) for name in ("one", "two")] == ids
 
 
-@pytest.mark.parametrize("bytes_there", [1, 100_000, 400_000])
-def test_a_kill_while_the_tables_are_made_leaves_nothing_broken(tmp_path: Path, bytes_there: int):
+def test_a_kill_while_the_tables_are_made_leaves_nothing_broken(tmp_path: Path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     opening = subprocess.Popen([sys.executable, "-c", OPENS, uri, "one"], stdin=subprocess.DEVNULL)
     try:
-        while scratch.size(tmp_path) < bytes_there:
+        while scratch.size(tmp_path) < 300_000:  # of some 950,000
             assert opening.poll() is None
     finally:
         opening.kill()

@@ -145,9 +145,9 @@ def test_a_damaged_image_is_named(reader: Reader):
 def test_a_tar_that_lost_a_bit_is_not_read(reader: Reader):
     """The bit lies in a picture's last bytes: it would still decode, to another picture."""
     key = reader.tar_names[1]
-    data = bytearray(reader.store.get(key))
+    data = bytearray(reader.tars.store.get(key))
     data[int(reader.offsets[4] + reader.lengths[4]) - 3] ^= 1
-    reader.store.put(key, bytes(data))
+    reader.tars.store.put(key, bytes(data))
     reader.image(0)
     with pytest.raises(DataError, match="do not have the hash in its name"):
         reader.image(4)

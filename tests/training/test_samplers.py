@@ -179,6 +179,6 @@ def test_an_unknown_solver_names_the_nearest():
 
 
 def test_memory_does_not_grow_with_the_steps():
-    few, many = (peak("tiny", 512, steps) for steps in (8, 48))
-    frame = 3 * 512 * 512 * 4 / 2**20
+    few, many = (peak("tiny", 320, steps) for steps in (8, 48))
+    frame = 3 * 320 * 320 * 4 / 2**20
     assert many - few < 20 * frame  # a kept trajectory would be 80 frames: the states and the velocities

@@ -20,7 +20,7 @@ class Reader:
     """Rows of a selection as images and captions."""
 
     def __init__(self, store: Store, selection: pa.Table, cache: Path, seed: int) -> None:
-        self.seed, self._tars = seed, Tars(store, cache)
+        self.seed, self.tars = seed, Tars(store, cache)
         tars = selection["tar"].combine_chunks()
         tars = tars if isinstance(tars, pa.DictionaryArray) else tars.dictionary_encode()
         self.tar_names: list[str] = tars.dictionary.to_pylist()
@@ -39,7 +39,7 @@ class Reader:
     def image(self, row: int) -> np.ndarray:
         """[H,W,3] uint8."""
         tar = self.tar_names[int(self.tar_of_row[row])]
-        data = self._tars.read(tar, int(self.offsets[row]), int(self.lengths[row]))
+        data = self.tars.read(tar, int(self.offsets[row]), int(self.lengths[row]))
         try:
             return _decoded(data)
         except (ValueError, OSError) as error:
@@ -53,7 +53,7 @@ class Reader:
         return str(texts[int(np.searchsorted(np.cumsum(weights), draw, side="right"))])
 
     def close(self) -> None:
-        self._tars.close()
+        self.tars.close()
 
 
 def _decoded(data: bytes) -> np.ndarray:
