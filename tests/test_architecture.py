@@ -21,6 +21,39 @@ MAY_IMPORT = {
     "orchestration": {"infra", "data_prep", "training", "pipelines"},
 }
 
+# The rooms of a floor: each may import those before it. What is not named here is a file beside the rooms, above them.
+ROOMS = {
+    "data_prep": (
+        "data_prep.rejections",
+        "data_prep.web",
+        "data_prep.images",
+        "data_prep.sources",
+        "data_prep.survey",
+        "data_prep.prepare",
+        "data_prep.scores",
+        "data_prep.snapshots",
+        "data_prep.export",
+        "data_prep.upkeep",
+        "data_prep.shapes",
+    ),
+    "training": (
+        "training.kernels",
+        "training.model",
+        "training.model.published",
+        "training.diffusion",
+        "training.encoders",
+        "training.loader",
+    ),
+    "pipelines": (
+        "pipelines.recipes",
+        "pipelines.evaluation",
+        "pipelines.pictures",
+        "pipelines.sample",
+        "pipelines.page",
+        "pipelines.stages",
+    ),
+}
+
 # Each outside system is reached in the files named here and nowhere else.
 ONLY_IN = {
     "boto3": {"infra/store/s3.py"},
@@ -43,6 +76,25 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def modules_in(path: Path) -> set[str]:
+    """The files of ours that a file imports, those that only types ask for as well."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found |= inner or {node.module or ""} & MODULES.keys()
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & MODULES.keys()
+    return found - {module_of(path)}
+
+
 def roots(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imports(path)}
 
@@ -57,6 +109,32 @@ def test_imports_go_down_only(path: Path):
     others = roots(path) & MAY_IMPORT.keys() - {floor}
     assert others <= MAY_IMPORT[floor], f"{floor} may not import {others - MAY_IMPORT[floor]}"
     assert "tests" not in roots(path)
+
+
+def place_of(module: str) -> int:
+    """Where its room stands among those of its floor."""
+    rooms = ROOMS[module.partition(".")[0]]
+    within = [room for room in rooms if module == room or module.startswith(f"{room}.")]
+    return rooms.index(max(within, key=len)) if within else len(rooms)
+
+
+def test_rooms_import_those_before_them_only():
+    wrong = [
+        f"{module} imports {other}"
+        for module, path in MODULES.items()
+        if module.partition(".")[0] in ROOMS
+        for other in modules_in(path)
+        if other.partition(".")[0] == module.partition(".")[0] != other and place_of(other) > place_of(module)
+    ]
+    assert not wrong
+
+
+def test_no_file_leads_back_to_itself():
+    graph = {module: modules_in(path) for module, path in MODULES.items()}
+    while free := [module for module, others in graph.items() if not others & graph.keys()]:
+        for module in free:
+            del graph[module]
+    assert not graph, "these import each other in a circle, or lead to such"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -17,94 +17,42 @@ found among all accepted samples, forgotten ones too, so forgetting an item neve
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator
 
 from data_prep.prepare.plan import all_shards, read_plan
-from data_prep.rejections import counted, remedy
 from data_prep.scores.job import SideTables
 from data_prep.snapshots import dedup
-from data_prep.snapshots.captions import Bools, Ints, Mix, Mixed, appended, caption_mix, rules_of
-from data_prep.snapshots.filters import LONGEST, columns_in, masks, parse_filter
+from data_prep.snapshots.captions import Bools, Ints, Mixed, appended, caption_mix
+from data_prep.snapshots.columns import columns_of, with_columns
+from data_prep.snapshots.filters import columns_in, masks, parse_filter
 from data_prep.snapshots.forget import Gone, concerning
-from data_prep.sources.reading import READERS, in_order
+from data_prep.snapshots.settings import SnapshotSettings, wrongs
+from data_prep.snapshots.tally import ACCEPTED, BY_SHARD, MIXED, REMEMBERED, WEIGHTED, Part, Tally
+from data_prep.sources.reading import in_order
 from infra import layout
-from infra.config import Settings, digest, nearest, operational
-from infra.errors import DataError, SettingsError
-from infra.problems import Wrong
+from infra.config import digest
+from infra.errors import SettingsError
 from infra.records import ShardRecord, SnapshotRecord, put_data, read_record, write_record
-from infra.shards import SELECTION_SCHEMA, SPLIT_DIGITS, parquet_bytes, read_index, shard_prefix
+from infra.shards import SELECTION_SCHEMA, SPLIT_DIGITS, read_index, shard_prefix
 from infra.store import Store
-
-Times = Annotated[float, Field(ge=0, le=100)]
 
 FORMAT = 1  # raised when the same shards and settings would give another selection
 ROW_GROUP = 1 << 16  # rows of a selection that are written together, at least
-FOOTER = 1 << 16  # bytes at the end of an index: they tell its columns
 
-# The steps that rows are counted after, besides the filter's conditions, and what helps where one takes all of them.
-ACCEPTED, REMEMBERED, MIXED = "accepted", "not forgotten", "has a caption of the mix"
-WEIGHTED, HELD_OUT = "as often as its source weighs", "not held out"
-REMEDIES = {
-    ACCEPTED: "check each source's `url`, and what lies there",
-    REMEMBERED: "prepare images that nobody asked to forget",
-    MIXED: "give `captions` a kind, a source or a length that they have",
-    WEIGHTED: "give `weights` more for the sources that are left",
-    HELD_OUT: "lower `held_out`, or prepare more images",
-}
 
 # What is read of an index, besides the columns that the filter names.
 NEEDED = ("key", "source", "accepted", "captions", "offset", "length", "width", "height")
-
-BY_SHARD = pa.schema(
-    [
-        pa.field("shard", pa.int32(), nullable=False),
-        pa.field("source", pa.string(), nullable=False),
-        pa.field("bucket", pa.string(), nullable=False),
-        pa.field("accepted", pa.int64(), nullable=False),
-        pa.field("rows", pa.int64(), nullable=False),
-        pa.field("held_out_rows", pa.int64(), nullable=False),
-    ]
-)
-
-
-class SnapshotSettings(Settings):
-    size: int | str = Field(256, description="one of the sizes that were prepared: a side, or a bucket set's name")
-    filter: str = Field("", max_length=LONGEST)
-    duplicates: int | None = Field(
-        None,
-        ge=0,
-        le=dedup.FARTHEST,
-        description="the filter's `duplicate` also means pictures whose perceptual hashes differ in so many bits",
-    )
-    scores: list[str] = Field([], description="digests of scores and captions that are joined to the index")
-    weights: dict[str, Times] = Field({}, description="source -> how often training lists each of its samples; 1")
-    captions: Mix = Field({}, description="kind -> weight, or a list of rules; none: all kinds alike")
-    held_out: float = Field(0.0, ge=0, lt=1, description="fraction of the samples that training never sees")
-    readers: int = operational(READERS, ge=1, description="shards that are read at once")
-
-    @field_validator("scores")
-    @classmethod
-    def _distinct(cls, found: list[str]) -> list[str]:
-        if len(set(found)) < len(found):
-            raise ValueError("one of the scores is named twice")
-        return found
-
-    @field_validator("size")
-    @classmethod
-    def _side(cls, found: int | str) -> int | str:
-        return int(found) if isinstance(found, str) and found.isascii() and found.isdigit() else found
 
 
 def snapshot_key(plan: str, edition: str, settings: SnapshotSettings, forgotten: Sequence[str] = ()) -> str:
@@ -148,21 +96,6 @@ def snapshot(store: Store, plan: str, edition: str, settings: SnapshotSettings) 
     return record
 
 
-def wrongs(settings: SnapshotSettings, sources: Collection[str]) -> Iterator[Wrong]:
-    """What does not go together, in shards of these sources."""
-    if settings.duplicates is not None and "duplicate" not in columns_in(settings.filter):
-        yield Wrong(
-            "duplicates", "is set, but the filter does not ask", "add `not duplicate` to the filter, or unset it"
-        )
-    weighed = [(f"weights.{name}", name) for name in settings.weights]
-    rules = [(f"captions.{number}.source", rule.source) for number, rule in enumerate(rules_of(settings.captions))]
-    for field, name in [*weighed, *rules]:
-        if name is not None and name not in sources:
-            near = nearest(name, sources)
-            remedy = f"did you mean `{near}`?" if near else f"sources: {', '.join(sorted(sources))}"
-            yield Wrong(field, f"means a source called `{name}`, of which there are no shards", remedy)
-
-
 def _write(paths: Sequence[Path], parts: Iterable[Part]) -> list[int]:
     """Write the rows of both halves of the split as they come, in groups; the number of rows in each file."""
     rows = [0, 0]
@@ -191,17 +124,6 @@ def _write(paths: Sequence[Path], parts: Iterable[Part]) -> list[int]:
 # ------------------------------------------------------------------------------------------------ shard by shard
 
 
-class Part(NamedTuple):
-    """What a snapshot takes of one shard, and how it came to it."""
-
-    training: pa.RecordBatch
-    held_out: pa.RecordBatch
-    by_source: dict[str, list[int]]  # source -> rows left after each step
-    by_shard: list[dict[str, Any]]  # see BY_SHARD
-    kinds: set[str]
-    shares: dict[str, float]  # of each caption rule in what training draws, times the rows
-
-
 class _Selection:
     """The samples of each shard in turn, counted on the way."""
 
@@ -210,11 +132,11 @@ class _Selection:
         self.first = np.cumsum([0, *(shard.inputs for shard in shards)])
         self.asked = columns_in(settings.filter)
         self.scores = SideTables(store, shards[0].plan, shards[0].size, shards, settings.scores)
-        self.names, schema = _columns(store, shards, settings.readers, self.asked)
-        self.schema = _with_columns(schema, [pa.field("duplicate", pa.bool_()), *self.scores.fields], self.asked)
+        self.names, schema = columns_of(store, shards, settings.readers, self.asked)
+        self.schema = with_columns(schema, [pa.field("duplicate", pa.bool_()), *self.scores.fields], self.asked)
         self.conditions = parse_filter(settings.filter, self.schema)
         self.duplicate = self._survey("duplicate" in self.asked)
-        self.tally = _Tally(self._steps())
+        self.tally = Tally(self._steps())
 
     def _steps(self) -> list[str]:
         forgotten = [REMEMBERED] if self.gone else []
@@ -302,60 +224,6 @@ class _Selection:
         return pa.table(columns, names=[field.name for field in fields]), captions
 
 
-def _columns(
-    store: Store, shards: Sequence[ShardRecord], readers: int, asked: set[str]
-) -> tuple[list[list[str]], pa.Schema]:
-    """The columns of each index, and those of all together."""
-    names, schemas = [], {}
-    for schema in in_order(partial(index_schema, store), shards, readers):
-        names.append(schema.names)
-        schemas[schema.to_string()] = schema
-    return names, _unified([schemas[text] for text in sorted(schemas)], asked)
-
-
-def _unified(schemas: Sequence[pa.Schema], asked: set[str]) -> pa.Schema:
-    """Numbers of several kinds are the widest of them: tables are typed one by one, whole numbers here, others there.
-
-    What goes together in no way is a column of its own in each table, and none that a filter could ask for.
-    """
-    found: dict[str, pa.Field] = {}
-    apart: set[str] = set()
-    for field in (field for schema in schemas for field in schema):
-        before = found.setdefault(field.name, field)
-        try:
-            both = [pa.schema([before]), pa.schema([field])]
-            found[field.name] = pa.unify_schemas(both, promote_options="permissive").field(0)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
-            if field.name in asked:
-                raise DataError(
-                    f"the column `{field.name}` is {before.type} in one table and {field.type} in another",
-                    remedy="filter by another column, or prepare them as sources that keep it under two names",
-                ) from None
-            apart.add(field.name)
-    return pa.schema([field for name, field in found.items() if name not in apart])
-
-
-def index_schema(store: Store, shard: ShardRecord) -> pa.Schema:
-    """The columns of an index, from its end alone where that tells them."""
-    start = max(0, shard.index.size - FOOTER)
-    try:
-        return pq.read_schema(pa.BufferReader(store.get(shard.index.key, start)))
-    except pa.ArrowInvalid:
-        return read_index(store, shard).schema
-
-
-def _with_columns(schema: pa.Schema, fields: Iterable[pa.Field], asked: set[str]) -> pa.Schema:
-    for field in fields:
-        if field.name not in schema.names:
-            schema = schema.append(field)
-        elif field.name in asked:
-            raise DataError(
-                f"two columns of these shards and their scores are called `{field.name}`",
-                remedy="keep the corpus's under another name, or name one of the scores only",
-            )
-    return schema
-
-
 def _samples(table: pa.Table, shard: ShardRecord) -> pa.RecordBatch:
     """The rows in the columns of a selection, but for its captions."""
     assert shard.tar is not None
@@ -426,67 +294,3 @@ def _by_bucket(number: int, *parts: pa.RecordBatch) -> list[dict[str, Any]]:
         for k, (source, bucket) in enumerate(product(sources, buckets))
         if counts[0][k]
     ]
-
-
-class _Tally:
-    """The counts of all parts together."""
-
-    def __init__(self, steps: list[str]) -> None:
-        self.steps = steps
-        self._by_source: dict[str, Ints] = {}
-        self._by_shard: list[pa.Table] = []
-        self._kinds: set[str] = set()
-        self._shares: Counter[str] = Counter()
-        self._training = self._held_out = 0  # rows
-
-    def add(self, part: Part) -> None:
-        for name, counts in part.by_source.items():
-            self._by_source[name] = self._by_source.get(name, 0) + np.array(counts)
-        self._by_shard.append(pa.Table.from_pylist(part.by_shard, schema=BY_SHARD))
-        self._kinds |= part.kinds
-        self._shares.update(part.shares)
-        self._training += part.training.num_rows
-        self._held_out += part.held_out.num_rows
-
-    def counts(self) -> list[tuple[str, int]]:
-        total = sum(self._by_source.values(), np.zeros(len(self.steps), np.int64))
-        return [(step, int(count)) for step, count in zip(self.steps, total, strict=True)]
-
-    def by_source(self) -> dict[str, list[int]]:
-        return {name: counts.tolist() for name, counts in sorted(self._by_source.items())}
-
-    def by_shard(self) -> bytes:
-        return parquet_bytes(pa.concat_tables([BY_SHARD.empty_table(), *self._by_shard]).combine_chunks())
-
-    def caption_shares(self) -> dict[str, float]:
-        total = sum(self._shares.values())
-        return {label: round(share / total, 6) for label, share in sorted(self._shares.items())} if total else {}
-
-    def check(self, settings: SnapshotSettings, rejected: Counter[str]) -> None:
-        counts = self.counts()
-        before = counts[self.steps.index(MIXED) - 1][1]
-        for rule in rules_of(settings.captions):
-            if before and rule.kind is not None and rule.kind not in self._kinds:
-                near = nearest(rule.kind, self._kinds)
-                raise SettingsError(
-                    f"no sample has a caption of the kind `{rule.kind}`",
-                    remedy=f"did you mean `{near}`?" if near else f"kinds: {', '.join(sorted(self._kinds))}",
-                )
-        if not self._training:
-            raise self._nothing_left(counts, rejected)
-
-    def _nothing_left(self, counts: list[tuple[str, int]], rejected: Counter[str]) -> DataError:
-        """An error that names the step after which training has no sample."""
-        chosen = dict(counts)[MIXED]
-        if chosen and chosen == self._held_out:
-            counts = [*counts, (HELD_OUT, 0)]
-        elif chosen:
-            counts = [*counts[:-1], (WEIGHTED, 0)]
-        step = next(label for label, count in counts if not count)
-        if step == ACCEPTED and rejected:
-            return DataError(f"no image was accepted at this size: {counted(rejected)}", remedy=remedy(rejected))
-        said = ", ".join(f"{label}: {count:,}" for label, count in counts)
-        return DataError(
-            f"no sample is left for training after `{step}` ({said})",
-            remedy=REMEDIES.get(step, "loosen that condition of the filter, or leave it out"),
-        )

@@ -14,8 +14,8 @@ import pyarrow as pa
 from data_prep.images.sizes import size_name
 from data_prep.prepare.plan import PrepareSettings
 from data_prep.scores.settings import ScorerSettings
-from data_prep.snapshots.build import SnapshotSettings, wrongs
 from data_prep.snapshots.filters import columns_in, parse_filter
+from data_prep.snapshots.settings import SnapshotSettings, wrongs
 from infra.config import nearest
 from infra.errors import SettingsError
 from infra.problems import Wrong

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from data_prep.rejections import Rejection
 from data_prep.sources.base import Rows
 from data_prep.sources.folders import Folder
+from data_prep.sources.reading import in_order
 from infra import layout
 from infra.config import digest
 from infra.shards import parquet_bytes
@@ -118,8 +119,6 @@ def _suspects(
 
 
 def _changed(suspects: Iterator[_Suspect], folder: Folder, limit: int) -> Iterator[tuple[int, bytes]]:
-    from data_prep.sources.reading import in_order  # it reads tables by this package
-
     def look(suspect: _Suspect) -> bytes | None:
         data = folder.read(suspect.name, limit)
         if isinstance(data, Rejection) or {zlib.crc32(data)} == suspect.checks:
@@ -175,8 +174,6 @@ class _Track:
     """Pieces read one behind the other, by windows that go on and never back."""
 
     def __init__(self, store: Store, pieces: Sequence[_Piece]) -> None:
-        from data_prep.sources.reading import in_order
-
         self._pieces = in_order(lambda piece: (piece, _read(store, piece)), pieces)
         self._held = next(self._pieces, None)
 

@@ -1,21 +1,10 @@
-"""What prepared shards hold: counts and histograms out of their indexes, a picture of those, and a sheet of samples.
-
-    summarise  ->  Summary: plain data      ->  draw: one PNG
-    contact_sheet: some samples, the same ones for the same seed, each with a caption, its source and its size
-
-Indexes are read once, a few at a time. Whatever the corpus says is drawn as plain text: no markup, no control
-characters; letters that the font lacks are boxes.
-"""
+"""What prepared shards hold: counts and histograms out of their indexes, which are read once, a few at a time."""
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache, partial
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -26,18 +15,16 @@ from pydantic import BaseModel, ConfigDict
 
 from data_prep.prepare.plan import all_shards, read_plan
 from data_prep.scores.job import SideTables
-from data_prep.snapshots.build import index_schema
 from data_prep.snapshots.captions import appended, word_counts
+from data_prep.snapshots.columns import index_schema
 from data_prep.sources.reading import READERS, in_order
 from infra.errors import SettingsError
 from infra.records import ShardRecord
 from infra.shards import read_index
 from infra.store import Store
-from infra.text import printable
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from PIL import Image, ImageFont
+    pass
 
 Values = npt.NDArray[Any]
 
@@ -55,9 +42,6 @@ WORDS = np.array([0, 1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256
 SCORE_BINS = 40
 LARGEST = 1e300  # that an edge can be: larger numbers cannot be drawn
 FAILURE = "_failure"  # what a scorer's column of causes ends in
-
-
-# ------------------------------------------------------------------------------------------------ counting
 
 
 class _Plain(BaseModel):
@@ -312,274 +296,3 @@ def _edges(low: float, high: float) -> Values:
 
 def _ranked(counts: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
-# ------------------------------------------------------------------------------------------------ drawing
-
-PAPER, TABLE = "#fafafa", "#ececf0"  # on which a white picture shows its edge
-INK, MUTED, GOOD, BAD = "#1b1b1f", "#7a7a84", "#3b6fb6", "#c8553d"
-LINES = ("#3b6fb6", "#c8553d", "#4f9d69", "#8b5fbf", "#d19a2e", "#5c6470")
-MOST_BARS = 10
-CELL, GAP, MARGIN, FONT = 192, 14, 28, 13
-TEXT_LINES = 3  # of a caption on the sheet
-
-
-def draw(summary: Summary, path: Path) -> None:
-    """The summary as one picture."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    panels = _panels(summary)
-    rows = -(-len(panels) // 3)
-    # Dollars in names are no formulas, and a letter that the font lacks is no reason to speak up.
-    with matplotlib.rc_context({"text.parse_math": False, "font.size": 9, "axes.edgecolor": MUTED}), _silence():
-        figure = Figure(figsize=(15, 1.1 + 3.3 * rows), facecolor=PAPER, layout="constrained")
-        figure.suptitle(_title(summary), fontsize=13, color=INK, linespacing=1.5)
-        axes = list(figure.subplots(rows, 3, squeeze=False).flat)
-        for ax, (title, panel) in zip(axes, panels, strict=False):
-            ax.set_title(title, fontsize=10, color=INK, loc="left")
-            ax.set_facecolor(PAPER)
-            ax.spines[["top", "right"]].set_visible(False)
-            panel(ax)
-        for ax in axes[len(panels) :]:
-            ax.set_axis_off()
-        figure.savefig(path, dpi=110, format="png")
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
-        yield
-
-
-def _title(summary: Summary) -> str:
-    inputs = summary.inputs - summary.tried_again
-    again = f" ({summary.tried_again:,} tried again)" if summary.tried_again else ""
-    return (
-        f"{summary.accepted:,} of {inputs:,} inputs{again} are samples ({summary.accepted / max(inputs, 1):.1%})\n"
-        f"size {printable(summary.size)} · plan {summary.plan} · {summary.shards:,} shards · "
-        f"{_bytes(summary.tar_bytes)} of images"
-    )
-
-
-def _bytes(count: float) -> str:
-    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
-    step = min(int(np.log2(max(count, 1)) / 10), len(units) - 1)
-    return f"{count / 1024**step:,.4g} {units[step]}"
-
-
-def _panels(summary: Summary) -> list[tuple[str, Callable[[Axes], None]]]:
-    fates = {name: (s.accepted, sum(s.rejected.values())) for name, s in summary.sources.items()}
-    panels: list[tuple[str, Callable[[Axes], None]]] = [
-        ("sources: accepted and rejected", partial(_bars, counts=fates, total=summary.inputs)),
-        ("why inputs were rejected", partial(_bars, counts=_single(summary.rejected, BAD), total=summary.inputs)),
-        ("caption length in words, by kind", partial(_lines, histograms=summary.words)),
-        ("shorter side of the originals, pixels", partial(_histogram, histogram=summary.shorter_side, base=2)),
-        ("aspect of the originals, width / height", partial(_histogram, histogram=summary.aspect, base=2)),
-        ("size of a stored image, KiB", partial(_histogram, histogram=summary.kibibytes, base=2)),
-        ("sizes in the shards", partial(_bars, counts=_single(summary.buckets), total=summary.accepted)),
-        ("formats", partial(_bars, counts=_single(summary.formats), total=summary.accepted)),
-        ("licences", partial(_bars, counts=_single(summary.licences), total=summary.accepted)),
-    ]
-    values = [(printable(name), partial(_histogram, histogram=found)) for name, found in summary.values.items()]
-    whys = [
-        (
-            f"{printable(name)}: why there is no value",
-            partial(_bars, counts=_single(causes, BAD), total=summary.accepted),
-        )
-        for name, causes in summary.failures.items()
-    ]
-    return [*panels, *values, *whys]
-
-
-def _single(counts: Mapping[str, int], colour: str = GOOD) -> dict[str, tuple[int, int]]:
-    return {name: (0, count) if colour == BAD else (count, 0) for name, count in counts.items()}
-
-
-def _bars(ax: Axes, counts: Mapping[str, tuple[int, int]], total: int) -> None:
-    """A line for each name, the largest on top; those beyond the last line together."""
-    shown = list(counts.items())
-    if len(shown) > MOST_BARS:
-        rest = [count for _, count in shown[MOST_BARS - 1 :]]
-        both = sum(good for good, _ in rest), sum(bad for _, bad in rest)
-        shown = [*shown[: MOST_BARS - 1], (f"({len(rest)} others)", both)]
-    if not shown:
-        ax.text(0.5, 0.5, "none", ha="center", va="center", color=MUTED, transform=ax.transAxes)
-        ax.set_axis_off()
-        return
-    good, bad = (np.array([count[k] for _, count in shown]) for k in (0, 1))
-    places = np.arange(len(shown)) + 0.2
-    ax.barh(places, good, color=GOOD, height=0.42)
-    ax.barh(places, bad, left=good, color=BAD, height=0.42)
-    most = max(int((good + bad).max()), 1)
-    for place, (name, (first, second)) in enumerate(shown):
-        # Inside of the panel, so that no name, however long, takes room from it.
-        label = _short(name, 40) or "(none)"
-        ax.text(0, place - 0.2, label, va="center", color=INK, fontsize=8.5, clip_on=True)
-        count = first + second
-        said = f"{count:,} ({count / max(total, 1):.1%})"
-        ax.text(most, place - 0.2, said, ha="right", va="center", color=MUTED, fontsize=8.5)
-    ax.set_ylim(max(len(shown), 4) - 0.4, -0.6)
-    ax.set_xlim(0, most)
-    ax.set_axis_off()
-
-
-def _histogram(ax: Axes, histogram: Histogram, base: int | None = None) -> None:
-    edges = np.array(histogram.edges)
-    ax.stairs(histogram.counts, edges, fill=True, color=GOOD)
-    if histogram.mean is None:
-        ax.text(0.5, 0.5, "none", ha="center", va="center", color=MUTED, transform=ax.transAxes)
-        return
-    if base:
-        ax.set_xscale("log", base=base)
-    else:
-        ax.locator_params(axis="x", nbins=6)
-    there = np.flatnonzero(histogram.counts)
-    ax.set_xlim(edges[max(there[0] - 1, 0)], edges[min(there[-1] + 2, len(edges) - 1)])
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
-    ax.axvline(histogram.mean, color=INK, linewidth=1, linestyle=":")
-    said = f"{histogram.least:.4g} to {histogram.most:.4g}, mean {histogram.mean:.4g}"
-    ax.text(0.99, 0.97, said, ha="right", va="top", color=MUTED, fontsize=8, transform=ax.transAxes)
-    _plain_counts(ax)
-
-
-def _lines(ax: Axes, histograms: Mapping[str, Histogram]) -> None:
-    """Several histograms in one panel, over their bins, which grow with the lengths."""
-    shown = list(histograms.items())[: len(LINES)]
-    if not shown:
-        ax.text(0.5, 0.5, "none", ha="center", va="center", color=MUTED, transform=ax.transAxes)
-        return
-    edges = shown[0][1].edges
-    for colour, (kind, histogram) in zip(LINES, shown, strict=False):
-        mean = "" if histogram.mean is None else f", mean {histogram.mean:.1f}"
-        label = f"{_short(kind, 24)}: {sum(histogram.counts):,}{mean}"
-        ax.stairs(histogram.counts, np.arange(len(edges)), color=colour, linewidth=1.8, label=label)
-    last = max(np.flatnonzero(histogram.counts)[-1] for _, histogram in shown if any(histogram.counts))
-    ax.set_xlim(0, min(last + 3, len(edges) - 1))
-    ticks = np.arange(0, len(edges), 2)
-    ax.set_xticks(ticks, [f"{edges[k]:g}" for k in ticks])
-    ax.set_xlim(0, min(last + 3, len(edges) - 1))
-    ax.legend(frameon=False, fontsize=8)
-    _plain_counts(ax)
-
-
-def _plain_counts(ax: Axes) -> None:
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    ax.set_ylim(0, 1.15 * max(ax.get_ylim()[1], 1) / 1.05)
-
-
-def _short(text: str, most: int) -> str:
-    text = printable(text[: 4 * most])
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-# ------------------------------------------------------------------------------------------------ the sheet
-
-
-class _Cell(NamedTuple):
-    image: bytes
-    caption: str
-    about: str
-
-
-def contact_sheet(
-    store: Store, plan: str, edition: str, size: str, path: Path, *, count: int = 40, seed: int = 0, columns: int = 8
-) -> int:
-    """A sheet of samples drawn at random, the same ones for the same seed; the number of samples on it."""
-    shards = [shard for shard in all_shards(store, read_plan(store, plan, edition), size) if shard.accepted]
-    ends = np.cumsum([shard.accepted for shard in shards])
-    total = int(ends[-1]) if shards else 0
-    chosen = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))
-    shard_of = np.searchsorted(ends, chosen, side="right")
-    work = [(shards[k], (chosen[shard_of == k] - ends[k]).tolist()) for k in np.unique(shard_of)]  # from the end
-    cells = [cell for found in in_order(lambda one: _cells(store, *one), work) for cell in found]
-    _sheet(cells, columns, f"{len(cells)} of {total:,} samples · size {printable(size)} · plan {plan}").save(
-        path, "PNG"
-    )
-    return len(cells)
-
-
-def _cells(store: Store, shard: ShardRecord, places: Sequence[int]) -> list[_Cell]:
-    assert shard.tar is not None
-    names = [
-        "accepted",
-        "source",
-        "original_width",
-        "original_height",
-        "width",
-        "height",
-        "offset",
-        "length",
-        "captions",
-    ]
-    table = read_index(store, shard, names)
-    table = table.filter(table["accepted"])
-    cells = []
-    for row in table.take([table.num_rows + place for place in places]).to_pylist():
-        image = store.get(shard.tar.key, row["offset"], row["offset"] + row["length"])
-        sides = f"{row['width']}x{row['height']} of {row['original_width']}x{row['original_height']}"
-        text = row["captions"][0]["text"] if row["captions"] else ""
-        cells.append(_Cell(image, _short(text or "", 400), f"{_short(row['source'], 14)} · {sides}"))
-    return cells
-
-
-def _sheet(cells: Sequence[_Cell], columns: int, title: str) -> Image.Image:
-    from PIL import Image, ImageDraw
-
-    rows = max(1, -(-len(cells) // columns))
-    step = CELL + 8 + (TEXT_LINES + 1) * (FONT + 4) + GAP
-    width = 2 * MARGIN + columns * (CELL + GAP) - GAP
-    sheet = Image.new("RGB", (width, 2 * MARGIN + 34 + rows * step - GAP), TABLE)
-    pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, MARGIN - 8), title, INK, _font(18))
-    for number, cell in enumerate(cells):
-        row, column = divmod(number, columns)
-        x, y = MARGIN + column * (CELL + GAP), MARGIN + 34 + row * step
-        picture = _picture(cell.image)
-        sheet.paste(picture, (x + (CELL - picture.width) // 2, y + (CELL - picture.height) // 2))
-        y += CELL + 8
-        pen.text((x, y), _fitting(cell.about, 1)[0], MUTED, _font(FONT - 2))
-        for line, text in enumerate(_fitting(cell.caption, TEXT_LINES), start=1):
-            pen.text((x, y + line * (FONT + 4)), text, INK, _font(FONT))
-    return sheet
-
-
-def _picture(data: bytes) -> Image.Image:
-    """As large as its cell; a red one where it cannot be read."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "WEBP", "PNG")) as found:
-            scale = CELL / max(found.size)
-            size = max(1, round(found.width * scale)), max(1, round(found.height * scale))
-            how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-            return found.convert("RGB").resize(size, how)
-    except (OSError, SyntaxError, ValueError):
-        return Image.new("RGB", (CELL, CELL), BAD)
-
-
-def _fitting(text: str, lines: int) -> list[str]:
-    """The text in lines that are no wider than a cell; dots stand for what had to go."""
-    found: list[str] = []
-    rest, font = text, _font(FONT)
-    while rest and len(found) < lines:
-        end = len(rest)
-        while end > 1 and font.getlength(rest[:end]) > CELL:
-            end = max(1, min(end - 1, int(end * CELL / font.getlength(rest[:end])) + 1))
-        space = rest.rfind(" ", 0, end + 1)
-        end = space if end < len(rest) and space > 0 else end
-        found.append(rest[:end].rstrip())
-        rest = rest[end:].lstrip()
-    if rest:
-        found[-1] = found[-1][:-1].rstrip() + "…"
-    return found or [""]
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu, which matplotlib brings: it has far more scripts than Pillow's own font."""
-    import matplotlib
-    from PIL import ImageFont
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

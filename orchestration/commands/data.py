@@ -70,7 +70,8 @@ def show(
 
 
 def _pictures(store: Store, summary: Summary, out: Path, seed: int) -> dict[str, str]:
-    from data_prep.upkeep.statistics import contact_sheet, draw
+    from pipelines.pictures.samples import contact_sheet
+    from pipelines.pictures.statistics import draw
 
     out.mkdir(parents=True, exist_ok=True)
     name = f"{summary.plan}-{summary.size}"

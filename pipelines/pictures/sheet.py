@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
+
+from pipelines.pictures.text import font, wrap
 
 PAPER, INK, GREY, RULE = "#f1f1f3", "#1b1b1f", "#6b6b73", "#d9d9de"  # a white picture must show its edge
 MARGIN, GAP = 36, 10
@@ -92,13 +93,13 @@ class _Head:
 
     def __init__(self, title: str, about: str, layout: Layout) -> None:
         width = layout.width - 2 * MARGIN
-        self.title = _wrap(title, _font(24, bold=True), width, lines=1)
-        self.about = _wrap(about, _font(14), width, lines=LINES)
+        self.title = wrap(title, font(24, bold=True), width, lines=1)
+        self.about = wrap(about, font(14), width, lines=LINES)
         self.height = MARGIN + 34 + 20 * len(self.about) + 14
 
     def draw(self, pen: ImageDraw.ImageDraw) -> None:
-        pen.text((MARGIN, MARGIN - 6), self.title[0], INK, _font(24, bold=True))
-        _lines(pen, self.about, MARGIN + 30, 20, GREY, _font(14))
+        pen.text((MARGIN, MARGIN - 6), self.title[0], INK, font(24, bold=True))
+        _lines(pen, self.about, MARGIN + 30, 20, GREY, font(14))
 
 
 class _Band:
@@ -106,14 +107,14 @@ class _Band:
 
     def __init__(self, row: Row, layout: Layout) -> None:
         self.row, self.layout = row, layout
-        self.caption = _wrap(row.caption, _font(18), layout.width - 2 * MARGIN, lines=LINES)
+        self.caption = wrap(row.caption, font(18), layout.width - 2 * MARGIN, lines=LINES)
         self.words = 14 + 25 * len(self.caption) + 8
         lines = _shared(len(row.pictures), layout.columns)
         self.height = self.words + lines * (layout.cell[1] + NAME) + BELOW
 
     def draw(self, image: Image.Image, pen: ImageDraw.ImageDraw, top: int) -> None:
         pen.line((MARGIN, top, self.layout.width - MARGIN, top), RULE)
-        _lines(pen, self.caption, top + 12, 25, INK, _font(18))
+        _lines(pen, self.caption, top + 12, 25, INK, font(18))
         width, height = self.layout.cell
         for number, (path, name) in enumerate(zip(self.row.pictures, self.row.names, strict=True)):
             line, column = divmod(number, self.layout.columns)
@@ -122,7 +123,7 @@ class _Band:
                 larger = width >= picture.width
                 how = Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS
                 image.paste(picture.convert("RGB").resize((width, height), how), (x, y))
-            pen.text((x, y + height + 3), name, GREY, _font(13))
+            pen.text((x, y + height + 3), name, GREY, font(13))
 
 
 def _lines(
@@ -130,44 +131,3 @@ def _lines(
 ) -> None:
     for number, line in enumerate(lines):
         pen.text((MARGIN, top + number * step), line, ink, font)
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """The text in at most so many lines; dots stand for what had to go."""
-
-    def fits(line: str) -> bool:
-        return font.getlength(line) <= width
-
-    found: list[str] = []
-    rest = " ".join(text.split())
-    while rest and len(found) < lines:
-        line = _longest(rest, fits)
-        rest = rest[len(line) :].lstrip()
-        found.append(line.rstrip())
-    if rest:
-        line = found[-1]
-        while line and not fits(line + "…"):
-            line = line[:-1]
-        found[-1] = line.rstrip() + "…"
-    return found or [""]
-
-
-def _longest(text: str, fits: Callable[[str], bool]) -> str:
-    """The longest beginning that fits, whole words if that is possible; at least one letter."""
-    if fits(text):
-        return text
-    low, high = 1, len(text)  # low fits, or must do; high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(text[:middle]) else (low, middle)
-    space = text.rfind(" ", 0, low + 1)
-    return text[: space if space > 0 else low]
-
-
-@cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu, which matplotlib brings: it has far more scripts than Pillow's own font."""
-    import matplotlib
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)

@@ -12,8 +12,8 @@ from data_prep.prepare.plan import PrepareSettings, read_plan
 from data_prep.rejections import counted
 from data_prep.scores.job import ScoreSettings, scorer_digest
 from data_prep.snapshots import foresee
-from data_prep.snapshots.build import SnapshotSettings
 from data_prep.snapshots.forget import concerning
+from data_prep.snapshots.settings import SnapshotSettings
 from infra import layout, scratch
 from infra.config import Settings
 from infra.problems import Wrong

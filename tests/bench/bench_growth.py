@@ -249,7 +249,8 @@ def full_snapshot(store: Store) -> str:
 
 
 def selected(store: Store, **settings: Any) -> str:
-    from data_prep.snapshots.build import SnapshotSettings, snapshot
+    from data_prep.snapshots.build import snapshot
+    from data_prep.snapshots.settings import SnapshotSettings
     from infra.config import parse
 
     record = snapshot(store, PLAN, EDITION, parse(SnapshotSettings, settings))

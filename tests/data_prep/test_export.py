@@ -18,8 +18,9 @@ from PIL import Image
 from data_prep.export import Exported, export, layouts, listing
 from data_prep.export.listing import drawn
 from data_prep.prepare.plan import Plan
-from data_prep.snapshots.build import SnapshotSettings, snapshot, snapshot_key
+from data_prep.snapshots.build import snapshot, snapshot_key
 from data_prep.snapshots.forget import Copy, forget
+from data_prep.snapshots.settings import SnapshotSettings
 from data_prep.upkeep.gc import collect
 from infra.config import parse
 from infra.errors import DataError, SettingsError

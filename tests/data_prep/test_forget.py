@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.prepare.plan import Plan
-from data_prep.snapshots.build import SnapshotSettings, snapshot, snapshot_key
+from data_prep.snapshots.build import snapshot, snapshot_key
 from data_prep.snapshots.forget import Forgotten, ForgottenRecord, Gone, concerning, forget, read_list
+from data_prep.snapshots.settings import SnapshotSettings
 from infra import layout
 from infra.errors import DataError, SettingsError
 from infra.records import CheckpointRecord, SnapshotRecord, put_data, read_record, write_record

@@ -14,8 +14,9 @@ import pytest
 from data_prep.prepare.originals import BatchRecord, batch_key
 from data_prep.prepare.plan import Plan
 from data_prep.prepare.retries import RetryRecord, again_key
-from data_prep.snapshots.build import SnapshotSettings, snapshot
+from data_prep.snapshots.build import snapshot
 from data_prep.snapshots.forget import forget
+from data_prep.snapshots.settings import SnapshotSettings
 from data_prep.upkeep.gc import Count, collect
 from data_prep.upkeep.verify import verify
 from infra.errors import RecordError

@@ -18,8 +18,9 @@ from data_prep.prepare.plan import Plan, make_plan
 from data_prep.prepare.shard import make_shard, plain_outcomes
 from data_prep.scores.job import Place
 from data_prep.snapshots import dedup
-from data_prep.snapshots.build import SnapshotSettings, snapshot, snapshot_key
+from data_prep.snapshots.build import snapshot, snapshot_key
 from data_prep.snapshots.captions import CaptionRule, appended, caption_mix, word_counts
+from data_prep.snapshots.settings import SnapshotSettings
 from infra.config import parse
 from infra.errors import DataError, SettingsError
 from infra.records import ScoreRecord, SnapshotRecord, get_data, put_data, write_record

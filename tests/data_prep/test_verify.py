@@ -12,7 +12,8 @@ import pytest
 
 from data_prep.prepare.plan import Edition, Plan, PrepareSettings, edition_key
 from data_prep.scores.job import Place
-from data_prep.snapshots.build import SnapshotSettings, snapshot
+from data_prep.snapshots.build import snapshot
+from data_prep.snapshots.settings import SnapshotSettings
 from data_prep.upkeep.verify import Verified, verify, verify_shared
 from infra.config import parse
 from infra.errors import StoreError

@@ -10,7 +10,8 @@ from pydantic import Field, create_model
 
 from data_prep.prepare.plan import PrepareSettings
 from data_prep.scores.job import ScoreSettings, scorer_digest
-from data_prep.snapshots.build import SnapshotSettings, snapshot_key
+from data_prep.snapshots.build import snapshot_key
+from data_prep.snapshots.settings import SnapshotSettings
 from infra.config import Settings, digest, operational, parse
 from orchestration import workflow
 from pipelines import recipes

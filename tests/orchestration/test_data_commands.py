@@ -14,7 +14,8 @@ from PIL import Image
 from data_prep.prepare.job import prepare
 from data_prep.prepare.plan import read_plan
 from data_prep.scores.job import Place
-from data_prep.snapshots.build import SnapshotSettings, snapshot
+from data_prep.snapshots.build import snapshot
+from data_prep.snapshots.settings import SnapshotSettings
 from data_prep.upkeep.drop import drop
 from data_prep.upkeep.verify import verify
 from infra.errors import DataError, SettingsError

@@ -23,6 +23,7 @@ from PIL import Image
 from infra.errors import SettingsError
 from orchestration import cli, terminal
 from pipelines.pictures import sheet
+from pipelines.pictures.text import font, wrap
 from pipelines.sample.draw import parse_size
 from pipelines.sample.files import facts_of
 from pipelines.sample.prompts import Labels, parse_seeds
@@ -585,9 +586,9 @@ def test_many_seeds_of_one_prompt_go_on_the_next_sheet(grey: Callable[[int, int,
 
 @given(st.text(alphabet=st.sampled_from("ab W,mi\n"), max_size=200), st.integers(30, 300))
 def test_captions_fit_and_lose_nothing_but_their_end(caption: str, width: int):
-    font = sheet._font(18)
-    lines = sheet._wrap(caption, font, width, lines=3)
+    letters = font(18)
+    lines = wrap(caption, letters, width, lines=3)
     assert 1 <= len(lines) <= 3
-    assert all(font.getlength(line) <= width for line in lines)
+    assert all(letters.getlength(line) <= width for line in lines)
     said, whole = "".join("".join(lines).split()), "".join(caption.split())
     assert said == whole or (said.endswith("…") and whole.startswith(said[:-1]) and len(lines) == 3)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_prep.snapshots.build import SnapshotSettings, snapshot
+from data_prep.snapshots.build import snapshot
+from data_prep.snapshots.settings import SnapshotSettings
 from infra.config import parse
 from infra.errors import SettingsError
 from infra.records import CheckpointRecord, DataObject, SnapshotRecord

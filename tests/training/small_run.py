@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shapes.corpus import write_corpus
-from data_prep.snapshots.build import SnapshotSettings, snapshot
+from data_prep.snapshots.build import snapshot
+from data_prep.snapshots.settings import SnapshotSettings
 from infra.config import parse
 from infra.records import CheckpointRecord, DataObject, SnapshotRecord, put_data
 from infra.store import Store

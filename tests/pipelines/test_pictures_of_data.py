@@ -13,11 +13,14 @@ from PIL import Image
 
 from data_prep.prepare.plan import Plan
 from data_prep.upkeep import statistics
-from data_prep.upkeep.statistics import contact_sheet, draw, summarise
+from data_prep.upkeep.statistics import summarise
 from infra.errors import DataError, SettingsError
 from infra.records import ShardRecord, put_data
 from infra.shards import CAPTIONS, list_shards, parquet_bytes, read_index, shard_key, shard_prefix
 from infra.store import Store, open_store
+from pipelines.pictures import samples
+from pipelines.pictures.samples import contact_sheet
+from pipelines.pictures.statistics import draw
 from tests.data_prep.corpora import prepare_here, settings_for, write_corpus
 from tests.data_prep.test_snapshot import scored
 
@@ -251,16 +254,16 @@ def test_a_sheet_shows_the_samples_themselves(prepared: tuple[Store, Plan], tmp_
             shard = next(s for s in list_shards(store, shard_prefix(plan.digest, "16")) if _holds(store, s, row["key"]))
             assert shard.tar is not None
             data = store.get(shard.tar.key, row["offset"], row["offset"] + row["length"])
-            wanted = statistics._picture(data)
+            wanted = samples._picture(data)
             shown = sheet.convert("RGB").crop((*place, place[0] + wanted.width, place[1] + wanted.height))
             assert shown.tobytes() == wanted.tobytes()
 
 
 def _picture_places(sheet: Image.Image, count: int, columns: int) -> list[tuple[int, int]]:
     rows = -(-count // columns)
-    step = (sheet.height - 2 * statistics.MARGIN - 34 + statistics.GAP) // rows
-    across = statistics.CELL + statistics.GAP
-    left, top = statistics.MARGIN, statistics.MARGIN + 34
+    step = (sheet.height - 2 * samples.MARGIN - 34 + samples.GAP) // rows
+    across = samples.CELL + samples.GAP
+    left, top = samples.MARGIN, samples.MARGIN + 34
     return [(left + n % columns * across, top + n // columns * step) for n in range(count)]
 
 
