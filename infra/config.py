@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import core_schema
 
 from infra.errors import SettingsError
-from infra.problems import Misfit, shown, tell
+from infra.problems import Misfit, faults, shown, told
 from infra.problems import nearest as nearest
 
 _OPERATIONAL = "operational"
@@ -208,5 +208,4 @@ def parse(cls: type[S], data: Any, *, where: str = "", shared: Mapping[str, Any]
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        told = tell(cls, error, data, {where: data, **(shared or {})})
-        raise SettingsError(told.message, remedy=told.remedy) from None
+        raise told(faults(cls, error, data, {where: data, **(shared or {})})) from None

@@ -23,6 +23,9 @@ dead end. Programming errors are asserts and ordinary exceptions, never these.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 
 class PixnerdError(Exception):
     exit_code = 1
@@ -44,8 +47,22 @@ def _rebuild(kind: type[PixnerdError], message: str, remedy: str) -> PixnerdErro
     return kind(message, remedy=remedy)
 
 
+class Fault(NamedTuple):
+    """One of the things that are wrong with settings."""
+
+    path: str  # of the setting, as it was written: `low.optim.lr`
+    message: str
+    remedy: str
+
+
 class SettingsError(PixnerdError):
+    """`faults`: all that is wrong, where that may be more than one thing."""
+
     exit_code = 2
+
+    def __init__(self, message: str, *, remedy: str, faults: Sequence[Fault] = ()) -> None:
+        super().__init__(message, remedy=remedy)
+        self.faults = tuple(faults)
 
 
 class StoreError(PixnerdError):

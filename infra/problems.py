@@ -7,15 +7,17 @@ that does not fit. Here each mistake is told once, under the path at which it wa
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from infra.errors import Fault, SettingsError
+
 Path = tuple[str | int, ...]
 
-MOST = 5  # mistakes that are told at once
+MOST = 5  # mistakes that are told in one sentence
 LONGEST = 40  # letters of a value that are repeated
 
 # What was expected, by pydantic's word for the mistake of giving something else.
@@ -71,23 +73,28 @@ class Wrong(NamedTuple):
     remedy: str
 
 
-class Told(NamedTuple):
-    message: str
-    remedy: str
-
-
-def tell(cls: type[BaseModel], error: ValidationError, data: Mapping[Any, Any], prefix: Mapping[str, Any]) -> Told:
-    """One sentence of all that is wrong. `prefix`: where the settings were written -> what was written there.
+def faults(
+    cls: type[BaseModel], error: ValidationError, data: Mapping[Any, Any], prefix: Mapping[str, Any]
+) -> list[Fault]:
+    """All that is wrong. `prefix`: where the settings were written -> what was written there.
 
     The first place is where they belong; another one holds what settings of their kind have in common.
     """
-    problems = _once(_problems(cls, error, data))
-    told = [Told(_sentence(problem, where(problem.path, data, prefix)), problem.remedy) for problem in problems]
-    if len(told) == 1:
-        return told[0]._replace(remedy=told[0].remedy or "correct the value and run again")
-    parts = [f"{message} ({remedy})" if remedy else message for message, remedy in told[:MOST]]
-    more = f"; and {len(told) - MOST} more" if len(told) > MOST else ""
-    return Told("; ".join(parts) + more, "correct them and run again")
+    found = []
+    for problem in _once(_problems(cls, error, data)):
+        path = where(problem.path, data, prefix)
+        found.append(Fault(path, _sentence(problem, path), problem.remedy))
+    return found
+
+
+def told(found: Sequence[Fault]) -> SettingsError:
+    """The same in one sentence."""
+    if len(found) == 1:
+        [(_, message, remedy)] = found
+        return SettingsError(message, remedy=remedy or "correct the value and run again", faults=found)
+    parts = [f"{message} ({remedy})" if remedy else message for _, message, remedy in found[:MOST]]
+    more = f"; and {len(found) - MOST} more" if len(found) > MOST else ""
+    return SettingsError("; ".join(parts) + more, remedy="correct them and run again", faults=found)
 
 
 def _sentence(problem: Problem, path: str) -> str:

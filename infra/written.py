@@ -96,6 +96,30 @@ def _measure(node: yaml.Node, known: dict[int, int]) -> int:
     return size
 
 
+def lines_of(path: Path) -> dict[str, int]:
+    """The line of every setting in a file that was read, by the setting's path: `stages.low.steps`."""
+    found: dict[str, int] = {}
+
+    def walk(node: yaml.Node | None, above: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                note(f"{above}{key.value}", key, value)
+        elif isinstance(node, yaml.SequenceNode):
+            for number, part in enumerate(node.value):
+                note(f"{above}{number}", part, part)
+
+    def note(name: str, at: yaml.Node, value: yaml.Node) -> None:
+        found[name] = at.start_mark.line + 1
+        walk(value, f"{name}.")
+
+    loader = _Loader(path.read_text(encoding="utf-8-sig"))
+    try:
+        walk(loader.get_single_node(), "")
+    finally:
+        loader.dispose()
+    return found
+
+
 def _parts(node: yaml.Node) -> list[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
         return [part for pair in node.value for part in pair]

@@ -13,15 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from itertools import chain
 from types import MappingProxyType
 from typing import Any, Literal
 
 from infra import layout
 from infra.causes import explained
 from infra.config import Settings, digest, nearest, parse
-from infra.errors import NotFound, PixnerdError, RecordError, SettingsError, StageFailed, Stopped
-from infra.problems import Wrong, shown, where
+from infra.errors import Fault, NotFound, PixnerdError, RecordError, SettingsError, StageFailed, Stopped
+from infra.problems import Wrong, shown, told, where
 from infra.records import StageRecord, read_record, write_record
 from infra.store import Store
 from pipelines.recipes import Recipe
@@ -60,7 +59,7 @@ def graph(recipe: Recipe, store: Store | None = None) -> list[Node]:
     What stages read from outside counts as it is there now; of the store, if there is one. Where the stages before one
     must tell what that is, and have not run, its digest is settled by `run` when they have.
     """
-    parsed = {name: parse_stage(name, data, recipe.defaults) for name, data in recipe.stages.items()}
+    parsed = _parsed(recipe)
     nodes: dict[str, Node] = {}
     done: dict[str, StageRecord] = {}
 
@@ -68,20 +67,12 @@ def graph(recipe: Recipe, store: Store | None = None) -> list[Node]:
         if name in nodes:
             return
         if name in above:
-            raise SettingsError(
-                f"the stages {' -> '.join([*above, name])} wait for each other", remedy="break the circle"
-            )
+            circle = f"the stages {' -> '.join([*above, name])} wait for each other"
+            raise recipe.refused([Fault(name, circle, "break the circle")])
         kind, settings = parsed[name]
-        inputs = {n: n for n in parsed if n != name} if kind.reads_all else kind.references(settings)
-        for field, target in inputs.items():
-            if target not in parsed:
-                near = nearest(target, parsed)
-                raise SettingsError(
-                    f"`{name}.{field}` names the stage `{target}`, which the recipe does not have",
-                    remedy=f"did you mean `{near}`?" if near else f"its stages: {', '.join(parsed)}",
-                )
+        inputs = _inputs(name, parsed)
+        for target in inputs.values():
             place(target, (*above, name))
-        _check(name, recipe, parsed, inputs)
         below = {field: nodes[target].digest for field, target in inputs.items()}
         records = {field: done[target] for field, target in inputs.items() if target in done}
         node = _node(name, kind, settings, inputs, below, store, records)
@@ -94,21 +85,50 @@ def graph(recipe: Recipe, store: Store | None = None) -> list[Node]:
     return list(nodes.values())
 
 
-def _check(
-    name: str, recipe: Recipe, parsed: Mapping[str, tuple[StageKind, Settings]], inputs: Mapping[str, str]
-) -> None:
-    """Whether a stage goes together with those that it names."""
+Parsed = Mapping[str, tuple[StageKind, Settings]]
+
+
+def _parsed(recipe: Recipe) -> Parsed:
+    """The stages as settings. All that is wrong with them, and between them, is told at once."""
+    parsed: dict[str, tuple[StageKind, Settings]] = {}
+    faults: list[Fault] = []
+    for name, data in recipe.stages.items():
+        try:
+            parsed[name] = parse_stage(name, data, recipe.defaults)
+        except SettingsError as error:
+            faults += error.faults or [Fault(name, error.message, error.remedy)]
+    for name in parsed:
+        faults += _misfits(name, recipe, parsed)
+    if faults:
+        raise recipe.refused(faults)
+    return parsed
+
+
+def _inputs(name: str, parsed: Parsed) -> dict[str, str]:
     kind, settings = parsed[name]
+    return {n: n for n in parsed if n != name} if kind.reads_all else kind.references(settings)
+
+
+def _misfits(name: str, recipe: Recipe, parsed: Parsed) -> Iterator[Fault]:
+    """Where a stage does not go together with those that it names; those that are wrong themselves are not asked."""
+    (kind, settings), inputs = parsed[name], _inputs(name, parsed)
+    for field, target in inputs.items():
+        if target not in recipe.stages:
+            near = nearest(target, recipe.stages)
+            remedy = f"did you mean `{near}`?" if near else f"its stages: {', '.join(recipe.stages)}"
+            path = f"{name}.{field}"
+            yield Fault(path, f"`{path}` names the stage `{target}`, which the recipe does not have", remedy)
+    if not all(target in parsed for target in inputs.values()):
+        return
     below = {field: parsed[target][1] for field, target in inputs.items()}
-    for wrong in chain(_other_kinds(kind, parsed, inputs), kind.check(settings, below)):
-        path = tuple(int(part) if part.isdecimal() else part for part in wrong.field.split("."))
+    for wrong in list(_other_kinds(kind, parsed, inputs)) or kind.check(settings, below):
+        steps = tuple(int(part) if part.isdecimal() else part for part in wrong.field.split("."))
         written = {name: recipe.stages[name], f"defaults.{kind.name}": recipe.defaults.get(kind.name, {})}
-        raise SettingsError(f"`{where(path, recipe.stages[name], written)}` {wrong.message}", remedy=wrong.remedy)
+        path = where(steps, recipe.stages[name], written)
+        yield Fault(path, f"`{path}` {wrong.message}", wrong.remedy)
 
 
-def _other_kinds(
-    kind: StageKind, parsed: Mapping[str, tuple[StageKind, Settings]], inputs: Mapping[str, str]
-) -> Iterator[Wrong]:
+def _other_kinds(kind: StageKind, parsed: Parsed, inputs: Mapping[str, str]) -> Iterator[Wrong]:
     """Stages that are named where one of another kind is needed."""
     for field, target in inputs.items():
         needed = kind.takes.get(field.partition(".")[0])
@@ -160,9 +180,9 @@ def parse_stage(
     kind = KINDS.get(str(data.get("kind")))
     if kind is None:
         near = nearest(str(data.get("kind")), KINDS)
-        raise SettingsError(
-            f"`{name}.kind` is {shown(data.get('kind'))}, which is not a kind of stage",
-            remedy=f"did you mean `{near}`?" if near else f"known: {', '.join(KINDS)}",
+        remedy = f"did you mean `{near}`?" if near else f"known: {', '.join(KINDS)}"
+        raise told(
+            [Fault(f"{name}.kind", f"`{name}.kind` is {shown(data.get('kind'))}, which is not a kind of stage", remedy)]
         )
     settings = {k: v for k, v in data.items() if k != "kind"}
     return kind, parse(

@@ -17,7 +17,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from data_prep.shapes import world
 from data_prep.shapes.world import Description
 from infra.errors import EvaluationError
-from infra.problems import tell
+from infra.problems import faults, told
 
 Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 TASKS: tuple[Task, ...] = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -82,8 +82,8 @@ def _read(line: str, place: str) -> Prompt:
     try:
         return Prompt.model_validate(data)
     except ValidationError as error:
-        told = tell(Prompt, error, data, {})
-        raise EvaluationError(f"{place}: {told.message}", remedy="correct the line, or leave it out") from None
+        wrong = told(faults(Prompt, error, data, {}))
+        raise EvaluationError(f"{place}: {wrong.message}", remedy="correct the line, or leave it out") from None
 
 
 # ------------------------------------------------------------------------------------------------- the shape world

@@ -13,15 +13,15 @@ where no stage has that name, every stage of the kind; `--set defaults.train.bat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from infra.config import Settings, nearest, parse, spelt
-from infra.errors import SettingsError
-from infra.written import load_yaml, override
+from infra.errors import Fault, SettingsError
+from infra.written import lines_of, load_yaml, override
 
 HERE = Path(__file__).parent
 KEYS = ("name", "about", "extends", "defaults", "stages")
@@ -41,6 +41,11 @@ class Recipe(Settings):
     stages: dict[StageName, dict[str, Any]] = Field(min_length=1)
     # They are in the stages already; here they tell where a setting was written.
     defaults: dict[str, dict[str, Any]] = Field({}, exclude=True, repr=False)
+    lines: dict[str, str] = Field({}, exclude=True, repr=False)  # a setting's whole path -> mine.yaml:12
+
+    def refused(self, faults: Sequence[Fault]) -> SettingsError:
+        """All that is wrong with it, each with the line that says so."""
+        return _refused(self.name, self.lines, faults)
 
 
 def names() -> list[str]:
@@ -48,27 +53,66 @@ def names() -> list[str]:
 
 
 def load(name: str, assignments: Iterable[str] = ()) -> Recipe:
-    data = _read(name, seen=())
-    if unknown := [str(key) for key in data if key not in KEYS]:
-        near = nearest(unknown[0], KEYS)
-        raise SettingsError(
-            f"unknown setting `{unknown[0]}`",
-            remedy=f"did you mean `{near}`?" if near else f"known here: {', '.join(KEYS)}",
-        )
+    lines: dict[str, str] = {}
+    data = _read(name, lines, seen=())
+    faults = list(_unknown_keys(data))
     for assignment in assignments:
-        data = override(data, _full(assignment, data))
+        whole = _full(assignment, data)
+        data = override(data, whole)
         _check_effect(assignment, data)
-    data = {**data, "defaults": data.get("defaults") or {}}
-    recipe = parse(Recipe, data)
-    kinds = {_kind(stage) for stage in recipe.stages.values()}
-    if unused := sorted(recipe.defaults.keys() - kinds):
-        near = nearest(unused[0], kinds)
-        raise SettingsError(
-            f"defaults are given for `{unused[0]}`, but no stage is of that kind",
-            remedy=f"did you mean `{near}`?" if near else "correct the kind's name, or take the lines out",
-        )
+        lines |= {each.partition("=")[0].strip(): "--set" for each in whole}
+    known = {key: value for key, value in data.items() if key in KEYS} | {"defaults": data.get("defaults") or {}}
+    try:
+        recipe = parse(Recipe, known)
+    except SettingsError as error:
+        raise _refused(name, lines, [*faults, *(error.faults or [Fault("", error.message, error.remedy)])]) from None
+    if faults := [*faults, *_unused_defaults(recipe)]:
+        raise _refused(name, lines, faults)
     stages = {name: merge(recipe.defaults.get(_kind(stage), {}), stage) for name, stage in recipe.stages.items()}
-    return recipe.model_copy(update={"stages": stages})
+    return recipe.model_copy(update={"stages": stages, "lines": lines})
+
+
+def _unknown_keys(data: Mapping[Any, Any]) -> Iterator[Fault]:
+    for key in map(str, data.keys() - set(KEYS)):
+        near = nearest(key, KEYS)
+        remedy = f"did you mean `{near}`?" if near else f"known here: {', '.join(KEYS)}"
+        yield Fault(key, f"unknown setting `{key}`", remedy)
+
+
+def _unused_defaults(recipe: Recipe) -> Iterator[Fault]:
+    kinds = {_kind(stage) for stage in recipe.stages.values()}
+    for kind in sorted(recipe.defaults.keys() - kinds):
+        near = nearest(kind, kinds)
+        remedy = f"did you mean `{near}`?" if near else "correct the kind's name, or take the lines out"
+        yield Fault(f"defaults.{kind}", f"defaults are given for `{kind}`, but no stage is of that kind", remedy)
+
+
+def _refused(name: str, lines: Mapping[str, str], faults: Iterable[Fault]) -> SettingsError:
+    """In the order in which they are written. What is wrong with defaults, each of their stages says."""
+    found = sorted(dict.fromkeys(faults), key=lambda fault: _order(_place(fault.path, lines)))
+    placed = [fault._replace(message=f"{_place(fault.path, lines)}{fault.message}") for fault in found]
+    if len(placed) == 1:
+        [(_, message, remedy)] = placed
+        return SettingsError(message, remedy=remedy or "correct the value and run again", faults=placed)
+    told = [f"  {message}: {remedy}" if remedy else f"  {message}" for _, message, remedy in placed]
+    return SettingsError(
+        "\n".join([f"there are {len(placed)} mistakes in the recipe `{name}`", *told]),
+        remedy="correct them and run again",
+        faults=placed,
+    )
+
+
+def _place(path: str, lines: Mapping[str, str]) -> str:
+    """`mine.yaml:12: `, the line of the setting or of what it lies in; empty where nobody wrote it."""
+    path = path if path.partition(".")[0] in KEYS else f"stages.{path}"
+    while path and path not in lines:
+        path = path.rpartition(".")[0]
+    return f"{lines[path]}: " if path else ""
+
+
+def _order(place: str) -> tuple[str, int]:
+    file, _, line = place.removesuffix(": ").rpartition(":")
+    return file, int(line) if line.isdecimal() else 0
 
 
 def merge(base: Any, change: Any) -> Any:
@@ -92,13 +136,16 @@ def find(name: str) -> Path:
     )
 
 
-def _read(name: str, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read(name: str, lines: dict[str, str], seen: tuple[Path, ...]) -> dict[str, Any]:
+    """What is written there, over what it extends; and where, in `lines`."""
     path = find(name)
     if path in seen:
         raise SettingsError(f"the recipe {path.name} extends itself", remedy="break the circle of `extends`")
     data = load_yaml(path)
     base = data.pop("extends", None)
-    return data if base is None else merge(_read(str(base), (*seen, path)), data)
+    below = {} if base is None else _read(str(base), lines, (*seen, path))
+    lines |= {setting: f"{path.name}:{line}" for setting, line in lines_of(path).items()}
+    return data if base is None else merge(below, data)
 
 
 def _kind(stage: Any) -> str:

@@ -123,3 +123,39 @@ def test_the_readmes_recipe_has_no_misspelt_setting():
     recipe = yaml.safe_load(readme.partition("```yaml\n")[2].partition("```")[0])
     parsed = {name: workflow.parse_stage(name, stage) for name, stage in recipe["stages"].items()}
     assert [kind.name for kind, _ in parsed.values()] == ["prepare", "score", "snapshot"]
+
+
+TEN = """
+name: ten
+extends: demo
+stages:
+  corpus: {count: many}
+  prepare: {sizes: [], qualty: 90}
+  low_data: {shards: prepair}
+  low: {steps: 0}
+  high:
+    start_from: sfd
+  encoders: {seed: x}
+  gate: {rules: [{score: geneval/overal, at_least: 0.1}]}
+  register: {alias: v1}
+  extra: {kind: snapshoot}
+"""
+
+
+def test_ten_mistakes_are_ten_lines_each_with_its_own(tmp_path: Path):
+    path = tmp_path / "ten.yaml"
+    path.write_text(TEN)
+    with pytest.raises(SettingsError) as error:
+        workflow.graph(recipes.load(str(path)))
+    head, *told = error.value.message.splitlines()
+    assert head == "there are 10 mistakes in the recipe `ten`"
+    assert [line.split(": ")[0] for line in told] == [
+        f"  ten.yaml:{line}" for line in (5, 6, 6, 7, 8, 10, 11, 12, 13, 14)
+    ]
+    assert told[2] == "  ten.yaml:6: unknown setting `prepare.qualty`: did you mean `quality`?"
+    assert told[5].startswith("  ten.yaml:10: `high.start_from` names the stage `sfd`")
+
+
+def test_a_mistake_of_the_command_line_is_told_as_its_own(tmp_path: Path):
+    with pytest.raises(SettingsError, match=r"^--set: `low.steps` must be at least 1, not 0"):
+        workflow.graph(recipes.load("demo", ["low.steps=0"]))
