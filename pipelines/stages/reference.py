@@ -15,7 +15,7 @@ from infra.errors import SettingsError
 from infra.problems import nearest
 from pipelines.stages.kinds import KINDS
 
-PAGE = Path(__file__).with_name("SETTINGS.md")
+PAGE = Path(__file__).parents[1] / "SETTINGS.md"
 _NAMES = {str: "text", int: "number", float: "number", bool: "true or false", dict: "mapping", Path: "path"}
 
 
