@@ -24,8 +24,8 @@ from infra.head import check_head, own_token
 class ClusterSettings(Settings):
     address: str | None = operational(None, description="a Ray cluster to join; none: start one on this machine")
     cpus: int | None = operational(None, ge=1, description="CPUs of the local cluster; none: all of this machine's")
-    object_store_mb: int = operational(256, ge=80)
-    dashboard: bool = operational(False)
+    object_store_mb: int = operational(256, ge=80, description="memory of the local cluster for Ray's own objects")
+    dashboard: bool = operational(False, description="Ray's own page of the local cluster")
 
 
 # What a local Ray and its workers find in their environment, unless the user set it.

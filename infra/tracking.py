@@ -42,8 +42,10 @@ T = TypeVar("T")
 
 
 class TrackingSettings(Settings):
-    uri: str | None = operational(None, description="MLflow server or database; none: SQLite beside the store")
-    experiment: str = operational("pixnerd")
+    uri: str | None = operational(
+        None, description="MLflow server or database; none: MLFLOW_TRACKING_URI, else SQLite beside the store"
+    )
+    experiment: str = operational("pixnerd", min_length=1, description="under which MLflow shows the runs")
 
 
 def _pointed_here(call: Callable[..., T]) -> Callable[..., T]:

@@ -12,14 +12,20 @@ from infra.cluster import ClusterSettings, connect, disconnect
 from infra.config import digest
 from infra.notices import watched
 from infra.store import Store, open_store
-from infra.tracking import Tracker, TrackingSettings
+from infra.tracking import Tracker
 from orchestration import leftovers, terminal
+from pipelines.recipes import Recipe
 from pipelines.stages.base import Context
 
 
-def store_of(url: str | None, name: str) -> Store:
+def store_of(url: str | None, recipe: Recipe) -> Store:
     """The one that was named, or the folder of the recipe."""
-    return open_store(url or f"runs/{name}")
+    return open_store(url or f"runs/{recipe.name}", recipe.store)
+
+
+def cluster_of(recipe: Recipe, address: str | None) -> ClusterSettings:
+    """As the recipe has it, but for an address that was given on the line."""
+    return recipe.cluster.model_copy(update={"address": address}) if address else recipe.cluster
 
 
 def home_of(store: Store, name: str) -> Path:
@@ -36,10 +42,11 @@ def tidy(store: Store, home: Path | None = None) -> None:
 
 
 @contextmanager
-def joined(screen: terminal.Screen, address: str | None) -> Iterator[None]:
-    """The Ray cluster at the address, or one of this machine's own, while the body runs."""
+def joined(screen: terminal.Screen, settings: ClusterSettings) -> Iterator[None]:
+    """The Ray cluster at an address, or one of this machine's own, while the body runs."""
+    address = settings.address
     screen.doing(f"joining the Ray cluster at {address}" if address else "starting Ray")
-    connect(ClusterSettings(address=address))
+    connect(settings)
     try:
         yield
     finally:
@@ -48,15 +55,14 @@ def joined(screen: terminal.Screen, address: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def context_of(store: Store, name: str, address: str | None, screen: terminal.Screen) -> Iterator[Context]:
+def context_of(store: Store, recipe: Recipe, cluster: ClusterSettings, screen: terminal.Screen) -> Iterator[Context]:
     """All that the stages of a workflow may use, while the body runs."""
-    home = home_of(store, name)
-    settings = TrackingSettings(uri=os.environ.get("MLFLOW_TRACKING_URI") or None)
-    uri = settings.uri or f"sqlite:///{home / 'mlflow.db'}"
-    with joined(screen, address):
+    name, home = recipe.name, home_of(store, recipe.name)
+    uri = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+    with joined(screen, cluster):
         screen.doing("opening MLflow")
         artifacts = None if uri.startswith("http") else home / "mlartifacts"  # a server has a place of its own
-        with closing(Tracker(uri, settings.experiment, artifacts)) as tracker:
+        with closing(Tracker(uri, recipe.tracking.experiment, artifacts)) as tracker:
             parent = tracker.run(name, digest([name, store.url]))
             try:
                 with watched():

@@ -11,7 +11,7 @@ from infra.errors import CheckpointError, SettingsError
 from infra.records import EvalReport, EvaluateOutput, PrepareSummary, StageRecord, read_record
 from infra.store import Store
 from orchestration import running, terminal, workflow
-from orchestration.context import context_of, home_of, store_of, tidy
+from orchestration.context import cluster_of, context_of, home_of, store_of, tidy
 from orchestration.patience import doing
 from orchestration.terminal import print_json
 from pipelines import recipes
@@ -32,13 +32,13 @@ def run(
 ) -> None:
     doing("reading the recipe, and what the store holds of it")
     recipe = recipes.load(name, assignments)
-    opened = store_of(store, recipe.name)
+    opened, cluster = store_of(store, recipe), cluster_of(recipe, address)
     if retry_failed and dry_run:
         raise SettingsError("a retry is begun in the store", remedy="leave --dry-run out, or --retry-failed")
     if not dry_run:
         opened.probe()  # before anything else is asked of it: a store that is not there is told of at once
     nodes = _nodes(recipe, opened, until)
-    if retry_failed and _retry_failed(recipe, opened, nodes, address):
+    if retry_failed and _retry_failed(recipe, opened, nodes, cluster.address):
         nodes = _nodes(recipe, opened, until)
     if dry_run:
         plans = workflow.plan(nodes, opened)
@@ -47,9 +47,9 @@ def run(
         else:
             terminal.show_plan(plans)
         running.Others(opened, _note).look()
-        _check_fit(nodes, opened, address)
+        _check_fit(nodes, opened, cluster.address)
         return
-    _check_fit(nodes, opened, address)
+    _check_fit(nodes, opened, cluster.address)
     if all(workflow.is_done(node, opened) for node in nodes):
         with terminal.Screen(quiet=as_json) as screen:
             records = workflow.finished(nodes, opened, _say(screen, opened))
@@ -58,7 +58,7 @@ def run(
         with (
             running.noted(opened, recipe.name, _note),
             terminal.Screen(quiet=as_json) as screen,
-            context_of(opened, recipe.name, address, screen) as context,
+            context_of(opened, recipe, cluster, screen) as context,
         ):
             records = workflow.run(nodes, context, _say(screen, opened))
     if as_json:

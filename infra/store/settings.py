@@ -19,18 +19,20 @@ class StoreSettings(Settings):
 
     model_config = ConfigDict(hide_input_in_errors=True)  # an endpoint or a key may hold a password by mistake
 
-    endpoint_url: str | None = operational(None)
+    endpoint_url: str | None = operational(None, description="of a server that is not AWS: http://host:port")
     region: str | None = operational(None)
-    access_key: Secret | None = operational(None)
+    access_key: Secret | None = operational(None, description="set with secret_key; every node must be able to read it")
     secret_key: Secret | None = operational(None)
-    path_style: bool | None = operational(None)  # None: yes where an endpoint is named, no on AWS itself
-    patience: float = operational(PATIENCE, ge=0)  # seconds that an outage may last
-    timeout: float = operational(60.0, gt=0)  # seconds without a byte
-    backoff: float = operational(FIRST_PAUSE, ge=0)  # seconds, the longest that the first pause can be
-    connections: int = operational(8, ge=1)  # parts of one large object in flight
-    multipart_threshold: int = operational(64 * MIB, ge=1)
-    part_size: int = operational(16 * MIB, ge=5 * MIB)  # S3 takes no smaller ones, except for the last
-    page_size: int = operational(1000, ge=1, le=1000)
+    path_style: bool | None = operational(
+        None, description="the bucket's name in the path; none: yes where an endpoint is named, no on AWS itself"
+    )
+    patience: float = operational(PATIENCE, ge=0, description="seconds that an outage may last, also of a folder")
+    timeout: float = operational(60.0, gt=0, description="seconds without a byte")
+    backoff: float = operational(FIRST_PAUSE, ge=0, description="seconds, the longest that the first pause can be")
+    connections: int = operational(8, ge=1, description="parts of one large object in flight")
+    multipart_threshold: int = operational(64 * MIB, ge=1, description="bytes from which an object is sent in parts")
+    part_size: int = operational(16 * MIB, ge=5 * MIB, description="bytes of a part; S3 takes no smaller ones")
+    page_size: int = operational(1000, ge=1, le=1000, description="keys that are listed at once")
 
     @field_validator("endpoint_url")
     @classmethod

@@ -23,6 +23,7 @@ def geneval(
     json_: JsonOption = False,
 ) -> None:
     """GenEval's six tasks, with 95 % intervals from a bootstrap over prompts."""
+    from infra.cluster import ClusterSettings
     from infra.config import digest, parse
     from infra.notices import watched
     from infra.store import open_store
@@ -39,7 +40,7 @@ def geneval(
     tidy(opened)
     # The folder becomes a record in the store named by --out, and is scored as a workflow's checkpoint is.
     record = publish_folder(opened, Path(checkpoint))
-    with terminal.Screen(quiet=json_) as screen, joined(screen, on), watched():
+    with terminal.Screen(quiet=json_) as screen, joined(screen, ClusterSettings(address=on)), watched():
         report = score(opened, digest([record.digest(), settings.chosen()]), record, settings, screen.count)
     if json_:
         terminal.print_json(report.model_dump(mode="json"))

@@ -24,11 +24,10 @@ def settings(
     json_: JsonOption = False,
 ) -> None:
     """Every setting of a kind of stage: its type, its default, what it means, and whether it changes results."""
-    from pipelines.stages.kinds import KINDS
-    from pipelines.stages.reference import about, settings_of
+    from pipelines.stages.reference import KNOWN, about, settings_of
 
     if kind is None:
-        told = {name: about(name) for name in KINDS}
+        told = {name: about(name) for name in KNOWN}
         if json_:
             print_json(told)
         else:

@@ -115,7 +115,7 @@ def report(
 
     doing("reading the records of the stages")
     recipe = recipes.load(workflow, set_ or [])
-    opened = store_of(store, recipe.name)
+    opened = store_of(store, recipe)
     nodes = [node for node in graph(recipe, opened) if not node.kind.reads_all]
     records = [read_record(opened, node.key, StageRecord) for node in nodes if is_done(node, opened)]
     if not records:

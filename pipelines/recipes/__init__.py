@@ -6,6 +6,7 @@
       train: {batch: 64}
     stages:
       low: {kind: train, data: low_data, steps: 300}
+    store: {endpoint_url: "http://10.0.0.1:9000"}   # optional, as `cluster` and `tracking`: how the work is reached
 
 A recipe is named by its file's name here, or by a path. `--set low.steps=100` changes a stage; `--set train.steps=100`,
 where no stage has that name, every stage of the kind; `--set defaults.train.batch=32` what they start from.
@@ -19,12 +20,15 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from infra.cluster import ClusterSettings
 from infra.config import Settings, nearest, parse, spelt
 from infra.errors import Fault, SettingsError
+from infra.store import StoreSettings
+from infra.tracking import TrackingSettings
 from infra.written import lines_of, load_yaml, override
 
 HERE = Path(__file__).parent
-KEYS = ("name", "about", "extends", "defaults", "stages")
+KEYS = ("name", "about", "extends", "defaults", "stages", "store", "cluster", "tracking")
 
 # It becomes a folder (runs/NAME) and the name of a run; a stage's stands in paths of settings, where a point parts it.
 RecipeName = Annotated[
@@ -39,6 +43,9 @@ class Recipe(Settings):
     name: RecipeName
     about: str = ""
     stages: dict[StageName, dict[str, Any]] = Field(min_length=1)
+    store: StoreSettings = StoreSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    tracking: TrackingSettings = TrackingSettings()
     # They are in the stages already; here they tell where a setting was written.
     defaults: dict[str, dict[str, Any]] = Field({}, exclude=True, repr=False)
     lines: dict[str, str] = Field({}, exclude=True, repr=False)  # a setting's whole path -> mine.yaml:12

@@ -10,9 +10,12 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic.fields import FieldInfo
 
+from infra.cluster import ClusterSettings
 from infra.config import Secret, Settings, changes_results
 from infra.errors import SettingsError
 from infra.problems import nearest
+from infra.store import StoreSettings
+from infra.tracking import TrackingSettings
 from pipelines.stages.kinds import KINDS
 
 PAGE = Path(__file__).parents[1] / "SETTINGS.md"
@@ -27,20 +30,29 @@ class Setting(NamedTuple):
     counts: bool  # whether it changes results
 
 
+# What stands beside the stages in a recipe.
+BESIDE: dict[str, tuple[str, type[Settings]]] = {
+    "store": ("How the store is reached; what is not set comes from the AWS_* variables and files.", StoreSettings),
+    "cluster": ("The Ray cluster that does the work; `--on` names another one.", ClusterSettings),
+    "tracking": ("Where MLflow keeps the figures.", TrackingSettings),
+}
+KNOWN = (*KINDS, *BESIDE)
+
+
 def about(kind: str) -> str:
     """What a stage of the kind does, in a line."""
-    return (KINDS[kind].work.__doc__ or "").strip().splitlines()[0]
+    return BESIDE[kind][0] if kind in BESIDE else (KINDS[kind].work.__doc__ or "").strip().splitlines()[0]
 
 
 def settings_of(kind: str) -> list[Setting]:
-    """The settings of a kind of stage, each followed by the settings inside of it."""
-    if kind not in KINDS:
-        near = nearest(kind, KINDS)
+    """The settings of a kind of stage, or of what stands beside them, each followed by the settings inside of it."""
+    if kind not in KNOWN:
+        near = nearest(kind, KNOWN)
         raise SettingsError(
             f"there is no kind of stage `{kind}`",
-            remedy=f"did you mean `{near}`?" if near else f"kinds: {', '.join(KINDS)}",
+            remedy=f"did you mean `{near}`?" if near else f"kinds: {', '.join(KNOWN)}",
         )
-    return list(_settings(KINDS[kind].settings, "", True))
+    return list(_settings(BESIDE[kind][1] if kind in BESIDE else KINDS[kind].settings, "", True))
 
 
 def page() -> str:
@@ -53,7 +65,7 @@ def page() -> str:
         "What was made stays when a setting marked with = changes: it is of speed alone, or says where something lies "
         "whose content counts.",
     ]
-    for name in KINDS:
+    for name in KNOWN:
         parts += ["", f"## {name}", "", about(name), ""]
         parts += ["| Setting | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
         parts += [_row(setting) for setting in settings_of(name)]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from tests.infra.stores import misplaced
 RECIPE = {
     "name": "small",
     "extends": "demo",
+    "tracking": {"experiment": "small"},
     "defaults": {
         "train": {"log_every": 2, "save_every": 4, "batch": 8},
         "evaluate": {"per_task": 2, "images": 2, "sampling": {"steps": 2, "batch": 4}},
@@ -106,6 +109,8 @@ def checkpoints(store: Path) -> dict[str, dict[str, str]]:
 def test_killed_at_every_stage_it_ends_where_an_undisturbed_run_does(recipe: Path, tmp_path: Path):
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     finish(recipe, undisturbed)
+    with closing(sqlite3.connect(undisturbed / "mlflow.db")) as mlflow:
+        assert ("small",) in mlflow.execute("select name from experiments").fetchall()
     assert misplaced(open_store(str(undisturbed))) == []
     for stage in STAGES:
         kill_during(recipe, disturbed, stage)

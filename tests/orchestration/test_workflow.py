@@ -13,7 +13,7 @@ import yaml
 
 from data_prep.snapshots.forget import forget
 from infra.config import Settings, operational
-from infra.errors import DataError, SettingsError, StageFailed, Stopped
+from infra.errors import ClusterError, DataError, SettingsError, StageFailed, Stopped, StoreUnreachable
 from infra.records import Output, StageRecord
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import Store, open_store
@@ -398,3 +398,24 @@ def test_a_wrong_recipe_is_refused_before_any_work(ran: list[str], stages: dict[
 )
 def test_a_record_of_before_a_setting_agrees_with_its_default_alone(before: Any, now: Any, chosen: Any, agree: bool):
     assert workflow._agree(before, now, chosen) is agree
+
+
+def test_a_recipe_says_how_its_store_and_its_cluster_are_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MINE", "secret")
+    path = tmp_path / "mine.yaml"
+    stages = {"corpus": {"kind": "corpus", "count": 4}}
+    keys = {"access_key": "env:MINE", "secret_key": "env:MINE"}
+    store = {"endpoint_url": "http://127.0.0.1:9", "region": "x", "patience": 0, **keys}
+    path.write_text(yaml.safe_dump({"name": "mine", "stages": stages, "store": store}))
+
+    def begin(url: str, address: str | None = None) -> None:
+        launch.run(str(path), store=url, assignments=[], address=address, dry_run=False, as_json=True)
+
+    with pytest.raises(StoreUnreachable, match=r"at 127\.0\.0\.1:9"):
+        begin("s3://bucket/prefix")
+    cluster = {"address": "127.0.0.1:9"}
+    path.write_text(yaml.safe_dump({"name": "mine", "stages": stages, "cluster": cluster}))
+    with pytest.raises(ClusterError, match=r"127\.0\.0\.1:9"):
+        begin(str(tmp_path / "store"))
+    with pytest.raises(ClusterError, match=r"127\.0\.0\.1:10"):
+        begin(str(tmp_path / "store"), "127.0.0.1:10")
