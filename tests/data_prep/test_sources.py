@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,13 +19,16 @@ from hypothesis import strategies as st
 
 from data_prep import sources
 from data_prep.rejections import Cause, Rejection
-from data_prep.sources import RawItem, TableFolder, TextFolder
+from data_prep.sources import Input, Range, RawItem, Rows, Source, TableFolder, TextFolder
 from data_prep.sources.folders import LocalFolder, StoreFolder
 from data_prep.sources.lines import _csv_lines
+from data_prep.upkeep.verify import verify
 from infra.config import parse
 from infra.errors import DataError, SettingsError
-from infra.shards import SPLIT_DIGITS
+from infra.shards import SPLIT_DIGITS, sample_key
 from infra.store import Store, open_store
+from tests.data_prep import zoo
+from tests.data_prep.corpora import prepare_here, settings_for, shaded
 
 quick = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -535,3 +539,32 @@ def test_memory_does_not_grow_with_a_table(tmp_path: Path) -> None:
         found, used[count] = map(int, ran.stdout.split())
         assert found == count
     assert used[200_000] - used[20_000] < 40, used  # MiB; the table itself has 55, and more as Python objects
+
+
+class Shades(Source):
+    """Pictures that nobody has stored: all that another kind of source takes."""
+
+    kind: Literal["shades"] = "shades"
+    count: int = 5
+
+    def inputs(self, store: Store | None = None, planned: Sequence[Range] = ()) -> list[Input]:
+        return [Input("shades", self.count, "0" * 64)]
+
+    def ranges(self, store: Store, found: Input, rows: int) -> Iterator[Range]:
+        for first in range(0, found.size, rows):
+            yield Rows(found.name, "", True, first, min(rows, found.size - first))
+
+    def read(self, store: Store, part: Range) -> Iterator[RawItem]:
+        assert isinstance(part, Rows)
+        for number in range(part.first, part.first + part.rows):
+            image, said = zoo.saved(shaded(number, 40), "PNG"), [{"kind": "caption", "text": f"shade {number}"}]
+            yield RawItem(number, sample_key(self.name, str(number)), str(number), image, said, "", "", {})
+
+
+def test_another_kind_of_source_is_one_class(tmp_path: Path) -> None:
+    store, settings = open_store(str(tmp_path / "store")), settings_for(tmp_path, sizes=[16], rows_per_shard=2)
+    settings = settings.model_copy(update={"sources": [Shades(name="mine", url="")]})
+    plan = prepare_here(store, settings)
+    records = list(plan.records(store, "16"))
+    assert [(record.accepted, record.rejected) for record in records] == [(2, {}), (2, {}), (1, {})]
+    assert verify(store, plan.digest, plan.edition).problems == []
