@@ -68,30 +68,35 @@ class Tables(Source):
     licence_column: str | None = None
     header: list[str] = Field([], description="the columns of CSV and TSV whose first line does not name them")
 
+    batch: ClassVar[int] = parquet.BATCH  # rows in memory at once
+    parquet_only: ClassVar[bool] = False  # its rows hold what no table of text can hold
+
+    @abstractmethod
+    def picture(self, number: int, row: dict[str, Any], place: str, reading: Reading) -> Picture:
+        """What a row says of its picture; `place` is what a row is called that gives it no name."""
+
+    @abstractmethod
+    def origin_of(self, row: dict[str, Any], name: str) -> str:
+        """Where a row's picture comes from."""
+
     def texts(self) -> list[str]:
         """The columns that hold a text each."""
         return [self.image, *([self.licence_column] if self.licence_column else [])]
-
-    batch: ClassVar[int] = parquet.BATCH  # rows in memory at once
-    parquet_only: ClassVar[bool] = False
-
-    @abstractmethod
-    def picture(self, number: int, row: dict[str, Any], place: str, reading: Reading) -> Picture: ...
-
-    @abstractmethod
-    def origin_of(self, row: dict[str, Any], name: str) -> str: ...
 
     def beside(self, folder: Folder) -> Beside | None:
         """Where the pictures lie that rows name; None where a table holds all that there is."""
         return None
 
     def columns(self) -> Columns:
+        """All that is read of a table."""
         return Columns([], self.texts(), self.captions, self.keep)
 
     def check(self, name: str, schema: pa.Schema) -> None:
+        """Refuse a table that has not what is read of it."""
         check_columns(self.columns(), name, schema)
 
     def identity(self, folder: Folder, name: str) -> Input:
+        """The table by what it holds."""
         return measured(folder, name)
 
     def inputs(self, store: Store | None = None, planned: Sequence[Range] = ()) -> list[Input]:
