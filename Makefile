@@ -24,12 +24,12 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)   ## the whole path on this machine: raw images -> a trained, measured, registered model -> a page
 	$(BIN)/pixnerd run demo --store $(RUNS)/demo $(ARGS)
 
-# Half of the suite's time is waiting for Ray and for servers, so two processes share it, file by file.
+# Half of the time of both is waiting for Ray and for servers, so two processes share them, file by file.
 test: $(READY)   ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-slow: $(READY)  ## the whole workflow, killed at every stage and resumed
-	$(BIN)/python -m pytest -m slow --timeout 1500 $(ARGS)
+test-slow: $(READY)  ## faults and soaks: whole workflows killed at every stage, races, 100,000 downloads
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --timeout 1500 $(ARGS)
 
 test-s3: $(READY)    ## the tests that want object storage, against a real radosgw
 	$(BIN)/python -m tests.infra.radosgw -- $(BIN)/python -m pytest tests/infra/test_store.py tests/data_prep/test_prepare_s3.py $(ARGS)

@@ -105,7 +105,7 @@ def checkpoints(store: Path) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2400)
 def test_killed_at_every_stage_it_ends_where_an_undisturbed_run_does(recipe: Path, tmp_path: Path):
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     finish(recipe, undisturbed)
