@@ -12,13 +12,14 @@ import pytest
 import yaml
 
 from data_prep.snapshots.forget import forget
+from infra.cluster import ClusterSettings
 from infra.config import Settings, operational
 from infra.errors import ClusterError, DataError, SettingsError, StageFailed, Stopped, StoreUnreachable
 from infra.records import Output, StageRecord
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import Store, open_store
 from infra.tracking import NOWHERE, Run
-from orchestration import launch, workflow
+from orchestration import context, launch, workflow
 from orchestration.commands.workflow import report
 from pipelines.recipes import Recipe
 from pipelines.stages.base import Context, StageKind, stage_reference
@@ -413,9 +414,17 @@ def test_a_recipe_says_how_its_store_and_its_cluster_are_reached(tmp_path: Path,
 
     with pytest.raises(StoreUnreachable, match=r"at 127\.0\.0\.1:9"):
         begin("s3://bucket/prefix")
-    cluster = {"address": "127.0.0.1:9"}
+    asked: list[ClusterSettings] = []
+
+    def unreachable(settings: ClusterSettings) -> None:
+        asked.append(settings)
+        raise ClusterError("nobody is there", remedy="start one")
+
+    monkeypatch.setattr(context, "connect", unreachable)  # the tests' own cluster is joined already
+    monkeypatch.setattr(context, "disconnect", lambda: None)
+    cluster = {"address": "127.0.0.1:9", "cpus": 3}
     path.write_text(yaml.safe_dump({"name": "mine", "stages": stages, "cluster": cluster}))
-    with pytest.raises(ClusterError, match=r"127\.0\.0\.1:9"):
-        begin(str(tmp_path / "store"))
-    with pytest.raises(ClusterError, match=r"127\.0\.0\.1:10"):
-        begin(str(tmp_path / "store"), "127.0.0.1:10")
+    for given in (None, "127.0.0.1:10"):
+        with pytest.raises(ClusterError, match="nobody is there"):
+            begin(str(tmp_path / "store"), given)
+    assert [(one.address, one.cpus) for one in asked] == [("127.0.0.1:9", 3), ("127.0.0.1:10", 3)]
