@@ -82,7 +82,7 @@ def check(address: str, folder: Path, count: int, rows_per_shard: int, *, twice:
     assert contents(other) == made  # data, indexes and records, of what is rejected, too
     drop_some(other, summary)
     assert contents(other) != made
-    assert prepare_apart(address, other, corpus, in_flight=1) == summary
+    assert prepare_apart(address, other, corpus, **({} if twice else {"in_flight": 1})) == summary
     assert contents(other) == made
     assert prepare(store, parse(PrepareSettings, corpus.settings), decoder=refuse) == summary
     found = found_verdicts(store, summary)

@@ -37,9 +37,10 @@ def made() -> int:
     ],
     ids=lambda changes: "-".join(changes) or "plain",
 )
-def test_every_network_is_one_graph_and_no_size_is_compiled_twice(changes: dict[str, object]):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_every_network_is_one_graph_and_no_size_is_compiled_twice(changes: dict[str, object], backend: str):
     net = network(**changes)
-    compiled = torch.compile(net, fullgraph=True, dynamic=False, backend="eager")
+    compiled = torch.compile(net, fullgraph=True, dynamic=False, backend=backend)
     for height, width in ((16, 16), (16, 24), (16, 16), (16, 24), (16, 16)):
         x, t, y = inputs(2, height, width, net.config.task)
         condition = Text(y, torch.tensor([[1, 1, 0, 0, 0], [1] * 5])) if net.config.task == "text" else y

@@ -184,7 +184,7 @@ def interpreted() -> Iterator[Callable[..., None]]:
         yield lambda function, *args: pool.submit(function, *args).result()
 
 
-@settings(max_examples=10)
+@settings(max_examples=25)
 @given(
     patches=st.integers(1, 3),
     pixels=st.integers(1, 100),
@@ -215,7 +215,7 @@ def test_a_column_of_zeros_has_no_direction(interpreted: Callable[..., None]):
     interpreted(zero_columns)
 
 
-@settings(max_examples=8)
+@settings(max_examples=20)
 @given(
     images=st.integers(1, 3),
     tokens=st.integers(1, 70),
@@ -236,7 +236,7 @@ def test_modulation_is_its_twin(
     interpreted(hold_to_the_twin, modulate_case, (images, tokens, hidden, shared, weight_in_fp32), dtype)
 
 
-@settings(max_examples=8)
+@settings(max_examples=20)
 @given(
     images=st.integers(1, 3),
     tokens=st.integers(1, 70),

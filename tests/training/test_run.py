@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from infra.claim import held
 from infra.config import canonical_json
-from infra.errors import CheckpointError, SettingsError, TakenOver, TrainingError
+from infra.errors import CheckpointError, SettingsError, StoreError, TakenOver, TrainingError
 from infra.records import CheckpointRecord, DataObject, SnapshotRecord, get_data, read_record
 from infra.store import FileStore, Store, open_store
 from tests.training import small_run
@@ -61,6 +61,15 @@ def make(store: Store, snapshot: SnapshotRecord, encoders: Any) -> Any:
 
 class Killed(Exception):
     pass
+
+
+class Unpublished(FileStore):
+    """No checkpoint is taken, so that the states which led to it stay."""
+
+    def create(self, key: str, data: bytes | Path) -> bool:
+        if key.endswith("/checkpoint.json"):
+            raise StoreError("the store is full", remedy="make room")
+        return super().create(key, data)
 
 
 class Keeps(FileStore):
@@ -335,3 +344,19 @@ def test_two_ranks_give_what_one_gives_and_one_resumes_what_two_began(
     assert (state.step, len(state.files)) == (3, 2)
     resumed = weights(store, run(replace(job, settings=make("two").settings)), tmp_path / "3")
     assert all(torch.allclose(parts[name], resumed[name], atol=2e-4) for name in parts)
+
+
+@pytest.mark.slow
+def test_an_error_of_the_last_step_reaches_the_driver_and_its_states_are_resumed_from(
+    store: Store, make: Any, undisturbed: CheckpointRecord, ray_cluster: str, tmp_path: Path
+):
+    from training.ray_train import fit
+
+    began = make("began", workers=2, retries=0)
+    with pytest.raises(StoreError, match="the store is full"):
+        fit(replace(began, store=Unpublished(store.root)), lambda message: None)
+    _, state, _ = checkpoint.newest_state(store, began.prefix)
+    assert len(state.files) == 2
+    resumed = weights(store, run(replace(began, settings=make("began").settings)), tmp_path / "2")
+    whole = weights(store, undisturbed, tmp_path / "1")
+    assert all(torch.allclose(whole[name], resumed[name], atol=2e-4) for name in whole)
