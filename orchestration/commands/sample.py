@@ -82,6 +82,7 @@ def sample(
         "compile": compile_,
     }
     with terminal.Screen(quiet=json_) as screen:
+        screen.doing(f"reading {checkpoint}")
         drawn = draw(
             checkpoint,
             out,
