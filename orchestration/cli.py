@@ -15,7 +15,6 @@ from typer.exceptions import TyperException
 
 from infra import guard
 from infra.causes import explained, first_line
-from infra.errors import SettingsError
 from orchestration import patience
 from orchestration.commands import checkpoint, data, doctor, evaluate, new, sample, settings, workflow
 
@@ -70,8 +69,7 @@ def _explained(error: Exception, command: list[str]) -> tuple[str, int]:
     if isinstance(error, TyperException):
         return f"error: {str(error).rstrip('.')} (see pixnerd {' '.join(command)} --help)", 2
     if found := explained(error):
-        several = isinstance(found, SettingsError) and len(found.faults) > 1  # each with its own remedy
-        return f"error: {found.message}" + ("" if several else f": {found.remedy}"), found.exit_code
+        return f"error: {found.message}: {found.remedy}", found.exit_code
     # The last line of defence: a bug must not greet users with a traceback.
     return f"internal error: {type(error).__name__}: {first_line(error)} (--debug shows where)", 1
 

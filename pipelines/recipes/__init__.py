@@ -67,12 +67,14 @@ def load(name: str, assignments: Iterable[str] = ()) -> Recipe:
         whole = _full(assignment, data)
         data = override(data, whole)
         _check_effect(assignment, data)
-        lines |= {each.partition("=")[0].strip(): "--set" for each in whole}
+        for each in whole:
+            _written_over(lines, each.partition("=")[0].strip())
+            lines[each.partition("=")[0].strip()] = "--set"
     known = {key: value for key, value in data.items() if key in KEYS} | {"defaults": data.get("defaults") or {}}
     try:
         recipe = parse(Recipe, known)
     except SettingsError as error:
-        raise _refused(name, lines, [*faults, *(error.faults or [Fault("", error.message, error.remedy)])]) from None
+        raise _refused(name, lines, [*faults, *error.faults]) from None
     if faults := [*faults, *_unused_defaults(recipe)]:
         raise _refused(name, lines, faults)
     stages = {name: merge(recipe.defaults.get(_kind(stage), {}), stage) for name, stage in recipe.stages.items()}
@@ -103,10 +105,16 @@ def _refused(name: str, lines: Mapping[str, str], faults: Iterable[Fault]) -> Se
         return SettingsError(message, remedy=remedy or "correct the value and run again", faults=placed)
     told = [f"  {message}: {remedy}" if remedy else f"  {message}" for _, message, remedy in placed]
     return SettingsError(
-        "\n".join([f"there are {len(placed)} mistakes in the recipe `{name}`", *told]),
-        remedy="correct them and run again",
+        f"there are {len(placed)} mistakes in the recipe `{name}`",
+        remedy="\n".join(["correct them and run again", *told]),
         faults=placed,
     )
+
+
+def _written_over(lines: dict[str, str], path: str) -> None:
+    """What lay below a setting that has another value by now was written by nobody."""
+    for below in [other for other in lines if other.startswith(f"{path}.")]:
+        del lines[below]
 
 
 def _place(path: str, lines: Mapping[str, str]) -> str:

@@ -147,8 +147,8 @@ def test_ten_mistakes_are_ten_lines_each_with_its_own(tmp_path: Path):
     path.write_text(TEN)
     with pytest.raises(SettingsError) as error:
         workflow.graph(recipes.load(str(path)))
-    head, *told = error.value.message.splitlines()
-    assert head == "there are 10 mistakes in the recipe `ten`"
+    head, *told = str(error.value).splitlines()
+    assert head == "there are 10 mistakes in the recipe `ten`: correct them and run again"
     assert [line.split(": ")[0] for line in told] == [
         f"  ten.yaml:{line}" for line in (5, 6, 6, 7, 8, 10, 11, 12, 13, 14)
     ]
@@ -159,3 +159,5 @@ def test_ten_mistakes_are_ten_lines_each_with_its_own(tmp_path: Path):
 def test_a_mistake_of_the_command_line_is_told_as_its_own(tmp_path: Path):
     with pytest.raises(SettingsError, match=r"^--set: `low.steps` must be at least 1, not 0"):
         workflow.graph(recipes.load("demo", ["low.steps=0"]))
+    with pytest.raises(SettingsError, match=r"^--set: `low.optim.lr` must be"):
+        workflow.graph(recipes.load("demo", ["low.optim={lr: -1}"]))
