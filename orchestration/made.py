@@ -63,7 +63,7 @@ def scores_of(store: Store, names: Sequence[str]) -> list[tuple[str, str, str]]:
 
 
 def snapshot_key(store: Store, name: str) -> str:
-    """Of a snapshot that is called so: by its stage, whose last one it is, or by the digest in its key."""
+    """The key of a snapshot: of the last one that a stage of this name made, or of the one with this digest."""
     made = [(record.stage, record.of(SnapshotOutput).record) for record in stage_records(store, "snapshot")]
     found = [key for stage, key in made if name in (stage, key, Path(key).stem)]
     if not found:
@@ -76,7 +76,7 @@ def snapshot_key(store: Store, name: str) -> str:
 
 
 def checkpoint_key(store: Store, stage: str) -> str:
-    """Of the newest checkpoint of a train stage."""
+    """The key of the newest checkpoint of a train stage."""
     made = [(record.stage, record.of(TrainOutput).record) for record in stage_records(store, "train")]
     found = [key for name, key in made if name == stage]
     if not found:

@@ -88,8 +88,9 @@ def modules_in(path: Path) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
-            inner = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
-            found |= inner or {node.module or ""} & MODULES.keys()
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found |= {inner if inner in MODULES else node.module or ""} & MODULES.keys()
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names} & MODULES.keys()
     return found - {module_of(path)}

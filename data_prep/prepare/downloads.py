@@ -149,7 +149,7 @@ def _lists(settings: PrepareSettings, plan: Plan, shards: Sequence[PlannedShard]
 
 
 def _rows(shard: PlannedShard) -> Rows:
-    """Of the list that it is made of."""
+    """The rows of the list of URLs that a shard is made of."""
     assert isinstance(shard.part, Rows)
     return shard.part
 

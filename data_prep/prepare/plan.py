@@ -327,7 +327,7 @@ def _shards(store: Store, settings: PrepareSettings, given: Sequence[Given], num
 
 
 def _expected(part: Range, first: Range, rows: int) -> int:
-    """Of a tar's pieces it is an estimate: each has about `rows`, and the last may be smaller."""
+    """How many items a piece is planned to hold; of a tar's piece this is an estimate by its bytes."""
     if isinstance(part, Rows):
         return part.rows
     assert isinstance(first, Bytes)

@@ -126,6 +126,8 @@ class RawItem(NamedTuple):
 
 
 class Source(Settings):
+    """A corpus as its owner has it."""
+
     name: SourceName  # a sample's key and its `source` column come from it
     # Where the bytes lie is no part of what they are: the inputs' hashes are. A corpus may be moved.
     url: str = operational(description="a folder, or a store URL such as s3://bucket/prefix")

@@ -86,13 +86,13 @@ class StageKind:
     settings: type[Settings]
     work: Callable[[Context, Any, Inputs], Output]
     references: Callable[[Any], dict[str, str]] = references
-    # What it reads that no setting tells, files' hashes for one; given the records of the stages before it, if done.
+    # What the stage reads that no setting tells, such as hashes of files. It is given the records of the stages that
+    # this one names, as far as those are done.
     outside: Callable[[Any, Store | None, Inputs], Any] = lambda settings, store, inputs: None
     # What is wrong beside the settings of the stages that it names, found before any work begins.
-    check: Callable[[Any, Mapping[str, Settings]], Iterable[Wrong]] = lambda settings, below: ()
-    takes: Mapping[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # a setting that names stages -> the kind that they must be
+    check: Callable[[Any, Below], Iterable[Wrong]] = lambda settings, below: ()
+    # A setting that names stages -> the kind that they must be.
+    takes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     format: int = 1  # raised when the same settings and inputs would come to something else
     reads_all: bool = False  # it reads every other stage of the workflow, those that failed left out
 
