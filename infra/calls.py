@@ -1,7 +1,8 @@
-"""Calls to a server that may be away, made in their order by a thread of their own: who asks for one never waits.
+"""A queue of calls to a server that may be away. A thread makes them in their order, so callers do not wait.
 
-A call that meets no server is made again until it comes back; one that is refused is left out and told of. The thread
-does not hold up the end of the process: `close` gives it some last seconds, and tells what was not made.
+A call that does not reach the server is repeated until the server is back. A call that the server refuses is dropped,
+and the user is told. The thread does not delay the end of the process: `close` gives it a few seconds, and tells the
+user how many calls were not made.
 """
 
 from __future__ import annotations
@@ -19,41 +20,41 @@ from infra.notices import tell
 
 T = TypeVar("T")
 
-MOST = 10_000  # calls that wait; with one every few seconds, some hours of them
-MOST_ROWS = 100  # of one call
+MOST = 10_000  # calls in the queue: with one every few seconds, those of some hours
+MOST_ROWS = 100  # rows in one call
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-STUCK_AFTER = 5.0  # seconds without an answer, after which nobody waits for one at the end
-TRIES_OF_A_FAULT = 5  # a server that answers, but with a fault of its own, is asked so often
+STUCK_AFTER = 5.0  # seconds without an answer, after which `close` takes the server for away
+TRIES_OF_A_FAULT = 5  # attempts at a call to which the server answers with an internal error
 
 
 class NotTaken(Exception):
-    """Why a call was not made, or what the server said to it."""
+    """A call was not made, or was refused; the text tells why."""
 
 
 class Calls:
-    """`judge` tells of an error what it says, and whether it means that the server is `away`, `faulty` or `refuses`."""
+    """`judge`: an error -> its text, and "away", "faulty" or "refuses", which says what the server did."""
 
     def __init__(self, name: str, judge: Callable[[Exception], tuple[str, str]]) -> None:
         self.name, self._judge = name, judge
         self._changed = threading.Condition()
-        self._waiting: deque[_Call] = deque()  # the first one is being made
-        self._since: float | None = None  # when that began
-        self._away = ""  # why, while nobody answers
-        self._refusals: set[str] = set()
-        self._left_out = 0
-        self._over = False
+        self._queue: deque[_Call] = deque()  # the first call is being made
+        self._call_began: float | None = None
+        self._outage = ""  # why the server is away, while it is
+        self._refusals: set[str] = set()  # that the user was told of
+        self._dropped = 0  # calls and rows that found the queue full
+        self._closed = False
         self._thread: threading.Thread | None = None
 
     def add(self, work: Callable[[], object]) -> None:
-        """Never waits and never fails."""
+        """Queue a call. Never waits and never fails."""
         self._append(_Call(work))
 
     def add_row(self, send: Callable[[list[Any]], object], row: Any) -> None:
-        """The same for what can be sent together: rows of one `send` that wait one behind the other go in one call."""
+        """Queue a row; successive rows of the same `send` in the queue go in one call."""
         self._append(_Call(send, [row]))
 
     def ask(self, work: Callable[[], T], seconds: float) -> T:
-        """What the call gives, which all calls before it come before; NotTaken if it is refused, or too late."""
+        """The result of a call, which is made after those in the queue; NotTaken if it is refused or takes too long."""
         answer: Future[T] = Future()
         call = _Call(work, answer=answer)
         self._append(call)
@@ -61,93 +62,94 @@ class Calls:
             return answer.result(seconds)
         except TooLate:
             with self._changed:
-                if call in self._waiting:
-                    self._waiting.remove(call)
-                raise NotTaken(self._away or f"no answer within {seconds:.0f} s") from None
+                if call in self._queue:
+                    self._queue.remove(call)
+                raise NotTaken(self._outage or f"no answer within {seconds:.0f} s") from None
 
     def wait(self, seconds: float) -> bool:
-        """Whether all calls have been made, at the latest after so many seconds."""
+        """Wait until all calls have been made, for at most so many seconds; whether they have."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting, seconds)
+            return self._changed.wait_for(lambda: not self._queue, seconds)
 
     def close(self, seconds: float, away: float) -> None:
-        """The end of all calls: those that wait still have some seconds, and fewer if nobody answers."""
+        """Make the rest of the calls within `seconds`, or `away` seconds if the server is away, and drop the others."""
         began = time.monotonic()
         with self._changed:
-            while self._waiting and (left := began + (away if self._stuck() else seconds) - time.monotonic()) > 0:
+            while self._queue and (left := began + (away if self._stuck() else seconds) - time.monotonic()) > 0:
                 self._changed.wait(min(left, 0.2))
-            lost, self._over = sum(call.size for call in self._waiting) + self._left_out, True
-            why = self._away or "no answer in time"
-            self._waiting.clear()
+            lost, self._closed = sum(call.size for call in self._queue) + self._dropped, True
+            why = self._outage or "no answer in time"
+            self._queue.clear()
             self._changed.notify_all()
         if lost:
-            told = f"{self.name} did not get {lost:,} of the things logged ({why})"
-            tell(f"{self.name}: lost", f"{told}; the records in the store hold the results")
+            loss = f"{self.name} did not get {lost:,} of the things logged ({why})"
+            tell(f"{self.name}: lost", f"{loss}; the records in the store hold the results")
 
     def _append(self, call: _Call) -> None:
         with self._changed:
-            if self._over:
+            if self._closed:
                 return
-            if len(self._waiting) >= MOST:
-                self._left_out += self._waiting[1].size
-                del self._waiting[1]
-            self._waiting.append(call)
+            if len(self._queue) >= MOST:
+                self._dropped += self._queue[1].size
+                del self._queue[1]
+            self._queue.append(call)
             self._changed.notify_all()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._make_all, name="calls", daemon=True)
                 self._thread.start()
 
     def _stuck(self) -> bool:
-        return bool(self._away) or (self._since is not None and time.monotonic() - self._since > STUCK_AFTER)
+        slow = self._call_began is not None and time.monotonic() - self._call_began > STUCK_AFTER
+        return bool(self._outage) or slow
 
     def _make_all(self) -> None:
         pause = FIRST_PAUSE
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._over)
-                if self._over:
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                if self._closed:
                     return
-                call, self._since = self._next(), time.monotonic()
-            done = self._made(call)
+                call, self._call_began = self._next(), time.monotonic()
+            done = self._try(call)
             with self._changed:
-                self._since = None
-                if done and self._waiting and self._waiting[0] is call:
-                    self._waiting.popleft()
+                self._call_began = None
+                if done and self._queue and self._queue[0] is call:
+                    self._queue.popleft()
                 self._changed.notify_all()
                 if done:
                     pause = FIRST_PAUSE
                     continue
-                self._changed.wait_for(lambda: self._over, pause)
+                self._changed.wait_for(lambda: self._closed, pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _next(self) -> _Call:
-        call = self._waiting[0]
-        while len(self._waiting) > 1 and call.takes(self._waiting[1]):
-            call.rows += self._waiting[1].rows
-            del self._waiting[1]
+        call = self._queue[0]
+        while len(self._queue) > 1 and call.takes(self._queue[1]):
+            call.rows += self._queue[1].rows
+            del self._queue[1]
         return call
 
-    def _made(self, call: _Call) -> bool:
-        """Whether that was all about the call; if not, it is to be made again."""
+    def _try(self, call: _Call) -> bool:
+        """Make the call; False if it must be repeated."""
         call.tries += 1
         try:
             call.make()
-        except Exception as error:  # noqa: BLE001 - whatever it is, those who wait for other calls must get them
-            said, verdict = self._judge(error)
+        except Exception as error:  # noqa: BLE001 - no error may stop the calls that follow
+            text, verdict = self._judge(error)
             if verdict == "away" or (verdict == "faulty" and call.tries < TRIES_OF_A_FAULT):
-                self._away = said
-                tell(self.name, f"{self.name} does not answer ({said}); the work goes on, and what it logs waits")
+                self._outage = text
+                tell(self.name, f"{self.name} does not answer ({text}); the work goes on, and what it logs waits")
                 return False
-            self._refused(call, said)
-        self._away = ""
+            self._refuse(call, text)
+        self._outage = ""
         return True
 
-    def _refused(self, call: _Call, said: str) -> None:
+    def _refuse(self, call: _Call, text: str) -> None:
         if call.answer is not None:
-            call.answer.set_exception(NotTaken(said))
-        elif said not in self._refusals:
-            self._refusals.add(said)
-            tell(f"{self.name}: {said}", f"{self.name} refuses a call ({said}); the work goes on without it")
+            call.answer.set_exception(NotTaken(text))
+        elif text not in self._refusals:
+            self._refusals.add(text)
+            tell(f"{self.name}: {text}", f"{self.name} refuses a call ({text}); the work goes on without it")
 
 
 @dataclass(eq=False)
@@ -165,6 +167,6 @@ class _Call:
         return bool(self.rows and other.rows) and self.work == other.work and self.size < MOST_ROWS
 
     def make(self) -> None:
-        given = self.work(self.rows) if self.rows else self.work()
+        result = self.work(self.rows) if self.rows else self.work()
         if self.answer is not None:
-            self.answer.set_result(given)
+            self.answer.set_result(result)

@@ -1,7 +1,7 @@
-"""What lies behind an error of Python's, of Ray's or of a library's: an error of ours, where one is known.
+"""Finds the cause behind an exception of Python, Ray or a library, and turns it into one of our errors.
 
-A full disk, a lack of memory or a cluster that is gone can show at any line, in any process, under many names. Here
-they are recognised, once for all. What is not recognised is a bug.
+A full disk, a lack of memory or a lost cluster can show at any line, in any process, as many kinds of exception. All
+code that recognises them is here. An exception that is not recognised is a bug.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _DISK = f"free some space there, or set TMPDIR to a folder of a larger disk; {AG
 _MEMORY = f"free memory, have fewer workers, or raise the limits (`ulimit -v`, a container's memory); {AGAIN}"
 _THREADS = f"raise the limits (`ulimit -u`, `ulimit -v`, a container's pids); {AGAIN}"
 
-# What went wrong, and what helps. The words are those of the C library, Python, PyTorch, Ray, SQLite and gRPC.
+# Messages and remedies by error number, and by texts of the C library, Python, PyTorch, Ray, SQLite and gRPC.
 _FULL = "the disk is full", _DISK
 _LACK = "there is too little memory, or too little address space", _MEMORY
 _NUMBERS = {
@@ -27,7 +27,7 @@ _NUMBERS = {
     errno.EMFILE: ("too many files are open", f"raise the limit (`ulimit -n`); {AGAIN}"),
     errno.ENFILE: ("too many files are open on this machine", f"raise `fs.file-max`, or close some; {AGAIN}"),
 }
-_WORDS = {
+_PHRASES = {
     "No space left on device": _FULL,
     "database or disk is full": _FULL,
     "Disk quota exceeded": _NUMBERS[errno.EDQUOT],
@@ -43,30 +43,30 @@ _WORDS = {
 
 
 def explained(error: BaseException) -> PixnerdError | None:
-    """The error of ours that it is, that it was raised from, or that says what it is; None if it is a bug."""
+    """The error of ours that this is, was raised from, or can be explained by; None if it is a bug."""
     chain = list(_chain(error))
-    for here in chain:
-        if isinstance(here, PixnerdError):
-            return here
-    if found := exhausted(error):
-        return found
-    for here in chain:
-        if _is_of_ray(here) and not hasattr(here, "worker_failures"):
+    for link in chain:
+        if isinstance(link, PixnerdError):
+            return link
+    if lack := exhausted(error):
+        return lack
+    for link in chain:
+        if _is_of_ray(link) and not hasattr(link, "worker_failures"):
             return ClusterError(
-                f"Ray cannot go on ({first_line(here)})", remedy="run the same command again: it goes on from there"
+                f"Ray cannot go on ({first_line(link)})", remedy="run the same command again: it goes on from there"
             )
     return None
 
 
 def exhausted(error: BaseException) -> PixnerdError | None:
-    """What the machine has no more of, if that is behind the error."""
+    """The lack of disk, memory, files or threads behind the error; None if there is none."""
     return next(filter(None, map(_exhausted, _chain(error))), None)
 
 
-def known_words(text: str) -> PixnerdError | None:
-    """The same, by the words of whoever noticed it."""
-    for words, (message, remedy) in _WORDS.items():
-        if words in text:
+def known_phrase(text: str) -> PixnerdError | None:
+    """The same, recognised by the texts of libraries."""
+    for phrase, (message, remedy) in _PHRASES.items():
+        if phrase in text:
             return PixnerdError(message, remedy=remedy)
     return None
 
@@ -77,38 +77,36 @@ def first_line(error: BaseException) -> str:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, those that it was raised from, and those that Ray brought from other processes."""
+    """The error, those that it was raised from, and those that Ray transferred from other processes."""
     waiting, seen = [error], set[int]()
     while waiting:
-        here = waiting.pop(0)
-        if id(here) in seen:
+        link = waiting.pop(0)
+        if id(link) in seen:
             continue
-        seen.add(id(here))
-        yield here
-        inner = [here.__cause__, getattr(here, "cause", None), *getattr(here, "worker_failures", {}).values()]
-        if _is_of_ray(here):
-            inner.append(here.__context__)
-        waiting += [found for found in inner if isinstance(found, BaseException)]
+        seen.add(id(link))
+        yield link
+        inner = [link.__cause__, getattr(link, "cause", None), *getattr(link, "worker_failures", {}).values()]
+        if _is_of_ray(link):
+            inner.append(link.__context__)
+        waiting += [cause for cause in inner if isinstance(cause, BaseException)]
 
 
 def _exhausted(error: BaseException) -> PixnerdError | None:
-    if isinstance(error, MemoryError):
+    name, of_ray = type(error).__name__, _is_of_ray(error)
+    if isinstance(error, MemoryError) or (of_ray and name == "OutOfMemoryError"):
         return PixnerdError(_LACK[0], remedy=_LACK[1])
     if isinstance(error, OSError) and error.errno in _NUMBERS:
         message, remedy = _NUMBERS[error.errno]
         where = f" ({error.filename})" if error.filename else ""
         return PixnerdError(f"{message}{where}", remedy=remedy)
-    name = type(error).__name__
-    if _is_of_ray(error) and name in ("OutOfDiskError", "ObjectStoreFullError"):
+    if of_ray and name in ("OutOfDiskError", "ObjectStoreFullError"):
         return PixnerdError(_FULL[0], remedy=_FULL[1])
-    if _is_of_ray(error) and name == "OutOfMemoryError":
-        return PixnerdError(_LACK[0], remedy=_LACK[1])
     if (
-        isinstance(error, OSError | RuntimeError | ImportError)  # of a library that cannot be mapped, for one
-        or _is_of_ray(error)
+        isinstance(error, OSError | RuntimeError | ImportError)  # a library may not fit in memory
+        or of_ray
         or name in ("SafetensorError", "OperationalError")
     ):
-        return known_words(str(error))
+        return known_phrase(str(error))
     return None
 
 

@@ -1,12 +1,13 @@
-"""Whose work it is: of several drivers that start the same work, one does it and the others wait until it has ended.
+"""Claims on work: of several drivers that start the same work, one does it and the others wait until it has ended.
 
-    <prefix>/<number>.json        a driver's claim, create-if-absent; the highest number is the one that counts
-    <prefix>/<number>.json.beat   another text every few seconds, while that driver lives
+    <prefix>/<number>.json        a driver's claim, created if absent; the highest number counts
+    <prefix>/<number>.json.beat   the driver's heartbeat: its text changes every few seconds
 
-A driver that died is known at once on its own machine, by its process, and elsewhere by a beat that stands still: the
-one who waits measures that with a clock of its own, so the machines' clocks need not agree. A claim saves work that
-would be done twice. It is no lock: a driver that was only asleep may wake up and find its work taken, so whatever it
-commits must be right beside another driver's, and `check` comes first.
+A driver that died is noticed at once on its own machine, since its process is gone, and on others by a heartbeat that
+does not change. Those who wait measure that by their own clocks, so the machines' clocks need not agree.
+
+A claim avoids doing work twice. It is not a lock: a driver that was suspended may wake up and find its work taken over.
+So before it commits anything it calls `check`, and what it commits must be correct beside the other driver's.
 """
 
 from __future__ import annotations
@@ -19,27 +20,29 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from infra import layout
+from infra.background import repeated
 from infra.errors import NotFound, PixnerdError, RecordError, TakenOver
 from infra.records import Record, read_record, write_record
 from infra.store import Store
 
 BEAT_SECONDS = 5.0
-PATIENCE_SECONDS = 90.0  # without a beat: longer than an outage of the store that is ridden out
-ENDED = b"ended"
+PATIENCE_SECONDS = 90.0  # without a heartbeat; longer than an outage that a store's calls survive
+ENDED = b"ended"  # the last heartbeat of a driver that ended in order
 
 
 class DriverRecord(Record):
     driver: str
     host: str
-    process: str  # told from every other process that this machine ever ran
+    process: str  # see `process_of`
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a driver holds while it works; it travels to its workers."""
+    """A driver's claim while it works. It is sent to its workers, too."""
 
     store: Store
     home: str  # where the claims on this work lie
@@ -51,7 +54,7 @@ class Claim:
         return _key(self.home, self.number)
 
     def check(self) -> None:
-        """Raises if another driver has taken the run over."""
+        """Raise TakenOver if another driver has taken the work over."""
         newest = _newest(self.store, self.home)
         holder = read_record(self.store, _key(self.home, newest), DriverRecord) if newest else None
         if holder is None or holder.driver != self.driver:
@@ -66,23 +69,25 @@ class Claim:
 def held(
     store: Store, home: str, done: Callable[[], bool], waiting: Callable[[str], None], every: float = 1.0
 ) -> Iterator[Claim | None]:
-    """The claim, once no other driver holds it; None if the work is `done` by then.
+    """Wait until no other driver has a claim, then hold one while the body runs; None if the work is `done` by then.
 
-    `waiting` is told, again and again, on which host the driver is that is waited for.
+    While it waits it calls `waiting` with the other driver's host, every `every` seconds.
     """
     claim = _claimed(store, home, done, waiting, every)
     if claim is None:
         yield None
         return
-    over = threading.Event()
-    beat = threading.Thread(target=_beat, args=(claim, over), name="claim", daemon=True)
-    beat.start()
+    beats = count(1)
+
+    def beat() -> None:
+        with suppress(PixnerdError):  # the store is away: those who wait cannot read the heartbeat either
+            store.put(f"{claim.key}{layout.BEAT}", f"{claim.driver} {next(beats)}".encode())
+
     try:
-        yield claim
+        with repeated(beat, BEAT_SECONDS, "claim", at_once=True):
+            yield claim
     finally:
-        over.set()
-        beat.join()
-        with suppress(PixnerdError):  # then it is found out by the beat
+        with suppress(PixnerdError):  # others then notice that the heartbeat does not change
             store.put(f"{claim.key}{layout.BEAT}", ENDED)
 
 
@@ -92,31 +97,31 @@ def _claimed(
     driver = uuid.uuid4().hex[:12]
     own = DriverRecord(driver=driver, host=socket.gethostname(), process=process_of(os.getpid()))
     pause = threading.Event()
-    watched: _Watched | None = None
+    other: _OtherClaim | None = None
     while not done():
         newest = _newest(store, home)
-        if newest and (watched is None or watched.number != newest):
-            watched = _Watched(store, home, newest)
-        if newest and watched is not None and watched.alive():
-            waiting(watched.host)
+        if newest and (other is None or other.number != newest):
+            other = _OtherClaim(store, home, newest)
+        if newest and other is not None and other.alive():
+            waiting(other.host)
             pause.wait(every)
             continue
         claim = Claim(store, home, newest + 1, driver)
         if write_record(store, claim.key, own):
             for number in range(newest, 0, -1):
                 if not _drop(store, home, number):
-                    break  # those before it went when it came
+                    break  # its own driver has dropped those before it
             return claim
     return None
 
 
-class _Watched:
-    """Another driver's claim, as it looks from here."""
+class _OtherClaim:
+    """Another driver's claim, and its heartbeat as seen from here."""
 
     def __init__(self, store: Store, home: str, number: int) -> None:
         self.store, self.number, self.key = store, number, _key(home, number)
         self.host, self.process = "", ""
-        with suppress(NotFound, RecordError):  # dropped by a newer one, or damaged: the beat alone tells
+        with suppress(NotFound, RecordError):  # dropped by a newer driver, or damaged: then only the heartbeat counts
             record = read_record(store, self.key, DriverRecord)
             self.host, self.process = record.host, record.process
         self.beat: bytes | None = None
@@ -133,16 +138,6 @@ class _Watched:
         return time.monotonic() - self.since < PATIENCE_SECONDS
 
 
-def _beat(claim: Claim, over: threading.Event) -> None:
-    count = 0
-    while True:
-        count += 1
-        with suppress(PixnerdError):  # the store is away: whoever waits cannot read the beat either
-            claim.store.put(f"{claim.key}{layout.BEAT}", f"{claim.driver} {count}".encode())
-        if over.wait(BEAT_SECONDS):
-            return
-
-
 def _key(home: str, number: int) -> str:
     return layout.DRIVER.at(home=home, number=number)
 
@@ -154,14 +149,14 @@ def _newest(store: Store, home: str) -> int:
 
 def _drop(store: Store, home: str, number: int) -> bool:
     key = _key(home, number)
-    there = store.exists(key)
+    existed = store.exists(key)
     store.delete(key)
     store.delete(f"{key}{layout.BEAT}")
-    return there
+    return existed
 
 
 def process_of(pid: int) -> str:
-    """A running process, told by its machine's boot and its namespace, number and start; empty if there is none."""
+    """Identifies a running process for good, by boot of the machine, namespace, number and start; else empty."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -171,8 +166,8 @@ def process_of(pid: int) -> str:
 
 
 def runs_here(process: str) -> bool | None:
-    """Whether it still runs; None if it was never one of this machine's that can be seen from here."""
-    here, there = process_of(os.getpid()).split(), process.split()
-    if len(there) != 4 or len(here) != 4 or there[:2] != here[:2]:
+    """Whether it still runs; None if it is not a process of this machine, or not visible in this namespace."""
+    own, other = process_of(os.getpid()).split(), process.split()
+    if len(other) != 4 or len(own) != 4 or other[:2] != own[:2]:
         return None
-    return process_of(int(there[2])) == process
+    return process_of(int(other[2])) == process

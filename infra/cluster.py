@@ -1,7 +1,7 @@
-"""The only place that starts or joins a Ray cluster, and the line by which far-away work reports to the terminal.
+"""The only file that starts or joins a Ray cluster, and the channel by which its workers report their progress.
 
-On a laptop `connect()` starts a local Ray whose CPUs and memory are bounded on purpose: left alone, Ray takes 30 % of
-the machine's memory for objects that this system never puts there (image bytes go to the store, not through Ray).
+On a laptop `connect()` starts a local Ray with limited memory for objects. By default Ray takes 30 % of the machine's
+memory for them, but here there are few: image bytes go to the store, not through Ray.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from infra import guard, scratch
+from infra.background import repeated
 from infra.causes import exhausted, first_line
 from infra.config import Settings, operational
 from infra.errors import ClusterError
 from infra.head import check_head, own_token
+from infra.notices import Mailbox
 
 
 class ClusterSettings(Settings):
@@ -28,33 +30,33 @@ class ClusterSettings(Settings):
     dashboard: bool = operational(False, description="Ray's own page of the local cluster")
 
 
-# What a local Ray and its workers find in their environment, unless the user set it.
+# Environment variables of Ray and its workers, unless the user has set them.
 _LOCAL_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no calls home
     "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # how long it takes to notice that a training run has ended
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # how soon the end of a training run is noticed
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else every task that asks for no GPU warns about it
-    "RAY_worker_niceness": "0",  # Ray's workers step aside for everything else, but here they are the work
-    # A training step frees and takes large blocks over and over; giving them back to the system each time costs 10 %.
+    "RAY_worker_niceness": "0",  # by default Ray's workers have low priority, but here they do the work
+    # A training step frees and allocates large blocks again and again; returning them to the system costs 10 %.
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(2 * 10**9),
 }
 
 
-# The processes of a local cluster without which nothing can go on, as the system calls them, and as we do.
+# The processes that a local cluster cannot do without: name in the system -> name in messages.
 _NEEDED = {
     "gcs_server": "the head process of Ray on this machine (gcs_server)",
     "raylet": "Ray's raylet on this machine",
 }
 
-_STARTS = 3  # of a local Ray that gives up, after half a minute, since the machine is busy
-_ANSWER_SECONDS = 5.0  # a mailbox on a busy machine takes less
+_STARTS = 3  # attempts to start a local Ray, which gives up after half a minute if the machine is busy
+_ANSWER_SECONDS = 5.0  # more than a mailbox on a busy machine needs
 
-_open = ExitStack()  # what a local cluster needs for as long as it is there
+_open = ExitStack()  # the temporary folders of a local cluster, which exist as long as it does
 
 
 def connect(settings: ClusterSettings | None = None) -> None:
-    """Join the cluster, or start a local one; a second call finds the first one's and does nothing."""
+    """Join the cluster, or start a local one. Does nothing if this process is connected."""
     import ray
 
     settings = settings or ClusterSettings()
@@ -93,12 +95,12 @@ def connect(settings: ClusterSettings | None = None) -> None:
 
 
 def _start(settings: ClusterSettings) -> None:
-    """Everything that Ray and its workers write to the disk lies in folders that are removed, now or by a later run."""
+    """Start a local Ray. What it and its workers write to disk is in folders that this run or a later one removes."""
     import ray
 
     session = _open.enter_context(scratch.folder("ray", scratch.short_place()))
     _open.enter_context(scratch.everything_in(_open.enter_context(scratch.folder("run"))))
-    for left in reversed(range(_STARTS)):
+    for attempts_left in reversed(range(_STARTS)):
         others = guard.children(os.getpid())
         try:
             ray.init(
@@ -115,7 +117,7 @@ def _start(settings: ClusterSettings) -> None:
             ray.shutdown()
             for pid in set(guard.children(os.getpid())) - set(others):
                 os.kill(pid, signal.SIGKILL)
-            if not left or "timed out" not in str(error).lower():
+            if not attempts_left or "timed out" not in str(error).lower():
                 raise
     for pid in guard.children(os.getpid()):
         if name := _NEEDED.get(Path(f"/proc/{pid}/comm").read_text().strip()):
@@ -123,12 +125,12 @@ def _start(settings: ClusterSettings) -> None:
 
 
 def _to_standard_error(data: dict[str, Any], *_: object, **__: object) -> None:
-    """What Ray's processes tell the driver. Ray prints it to standard output, where results are printed."""
+    """Prints messages of Ray's processes. Ray would print them to standard output, which is for results."""
     os.write(2, "".join(f"{line}\n" for line in data["lines"]).encode(errors="replace"))
 
 
 def disconnect() -> None:
-    """Leave the cluster; a local one is stopped with all its processes."""
+    """Leave the cluster; stop a local one with all its processes."""
     import ray
 
     guard.unwatch()
@@ -141,7 +143,7 @@ def disconnect() -> None:
 
 @contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """Ray puts a handler of its own on SIGTERM, which ends the process in the middle of whatever it does."""
+    """Restores the handler of SIGTERM: Ray sets one that ends the process in the middle of its work."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -153,31 +155,30 @@ def _handlers_kept() -> Iterator[None]:
 
 
 class Channel:
-    """Messages from tasks and training workers to whoever watches: small dicts, in order.
+    """Progress messages from tasks and training workers to the driver: small dicts, in order.
 
-    They only show how far the work is: where they cannot be sent or received, the work goes on without them.
+    Work never depends on them: if they cannot be sent or received, it goes on without them.
     """
 
     def __init__(self) -> None:
         import ray
 
-        # A mailbox that dies, for want of memory for one, starts again, without what was in it.
-        self._actor = ray.remote(num_cpus=0, max_restarts=-1)(_Mailbox).remote()
+        # A mailbox that dies, for example for lack of memory, is restarted empty.
+        self._actor = ray.remote(num_cpus=0, max_restarts=-1)(Mailbox).remote()
 
     def send(self, message: dict[str, Any]) -> None:
-        """Does not wait: reporting progress must never hold up the work."""
+        """Send without waiting: progress must not delay the work."""
         with suppress(Exception):
             self._actor.put.remote(message)
 
     def receive(self) -> list[dict[str, Any]]:
-        """None while nobody answers: progress must never hold up the end of the work either."""
+        """The new messages; none if the mailbox does not answer soon: progress must not delay the work."""
         import ray
 
         try:
-            messages: list[dict[str, Any]] = ray.get(self._actor.take.remote(), timeout=_ANSWER_SECONDS)
+            return cast(list[dict[str, Any]], ray.get(self._actor.take.remote(), timeout=_ANSWER_SECONDS))
         except ray.exceptions.RayError:
             return []
-        return messages
 
     def close(self) -> None:
         import ray
@@ -188,49 +189,29 @@ class Channel:
     @contextmanager
     def watched(self, show: Callable[[dict[str, Any]], None], every: float = 0.5) -> Iterator[None]:
         """Calls `show` for every message that arrives while the body runs."""
-        done = threading.Event()
 
         def show_all() -> None:
             for message in self.receive():
-                with suppress(OSError):  # of a terminal that was closed
+                with suppress(OSError):  # the terminal was closed
                     show(message)
 
-        def watch() -> None:
-            while not done.wait(every):
-                show_all()
-
-        thread = threading.Thread(target=watch, name="channel", daemon=True)
-        thread.start()
         try:
-            yield
+            with repeated(show_all, every, "channel"):
+                yield
         finally:
-            done.set()
-            thread.join()
             show_all()
             self.close()
 
 
-class _Mailbox:
-    def __init__(self) -> None:
-        self._messages: list[dict[str, Any]] = []
-
-    def put(self, message: dict[str, Any]) -> None:
-        self._messages.append(message)
-
-    def take(self) -> list[dict[str, Any]]:
-        messages, self._messages = self._messages, []
-        return messages
-
-
 @contextmanager
 def sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, in place of the end of the process, where no command sees to that (infra.guard)."""
-    asked = threading.Event()
+    """An event that SIGTERM sets, instead of ending the process; never set where `infra.guard` handles signals."""
+    received = threading.Event()
     if guard.in_charge() or threading.current_thread() is not threading.main_thread():
-        yield asked  # signals are the main thread's business
+        yield received  # only the main thread can set handlers
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
     try:
-        yield asked
+        yield received
     finally:
         signal.signal(signal.SIGTERM, before)

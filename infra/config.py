@@ -1,11 +1,11 @@
-"""Strict typed settings: what may be set, what it means, and what a result depends on.
+"""Strict typed settings: what may be set, and which of it results depend on.
 
 A settings class is a frozen pydantic model. Unknown keys are refused with the nearest known one. Every field counts
-towards the digest, the name of the work that the settings describe, unless it is marked `operational`: retries,
-workers and timeouts change how long work takes, never what comes out, and must not make finished work stale.
+towards the digest, which names the work that the settings describe, unless it is marked `operational`: retries,
+workers and timeouts change how long work takes, never its result, and must not make finished work stale.
 
-A digest is made of `chosen`, which leaves out what has its default. So a new field with a default renames nothing that
-was made before there was one, and a default may only change together with the format number of the work.
+A digest is made of `chosen`, which leaves out settings that have their default. So a new field with a default leaves
+earlier digests as they were, and a default may only change together with the format number of the work.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import core_schema
 
 from infra.errors import SettingsError
-from infra.problems import Misfit, faults, shown, told
+from infra.problems import Misfit, faults, settings_error, shown
 from infra.problems import nearest as nearest
 
 _OPERATIONAL = "operational"
@@ -34,15 +34,15 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     def results(self) -> dict[str, Any]:
-        """The settings that change results, as plain JSON values: what records tell."""
+        """The settings that change results, as plain JSON values. Records store these."""
         return {name: _plain(getattr(self, name)) for name in _counted(type(self))}
 
     def chosen(self) -> dict[str, Any]:
-        """The results settings that differ from their defaults, and the `kind`. Digests are made of these."""
-        defaults, found = _defaults(type(self)), self.results()
+        """Those of `results` that differ from their defaults, and the `kind`. Digests are made of these."""
+        defaults, results = _defaults(type(self)), self.results()
         return {
             name: _chosen(getattr(self, name))
-            for name, value in found.items()
+            for name, value in results.items()
             if name not in defaults or canonical_json(value) != defaults[name]
         }
 
@@ -56,27 +56,26 @@ def changes_results(field: FieldInfo) -> bool:
 
 
 def operational(default: Any = ..., **limits: Any) -> Any:
-    """A field that changes when or how fast work is done but never its result."""
+    """A field that changes when or how fast work is done, but never its result."""
     return Field(default, json_schema_extra={_OPERATIONAL: True}, **limits)
 
 
 @cache
 def _counted(cls: type[Settings]) -> list[str]:
-    """The fields that change results."""
     return [name for name, field in cls.model_fields.items() if changes_results(field)]
 
 
 @cache
 def _defaults(cls: type[Settings]) -> dict[str, str]:
-    """The values that fields have where nothing is said, as texts; of one that tells which kind it is, none."""
-    found = {}
+    """The fields' defaults, as JSON texts; without that of a `kind` that has one possible value: digests contain it."""
+    defaults = {}
     for name, field in cls.model_fields.items():
-        only = get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
-        if not field.is_required() and not only:
+        is_tag = get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
+        if not field.is_required() and not is_tag:
             annotation: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
             default = field.get_default(call_default_factory=True)
-            found[name] = canonical_json(TypeAdapter(annotation).validate_python(default))
-    return found
+            defaults[name] = canonical_json(TypeAdapter(annotation).validate_python(default))
+    return defaults
 
 
 def _chosen(value: Any) -> Any:
@@ -91,7 +90,7 @@ def _chosen(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Secret):
-        return None  # a result that depended on a password would be a result nobody could repeat
+        return None  # results must not depend on a secret: nobody else could repeat them
     if isinstance(value, Settings):
         return value.results()
     if isinstance(value, BaseModel):
@@ -107,7 +106,7 @@ def _plain(value: Any) -> Any:
 
 
 def canonical_json(value: Any) -> str:
-    """One text for one value, whatever the order of its keys."""
+    """The same text for equal values, whatever the order of their keys."""
     return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -116,30 +115,30 @@ def digest(value: Any) -> str:
 
 
 class Secret:
-    """A value that lives in the environment or in a file and is named, never written, in settings.
+    """A secret, which settings name as `env:NAME` or `file:PATH`, such as `env:AWS_SECRET_ACCESS_KEY`.
 
-    `env:NAME` and `file:PATH` are the only forms: a literal password in a recipe would end up in records and logs.
+    The value itself is refused: a password in a recipe would end up in records and logs.
     """
 
     def __init__(self, reference: str) -> None:
-        kind, _, where = reference.partition(":")
-        if kind not in ("env", "file") or not where:
+        kind, _, place = reference.partition(":")
+        if kind not in ("env", "file") or not place:
             # The reference itself is not repeated: it may be the password that should not have been there.
             raise ValueError("a secret is written env:NAME or file:PATH, never as the value itself")
         self.reference = reference
 
     def reveal(self) -> str:
-        kind, _, where = self.reference.partition(":")
+        kind, _, place = self.reference.partition(":")
         if kind == "env":
-            value = os.environ.get(where)
+            value = os.environ.get(place)
             if value is None:
-                raise SettingsError(f"the environment variable {where} is not set", remedy=f"export {where}=...")
+                raise SettingsError(f"the environment variable {place} is not set", remedy=f"export {place}=...")
             return value
         try:
-            return Path(where).read_text(encoding="utf-8").strip()
+            return Path(place).read_text(encoding="utf-8").strip()
         except OSError as error:
             raise SettingsError(
-                f"the secret file {where} cannot be read ({error.strerror})", remedy="create it, or name another one"
+                f"the secret file {place} cannot be read ({error.strerror})", remedy="create it, or name another one"
             ) from None
 
     def __repr__(self) -> str:
@@ -169,7 +168,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 def check(cls: type[Settings], data: Any) -> None:
-    """For validators: whether a value makes these settings."""
+    """For validators: raises if a value is not valid as these settings."""
     try:
         cls.model_validate(data)
     except ValidationError as error:
@@ -177,7 +176,7 @@ def check(cls: type[Settings], data: Any) -> None:
 
 
 class Refused(ValueError):
-    """What a validator says of a value, where it knows what to do as well."""
+    """A validator's error that carries a remedy."""
 
     def __init__(self, message: str, *, remedy: str) -> None:
         super().__init__(message)
@@ -185,7 +184,7 @@ class Refused(ValueError):
 
 
 def spelt(pattern: str, like: str) -> AfterValidator:
-    """Text of this form: `like` says it in words, as the error does."""
+    """A validator of texts that match the pattern; `like` describes the form in the error: "write ..."."""
 
     def match(text: str) -> str:
         if re.fullmatch(pattern, text) is None:
@@ -198,7 +197,8 @@ def spelt(pattern: str, like: str) -> AfterValidator:
 def parse(cls: type[S], data: Any, *, where: str = "", shared: Mapping[str, Any] | None = None) -> S:
     """Settings from plain data; the error names every wrong key and the nearest right one.
 
-    `where` they were written, and `shared`: other such places -> what settings of this kind have in common there.
+    `where` is the path at which they were written, for errors: "low". `shared` holds the defaults that were merged into
+    `data`, by the path at which these were written: {"defaults.train": {...}}.
     """
     if not isinstance(data, Mapping):
         raise SettingsError(
@@ -208,4 +208,4 @@ def parse(cls: type[S], data: Any, *, where: str = "", shared: Mapping[str, Any]
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        raise told(faults(cls, error, data, {where: data, **(shared or {})})) from None
+        raise settings_error(faults(cls, error, data, {where: data, **(shared or {})})) from None

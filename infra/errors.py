@@ -1,8 +1,8 @@
-"""Every error that a user can meet, and what to do next.
+"""Every error that a user can meet, with what to do about it.
 
     PixnerdError                  exit code 1: the work failed
     ├── SettingsError             exit code 2: a setting, an argument or a recipe is wrong
-    ├── StoreError                object storage said no
+    ├── StoreError                object storage failed or refused
     │   ├── StoreUnreachable      nobody answers at the store's URL, or the credentials are refused
     │   ├── NotFound              no such object
     │   └── UnsafeStore           the server ignores create-if-absent, so records would not be safe in it
@@ -13,7 +13,7 @@
     ├── EvaluationError           prompts, images or a judge are not usable
     ├── ClusterError              Ray could not be started, reached, or given what was asked for
     ├── TrackingError             MLflow did not take what the work needs it to take
-    ├── TakenOver                 another driver has taken this work over, while nothing was heard of this one
+    ├── TakenOver                 another driver has taken this work over, since this one sent no heartbeat
     ├── StageFailed               a stage of a workflow failed; wraps the cause
     └── Stopped                   exit code 143: somebody asked for it by SIGTERM
 
@@ -39,7 +39,7 @@ class PixnerdError(Exception):
         return f"{self.message}: {self.remedy}"
 
     def __reduce__(self) -> tuple[object, ...]:
-        # The keyword-only remedy would be lost on the way home from a Ray worker.
+        # By default the keyword-only remedy would be lost in pickling, on the way from a Ray worker.
         return _rebuild, (type(self), self.message, self.remedy)
 
 
@@ -48,15 +48,15 @@ def _rebuild(kind: type[PixnerdError], message: str, remedy: str) -> PixnerdErro
 
 
 class Fault(NamedTuple):
-    """One of the things that are wrong with settings."""
+    """One mistake in settings."""
 
-    path: str  # of the setting, as it was written: `low.optim.lr`
+    path: str  # of the setting: `low.optim.lr`
     message: str
     remedy: str
 
 
 class SettingsError(PixnerdError):
-    """`faults`: all that is wrong, where that may be more than one thing."""
+    """`faults`: the single mistakes, if they are known."""
 
     exit_code = 2
 
@@ -65,56 +65,43 @@ class SettingsError(PixnerdError):
         self.faults = tuple(faults)
 
 
-class StoreError(PixnerdError):
-    pass
+class StoreError(PixnerdError): ...
 
 
-class StoreUnreachable(StoreError):
-    pass
+class StoreUnreachable(StoreError): ...
 
 
-class NotFound(StoreError):
-    pass
+class NotFound(StoreError): ...
 
 
-class UnsafeStore(StoreError):
-    pass
+class UnsafeStore(StoreError): ...
 
 
-class RecordError(PixnerdError):
-    pass
+class RecordError(PixnerdError): ...
 
 
-class DataError(PixnerdError):
-    pass
+class DataError(PixnerdError): ...
 
 
-class CheckpointError(PixnerdError):
-    pass
+class CheckpointError(PixnerdError): ...
 
 
-class TrainingError(PixnerdError):
-    pass
+class TrainingError(PixnerdError): ...
 
 
-class EvaluationError(PixnerdError):
-    pass
+class EvaluationError(PixnerdError): ...
 
 
-class ClusterError(PixnerdError):
-    pass
+class ClusterError(PixnerdError): ...
 
 
-class TrackingError(PixnerdError):
-    pass
+class TrackingError(PixnerdError): ...
 
 
-class TakenOver(PixnerdError):
-    pass
+class TakenOver(PixnerdError): ...
 
 
-class StageFailed(PixnerdError):
-    pass
+class StageFailed(PixnerdError): ...
 
 
 class Stopped(PixnerdError):

@@ -1,4 +1,4 @@
-"""Files of this machine: what they hold, told by a hash, and how they appear whole or not at all."""
+"""Local files: their hash, flushing them to disk, and writing them so that they appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def sha256_of(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """A file, or all files below a folder, reach the disk before this returns."""
+    """Flush a file, or all files below a folder, to the disk."""
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             with file.open("rb") as opened:
@@ -25,9 +25,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def appearing(path: Path, *, replace: bool = True) -> Iterator[Path]:
-    """A path to write a file or a folder at, which takes its real place in one step once all of it is on the disk.
+    """A temporary path for a file or a folder; after the body it is flushed to disk and moved to `path` in one step.
 
-    After an error nothing of it is left. A folder takes the place of an empty one at most, a file that of another file,
+    After an error nothing of it is left. A folder can replace an empty folder only. A file replaces an existing one,
     unless `replace` is False.
     """
     path = path.absolute()

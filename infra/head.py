@@ -1,7 +1,7 @@
-"""Whether the head of a Ray cluster answers, asked before Ray itself does: it would take minutes to give up.
+"""Checks that the head of a Ray cluster answers, before Ray tries to join: Ray would take minutes to give up.
 
-An address is what `ray start --head` tells: a host and the port of the head's control service (6379 unless another was
-chosen). The question is one gRPC call without a body, which every version of that service answers.
+An address is what `ray start --head` prints: a host and the port of the head's control service, 6379 by default. The
+check is one gRPC call without a body, which every version of that service answers.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from urllib.parse import urlsplit
 from infra.errors import ClusterError, PixnerdError, SettingsError
 
 _METHOD = "/ray.rpc.NodeInfoGcsService/GetClusterId"
-_PATIENCE = 10.0  # seconds in which a head must answer; one that was just started needs some
+_PATIENCE = 10.0  # seconds in which a head must answer; one that has just been started needs some
 _PAUSE = 0.5
 
 
 def check_head(address: str) -> None:
-    """Raise what is wrong with the address or with who answers there; nothing, if Ray can be let in."""
-    if address == "auto":  # Ray looks for a cluster on this machine
+    """Raise an error if the address is wrong or no head of a cluster answers there."""
+    if address == "auto":  # Ray then looks for a cluster on this machine
         return
     _check_form(address)
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
-        return  # then only Ray knows the certificates
+        return  # only Ray knows the certificates
     status, text = _ask(address)
-    if status == "UNAUTHENTICATED" and _mode() in ("", "disabled", "token"):  # of other modes only Ray knows the tokens
+    if status == "UNAUTHENTICATED" and _mode() in ("", "disabled", "token"):  # only Ray knows other modes' tokens
         raise _refused(address)
     if status in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
         cause = "it says nothing" if status == "DEADLINE_EXCEEDED" else text.rpartition("UNKNOWN: ")[2]
@@ -38,10 +38,10 @@ def check_head(address: str) -> None:
 
 
 def own_token() -> None:
-    """A token for the cluster that this process is going to start, unless there is one.
+    """Make a token for the cluster that this process is about to start, unless there is one.
 
-    Ray would write one into the user's home, where it stays: every head that is started there from then on asks for it,
-    and drivers that name such a head by its address do not send it.
+    Otherwise Ray would write a token into the user's home, where it would stay: all heads started later on this machine
+    would ask for it, and drivers that name such a head by its address do not send it.
     """
     if _token() is None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -73,17 +73,17 @@ def _check_form(address: str) -> None:
 
 
 def _ask(address: str) -> tuple[str, str]:
-    """The name of gRPC's status, and what it says."""
+    """Call the head; the name of gRPC's status, and its text."""
     import grpc
 
     token = _token() if _mode() == "token" else None
-    sent = (("authorization", f"Bearer {token}"),) if token else ()
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
     deadline = time.monotonic() + _PATIENCE
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         call = channel.unary_unary(_METHOD)
         while True:
             try:
-                call(b"", timeout=max(_PAUSE, deadline - time.monotonic()), metadata=sent)
+                call(b"", timeout=max(_PAUSE, deadline - time.monotonic()), metadata=metadata)
                 return "OK", ""
             except grpc.RpcError as error:
                 status, text = error.code().name, str(error.details())
@@ -110,7 +110,7 @@ def _mode() -> str:
 
 
 def _token_place() -> str:
-    """Where Ray looks for its token, in its order."""
+    """Where Ray finds its token: it looks at these in this order."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "RAY_AUTH_TOKEN"
     return os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"

@@ -1,17 +1,17 @@
-"""Where everything lies in a store: the one page that names its folders and keys.
+"""Where everything lies in a store: the only file that spells its folders and keys.
 
     SHARD.at(plan="ab12", size="256", number=3)   shards/ab12/256/00003.json
     SHARD.under(plan="ab12")                      shards/ab12/
     SHARD.parse("shards/ab12/256/00003.json")     {"plan": "ab12", "size": "256", "number": 3}
     IMAGES.at(size="256")                         data/256
 
-A `Place` is where one kind of record or table lies: how its keys are spelt, the class of the record, and the folders of
-data objects that it may name. A `Folder` holds data objects, which have the hash of their bytes in their names (see
-`records.put_data`). Two kinds of them: what lies under `data/` is shared, and `gc` deletes what nobody names; what lies
-beside its own record stays with it.
+A `Place` is the form of the keys of one kind of record or table. It also tells the record's class, and the folders of
+the data objects that such a record may name. A `Folder` holds data objects, which have the hash of their bytes in their
+names (see `records.put_data`). Data objects under `data/` are shared by records: `gc` deletes those that no record
+names. Data objects beside a record belong to it and stay with it.
 
-To store something new, add a line here; the tests hold that nothing else spells a key, that every record lies where
-this page says, and that it names what this page says.
+To store something new, add a line here. Tests check that no other file spells a key, and that every record lies, and
+names data, where this file says.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 DATA = "data/"
 
-# What a part of a key may be, where it is not simply all up to the next slash.
+# The form of a part of a key, where it is not simply everything up to the next slash.
 _PARTS = {
-    "home": r"(?:training|imported)/[^/]+",  # of a trained network: see TRAINING and IMPORTED
+    "home": r"(?:training|imported)/[^/]+",  # the folder of a network: see TRAINING and IMPORTED
     "batch": r"[^/.]+",
-    "part": ".+",  # of a checkpoint: folders in its folder
-    "size": r"(?!(?:tables|unpacked|originals|scores|snapshots|forgotten)(?:/|$))[^/]+",  # what else lies under data/
+    "part": ".+",  # folders in a checkpoint's folder
+    "size": r"(?!(?:tables|unpacked|originals|scores|snapshots|forgotten)(?:/|$))[^/]+",  # other folders under data/
 }
 _FIELD = re.compile(r"\{(\w+)(?::0(\d+)d)?\}")
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a key, or the beginning of one, is spelt."""
+    """The form of a key, or of the beginning of one, such as `plans/{plan}/{number:05d}.parquet`."""
 
     spelling: str
 
@@ -47,34 +47,34 @@ class Spelling:
         return self.spelling.format(**parts)
 
     def under(self, **parts: Any) -> str:
-        """How all keys begin that have these parts, which are the first ones."""
+        """The common beginning of all keys with these parts, which must be the first ones."""
         for field in _FIELD.finditer(self.spelling):
             if field[1] not in parts:
                 return self.spelling[: field.start()].format(**parts)
         return self.at(**parts)
 
     def parse(self, key: str) -> dict[str, Any] | None:
-        """The parts of a key; None if it is spelt otherwise."""
-        found = self._pattern.fullmatch(key)
-        if found is None:
+        """The parts of a key; None if the key has another form."""
+        match = self._pattern.fullmatch(key)
+        if match is None:
             return None
         numbers = {field[1] for field in _FIELD.finditer(self.spelling) if field[2]}
-        return {name: int(part) if name in numbers else part for name, part in found.groupdict().items()}
+        return {name: int(part) if name in numbers else part for name, part in match.groupdict().items()}
 
     def parts(self, key: str) -> dict[str, Any]:
-        """The parts of a key that is known to be of this spelling."""
-        found = self.parse(key)
-        assert found is not None, f"{key} is not spelt {self.spelling}"
-        return found
+        """The parts of a key that is known to have this form."""
+        parts = self.parse(key)
+        assert parts is not None, f"{key} is not spelt {self.spelling}"
+        return parts
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        found, end = "", 0
+        pattern, end = "", 0
         for field in _FIELD.finditer(self.spelling):
             part = rf"\d{{{field[2]},}}" if field[2] else _PARTS.get(field[1], "[^/]+")
-            found += f"{re.escape(self.spelling[end : field.start()])}(?P<{field[1]}>{part})"
+            pattern += f"{re.escape(self.spelling[end : field.start()])}(?P<{field[1]}>{part})"
             end = field.end()
-        return re.compile(found + re.escape(self.spelling[end:]))
+        return re.compile(pattern + re.escape(self.spelling[end:]))
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ class Folder(Spelling):
     """Data objects: <folder>/<name>-<sha256>.<suffix>."""
 
     def named(self, name: str, **parts: Any) -> str:
-        """How the keys begin of the objects of this name, whose hash follows."""
+        """The beginning of the keys of all objects of this name; a hash follows."""
         return f"{self.at(**parts)}/{name}-"
 
     def holds(self, key: str) -> bool:
-        """Whether the object lies just there."""
+        """Whether the object lies directly in this folder."""
         return self._pattern.fullmatch(key.rpartition("/")[0]) is not None
 
 
@@ -94,11 +94,11 @@ class Folder(Spelling):
 class Place(Spelling):
     """Records or tables of one kind."""
 
-    record: str = ""  # the name of the class of the records that lie there; none: no record, but a table
-    names: tuple[Folder, ...] = ()  # where the data lie that it may name
+    record: str = ""  # name of the records' class; empty for a table
+    names: tuple[Folder, ...] = ()  # folders of the data objects that it may name
 
     def keys(self, store: Store, **parts: Any) -> Iterator[str]:
-        """The keys that the store holds of this place, as far as they have these parts."""
+        """The keys of this place that are in the store and have these parts."""
         return (entry.key for entry in store.list(self.under(**parts)) if self.parse(entry.key) is not None)
 
 
@@ -107,16 +107,16 @@ class Place(Spelling):
 IMAGES = Folder("data/{size}")  # <number>.tar with the images of a shard, <number>.parquet its index
 TABLES = Folder("data/tables")  # listings, and inputs that were turned into Parquet
 UNPACKED_TARS = Folder("data/unpacked")
-ORIGINALS = Folder("data/originals")  # what was downloaded, and the tables that tell of it
-SCORES = Folder("data/scores/{scorer}")  # <number>.parquet with a scorer's word on the images of a shard
+ORIGINALS = Folder("data/originals")  # tars of what was downloaded, and tables of it
+SCORES = Folder("data/scores/{scorer}")  # <number>.parquet with what a scorer gave for a shard's images
 SELECTIONS = Folder("data/snapshots")
 FORGOTTEN_ITEMS = Folder("data/forgotten")
 
 # Preparation: inputs, downloads, shards
 
-PLANNED = Place("plans/{plan}/{number:05d}.parquet", names=(TABLES, UNPACKED_TARS))  # the shards that are to be made
+PLANNED = Place("plans/{plan}/{number:05d}.parquet", names=(TABLES, UNPACKED_TARS))  # the shards to make
 EDITION = Place("plans/{plan}/{edition}.json", "Edition")
-LOOKED = Place("looked/{listing}/{first:012d}-{rows:01d}.parquet")  # what files were like when they were read
+LOOKED = Place("looked/{listing}/{first:012d}-{rows:01d}.parquet")  # properties of source files when they were read
 UNPACKED = Place("unpacked/{tar}.json", "UnpackedRecord", (UNPACKED_TARS,))
 BATCH = Place("downloads/batches/{batch}.{attempt:01d}.json", "BatchRecord", (ORIGINALS,))
 DROPPED = Place("downloads/batches/{batch}.{attempt:01d}.dropped.json", "Dropped")
@@ -135,17 +135,17 @@ FORGOTTEN = Place("forgotten/{items}.json", "ForgottenRecord", (FORGOTTEN_ITEMS,
 SNAPSHOT = Place("snapshots/{digest}.json", "SnapshotRecord", (SELECTIONS, IMAGES))  # its selection names the images
 EXPORT = Place("exports/{digest}.json", "ExportRecord")
 
-# Networks. A `home` is where all of one lies.
+# Networks. A `home` is the folder of one network.
 
 TRAINING = Spelling("training/{run}")
 IMPORTED = Spelling("imported/{digest}")
 TRAINED_FILES = Folder("{home}/checkpoint")
-TRAINED_PARTS = Folder("{home}/checkpoint/{part}")  # the text encoder's files, say
+TRAINED_PARTS = Folder("{home}/checkpoint/{part}")  # such as the text encoder's files
 STATE_PARTS = Folder("{home}/state")  # <step>-<rank>-<attempt>.safetensors
 CURVES = Folder("{home}")
 CHECKPOINT = Place("{home}/checkpoint.json", "CheckpointRecord", (TRAINED_FILES, TRAINED_PARTS, CURVES))
 STATE = Place("{home}/states/{step:08d}-{attempt}.json", "TrainingState", (STATE_PARTS,))
-OLD_STATE = Place("{home}/states/{step:08d}.json", "TrainingState", (STATE_PARTS,))  # of schema 1, without attempts
+OLD_STATE = Place("{home}/states/{step:08d}.json", "TrainingState", (STATE_PARTS,))  # schema 1: without attempts
 DRIVER = Place("{home}/drivers/{number:06d}.json", "DriverRecord")
 ENCODER_FILES = Folder("encoders/{stage}/{encoder}")
 
@@ -163,14 +163,14 @@ PAGES = Folder("reports")
 
 STAGE = Place("stages/{kind}/{digest}.json", "StageRecord", (ENCODER_FILES, PAGES))
 RUNNING = Place("running/{run}.json", "RunRecord")
-CORPUS = Spelling("corpus/{stage}")  # a folder of this machine, below the workflow's
+CORPUS = Spelling("corpus/{stage}")  # a local folder, in the workflow's own
 
-BEAT = ".beat"  # after the key of a driver's or a run's record: what says that it is alive
+BEAT = ".beat"  # added to the key of a driver's or a run's record: its heartbeat
 
-# What lies in a folder that is a store as well, and is not ours to look into.
+# Folders that may be in a store that is a local folder, but are not part of it: `gc` and the like skip them.
 NOT_OURS = (
     *("corpus/", "mlartifacts/"),  # a workflow's own files
-    "originals/",  # what earlier versions wrote of their downloads, and nobody reads any more
+    "originals/",  # downloads of earlier versions, which nothing reads any more
 )
 
 PLACES = tuple(place for place in list(globals().values()) if isinstance(place, Place))
@@ -178,5 +178,5 @@ FOLDERS = tuple(folder for folder in list(globals().values()) if isinstance(fold
 
 
 def place_of(key: str) -> Place | None:
-    """Where a record or a table lies that has this key."""
+    """The place that a key of a record or a table belongs to."""
     return next((place for place in PLACES if place.parse(key) is not None), None)

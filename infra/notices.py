@@ -1,7 +1,7 @@
-"""Lines that a user must see, wherever they are told: in this process, or in a Ray worker, perhaps on another machine.
+"""Lines that the user must see, whether they come from this process or from a Ray worker, perhaps on another machine.
 
-What a worker writes to its standard error ends in Ray's log files, which nobody reads. So a worker leaves the line with
-an actor as well, which it starts only then, and whoever drives the work looks now and then whether there is one.
+What a worker writes to its standard error ends up in Ray's log files, which nobody reads. So a worker also leaves the
+line with an actor, which it starts when it needs it, and the driver asks now and then whether that actor exists.
 """
 
 from __future__ import annotations
@@ -12,22 +12,24 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+from infra.background import repeated
 
 log = logging.getLogger(__name__)
 
 _ACTOR = "pixnerd-notices"
-_EVERY = 1.0
-_SAME = 120.0  # seconds in which nothing more is told of one thing
+_EVERY = 1.0  # seconds between the driver's questions
+_SAME = 120.0  # seconds without a notice about a thing, after which it is told of again
 _LATEST = 10.0  # seconds that an answer may take
 _lock = threading.Lock()
-_last: dict[str, float] = {}  # when each thing was last told of, or told of again in vain
-_boxes: list[Any] = []  # an actor lives as long as the one who started it holds it
+_last: dict[str, float] = {}  # when `tell` was last called about each thing, whether or not it printed a line
+_mailboxes: list[Any] = []  # references, which keep the actors alive
 
 
 def tell(about: str, text: str) -> None:
-    """One line, unless there has been one about this within the last minutes: many calls meet one outage."""
+    """Show a line, unless there has been one about this in the last minutes: an outage affects many calls."""
     if not _first(about):
         return
     log.warning(text)
@@ -37,15 +39,9 @@ def tell(about: str, text: str) -> None:
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """This process drives a cluster's work: while the body runs, it tells what the workers have to tell."""
-    over = threading.Event()
-    thread = threading.Thread(target=_watch, args=(over,), name="notices", daemon=True)
-    thread.start()
-    try:
+    """While the body runs, this process, the driver, shows the lines of its workers."""
+    with repeated(_show_workers_lines, _EVERY, "notices", longest_end=_EVERY):
         yield
-    finally:
-        over.set()
-        thread.join(_EVERY)
 
 
 def _first(about: str) -> bool:
@@ -67,36 +63,34 @@ def _pass_on(about: str, text: str) -> None:
     import ray
     from ray.exceptions import RayError
 
-    for _ in range(3):  # the actor ends with the worker that started it, whoever else uses it
+    for _ in range(3):  # the actor may end meanwhile, with the worker that started it
         try:
-            box = ray.remote(num_cpus=0)(_Box).options(name=_ACTOR, get_if_exists=True).remote()
-            _boxes.append(box)
-            ray.get(box.put.remote(about, text), timeout=_LATEST)
+            mailbox = ray.remote(num_cpus=0)(Mailbox).options(name=_ACTOR, get_if_exists=True).remote()
+            _mailboxes.append(mailbox)
+            ray.get(mailbox.put.remote((about, text)), timeout=_LATEST)
             return
         except (RayError, ValueError) as error:
             log.info("the driver was not told (%s)", error)
 
 
-def _watch(over: threading.Event) -> None:
+def _show_workers_lines() -> None:
     import ray
     from ray.exceptions import RayError
 
-    while not over.wait(_EVERY):
-        try:
-            lines = ray.get(ray.get_actor(_ACTOR).take.remote(), timeout=_LATEST)
-        except (RayError, ValueError):  # no worker has anything to tell
-            continue
-        for about, text in lines:
+    with suppress(RayError, ValueError):  # ValueError: there is no actor, since no worker has left a line
+        for about, text in ray.get(ray.get_actor(_ACTOR).take.remote(), timeout=_LATEST):
             tell(about, text)
 
 
-class _Box:
+class Mailbox:
+    """An actor with messages from workers to the driver."""
+
     def __init__(self) -> None:
-        self._lines: list[tuple[str, str]] = []
+        self._messages: list[Any] = []
 
-    def put(self, about: str, text: str) -> None:
-        self._lines.append((about, text))
+    def put(self, message: Any) -> None:
+        self._messages.append(message)
 
-    def take(self) -> list[tuple[str, str]]:
-        lines, self._lines = self._lines, []
-        return lines
+    def take(self) -> list[Any]:
+        messages, self._messages = self._messages, []
+        return messages

@@ -1,4 +1,4 @@
-"""Waiting for what comes back by itself: bounded by time, never by a number of tries."""
+"""Retrying calls to a service that is away for a while; limited by time, not by a number of attempts."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 5.0
-TOLD_AFTER = 2.0  # seconds that a call has taken; what passes sooner concerns nobody
+TOLD_AFTER = 2.0  # seconds; the user is not told of shorter outages
 
 
 def ride_out(name: str, work: Callable[[], T], cause: Callable[[Exception], str], patience: float, backoff: float) -> T:
-    """Repeat the work as long as it fails for a cause that passes, for `patience` seconds from the first failure.
+    """Repeat the work while it fails for a temporary cause, for `patience` seconds from the first failure.
 
-    `cause` names what passes by itself, and says nothing of any other error. The last attempt begins when those seconds
-    are over, so whatever outage is shorter is survived for certain, by every single call.
+    `cause` describes an error that is temporary; for any other error it returns "". The last attempt begins after these
+    seconds, so every single call survives any outage that is shorter.
     """
     began, pause = time.monotonic(), backoff
     deadline = None
     while True:
-        asked = time.monotonic()
+        attempt_began = time.monotonic()
         try:
             return work()
         except Exception as error:
             why, now = cause(error), time.monotonic()
             deadline = now + patience if deadline is None else deadline
-            if not why or asked >= deadline:
+            if not why or attempt_began >= deadline:
                 raise
         if now - began >= TOLD_AFTER:
             tell(name, f"{name} is out of order ({why}); waiting until it comes back, {patience:.0f} s at most")
-        nap = min(pause * random.uniform(0.5, 1.0), max(0.0, deadline - now))  # so that not all come back at once
-        log.info("%s: %s; trying again in %.1f s", name, why, nap)
-        time.sleep(nap)
+        # Random, so that not all callers return at once.
+        wait = min(pause * random.uniform(0.5, 1.0), max(0.0, deadline - now))
+        log.info("%s: %s; trying again in %.1f s", name, why, wait)
+        time.sleep(wait)
         pause = min(2 * pause, LONGEST_PAUSE)

@@ -1,16 +1,17 @@
-"""One loop over Ray tasks: pieces of work that do not depend on each other, some of them under way at once.
+"""A loop over Ray tasks: independent pieces of work, of which several run at once.
 
-    class Shards(Work[int, Made]):
+    class Shards(Work[int, ShardRecord]):
         noun = "shards"
 
-        def start(self, piece, again):          # a Ray task for a piece
+        def start(self, piece, again):          # starts a Ray task for a piece
             return make.remote(piece)
 
-    for number, made in results(Shards(range(7), at_once=4)):
+    for number, record in results(Shards(range(7), at_once=4)):
         ...
 
-SIGTERM ends it between two results, and what is under way is given up: a piece is the same whenever it is done. One
-whose process dies is started once more; the second death is told, with the piece's name. What a task raises is raised.
+SIGTERM ends the loop between two results, and running tasks are cancelled: a later run gets the same results for those
+pieces. If a task's process dies, the piece is started once more; if that dies, too, an error names the piece. An error
+that a task raises is raised here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Generator, Iterable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from infra.causes import first_line
 from infra.cluster import sigterm
@@ -27,43 +28,43 @@ from infra.errors import ClusterError, Stopped
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
-_WAIT = 0.5  # seconds after which SIGTERM is heeded at the latest
-_GIVEN_UP = 10.0  # seconds for tasks to end that are given up
+_WAIT = 0.5  # the most seconds until SIGTERM is noticed
+_GIVEN_UP = 10.0  # the most seconds to wait for cancelled tasks
 
 
 class Work(ABC, Generic[Piece, Result]):
     noun = "pieces"
 
     def __init__(self, pieces: Iterable[Piece], at_once: int | None = None) -> None:
-        """`at_once`: None for twice the cluster's CPUs."""
+        """`at_once`: how many pieces run at once; None for twice the cluster's CPUs."""
         self.waiting = deque(pieces)
-        self.left = len(self.waiting)  # pieces that are not done, those under way among them
+        self.left = len(self.waiting)  # pieces that are not done, including running ones
         self.at_once = at_once or 0
 
     def begin(self) -> None:
-        """What needs Ray and comes before the first piece: where nothing is left to do, nobody starts one."""
+        """Preparations that need Ray. Called before the first piece is started."""
         import ray
 
         self.at_once = self.at_once or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
 
     @abstractmethod
     def start(self, piece: Piece, again: bool) -> Any:
-        """A Ray task; `again`: another one died of this piece."""
+        """Start a Ray task for the piece; `again`: the process of its first task died."""
 
     def ready(self, running: Collection[Piece]) -> Iterable[Piece]:
-        """The pieces to start now, beside those that are under way."""
+        """The pieces to start now, beside the running ones."""
         for _ in range(min(self.at_once - len(running), len(self.waiting))):
             yield self.waiting.popleft()
 
     def ended(self, piece: Piece, result: Result | None) -> None:
-        """A task has ended, without a result if its process died."""
+        """Called when a task has ended; `result` is None if its process died."""
         self.left -= result is not None
 
     def name(self, piece: Piece) -> str:
         return f"{self.noun.removesuffix('s')} {piece}"
 
     def give_up(self, tasks: list[Any]) -> None:
-        """All is over, and these are still under way."""
+        """Cancel the running tasks when the loop ends."""
         import ray
 
         for task in tasks:
@@ -73,7 +74,7 @@ class Work(ABC, Generic[Piece, Result]):
 
 
 def results(work: Work[Piece, Result]) -> Generator[tuple[Piece, Result], None, None]:
-    """The pieces with what came of them as they get done, in no particular order."""
+    """The pieces with their results, in the order in which they are done."""
     import ray
 
     running: dict[Any, tuple[Piece, bool]] = {}
@@ -104,13 +105,13 @@ def results(work: Work[Piece, Result]) -> Generator[tuple[Piece, Result], None, 
 
 
 def _result(task: Any, work: Work[Piece, Result], piece: Piece, again: bool) -> Result | None:
-    """None if the process died, for the first time."""
+    """The task's result; None if its process died, and the piece may be started again."""
     import ray
     from ray import exceptions
 
     died = (exceptions.RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError)
     try:
-        result: Result = ray.get(task)
+        return cast(Result, ray.get(task))
     except exceptions.RayTaskError as error:
         raise error.cause from None
     except (*died, exceptions.OutOfMemoryError) as error:
@@ -120,4 +121,3 @@ def _result(task: Any, work: Work[Piece, Result], piece: Piece, again: bool) -> 
                 remedy="look for the out-of-memory killer in the node's log; have fewer workers at a time",
             ) from None
         return None
-    return result

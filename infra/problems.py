@@ -1,7 +1,7 @@
-"""What is wrong with settings, in words for whoever wrote them.
+"""Turns pydantic's validation errors into messages for users.
 
-Pydantic tells it in its own: validators and the branches of unions stand in its paths, and it complains of every branch
-that does not fit. Here each mistake is told once, under the path at which it was written.
+Pydantic's paths contain validators and branches of unions, and it reports an error for every branch that does not fit.
+Here each mistake is reported once, under the path at which it was written.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from infra.errors import Fault, SettingsError
 
 Path = tuple[str | int, ...]
 
-MOST = 5  # mistakes that are told in one sentence
-LONGEST = 40  # letters of a value that are repeated
+MOST = 5  # mistakes in one message
+LONGEST = 40  # characters of a value in a message
 
-# What was expected, by pydantic's word for the mistake of giving something else.
+# What was expected, by pydantic's type of error.
 _EXPECTED = {
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "a number"),
@@ -31,7 +31,7 @@ _EXPECTED = {
     "literal_error": "one of {expected}",
 }
 
-# What the value must be, by pydantic's word for the limit that it breaks.
+# What the value must be, by pydantic's type of error.
 _LIMITS = {
     "greater_than": "above {gt:g}",
     "greater_than_equal": "at least {ge:g}",
@@ -50,7 +50,7 @@ _LENGTHS = {
 
 
 class Misfit(ValueError):
-    """What a validator says of a value of which it made further settings."""
+    """A validator's error for a value that it parsed as other settings: `error` is relative to that value."""
 
     def __init__(self, cls: type[BaseModel], error: ValidationError) -> None:
         super().__init__(cls.__name__)
@@ -58,15 +58,15 @@ class Misfit(ValueError):
 
 
 class Problem(NamedTuple):
-    path: Path  # as it was written
-    after: str  # what follows the path in the sentence
+    path: Path  # in the data as written
+    after: str  # the rest of the sentence, which begins with the path
     remedy: str = ""
     before: str = ""
-    expected: str = ""  # of a value of another type: a union may expect several
+    expected: str = ""  # the expected type, if the value has another one; a union may expect several
 
 
 class Wrong(NamedTuple):
-    """What is wrong with a setting beside those of other stages; a sentence that begins with the setting."""
+    """A setting that does not fit the settings of other stages; the message follows the setting's path."""
 
     field: str  # `size`, `rules.0.above`
     message: str
@@ -76,29 +76,26 @@ class Wrong(NamedTuple):
 def faults(
     cls: type[BaseModel], error: ValidationError, data: Mapping[Any, Any], prefix: Mapping[str, Any]
 ) -> list[Fault]:
-    """All that is wrong. `prefix`: where the settings were written -> what was written there.
+    """Everything that is wrong. `prefix`: path at which settings were written -> what was written there.
 
-    The first place is where they belong; another one holds what settings of their kind have in common.
+    The first path is that of the settings themselves, the others are those of defaults that were merged into them.
     """
-    found = []
-    for problem in _once(_problems(cls, error, data)):
-        path = where(problem.path, data, prefix)
-        found.append(Fault(path, _sentence(problem, path), problem.remedy))
-    return found
+    paths = ((where(problem.path, data, prefix), problem) for problem in _once(_problems(cls, error, data)))
+    return [Fault(path, _sentence(problem, path), problem.remedy) for path, problem in paths]
 
 
-def told(found: Sequence[Fault]) -> SettingsError:
-    """The same in one sentence."""
-    if len(found) == 1:
-        [(_, message, remedy)] = found
-        return SettingsError(message, remedy=remedy or "correct the value and run again", faults=found)
-    parts = [f"{message} ({remedy})" if remedy else message for _, message, remedy in found[:MOST]]
-    more = f"; and {len(found) - MOST} more" if len(found) > MOST else ""
-    return SettingsError("; ".join(parts) + more, remedy="correct them and run again", faults=found)
+def settings_error(mistakes: Sequence[Fault]) -> SettingsError:
+    """One error that tells of all mistakes."""
+    if len(mistakes) == 1:
+        [(_, message, remedy)] = mistakes
+        return SettingsError(message, remedy=remedy or "correct the value and run again", faults=mistakes)
+    messages = [f"{message} ({remedy})" if remedy else message for _, message, remedy in mistakes[:MOST]]
+    more = f"; and {len(mistakes) - MOST} more" if len(mistakes) > MOST else ""
+    return SettingsError("; ".join(messages) + more, remedy="correct them and run again", faults=mistakes)
 
 
 def _sentence(problem: Problem, path: str) -> str:
-    """All settings together need no name of their own."""
+    """The message, which begins with the path; a mistake of the settings as a whole has none."""
     return f"{problem.before}`{path}`{problem.after}" if path else problem.after.removeprefix(": ").strip()
 
 
@@ -108,7 +105,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def shown(value: object) -> str:
-    """A value as its writer knows it."""
+    """A value as its writer spelt it."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -122,19 +119,17 @@ def shown(value: object) -> str:
     return str(value)[:LONGEST]
 
 
-# ------------------------------------------------------------------------------------------------ one by one
-
-
-def _problems(cls: type[BaseModel], error: ValidationError, data: Any, above: Path = ()) -> list[Problem]:
-    found = []
+def _problems(cls: type[BaseModel], error: ValidationError, data: Any) -> list[Problem]:
+    problems = []
     for detail in error.errors(include_url=False):
         inner = detail.get("ctx", {}).get("error")
         path = _written(detail["loc"], data, missing=detail["type"] == "missing")
         if isinstance(inner, Misfit):
-            found += [p._replace(path=path + p.path) for p in _problems(inner.cls, inner.error, value_at(data, path))]
+            nested = _problems(inner.cls, inner.error, value_at(data, path))
+            problems += [problem._replace(path=path + problem.path) for problem in nested]
         else:
-            found.append(_problem(cls, detail, path, data))
-    return found
+            problems.append(_problem(cls, detail, path, data))
+    return problems
 
 
 def _problem(cls: type[BaseModel], detail: ErrorDetails, path: Path, data: Any) -> Problem:
@@ -160,8 +155,8 @@ def _problem(cls: type[BaseModel], detail: ErrorDetails, path: Path, data: Any) 
         empty = context.get("min_length") == 1
         return Problem(path, " must not be empty" if empty else f" {_LENGTHS[kind].format(**context)}")
     if kind in ("value_error", "assertion_error"):
-        said = context.get("error")
-        return Problem(path, f": {_first_small(str(said))}", getattr(said, "remedy", ""))
+        raised = context.get("error")
+        return Problem(path, f": {_first_small(str(raised))}", getattr(raised, "remedy", ""))
     return Problem(path, f" cannot be {shown(value)}" if not quiet else " cannot be what it is")
 
 
@@ -173,12 +168,12 @@ def _missing(path: Path, loc: Path) -> Problem:
 
 def _no_kind(path: Path, value: Any, tags: list[str]) -> Problem:
     known = f"known: {', '.join(tags)}"
-    given = value.get("kind") if isinstance(value, Mapping) else None
-    if given is None:
+    tag = value.get("kind") if isinstance(value, Mapping) else None
+    if tag is None:
         return Problem((*path, "kind"), " is not set", known)
-    near = nearest(str(given), tags)
+    near = nearest(str(tag), tags)
     return Problem(
-        (*path, "kind"), f" is {shown(given)}, which is not known", f"did you mean `{near}`?" if near else known
+        (*path, "kind"), f" is {shown(tag)}, which is not known", f"did you mean `{near}`?" if near else known
     )
 
 
@@ -194,33 +189,30 @@ def _expected(kind: str, path: Path, value: Any, literals: str, not_this: str) -
 
 
 def _first_small(text: str) -> str:
-    """A sentence that goes on after a colon; names in capitals stay."""
+    """The sentence in lower case, to follow a colon; a name in capitals stays."""
     return text if text[1:2].isupper() else f"{text[:1].lower()}{text[1:]}"
 
 
 def _once(problems: list[Problem]) -> list[Problem]:
-    """Of the branches of a union, those whose type was meant; where none fits, all that would have."""
-    found: dict[Path, Problem] = {}
+    """One problem a path: of a union, that of the branch whose type was meant; if there is none, one that names all."""
+    by_path: dict[Path, Problem] = {}
     for problem in problems:
         deeper = any(len(p.path) > len(problem.path) and p.path[: len(problem.path)] == problem.path for p in problems)
         exact = any(p.path == problem.path and not p.expected for p in problems)
         if problem.expected and (deeper or exact):
             continue
-        before = found.get(problem.path)
-        if before is None:
-            found[problem.path] = problem
-        elif before.expected and problem.expected and problem.expected not in before.expected.split(" or "):
-            found[problem.path] = before._replace(
-                expected=f"{before.expected} or {problem.expected}", remedy=before.remedy or problem.remedy
+        earlier = by_path.get(problem.path)
+        if earlier is None:
+            by_path[problem.path] = problem
+        elif earlier.expected and problem.expected and problem.expected not in earlier.expected.split(" or "):
+            by_path[problem.path] = earlier._replace(
+                expected=f"{earlier.expected} or {problem.expected}", remedy=earlier.remedy or problem.remedy
             )
-    return [p._replace(after=f" must be {p.expected}{p.after}") if p.expected else p for p in found.values()]
-
-
-# ------------------------------------------------------------------------------------------------ paths
+    return [p._replace(after=f" must be {p.expected}{p.after}") if p.expected else p for p in by_path.values()]
 
 
 def _written(loc: Path, data: Any, *, missing: bool) -> Path:
-    """The path without what pydantic put into it, which leads nowhere in the data; what is missing ends it."""
+    """Pydantic's path without the parts that are not in the data; a missing setting's name, its last part, stays."""
     path: Path = ()
     for part in loc[:-1] if missing else loc:
         if _has(data, part):
@@ -243,7 +235,7 @@ def value_at(data: Any, path: Path) -> Any:
 
 
 def where(path: Path, data: Any, prefix: Mapping[str, Any]) -> str:
-    """The whole path: of the places where such settings were written, the one that has this."""
+    """The whole path of a setting; it begins with that of the defaults, if the value was written there."""
     own, *others = prefix or [""]
     value = value_at(data, path)
     for other in others if path else ():
@@ -257,16 +249,16 @@ def _leads_somewhere(data: Any, path: Path) -> bool:
 
 
 def classes_at(cls: type[BaseModel], path: Path, data: Any) -> list[type[BaseModel]]:
-    """The settings classes that what stands at the path may be."""
-    here, value = [cls], data
+    """The settings classes that the value at the path may have."""
+    classes, value = [cls], data
     for part in path:
-        fields = [model.model_fields[part] for model in here if isinstance(part, str) and part in model.model_fields]
+        fields = [model.model_fields[part] for model in classes if isinstance(part, str) and part in model.model_fields]
         value = value[part] if _has(value, part) else None
         if fields:
-            here = [model for field in fields for model in _classes_in(field.annotation)]
-        fitting = [model for model in here if isinstance(value, Mapping) and value.get("kind") in _tags([model])]
-        here = fitting or here
-    return here
+            classes = [model for field in fields for model in _classes_in(field.annotation)]
+        fitting = [model for model in classes if isinstance(value, Mapping) and value.get("kind") in _tags([model])]
+        classes = fitting or classes
+    return classes
 
 
 def _classes_in(annotation: Any) -> list[type[BaseModel]]:

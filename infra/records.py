@@ -1,15 +1,15 @@
-"""The nouns that cross floors: small JSON objects that say what is done and where its data lies.
+"""Records: small JSON objects that say which work is done and where its data lie. All folders share these classes.
 
     StageRecord         one stage of a workflow is done: from what, with which settings, giving what
-    ├── ShardRecord     one shard of prepared images: its tar, its index, and the count of every input's fate
-    ├── ScoreRecord     what one scorer says of one shard's images: scores or captions, in a table of their own
+    ├── ShardRecord     one shard of prepared images: its tar, its index, and how many inputs were accepted or rejected
+    ├── ScoreRecord     what one scorer gave for one shard's images: a table of scores or captions
     ├── SnapshotRecord  a dataset version: the rows of which shards, after which filter, split how
-    ├── ExportRecord    a copy of a snapshot's samples that was given out of the store, and where it lies
+    ├── ExportRecord    a copy of a snapshot's samples that was written outside of the store, and where it is
     ├── CheckpointRecord  a trained network at a step, and the data and settings it came from
     └── EvalReport      scores with intervals, from which checkpoint, judge and prompts
 
-A record is written last and only if absent: the data it names is already there, its existence means done, the first
-writer wins. Data objects carry their sha256 in their names, so a record can be checked against what it names.
+A record is written after the data that it names, and only if there is none yet: so its existence means that the work is
+done, and of several writers the first wins. Data objects carry their sha256 in their keys, to check the bytes against.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from infra.store import Store
 
 
 class Record(BaseModel):
-    """Unknown fields are refused: a record of a newer schema must not be half understood."""
+    """Unknown fields are refused: a record of a newer schema must not be understood in part."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     newest_schema: ClassVar[int] = 1
@@ -40,7 +40,7 @@ class Record(BaseModel):
 
 
 class DataObject(BaseModel):
-    """A data object in the store: its key holds its sha256, so bytes and name can be held against each other."""
+    """A data object in the store. Its key contains its sha256, so that its bytes can be checked."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     key: str
@@ -52,7 +52,7 @@ class ShardRecord(Record):
     plan: str  # digest of inputs and settings: one plan, one set of shards
     size: str  # what the images were made into: "256", or a bucket set's name
     number: int
-    tar: DataObject | None  # None where every input was rejected
+    tar: DataObject | None  # None if every input was rejected
     index: DataObject  # one row per input, accepted or not
     accepted: int
     rejected: dict[str, int]  # cause -> count
@@ -108,7 +108,7 @@ class CheckpointRecord(Record):
 
 
 class Interval(BaseModel):
-    """A score with its 95 % interval, where there is enough to tell one from."""
+    """A score with its 95 % interval; None where there are too few items to compute one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     value: float
@@ -117,7 +117,7 @@ class Interval(BaseModel):
 
 
 class EvalReport(Record):
-    newest_schema = 2  # a score may have no interval; a report in which all have one is still of the first
+    newest_schema = 2  # in which a score may have no interval; a report in which all have one is still of schema 1
     protocol: str  # "geneval", "dpg", "fid"
     judge: str
     prompts: str  # digest of the prompt set
@@ -130,23 +130,23 @@ class EvalReport(Record):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_its_schema(cls, given: dict[str, Any]) -> dict[str, Any]:
-        scores = [Interval.model_validate(score) for score in given.get("scores", {}).values()]
-        return given if all(score.low is not None for score in scores) else {"schema_version": 2, **given}
+    def _oldest_fitting_schema(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        scores = [Interval.model_validate(score) for score in fields.get("scores", {}).values()]
+        return fields if all(score.low is not None for score in scores) else {"schema_version": 2, **fields}
 
 
 class Output(BaseModel):
-    """What a stage came to: all that later stages, and whoever looks at a store, know of it.
+    """What a stage produced, as its record tells it to later stages and to the commands that read a store.
 
-    A kind of stage has a class of its own, which gives the kind its name: `class GateOutput(Output, kind="gate")`.
+    Each kind of stage has its own subclass, which gives the kind its name: `class GateOutput(Output, kind="gate")`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: ClassVar[str]
     _kinds: ClassVar[dict[str, type[Output]]] = {}
 
-    def __init_subclass__(cls, *, kind: str, **more: Any) -> None:
-        super().__init_subclass__(**more)
+    def __init_subclass__(cls, *, kind: str, **options: Any) -> None:
+        super().__init_subclass__(**options)
         cls.kind = kind
         Output._kinds[kind] = cls
 
@@ -158,7 +158,7 @@ class Output(BaseModel):
 
 
 class CorpusOutput(Output, kind="corpus"):
-    folder: str  # of the machine that ran the stage
+    folder: str  # on the machine that ran the stage
     files: dict[str, int]  # suffix -> count
 
 
@@ -167,27 +167,27 @@ class SizeSummary(BaseModel):
     shards: str  # key prefix of the records
     count: int
     accepted: int
-    rejected: dict[str, int]  # an input whose download was tried again counts with what came of it last
+    rejected: dict[str, int]  # cause -> count; an input that was downloaded again counts with its latest result
 
 
 class PrepareSummary(Record, Output, kind="prepare"):
-    """What became of every input, at every size; the same whoever did the work."""
+    """What became of every input, at every size. It does not depend on which machines did the work."""
 
     plan: str
     edition: str
     inputs: int
-    tried_again: dict[str, int]  # why downloads had failed that were tried again -> count
+    tried_again: dict[str, int]  # cause of a failed download -> how many of these were downloaded again
     sizes: dict[str, SizeSummary]
     versions: list[dict[str, str]]  # more than one if the decoders changed between runs
 
 
 class ScoreSummary(Record, Output, kind="score"):
-    """What became of every accepted sample; the same whoever did the work."""
+    """What became of every accepted sample. It does not depend on which machines did the work."""
 
     plan: str
     size: str
     scorer: str
-    settings: dict[str, Any]  # of the scorer: those that results depend on and are not the defaults; weights by sha256
+    settings: dict[str, Any]  # the scorer's, if they change results and are not defaults; weights as their sha256
     columns: list[str]
     shards: int
     rows: int
@@ -211,11 +211,11 @@ class TrainOutput(Output, kind="train"):
     record: str  # key of its CheckpointRecord
     parameters: int
     images_seen: int
-    image_size: int | None = None  # of older ones nobody knows
+    image_size: int | None = None  # records of earlier versions do not tell it
 
 
 class SampleOutput(Output, kind="sample"):
-    record: str  # key of what was drawn
+    record: str  # key of the list of pictures
     sheet: str  # path of the contact sheet, on the machine that ran the stage
     prompts: int
 
@@ -226,7 +226,7 @@ class EvaluateOutput(Output, kind="evaluate"):
 
 
 class Verdict(BaseModel):
-    """What a rule of a gate says of a score."""
+    """Whether a score passes one rule of a gate."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     score: str
@@ -258,24 +258,24 @@ OutputT = TypeVar("OutputT", bound=Output)
 class StageRecord(Record):
     stage: str  # its name in the workflow
     kind: str
-    digest_of_work: str  # of kind, settings and inputs: where the record lies
+    digest_of_work: str  # digest of kind, settings and inputs; part of this record's key
     inputs: dict[str, str]  # the setting that names a stage -> the digest of that stage's work
     settings: dict[str, Any]  # those that change results
-    output: SerializeAsAny[Output]  # of the kind's own class
+    output: SerializeAsAny[Output]  # of the kind's own subclass
     versions: dict[str, str]
     started: str
     seconds: float
 
     @model_validator(mode="before")
     @classmethod
-    def _typed(cls, given: dict[str, Any]) -> dict[str, Any]:
-        output = given.get("output")
+    def _typed_output(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        output = fields.get("output")
         if isinstance(output, Output):
-            return given
-        return {**given, "output": Output.of_kind(str(given.get("kind"))).model_validate(output)}
+            return fields
+        return {**fields, "output": Output.of_kind(str(fields.get("kind"))).model_validate(output)}
 
     def of(self, kind: type[OutputT]) -> OutputT:
-        """Its output, for who knows of which kind the stage is."""
+        """The stage's output, which must be of this class."""
         if not isinstance(self.output, kind):
             raise RecordError(
                 f"the stage `{self.stage}` is a `{self.kind}`, not a `{kind.kind}`", remedy="name a stage of that kind"
@@ -287,42 +287,42 @@ R = TypeVar("R", bound=Record)
 
 
 def put_data(store: Store, prefix: str, name: str, data: bytes | Path, sha256: str = "") -> DataObject:
-    """Store a data object as `prefix/stem-sha256.suffix`. What is there already is not sent again.
+    """Store a data object as `prefix/stem-sha256.suffix`; one that is stored already is not sent again.
 
-    `sha256` is for those who know it from writing the file.
+    For example `data/256/00012-<sha256>.tar`. `sha256`: that of the file, if the caller knows it from writing it.
     """
     if isinstance(data, bytes):
         sha256, size = hashlib.sha256(data).hexdigest(), len(data)
     else:
         sha256, size = sha256 or sha256_of(data), data.stat().st_size
     stem, dot, suffix = name.partition(".")
-    found = DataObject(key=f"{prefix.rstrip('/')}/{stem}-{sha256}{dot}{suffix}", sha256=sha256, size=size)
-    if store.size(found.key) != size:
-        store.put(found.key, data)
-    return found
+    data_object = DataObject(key=f"{prefix.rstrip('/')}/{stem}-{sha256}{dot}{suffix}", sha256=sha256, size=size)
+    if store.size(data_object.key) != size:
+        store.put(data_object.key, data)
+    return data_object
 
 
 def named_sha256(key: str) -> str | None:
-    """The hash that a data object's key holds; None if it holds none."""
-    found = re.search(r"-([0-9a-f]{64})(?:\.[^/]*)?$", key)
-    return found and found[1]
+    """The sha256 in a data object's key; None if there is none."""
+    match = re.search(r"-([0-9a-f]{64})(?:\.[^/]*)?$", key)
+    return match and match[1]
 
 
 def get_data(store: Store, data: DataObject) -> bytes:
-    """The bytes of a data object, held against the hash in its name."""
-    found = store.get(data.key)
-    if hashlib.sha256(found).hexdigest() != data.sha256:
+    """The bytes of a data object, checked against its sha256."""
+    content = store.get(data.key)
+    if hashlib.sha256(content).hexdigest() != data.sha256:
         raise _damaged(store, data.key)
-    return found
+    return content
 
 
 def fetch_data(store: Store, data: DataObject, path: Path) -> None:
-    """Download an object and hold its bytes against its name; what does not match never appears at `path`."""
+    """Download a data object; a file whose bytes do not have its sha256 never appears at `path`."""
     _fetch(store, data.key, data.sha256, path)
 
 
 def fetch_named(store: Store, key: str, path: Path) -> None:
-    """The same for those who know a data object only by its key."""
+    """The same where only the data object's key is known."""
     sha256 = named_sha256(key)
     if sha256 is None:
         raise DataError(
@@ -348,7 +348,7 @@ def _damaged(store: Store, key: str) -> DataError:
 
 
 def write_record(store: Store, key: str, record: Record) -> bool:
-    """True if this writer was the first. A second writer's record is dropped: theirs already means done."""
+    """True if this writer was the first. Otherwise the record is dropped, since the stored one already means done."""
     return store.create(key, (canonical_json(record) + "\n").encode())
 
 

@@ -1,9 +1,8 @@
-"""Temporary folders that tell whether anybody still works in them, and the removal of those that nobody does.
+"""Temporary folders that show whether they are in use, and the removal of those that are not.
 
-A process that is killed cannot remove what it wrote. So a folder holds a file with a lock of the kernel on it, which
-ends with its process however that ends, and whoever comes next removes the folders whose locks are free. A process in
-another container or on another host of a shared disk holds its lock just as well, where a number of a process would
-tell nothing.
+A process that is killed cannot remove its temporary folder. So each folder holds a file that its process locks, and the
+kernel frees the lock when the process ends, in whatever way. A later run removes the folders whose locks are free.
+Locks also work between containers and between hosts that share a disk, where process numbers would tell nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import NamedTuple
 
 PREFIX = "pixnerd-"
 HELD = ".held"  # the file with the lock
-STALE_SECONDS = 24 * 3600.0  # a folder without such a file is an older version's, and may be in use until then
+STALE_SECONDS = 24 * 3600.0  # a younger folder without that file is of an earlier version, and may be in use
 
 
 class Removed(NamedTuple):
@@ -38,14 +37,14 @@ class Removed(NamedTuple):
 
 @contextmanager
 def folder(kind: str, parent: Path | None = None) -> Iterator[Path]:
-    """A new folder for as long as the body runs, among the machine's temporary ones or in `parent`."""
+    """A new folder that exists while the body runs, among the machine's temporary ones or in `parent`."""
     path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{kind}-", dir=parent))
     try:
         lock = os.open(path / f"{HELD}-new", os.O_CREAT | os.O_RDWR, 0o600)
         try:
-            with suppress(OSError):  # a filesystem without locks: then nobody can take the folder either
+            with suppress(OSError):  # no locks on this filesystem: then no sweep takes the folder either
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.rename(path / f"{HELD}-new", path / HELD)  # under this name it is never free while it is needed
+            os.rename(path / f"{HELD}-new", path / HELD)  # only now, so that HELD is never unlocked while in use
             yield path
         finally:
             remove(path)
@@ -57,26 +56,26 @@ def folder(kind: str, parent: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def everything_in(folder: Path) -> Iterator[None]:
-    """All temporary files of this process, and of those that it starts meanwhile, are made in the folder."""
-    before, given = tempfile.tempdir, os.environ.get("TMPDIR")
+    """While the body runs, this process and those that it starts make their temporary files in the folder."""
+    tempdir, variable = tempfile.tempdir, os.environ.get("TMPDIR")
     compiled = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))  # compiled networks are for later runs as well
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))  # kept, so that later runs can use it
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     try:
         yield
     finally:
-        tempfile.tempdir = before
+        tempfile.tempdir = tempdir
         del os.environ["TMPDIR"]
-        if given is not None:
-            os.environ["TMPDIR"] = given
+        if variable is not None:
+            os.environ["TMPDIR"] = variable
 
 
 def remove(path: Path) -> int:
-    """Delete a folder, its lock last: a kill in the middle leaves what can be found. How many bytes it held."""
-    found = 0
+    """Delete a folder, its lock last, so that a later run finds it after a kill in the middle. Returns its bytes."""
+    freed = 0
     for below in _inside(path):
         if below.name != HELD:
-            found += size(below)
+            freed += size(below)
             if below.is_dir() and not below.is_symlink():
                 shutil.rmtree(below, ignore_errors=True)
             else:
@@ -86,11 +85,14 @@ def remove(path: Path) -> int:
         with suppress(OSError):
             (path / HELD).unlink(missing_ok=True)
             path.rmdir()
-    return found
+    return freed
 
 
 def sweep(parents: Iterable[Path] = (), pattern: str = f"{PREFIX}.*", *, dry_run: bool = False) -> Removed:
-    """Remove this user's folders in `parents` whose names match and which nobody holds; none: temporary folders."""
+    """Remove this user's folders in `parents` whose names match and which nobody uses.
+
+    Without `parents`, those where temporary folders are made.
+    """
     total = Removed(0, 0)
     for parent in dict.fromkeys(parents or places()):
         for path in _inside(parent):
@@ -102,19 +104,19 @@ def sweep(parents: Iterable[Path] = (), pattern: str = f"{PREFIX}.*", *, dry_run
 
 
 def places() -> list[Path]:
-    """Where this machine's temporary folders are made: those of Ray have names that must be short."""
+    """Where this machine's temporary folders are made. Those of Ray need a short path."""
     return [Path(tempfile.gettempdir()), short_place()]
 
 
 def short_place() -> Path:
-    """A place for Ray's sockets: the system takes no path of more than 107 bytes, and Ray's names have some 90."""
-    given = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    return Path(given if len(os.fsencode(given)) <= 16 else "/tmp")
+    """A folder for Ray's sockets: their paths may have 107 bytes, and the names that Ray chooses take some 90."""
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    return Path(folder if len(os.fsencode(folder)) <= 16 else "/tmp")
 
 
 @contextmanager
 def _taken(path: Path) -> Iterator[bool]:
-    """Whether nobody holds the folder; while the body runs, nobody else can take it."""
+    """Whether nobody else uses the folder. If so, it is locked while the body runs."""
     try:
         lock = os.open(path / HELD, os.O_RDWR | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -125,7 +127,7 @@ def _taken(path: Path) -> Iterator[bool]:
         return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        taken = os.fstat(lock).st_nlink > 0  # else somebody else has just removed it
+        taken = os.fstat(lock).st_nlink > 0  # 0: another process has just removed it
     except OSError:
         taken = False
     try:
@@ -142,7 +144,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _is_old(path: Path) -> bool:
-    """By the clock of its filesystem, and by the newest of what lies in it."""
+    """Whether the folder and everything in it are old, by the clock of its filesystem."""
     with suppress(OSError), tempfile.TemporaryFile(dir=path.parent) as new:
         newest = max(below.lstat().st_mtime for below in (path, *_inside(path)))
         return newest < os.fstat(new.fileno()).st_mtime - STALE_SECONDS
@@ -150,7 +152,7 @@ def _is_old(path: Path) -> bool:
 
 
 def size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; what goes away meanwhile counts nothing."""
+    """Bytes of a file, or of all files below a folder; files that disappear meanwhile count as nothing."""
     with suppress(OSError):
         if path.is_symlink() or not path.is_dir():
             return path.lstat().st_size

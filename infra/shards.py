@@ -1,4 +1,4 @@
-"""The shard format, written and read.
+"""Writing and reading the shard format.
 
     shards/<plan>/<size>/00012.json            ShardRecord, written last
     data/<size>/00012-<sha256>.tar             <key>.jpg, <key>.json and <key>.txt of every accepted input, in order
@@ -6,9 +6,9 @@
     snapshots/<digest>.json                    SnapshotRecord
     data/snapshots/<digest>-<sha256>.parquet   the selection: one row for every training sample
 
-A tar's bytes depend on its members only: time, owner, mode and order are fixed. The index says where in the tar each
-image lies, so that one image is one ranged read, and the tar is never unpacked. The text is for those who know nothing
-of an index: it is the first caption alone, and not there where there is none or the plan's settings ask for none.
+A tar's bytes depend on its members only: time, owner, mode and order are fixed. The index tells where in the tar each
+image is, so that one image is one ranged read, and the tar is never unpacked. The .txt is for programs that do not know
+the index: it is the first caption alone. It is left out if there is no caption, or if the plan's settings say so.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from infra.errors import DataError
 from infra.records import DataObject, ShardRecord, SnapshotRecord, get_data, read_record
 from infra.store import Store
 
-_READERS = 16  # requests for small objects under way at once: latency, not bandwidth, is what listing waits for
+_READERS = 16  # concurrent requests for small objects, which wait for latency, not bandwidth
 
 CAPTIONS = pa.list_(pa.struct([pa.field("kind", pa.string()), pa.field("text", pa.string())]))
 
-# Columns of the corpus that the user keeps follow after these, under their own names.
+# After these follow the columns of the corpus that the user keeps, under their own names.
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),  # a hash: see sample_key
         pa.field("source", pa.string(), nullable=False),
         pa.field("licence", pa.string(), nullable=False),
-        pa.field("origin", pa.string(), nullable=False),  # a URL of the image, or what the corpus says of itself
+        pa.field("origin", pa.string(), nullable=False),  # the image's URL, or a text of the corpus about itself
         pa.field("name", pa.string(), nullable=False),  # what the corpus calls it
         pa.field("row", pa.int64(), nullable=False),  # its row in the planned input file
         pa.field("accepted", pa.bool_(), nullable=False),
@@ -63,7 +63,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("json_length", pa.int64()),
         pa.field("image_sha256", pa.binary(32)),  # of the encoded image
         pa.field("pixels_sha256", pa.binary(32)),  # of its pixels before encoding: equal for exact duplicates
-        pa.field("phash", pa.uint64()),  # nearly equal for near ones; null where there is too little in the picture
+        pa.field("phash", pa.uint64()),  # differs in few bits for near duplicates; null for nearly empty pictures
         pa.field("captions", CAPTIONS, nullable=False),
     ]
 )
@@ -84,13 +84,13 @@ SELECTION_SCHEMA = pa.schema(
 )
 
 
-# Keys are hashes, so their first hex digits decide what is decided by chance: these, whether a sample is held out; the
-# next as many, whether it is listed once more where its source's weight is no whole number.
+# Keys are hashes, so their hex digits serve as random numbers. The first SPLIT_DIGITS decide whether a sample is held
+# out. The next SPLIT_DIGITS decide whether it is listed once more, where its source's weight is not a whole number.
 SPLIT_DIGITS = 8
 
 
 def sample_key(source: str, name: str) -> str:
-    """The key of an input: a hash, so that it has no dots or slashes, is spread evenly, and never moves."""
+    """The key of an input: a hash, so it has no dots or slashes, is evenly distributed, and never changes."""
     return hashlib.sha256(f"{source}\0{name}".encode()).hexdigest()[:20]
 
 
@@ -103,7 +103,7 @@ def shard_key(plan: str, size: str, number: int) -> str:
 
 
 def data_name(size: str, number: int) -> str:
-    """How the keys of a shard's data begin: their hash follows."""
+    """The beginning of the keys of a shard's tar and index; a hash follows."""
     return layout.IMAGES.named(f"{number:05d}", size=size)
 
 
@@ -111,21 +111,21 @@ def shard_number(key: str) -> int:
     return int(Path(key).stem)
 
 
-def sidecar(said: Mapping[str, Any]) -> str:
-    """What a sample's .json holds."""
-    plain = {name: _json_value(value) for name, value in said.items()}
+def sidecar(fields: Mapping[str, Any]) -> str:
+    """The text of a sample's .json."""
+    plain = {name: _json_value(value) for name, value in fields.items()}
     return json.dumps(plain, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
 def _json_value(value: Any) -> Any:
-    """JSON has no NaN."""
+    """The value with null for NaN and infinities, which JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return [_json_value(part) for part in value] if isinstance(value, list) else value
 
 
 def first_text(captions: Sequence[Mapping[str, str | None]]) -> str:
-    """What a sample's .txt holds; empty where it has no caption."""
+    """The text of a sample's .txt; empty if it has no caption."""
     return (captions[0]["text"] or "") if captions else ""
 
 
@@ -138,7 +138,7 @@ class Member(NamedTuple):
 
 
 class TarWriter:
-    """A tar whose bytes depend on its members only. Without `finish` it has no end, as nobody should read it."""
+    """A tar whose bytes depend on its members only. Without `finish` it lacks its end, so that readers refuse it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -147,7 +147,7 @@ class TarWriter:
 
     @property
     def sha256(self) -> str:
-        """Of all that was written."""
+        """Hash of everything written so far."""
         return self._sha256.hexdigest()
 
     def add(self, name: str, data: bytes) -> Member:
@@ -169,7 +169,7 @@ class TarWriter:
 
 @cache
 def _empty_header() -> bytes:
-    """That of a member without a name or a byte, and without its checksum."""
+    """The header of an empty member, without name and checksum."""
     info = tarfile.TarInfo()
     info.mode = 0o644
     header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
@@ -178,11 +178,11 @@ def _empty_header() -> bytes:
 
 
 def _header(name: str, size: int) -> bytes:
-    """What tarfile would write, at a tenth of its time: a shard has thousands of members."""
-    said, length = name.encode("ascii"), b"%011o" % size
-    assert len(said) <= 100 and len(length) == 11, "members have short names and less than 8 GiB"
+    """What tarfile would write, in a tenth of its time: a shard has thousands of members."""
+    encoded, length = name.encode("ascii"), b"%011o" % size
+    assert len(encoded) <= 100 and len(length) == 11, "members have short names and less than 8 GiB"
     header = bytearray(_empty_header())
-    header[: len(said)] = said
+    header[: len(encoded)] = encoded
     header[124:135] = length
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header)
@@ -198,7 +198,7 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def list_shards(store: Store, prefix: str, numbers: Container[int] | None = None) -> Iterator[ShardRecord]:
-    """The records under a shard prefix, by number, read a few at a time; of these numbers, if any are given."""
+    """The shard records under a prefix, by number, read a few at a time; only those of `numbers`, if given."""
     keys = [entry.key for entry in store.list(prefix) if entry.key.endswith(".json")]
     keys = [key for key in keys if numbers is None or shard_number(key) in numbers]
     with ThreadPoolExecutor(_READERS) as pool:
@@ -217,13 +217,13 @@ def read_selection(
     return read_parquet(store, record.held_out if held_out else record.selection, columns).unify_dictionaries()
 
 
-def read_parquet(store: Store, found: DataObject, columns: Sequence[str] | None) -> pa.Table:
-    data = get_data(store, found)
+def read_parquet(store: Store, table: DataObject, columns: Sequence[str] | None) -> pa.Table:
+    data = get_data(store, table)
     try:
         return pq.read_table(pa.BufferReader(data), columns=None if columns is None else list(columns))
     except pa.ArrowInvalid as error:
         raise DataError(
-            f"{store.url}/{found.key} is not a readable table ({error})",
+            f"{store.url}/{table.key} is not a readable table ({error})",
             remedy="it was written by another program or version: one of shards, scores, snapshots or downloads goes "
             "with `pixnerd data verify --drop-damaged`, another with the record that names it; then run again",
         ) from None

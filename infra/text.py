@@ -1,12 +1,12 @@
-"""Strangers' words, made fit for a line of a terminal, of a table or of a picture."""
+"""Makes text from outside, such as captions, safe to show in one line of a terminal, a table or a picture."""
 
 from __future__ import annotations
 
 import unicodedata
 
-_UNFIT = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # controls, what turns letters around, halves of letters, line ends
+_UNFIT = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # controls, direction marks, surrogates, ends of lines
 
 
 def printable(text: str) -> str:
-    """Without what would break a line, hide or turn letters around; single blanks in their place."""
+    """The text without line breaks and invisible or direction-changing characters; single blanks replace them."""
     return " ".join("".join(" " if unicodedata.category(letter) in _UNFIT else letter for letter in text).split())

@@ -1,10 +1,10 @@
-"""MLflow, and only here: one parent run a workflow, one nested run a stage.
+"""The only file that uses MLflow: one parent run for a workflow, one nested run for each stage.
 
-Tracking observes the work and must never stop it or hold it up. Whatever is logged is handed to a thread, which keeps
-the order, waits while MLflow is away and goes on when it is back; what could not be told it is told to the user, once.
-The records in the store stay the truth; MLflow shows them. Only the driver logs: what its workers have to say reaches
-it as messages, so a database in a file needs to be seen by one machine alone. Nested runs carry the digest of the
-stage's work as a tag, so a resumed stage continues the run it began.
+Tracking must never stop or delay the work. Everything logged goes to a thread (infra/calls.py), which keeps the order,
+waits while MLflow is away and goes on when it is back. The user is told once how much could not be logged. The results
+are the records in the store; MLflow only shows them. Only the driver logs: its workers send it messages, so a database
+file needs to be reachable by one machine only. Nested runs have the digest of the stage's work as a tag, so that a
+resumed stage continues its run.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 from infra.calls import Calls, NotTaken
 from infra.config import Settings, operational
@@ -27,18 +26,17 @@ from infra.errors import TrackingError
 
 DIGEST_TAG = "pixnerd.digest"
 SOURCE_TAG = "pixnerd.source"
-_SQLITE = "sqlite:///"  # and the path
-_BATCH = 900  # the server takes at most 1,000 metrics in a call
-_LOCK_SECONDS = 60.0  # that others may take to open a database file; who holds it longer is stopped or hangs
+_SQLITE = "sqlite:///"  # followed by the path
+_BATCH = 900  # metrics in a call; the server takes at most 1,000
+_LOCK_SECONDS = 60.0  # to wait for others that open a database file; one that takes longer hangs
 _LOCK_EVERY = 0.1
-_REGISTER_SECONDS = 90.0  # that may pass until a model is registered
+_REGISTER_SECONDS = 90.0  # to wait until a model is registered
 _FLUSH_SECONDS = 1.0
-_CLOSE_SECONDS, _CLOSE_AWAY_SECONDS = 12.0, 2.0  # for what waits at the end: with an MLflow that answers, and without
+_CLOSE_SECONDS, _CLOSE_AWAY_SECONDS = 12.0, 2.0  # to send the rest at the end: if MLflow answers, and if it is away
 
 _URI = "MLFLOW_TRACKING_URI"
 
-Call = Callable[[Any, str], object]  # is given MLflow's client and the run's id
-T = TypeVar("T")
+Call = Callable[[Any, str], object]  # takes MLflow's client and the run's id
 
 
 class TrackingSettings(Settings):
@@ -48,27 +46,23 @@ class TrackingSettings(Settings):
     experiment: str = operational("pixnerd", min_length=1, description="under which MLflow shows the runs")
 
 
-def _pointed_here(call: Callable[..., T]) -> Callable[..., T]:
-    """For what takes no URI. MLflow writes it into the environment, where every later process would find it."""
+@contextmanager
+def _default_uri(uri: str) -> Iterator[None]:
+    """For functions of MLflow that take no URI. Setting it changes the environment, which later processes inherit."""
+    import mlflow
 
-    @wraps(call)
-    def pointed(self: Tracker, *arguments: Any) -> T:
-        import mlflow
-
-        before = os.environ.get(_URI)
-        mlflow.set_tracking_uri(self.uri)
-        try:
-            return call(self, *arguments)
-        finally:
-            mlflow.set_tracking_uri(None)
-            if before is not None:
-                os.environ[_URI] = before
-
-    return pointed
+    before = os.environ.get(_URI)
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)
+        if before is not None:
+            os.environ[_URI] = before
 
 
 class Tracker:
-    """One experiment on one MLflow server or database, which is opened when it answers."""
+    """An experiment on an MLflow server or database, to which the first call connects."""
 
     def __init__(self, uri: str, experiment: str, artifacts: Path | None = None) -> None:
         self.uri, self.experiment, self._artifacts = uri, experiment, artifacts
@@ -79,12 +73,12 @@ class Tracker:
         self._refusal: Exception | None = None
 
     def run(self, name: str, digest: str, parent: Run | None = None, tags: Mapping[str, str] | None = None) -> Run:
-        """The run of the work with this digest: the one begun earlier, or a new one."""
+        """The run of the work with this digest: an earlier one that is continued, or a new one."""
 
         def begin() -> tuple[Any, str]:
             client = self._opened()
-            above = parent.begun()[1] if parent is not None else ""
-            return client, self._begun(name, digest, above) or self._begin(name, digest, above, tags or {})
+            parent_id = parent.begun()[1] if parent is not None else ""
+            return client, self._resume(name, digest, parent_id) or self._begin(name, digest, parent_id, tags or {})
 
         run = Run(self._calls, begin)
         run.call(lambda client, run_id: None)
@@ -93,11 +87,15 @@ class Tracker:
     def register(
         self, name: str, alias: str, run: Run, source: str, tags: Mapping[str, str], metrics: Mapping[str, float]
     ) -> str:
-        """A version of a registered model that stands for a checkpoint in the store; returns the version."""
+        """Register a version of a model, which stands for a checkpoint in the store; returns the version."""
+
+        def register() -> str:
+            run_id = run.begun()[1]
+            with _default_uri(self.uri):
+                return self._register(name, alias, run_id, source, tags, metrics)
+
         try:
-            return self._calls.ask(
-                lambda: self._register(name, alias, run.begun()[1], source, tags, metrics), _REGISTER_SECONDS
-            )
+            return self._calls.ask(register, _REGISTER_SECONDS)
         except NotTaken as error:
             raise TrackingError(
                 f"{self._calls.name} did not take the model ({error})",
@@ -105,7 +103,7 @@ class Tracker:
             ) from None
 
     def close(self) -> None:
-        """The end: what waits has some last seconds, and what is left then is told."""
+        """Send the rest within some seconds; the user is told how much could not be sent."""
         self._calls.close(_CLOSE_SECONDS, _CLOSE_AWAY_SECONDS)
 
     def _opened(self) -> Any:
@@ -124,22 +122,22 @@ class Tracker:
         from mlflow import MlflowClient
 
         location = self._artifacts.absolute().as_uri() if self._artifacts else None
-        with _alone(self.uri):
+        with _locked(self.uri):
             _make_tables(self.uri, location)
             client = MlflowClient(self.uri)
-            found = client.get_experiment_by_name(self.experiment)
-            if found is None:
+            known = client.get_experiment_by_name(self.experiment)
+            if known is None:
                 self._experiment_id = str(client.create_experiment(self.experiment, artifact_location=location))
             else:
-                self._experiment_id = str(found.experiment_id)
+                self._experiment_id = str(known.experiment_id)
         return client
 
-    def _begun(self, name: str, digest: str, parent: str) -> str | None:
+    def _resume(self, name: str, digest: str, parent: str) -> str | None:
+        """The id of an earlier run of this work, which is set to running again."""
         query = f"tags.`{DIGEST_TAG}` = '{digest}'" + (f" and tags.`mlflow.parentRunId` = '{parent}'" if parent else "")
-        found = self._client.search_runs([self._experiment_id], query)
-        ids = [
-            str(one.info.run_id) for one in found if one.info.run_name == name
-        ]  # a name may hold what a query may not
+        runs = self._client.search_runs([self._experiment_id], query)
+        # Not in the query: a name may contain characters that a query may not.
+        ids = [str(run.info.run_id) for run in runs if run.info.run_name == name]
         if not ids:
             return None
         self._client.update_run(ids[0], status="RUNNING")
@@ -152,7 +150,6 @@ class Tracker:
         run = self._client.create_run(self._experiment_id, run_name=name, tags=all_tags)
         return str(run.info.run_id)
 
-    @_pointed_here
     def _register(
         self, name: str, alias: str, run_id: str, source: str, tags: Mapping[str, str], metrics: Mapping[str, float]
     ) -> str:
@@ -161,7 +158,7 @@ class Tracker:
         from mlflow.exceptions import MlflowException
 
         known = self._client.search_model_versions(f"name='{name}' and run_id='{run_id}'")
-        if known:  # an earlier attempt of this stage came as far as this
+        if known:  # an earlier attempt of this stage has registered it
             self._client.set_registered_model_alias(name, alias, known[0].version)
             return str(known[0].version)
         all_tags = {**tags, SOURCE_TAG: source}
@@ -176,7 +173,7 @@ class Tracker:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        # A server takes no path as a version's source that is not below its own artifacts, but it does take a model.
+        # As a version's source a server refuses paths outside of its own artifacts, but takes a model.
         version = self._client.create_model_version(
             name, f"models:/{model.model_id}", run_id=run_id, tags=all_tags, model_id=model.model_id
         )
@@ -185,7 +182,7 @@ class Tracker:
 
 
 class Run:
-    """Where a stage's figures go: nothing here waits for MLflow, or fails. Without a tracker they go nowhere."""
+    """A run that a stage logs to. No method waits for MLflow, or fails. Without a tracker nothing is logged."""
 
     def __init__(self, calls: Calls | None = None, begin: Callable[[], tuple[Any, str]] | None = None) -> None:
         self._calls, self._begin = calls, begin
@@ -198,11 +195,11 @@ class Run:
 
     @property
     def run_id(self) -> str | None:
-        """None as long as MLflow has not told it."""
+        """None until MLflow has answered."""
         return self._known[1] if self._known else None
 
     def begun(self) -> tuple[Any, str]:
-        """MLflow's client and the run's id; for calls that are being made."""
+        """MLflow's client and the run's id; only for use in the thread that makes the calls."""
         assert self._begin is not None, "a run without a tracker is not begun"
         if self._known is None:
             self._known = self._begin()
@@ -217,35 +214,30 @@ class Run:
             self._calls.add_row(self._log_rows, (int(time.time() * 1000), step, values))
 
     def _log_rows(self, rows: list[tuple[int, int, Mapping[str, float]]]) -> None:
-        """Values with the time when they were so, not when MLflow heard of them: logged again they are the same."""
-        from mlflow.entities import Metric
-
+        """Metrics have the time of `metrics()`, not of this call: if it is repeated, they are the same ones."""
         client, run_id = self.begun()
-        metrics = [Metric(key, float(value), now, step) for now, step, row in rows for key, value in row.items()]
+        metric = _entities().Metric
+        metrics = [metric(key, float(value), now, step) for now, step, row in rows for key, value in row.items()]
         for start in range(0, len(metrics), _BATCH):
             client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
 
     def params(self, values: Mapping[str, Any]) -> None:
-        def log(client: Any, run_id: str) -> None:
-            from mlflow.entities import Param
+        def entities() -> list[Any]:
+            return [_entities().Param(key, str(value)[:500]) for key, value in values.items()]
 
-            client.log_batch(run_id, params=[Param(key, str(value)[:500]) for key, value in values.items()])
-
-        self.call(log)
+        self.call(lambda client, run_id: client.log_batch(run_id, params=entities()))
 
     def tags(self, values: Mapping[str, str]) -> None:
-        def log(client: Any, run_id: str) -> None:
-            from mlflow.entities import RunTag
+        def entities() -> list[Any]:
+            return [_entities().RunTag(key, value) for key, value in values.items()]
 
-            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in values.items()])
-
-        self.call(log)
+        self.call(lambda client, run_id: client.log_batch(run_id, tags=entities()))
 
     def artifact(self, path: Path, folder: str = "") -> None:
         self.call(lambda client, run_id: client.log_artifact(run_id, str(path), folder or None))
 
     def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any], context: str) -> None:
-        """What the run read, as MLflow's dataset lineage."""
+        """Log a dataset that the run reads, for MLflow's lineage."""
 
         def log(client: Any, run_id: str) -> None:
             from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -257,13 +249,13 @@ class Run:
                 source=json.dumps({"uri": source}),
                 profile=json.dumps(dict(profile)),
             )
-            tagged = DatasetInput(entity, [InputTag("mlflow.data.context", context)])
-            client.log_inputs(run_id, datasets=[tagged])
+            dataset = DatasetInput(entity, [InputTag("mlflow.data.context", context)])
+            client.log_inputs(run_id, datasets=[dataset])
 
         self.call(log)
 
     def flush(self, seconds: float = _FLUSH_SECONDS) -> bool:
-        """Whether all that was logged so far has reached MLflow, at the latest after so many seconds."""
+        """Wait until MLflow has everything that was logged so far, at most so many seconds; whether it has."""
         return self._calls.wait(seconds) if self._calls else True
 
     def end(self, status: str = "FINISHED") -> None:
@@ -274,10 +266,10 @@ NOWHERE = Run()
 
 
 @contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """Whoever opens a new SQLite file makes its tables, and two that do so at once trip over each other's.
+def _locked(uri: str) -> Iterator[None]:
+    """Lock a SQLite file: the first to open it makes its tables, and two that do so at once make each other fail.
 
-    The lock is the kernel's: it ends with its holder, however that ends. The file that it is on stays.
+    The kernel frees the lock when its process ends, in whatever way. The file PATH.lock stays.
     """
     path = _file_of(uri)
     if path is None:
@@ -289,9 +281,9 @@ def _alone(uri: str) -> Iterator[None]:
 
 
 def _make_tables(uri: str, artifacts: str | None) -> None:
-    """A new SQLite file gets its name once it has all its tables; for the one process that holds the lock.
+    """Make a new SQLite file with all its tables, and only then give it its name. The caller holds the lock.
 
-    MLflow makes them in some fifty steps, and a file that was left between two of them it can neither use nor mend.
+    MLflow makes the tables in some fifty steps, and can neither use nor repair a file that has only some of them.
     """
     path = _file_of(uri)
     if path is None or (path.exists() and path.stat().st_size):
@@ -299,20 +291,20 @@ def _make_tables(uri: str, artifacts: str | None) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     unfinished = path.with_name(f"{path.name}.new")
-    for left in (unfinished, Path(f"{unfinished}-journal")):
-        left.unlink(missing_ok=True)
+    for leftover in (unfinished, Path(f"{unfinished}-journal")):
+        leftover.unlink(missing_ok=True)
     SqlAlchemyStore(f"{_SQLITE}{unfinished}", artifacts or "mlruns").engine.dispose()
     unfinished.replace(path)
 
 
 def _file_of(uri: str) -> Path | None:
-    """The file of a SQLite database, if it is one and in a file."""
+    """The path in a URI of a SQLite database; None for other URIs and for databases in memory."""
     path = uri.removeprefix(_SQLITE).partition("?")[0]
     return None if not uri.startswith(_SQLITE) or path in ("", ":memory:") else Path(path)
 
 
 def _lock(file: IO[bytes]) -> None:
-    """The kernel by itself would wait without end."""
+    """Lock the file, or raise after some time: flock by itself would wait without end."""
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
         try:
@@ -324,48 +316,52 @@ def _lock(file: IO[bytes]) -> None:
         time.sleep(_LOCK_EVERY)
 
 
-# What MLflow answers, or its client, while it cannot do what it would do otherwise.
+# Error codes of MLflow and its client that pass by themselves.
 _AWAY = {"TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED"}
 
 
 def _judge(error: Exception) -> tuple[str, str]:
-    """What went wrong, in a line, and whether MLflow is away, faulty, or refuses the call."""
+    """The error in one line, and whether MLflow is "away", "faulty", or "refuses" the call (see `Calls`)."""
     from mlflow.exceptions import MlflowException, RestException
     from requests.exceptions import RequestException
     from sqlalchemy.exc import OperationalError
 
     if isinstance(error, MlflowException):
-        away = error.error_code in _AWAY or (
-            error.error_code == "INTERNAL_ERROR" and not isinstance(error, RestException)
-        )
         faulty = error.error_code == "INTERNAL_ERROR"
+        away = error.error_code in _AWAY or (faulty and not isinstance(error, RestException))
     else:
         away = isinstance(error, RequestException | OperationalError | ConnectionError | TimeoutError)
         faulty = False
-    return _said(error), "away" if away else "faulty" if faulty else "refuses"
+    return _first_cause(error), "away" if away else "faulty" if faulty else "refuses"
 
 
-def _said(error: BaseException) -> str:
-    """The first cause's words: what is wrapped around them is long, and tells of MLflow's ways only."""
+def _first_cause(error: BaseException) -> str:
+    """The text of the first error in the chain: those around it are long, and only tell MLflow's internals."""
     while (before := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
         error = before
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return _masked(lines[0])[:300]
 
 
+def _entities() -> Any:
+    from mlflow import entities
+
+    return entities
+
+
 def _masked(text: str) -> str:
-    """Without the user and password that an address may hold."""
+    """The text without users and passwords in URLs."""
     return re.sub(r"//[^/@\s]+@", "//", text)
 
 
 def _prepare(uri: str) -> None:
-    """What MLflow reads at import: no calls home, no talk on the terminal, and no retries, which are ours.
+    """Configure MLflow by environment variables: no telemetry, no output on the terminal, no retries of its own.
 
-    It is imported here, not by the thread: two threads that import the same packages may trip over each other's.
+    Then import it here, since imports of the same packages in two threads can interfere.
     """
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # a database that is locked is told with its whole traceback otherwise
+        "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # otherwise a locked database prints a traceback
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",

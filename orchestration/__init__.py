@@ -1,7 +1,7 @@
-"""When and where: the command, and the workflow that it runs.
+"""The `pixnerd` command, and the workflow that it runs.
 
-A command that is stopped while Python still reads its modules has nothing to end, and says so in the same words as
-later, when `infra.guard` takes over. Who imports this package for other ends is left alone.
+Importing the commands takes seconds. Until `infra.guard` handles signals, a stopped command has nothing to clean up: it
+ends at once, with the same line. The handlers are installed for the command only, not for others who import this.
 """
 
 import os

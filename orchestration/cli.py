@@ -1,4 +1,4 @@
-"""The `pixnerd` command. Heavy imports stand inside the commands, so that `--help` answers at once.
+"""The `pixnerd` command. Heavy imports are made inside the command functions, so that `--help` answers at once.
 
 Exit codes: 0 done, 1 the work failed, 2 bad usage or settings, 130 or 143 stopped by SIGINT or SIGTERM.
 """
@@ -32,9 +32,9 @@ for group in (evaluate, checkpoint, data):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
 
 
-def _show_version(asked: bool) -> None:
-    """What stands in a report of a fault; told from what is installed, without loading any of it."""
-    if asked:
+def _show_version(requested: bool) -> None:
+    """Versions for a bug report, read from package metadata: importing the packages would take seconds."""
+    if requested:
         from importlib.metadata import version
         from platform import python_version
 
@@ -45,7 +45,7 @@ def _show_version(asked: bool) -> None:
 
 
 def main() -> None:
-    """The command's entry: errors become one line that says what to do, and an exit code."""
+    """The entry point: an error becomes one line that says what to do, and an exit code."""
     arguments = sys.argv[1:]
     debug = "--debug" in arguments or bool(os.environ.get("PIXNERD_DEBUG"))
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -65,12 +65,12 @@ def main() -> None:
 
 def _explained(error: Exception, command: list[str]) -> tuple[str, int]:
     if isinstance(error, TyperException) and str(error).startswith("Usage: "):
-        return str(error), 2  # nothing was asked for, so this is the whole help
+        return str(error), 2  # no command was given: the text is the whole help
     if isinstance(error, TyperException):
         return f"error: {str(error).rstrip('.')} (see pixnerd {' '.join(command)} --help)", 2
-    if found := explained(error):
-        return f"error: {found.message}: {found.remedy}", found.exit_code
-    # The last line of defence: a bug must not greet users with a traceback.
+    if known := explained(error):
+        return f"error: {known}", known.exit_code
+    # Anything else is a bug; even then users see one line, not a traceback.
     return f"internal error: {type(error).__name__}: {first_line(error)} (--debug shows where)", 1
 
 

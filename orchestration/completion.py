@@ -1,4 +1,4 @@
-"""What a shell offers for a word that has been begun. It answers at once, so nothing heavy is imported here."""
+"""Shell completion of recipe names and settings. It must answer at once, so nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ import typer
 
 from infra.errors import PixnerdError
 
-_PLAIN = re.compile(r"[\w./+:,-]*")  # what a shell leaves as it is
-_WORKFLOW = ("workflow", "config", "recipe")  # what the commands call their recipe
+_PLAIN = re.compile(r"[\w./+:,-]*")  # a value that needs no quotes in a shell
+_RECIPE_ARGUMENTS = ("workflow", "config", "recipe")  # the names of the commands' recipe argument
 
 
 def recipe_names(incomplete: str) -> list[str]:
-    """Of a path, the shell knows more."""
+    """Names only: the shell itself completes paths of recipe files."""
     from pipelines.recipes import names
 
     return [name for name in names() if name.startswith(incomplete)]
 
 
 def setting_paths(context: typer.Context, incomplete: str) -> list[str]:
-    """What the recipe that was named sets: its stages and their settings, as far as a point was typed."""
+    """The recipe's settings that begin so, up to the next point: `low.` for `lo`, `low.optim.` for `low.op`."""
     from pipelines.recipes import load
 
-    # As long as the word is not there the line cannot be read, and what stands in it lies among the arguments.
-    given = [context.params.get(key) for key in _WORKFLOW] + list(context.args)
-    name = next((str(value) for value in given if value), "")
-    found: set[str] = set()
+    # While the word is incomplete the line does not parse, and the recipe may stand among the unparsed arguments.
+    candidates = [context.params.get(key) for key in _RECIPE_ARGUMENTS] + list(context.args)
+    name = next((str(value) for value in candidates if value), "")
+    paths: set[str] = set()
     with suppress(PixnerdError):
         stages = load(name).stages
         kinds = {str(stage.get("kind")): stage for stage in stages.values()}
-        several = {path.partition("=")[0] + "=" for path in _paths(kinds)}  # whose stages may differ
-        found = set(_paths(stages)) | {path for path in several if path.partition(".")[0] not in stages}
+        of_kinds = {path.partition("=")[0] + "=" for path in _paths(kinds)}  # no value: stages of a kind may differ
+        paths = set(_paths(stages)) | {path for path in of_kinds if path.partition(".")[0] not in stages}
     depth = incomplete.count(".") + 1
-    fitting = [path for path in found if path.startswith(incomplete)]
+    fitting = [path for path in paths if path.startswith(incomplete)]
     offered = {_as_far_as(path, depth) for path in fitting}
-    while len(offered) == 1 and min(offered).endswith("."):  # the shell would end the word there
+    while len(offered) == 1 and min(offered).endswith("."):  # the shell would end the word at that point
         depth += 1
         offered = {_as_far_as(path, depth) for path in fitting}
     return sorted(offered)
 
 
 def _paths(settings: Mapping[str, Any], above: str = "") -> Iterator[str]:
-    """Each setting with its value."""
+    """Each setting with its value: `low.optim.lr=0.001`."""
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
             yield from _paths(value, f"{above}{name}.")

@@ -19,17 +19,17 @@ from pipelines.stages.base import Context
 
 
 def store_of(url: str | None, recipe: Recipe) -> Store:
-    """The one that was named, or the folder of the recipe."""
+    """The store at `url`; without one, the folder runs/RECIPE."""
     return open_store(url or f"runs/{recipe.name}", recipe.store)
 
 
 def cluster_of(recipe: Recipe, address: str | None) -> ClusterSettings:
-    """As the recipe has it, but for an address that was given on the line."""
+    """The recipe's settings; an address from the command line takes precedence."""
     return recipe.cluster.model_copy(update={"address": address}) if address else recipe.cluster
 
 
 def home_of(store: Store, name: str) -> Path:
-    """A folder of this machine for what is no record: the store's own if it is a folder, else one beside the work."""
+    """The workflow's local folder, for MLflow's database and corpora: the store itself, if that is a folder."""
     local = store.url.removeprefix("file://")
     home = Path(local) if store.url.startswith("file://") else Path("runs") / name
     home.mkdir(parents=True, exist_ok=True)
@@ -37,13 +37,14 @@ def home_of(store: Store, name: str) -> Path:
 
 
 def tidy(store: Store, home: Path | None = None) -> None:
+    """Remove what killed runs have left, and tell the user how much that was."""
     if left := str(leftovers.remove(store, home)):
         print(f"removed what killed runs had left: {left}", file=sys.stderr)
 
 
 @contextmanager
 def joined(screen: terminal.Screen, settings: ClusterSettings) -> Iterator[None]:
-    """The Ray cluster at an address, or one of this machine's own, while the body runs."""
+    """Connected to the Ray cluster at the address, or to one started on this machine, while the body runs."""
     address = settings.address
     screen.doing(f"joining the Ray cluster at {address}" if address else "starting Ray")
     connect(settings)
@@ -56,12 +57,12 @@ def joined(screen: terminal.Screen, settings: ClusterSettings) -> Iterator[None]
 
 @contextmanager
 def context_of(store: Store, recipe: Recipe, cluster: ClusterSettings, screen: terminal.Screen) -> Iterator[Context]:
-    """All that the stages of a workflow may use, while the body runs."""
+    """What the stages of a workflow work with, while the body runs: a cluster, MLflow, progress on the screen."""
     name, home = recipe.name, home_of(store, recipe.name)
     uri = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
     with joined(screen, cluster):
         screen.doing("opening MLflow")
-        artifacts = None if uri.startswith("http") else home / "mlartifacts"  # a server has a place of its own
+        artifacts = None if uri.startswith("http") else home / "mlartifacts"  # a server decides itself
         with closing(Tracker(uri, recipe.tracking.experiment, artifacts)) as tracker:
             parent = tracker.run(name, digest([name, store.url]))
             try:

@@ -1,4 +1,4 @@
-"""What `run`, `prepare` and `train` do: read the recipe, look at what is there, do what is missing, tell the end."""
+"""What the commands `run`, `prepare` and `train` do: read the recipe, plan its stages, run those that are not done."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(
     if retry_failed and dry_run:
         raise SettingsError("a retry is begun in the store", remedy="leave --dry-run out, or --retry-failed")
     if not dry_run:
-        opened.probe()  # before anything else is asked of it: a store that is not there is told of at once
+        opened.probe()  # first, so that an unreachable store is reported at once
     nodes = _nodes(recipe, opened, until)
     if retry_failed and _retry_failed(recipe, opened, nodes, cluster.address):
         nodes = _nodes(recipe, opened, until)
@@ -46,7 +46,7 @@ def run(
             print_json([{"stage": p.node.name, "state": p.state, "why": p.why, "digest": p.node.digest} for p in plans])
         else:
             terminal.show_plan(plans)
-        running.Others(opened, _note).look()
+        running.Others(opened, _note).check()
         _check_fit(nodes, opened, cluster.address)
         return
     _check_fit(nodes, opened, cluster.address)
@@ -73,7 +73,7 @@ def _nodes(recipe: recipes.Recipe, store: Store, until: Literal["prepare", "trai
 
 
 def _check_fit(nodes: Sequence[workflow.Node], store: Store, address: str | None, *, anew: bool = False) -> None:
-    """Nothing is built for a stage that cannot be trained as it is set; `anew`: though it may be done by now."""
+    """Raise, before any work begins, if a stage cannot be trained as set. `anew`: even if the stage is done."""
     todo = [node.name for node in nodes if anew or not workflow.is_done(node, store)]
     doing("looking for encoders")
     try:
@@ -81,7 +81,7 @@ def _check_fit(nodes: Sequence[workflow.Node], store: Store, address: str | None
     except CheckpointError as error:
         if address is None:
             raise
-        # The cluster's machines load the encoders, and they may reach what this one does not.
+        # The cluster's machines will load the encoders, and may have access that this machine lacks.
         print(f"warning: from this machine, {error}", file=sys.stderr)
 
 
@@ -90,22 +90,22 @@ def _note(text: str) -> None:
 
 
 def _say(screen: terminal.Screen, store: Store) -> workflow.Say:
-    """What happened to a stage; where that is the end of a preparation, with what came of it."""
+    """Shows what happened to a stage; for a prepare stage that has ended, also its counts and its speed."""
 
     def say(node: workflow.Node, event: str, text: str) -> None:
         if event in ("finished", "reused") and node.kind.name == "prepare":
-            made = read_record(store, node.key, StageRecord).of(PrepareSummary)
-            speed = screen.own_per_second(made.inputs) if event == "finished" else 0.0
-            text = f"{text}, {terminal.prepared(made, speed)}"
+            summary = read_record(store, node.key, StageRecord).of(PrepareSummary)
+            speed = screen.own_per_second(summary.inputs) if event == "finished" else 0.0
+            text = f"{text}, {terminal.prepared(summary, speed)}"
         screen.stage(node, event, text)
 
     return say
 
 
 def _retry_failed(recipe: recipes.Recipe, store: Store, nodes: Sequence[workflow.Node], address: str | None) -> bool:
-    """Every prepare stage's failed downloads that may come this time become inputs of the run that follows.
+    """Make the failed downloads that may succeed now inputs of the coming run; False if there are none.
 
-    What is refused is refused before any is begun. False if there are none.
+    Every refusal comes before the first retry is begun: a run that is refused changes nothing.
     """
     from data_prep.prepare.job import begin_retries, failed_downloads
     from data_prep.sources import UrlSource
@@ -120,17 +120,17 @@ def _retry_failed(recipe: recipes.Recipe, store: Store, nodes: Sequence[workflow
                     remedy="give the folder that it made as the source's `url`; what is downloaded stays valid",
                 )
     doing("looking for downloads that failed")
-    found = {name: failed_downloads(store, settings) for name, settings in stages.items()}
-    some = any(retry.failed.num_rows for retries in found.values() for retry in retries)
-    if some:
+    retries_by_stage = {name: failed_downloads(store, settings) for name, settings in stages.items()}
+    any_failed = any(retry.failed.num_rows for retries in retries_by_stage.values() for retry in retries)
+    if any_failed:
         _check_fit(nodes, store, address, anew=True)
-    for name, retries in found.items():
+    for name, retries in retries_by_stage.items():
         print(f"{name}: {begin_retries(store, retries):,} downloads are tried again", file=sys.stderr)
-    return some
+    return any_failed
 
 
 def _reports(store: Store, records: dict[str, StageRecord]) -> dict[str, EvalReport]:
-    """Each evaluation, under the name of the train stage that it measured."""
+    """The evaluation reports, by the name of the train stage whose checkpoint was scored."""
     trained = {record.digest_of_work: name for name, record in records.items()}
     return {
         trained.get(record.inputs["checkpoint"], name): read_record(store, record.output.record, EvalReport)

@@ -1,4 +1,4 @@
-"""What killed runs leave, found and removed: temporary folders, half-written corpora, training states."""
+"""Removes what killed runs have left: temporary folders, half-written corpora, training states."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ UNFINISHED = rf"tmp.*|{scratch.PREFIX}.*"  # folders in which a corpus was being
 
 
 class Leftovers(NamedTuple):
-    folders: Removed  # of this machine: Ray's sessions, what ranks and tasks fetched, half of a corpus
-    states: States  # of the store
+    folders: Removed  # on this machine: Ray's sessions, what ranks and tasks fetched, half-written corpora
+    states: States  # in the store
 
     def __str__(self) -> str:
-        """Empty if there is nothing."""
-        told = []
+        """Empty if nothing was left."""
+        lines = []
         if self.folders.folders:
-            told.append(f"{self.folders} of temporary files")
+            lines.append(f"{self.folders} of temporary files")
         if self.states.objects:
-            told.append(f"{self.states.objects:,} objects, {self.states.bytes / 2**20:,.1f} MiB of training states")
-        return "; ".join(told)
+            lines.append(f"{self.states.objects:,} objects, {self.states.bytes / 2**20:,.1f} MiB of training states")
+        return "; ".join(lines)
 
 
 def remove(
     store: Store, home: Path | None = None, older_than_hours: float = 24.0, *, dry_run: bool = False
 ) -> Leftovers:
-    """`home` is the workflow's folder on this machine; none: the store's own, if that is a folder."""
+    """`home` is the workflow's folder on this machine; without it, the store's folder, if it is one."""
     home = home or (store.root if isinstance(store, FileStore) else None)
     folders = scratch.sweep(dry_run=dry_run)
     if home is not None:

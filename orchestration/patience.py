@@ -1,7 +1,7 @@
-"""Nobody waits in silence: when nothing was said for some seconds, a line tells what is being done, and for how long.
+"""No command is silent for long: after some seconds without output, a line tells what is being done and for how long.
 
-Every command has a watch; where something writes its progress, that has one of its own, and the command's is held back
-for so long. What is being done is told by whoever does it, before it begins: `doing("reading every shard")`.
+Every command has a `Watch`. Whatever shows progress itself, such as `terminal.Screen`, has a watch of its own, and only
+the innermost one prints. Code tells what it is about to do with `doing("reading every shard")`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 
-SILENCE = 6.0  # seconds without a line: after ten of them one thinks that it hangs, and busy machines add some
-_LOOK_EVERY = 0.5
+SILENCE = 6.0  # seconds: after ten, users think that a command hangs, and a busy machine adds some
+_CHECK_EVERY = 0.5
 
 
 class Watch:
-    """Says what goes on whenever nothing else has for a while; in a thread, which ends with the watch."""
+    """Prints what is being done whenever nothing was printed for a while, from a thread that ends with the watch."""
 
     def __init__(self, say: Callable[[str], None], what: str = "") -> None:
         self._say = say
@@ -30,40 +29,38 @@ class Watch:
             self._what, self._since = what, time.monotonic()
 
     def spoke(self) -> None:
-        """Somebody wrote a line."""
+        """Note that a line was printed."""
         self._spoke = time.monotonic()
 
-    def look(self) -> None:
+    def check(self) -> None:
         now = time.monotonic()
         if self._what and now - self._spoke >= SILENCE and _watches[-1:] == [self]:
             self._spoke = now
             self._say(f"  still {self._what}, {now - self._since:.0f} s")
 
     def __enter__(self) -> Watch:
-        for below in _watches[-1:]:
-            self._spoke = below._spoke  # who waits does not care which watch it is that has said nothing
+        for outer in _watches[-1:]:
+            self._spoke = outer._spoke  # users count silence from the last line, whichever watch printed it
         _watches.append(self)
         threading.Thread(target=self._wait, name="patience", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._ended.set()
         _watches.remove(self)
-        for below in _watches[-1:]:
-            below.spoke()
+        for outer in _watches[-1:]:
+            outer.spoke()
 
     def _wait(self) -> None:
-        while not self._ended.wait(_LOOK_EVERY):
-            self.look()
+        while not self._ended.wait(_CHECK_EVERY):
+            self.check()
 
 
-_watches: list[Watch] = []  # the last one speaks
+_watches: list[Watch] = []  # those that are active, the outermost first; only the last one prints
 
 
 def of_command() -> Watch:
-    """A command's own watch, from its beginning to its end."""
+    """The watch of a whole command."""
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -74,5 +71,6 @@ def of_command() -> Watch:
 
 
 def doing(what: str) -> None:
+    """Tell the innermost watch what is about to be done."""
     for watch in _watches[-1:]:
         watch.doing(what)

@@ -1,25 +1,26 @@
-"""Which runs are at work on a store, so that one is told of the others.
+"""Notes of the runs that are at work on a store, so that each run can tell its user of the others.
 
-    running/<run>.json        who and since when; there as long as the run is
-    running/<run>.json.beat   another text every few seconds
+    running/<run>.json        who is at work and since when; deleted when the run ends
+    running/<run>.json.beat   the heartbeat: its text changes every few seconds
 
-Nothing depends on these notes: what several runs do at once is right without them. The note of a run that was killed is
-dropped by the next one: on the same machine as soon as its process is gone, elsewhere once its beat has stood still for
-long, by the clock of the one who looks. The time in a note is only told.
+The notes are information only: several runs at once on a store are correct without them. The next run deletes the note
+of one that was killed: on the same machine as soon as the process is gone, on others once the heartbeat has not changed
+for long. That is measured by the reader's own clock; the time in a note is only shown.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from itertools import count
 
 from infra import layout
+from infra.background import repeated
 from infra.claim import BEAT_SECONDS, PATIENCE_SECONDS, process_of, runs_here
 from infra.errors import NotFound, PixnerdError, RecordError
 from infra.records import Record, read_record, write_record
@@ -32,13 +33,13 @@ class RunRecord(Record):
     workflow: str
     host: str
     pid: int
-    process: str  # told from every other process that its machine ever ran
+    process: str  # identifies the process for good: see `infra.claim.process_of`
     since: str
 
 
 @contextmanager
 def noted(store: Store, workflow: str, tell: Tell) -> Iterator[None]:
-    """A note of this run while it lasts; `tell` gets a line about each other one, once."""
+    """Keep a note of this run while the body runs; `tell` is called once for each other run, with a line about it."""
     record = RunRecord(
         workflow=workflow,
         host=socket.gethostname(),
@@ -47,47 +48,44 @@ def noted(store: Store, workflow: str, tell: Tell) -> Iterator[None]:
         since=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )
     key = layout.RUNNING.at(run=uuid.uuid4().hex[:12])
-    over = threading.Event()
     others = Others(store, tell, own=key)
     with suppress(PixnerdError):
         write_record(store, key, record)
-        others.look()
-    beat = threading.Thread(target=_beat, args=(store, key, others, over), name="running", daemon=True)
-    beat.start()
+        others.check()
+    beats = count(1)
+
+    def beat() -> None:
+        with suppress(PixnerdError):  # the store is unreachable: whatever needs it reports that
+            store.put(f"{key}{layout.BEAT}", str(next(beats)).encode())
+            others.check()
+
     try:
-        yield
+        with repeated(beat, BEAT_SECONDS, "running", at_once=True):
+            yield
     finally:
-        over.set()
-        beat.join()
         with suppress(PixnerdError):
             _drop(store, key)
 
 
-def _beat(store: Store, key: str, others: Others, over: threading.Event) -> None:
-    count = 0
-    while not over.wait(BEAT_SECONDS if count else 0):
-        count += 1
-        with suppress(PixnerdError):  # a store that is away: whoever needs it says so
-            store.put(f"{key}{layout.BEAT}", str(count).encode())
-            others.look()
-
-
 class Others:
-    """The runs that are at work beside this one, as far as they can be told from dead ones."""
+    """The other runs on a store: `check` tells of each that is alive, and deletes the notes of dead ones.
+
+    `own` is the key of this run's note; without one (`--dry-run`) nothing is deleted.
+    """
 
     def __init__(self, store: Store, tell: Tell, own: str = "") -> None:
         self.store, self.tell, self.own = store, tell, own
         self._told: set[str] = set()
-        self._beats: dict[str, tuple[bytes, float]] = {}  # key -> the beat, and since when it stands still
+        self._beats: dict[str, tuple[bytes, float]] = {}  # key -> its heartbeat's text, and since when it is that
 
-    def look(self) -> None:
+    def check(self) -> None:
         for key in list(layout.RUNNING.keys(self.store)):
             if key == self.own or key in self._told:
                 continue
-            with suppress(NotFound, RecordError):  # it has just ended, or says nothing that can be read
-                self._look_at(key, read_record(self.store, key, RunRecord))
+            with suppress(NotFound, RecordError):  # the run has just ended, or its note cannot be read
+                self._check(key, read_record(self.store, key, RunRecord))
 
-    def _look_at(self, key: str, run: RunRecord) -> None:
+    def _check(self, key: str, run: RunRecord) -> None:
         alive = runs_here(run.process)
         if alive is None:
             alive = self._beats_on(key)
@@ -101,7 +99,7 @@ class Others:
             )
 
     def _beats_on(self, key: str) -> bool | None:
-        """None as long as it cannot be told."""
+        """Whether the heartbeat changes; None while it has not been watched for long enough to tell."""
         beat = b""
         with suppress(NotFound):
             beat = self.store.get(f"{key}{layout.BEAT}")

@@ -1,4 +1,4 @@
-"""What a run looks like: bars on a terminal, plain lines with a time elsewhere, tables at the end."""
+"""What a run shows: progress bars on a terminal, lines with the elapsed time elsewhere, tables at the end."""
 
 from __future__ import annotations
 
@@ -7,18 +7,10 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from orchestration.patience import SILENCE, Watch
@@ -33,7 +25,7 @@ _PLAN_SIGNS = {"done": "=", "open": "?", "new": ">"}
 
 
 class Screen:
-    """Progress of stages as they run. Goes to standard error, so that results can be piped on."""
+    """The progress of stages. It goes to standard error, so that standard output holds results only."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
@@ -51,31 +43,28 @@ class Screen:
         self._task = self._bars.add_task("", visible=False)
         self._began = self._last_line = self.stage_began = time.monotonic()
         self._pace = _Pace()
-        self._unsaid = ""  # the newest progress, if it came too soon after a line
+        self._unsaid = ""  # the newest progress, if it came too soon after the last line to be printed
         self._watch = Watch(self._remind)
-        self.own = 0.0  # the part of the stage that this run did, as far as it tells
+        self.own = 0.0  # the share of the stage's work that this run did; other runs or earlier ones did the rest
 
     def __enter__(self) -> Screen:
         self._bars.start()
         self._watch.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._watch.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self._watch.__exit__(*error)
         self._bars.stop()
 
     def doing(self, what: str) -> None:
-        """What goes on until something else is told; it is said only if that takes long."""
+        """Set what is being done from now on. It is printed only if it takes long."""
         self._unsaid = ""
         self._watch.doing(what)
         if not self._bars.disable:
-            self._bars.remove_task(self._task)  # one that has had a total cannot be without one again
+            self._bars.remove_task(self._task)  # rich cannot take a task's total away again
             self._task = self._bars.add_task(what, total=None)
 
     def stage(self, node: Node, event: str, text: str) -> None:
-        """What happened to a stage."""
         self._pace = _Pace()
         self.doing(f"at {node.name}" if event == "running" else "working")
         if event == "running":
@@ -87,7 +76,7 @@ class Screen:
         self.count(f"{stage}: {so_far.text}", so_far.done, so_far.total)
 
     def count(self, text: str, done: float, total: int) -> None:
-        """A part of a thing moves the bar on as well."""
+        """Show that `done` of `total` things are done; `done` may be a fraction."""
         self._pace = self._pace.after(done, total)
         self._watch.doing(f"at {text}")
         if not self._bars.disable:
@@ -97,12 +86,12 @@ class Screen:
         if time.monotonic() - self._last_line > SILENCE:
             self._line(self._unsaid)
 
-    def _remind(self, still: str) -> None:
-        if self._bars.disable:  # else there is a bar that moves
-            self._line(self._unsaid or still)
+    def _remind(self, text: str) -> None:
+        if self._bars.disable:  # otherwise a bar moves
+            self._line(self._unsaid or text)
 
     def own_per_second(self, count: int) -> float:
-        """Of so many that the stage has worked on in all: what this run did of them, in its own time."""
+        """This run's speed: its share of the `count` things that the stage worked on, over the time that it took."""
         return self.own * count / max(time.monotonic() - self.stage_began, 1e-3)
 
     def _line(self, text: str) -> None:
@@ -115,7 +104,7 @@ class Screen:
 
 @dataclass(frozen=True)
 class _Pace:
-    """How far a stage has come since it was first heard of, which need not be its beginning."""
+    """A stage's progress since its first report, for the time left: a resumed stage does not begin at 0."""
 
     first: float = 0.0
     total: int = 0
@@ -126,11 +115,11 @@ class _Pace:
     def after(self, done: float, total: int) -> _Pace:
         now = time.monotonic()
         if total != self.total or done < self.done:
-            return _Pace(done, total, now, done)  # the stage's next part
+            return _Pace(done, total, now, done)  # the stage has begun its next part
         return replace(self, done=done, seconds=now - self.since)
 
     def left(self) -> str:
-        """Empty while nothing is known."""
+        """The time left, such as "1:02:03 left"; empty while it is not known."""
         if self.done <= self.first or self.done >= self.total:
             return ""
         seconds = round(self.seconds * (self.total - self.done) / (self.done - self.first))
@@ -143,12 +132,12 @@ def print_json(value: Any) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    grid = Table(box=None, pad_edge=False, header_style="bold")
     for number, name in enumerate(header):
-        drawn.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+        grid.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
-        drawn.add_row(*row)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(drawn)
+        grid.add_row(*row)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(grid)
 
 
 def show_plan(plans: Sequence[Plan]) -> None:
@@ -156,20 +145,19 @@ def show_plan(plans: Sequence[Plan]) -> None:
         print(f"{_PLAN_SIGNS[plan.state]} {plan.node.name:<12} {plan.state:<5} {plan.why}")
 
 
-def prepared(made: PrepareSummary, per_second: float) -> str:
-    """What came of a preparation, at each size; `per_second`: inputs, of those that this run worked on itself."""
+def prepared(summary: PrepareSummary, per_second: float) -> str:
+    """The speed, if it is known (not 0), and the counts of a preparation: `40 images/s; 36 accepted, ...`."""
     from data_prep.rejections import counted
 
-    told = [f"{per_second:,.0f} images/s"] if per_second else []
-    several = len(made.sizes) > 1
-    for size, counts in made.sizes.items():
-        accepted = f"{size}: " * several + f"{counts.accepted:,} accepted"
-        told.append(f"{accepted}, {counted(counts.rejected)}")
-    return "; ".join(told)
+    texts = [f"{per_second:,.0f} images/s"] if per_second else []
+    for size, counts in summary.sizes.items():
+        label = f"{size}: " if len(summary.sizes) > 1 else ""
+        texts.append(f"{label}{counts.accepted:,} accepted, {counted(counts.rejected)}")
+    return "; ".join(texts)
 
 
 def show_result(records: Iterable[StageRecord], reports: dict[str, EvalReport]) -> None:
-    """The scores of each stage, what was registered, and where the page is."""
+    """Print the scores of each stage, what was registered, and where contact sheet and report page are."""
     from infra.records import RegisterOutput, ReportOutput, SampleOutput
 
     if reports:

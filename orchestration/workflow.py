@@ -1,8 +1,9 @@
-"""The graph: skip what is done, run what is ready, go on after a crash, explain why.
+"""The graph of a recipe's stages: which are done, which must run and why, and running those.
 
-A stage's digest is made of its kind, its settings that change results, and the digests of the stages it reads from.
-Its record lies under that digest; if it is there the stage is done. So a changed setting makes one stage and all that
-follow it new, and everything else is found where it was, in this run and in any other workflow on the same store.
+Every stage has a digest, made of its kind, its settings that change results, and the digests of the stages that it
+reads. The stage's record lies under that digest; if the record exists, the stage is done. So a changed setting gives
+new digests to that stage and to all that read it, and they run again. The records of all other stages are found and
+reused, in this workflow and in any other on the same store.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from infra import layout
 from infra.causes import explained
 from infra.config import Settings, digest, nearest, parse
 from infra.errors import Fault, NotFound, PixnerdError, RecordError, SettingsError, StageFailed, Stopped
-from infra.problems import Wrong, shown, told, where
+from infra.problems import Wrong, settings_error, shown, where
 from infra.records import StageRecord, read_record, write_record
 from infra.store import Store
 from pipelines.recipes import Recipe
@@ -33,17 +34,17 @@ class Node:
     name: str
     kind: StageKind
     settings: Settings
-    inputs: dict[str, str]  # "data" or "scores.0" -> the stage it names
-    below: dict[str, str]  # the same -> the digest of that stage's work
+    inputs: dict[str, str]  # setting that names a stage ("data", "scores.0") -> that stage's name
+    input_digests: dict[str, str]  # the same setting -> that stage's digest
     digest: str
-    settled: bool  # False while a stage that it reads from is to come: then the digest is worked out once more
+    settled: bool  # False while a stage that it reads has not run: the digest may change once that one has
 
     @property
     def key(self) -> str:
         return layout.STAGE.at(kind=self.kind.name, digest=self.digest)
 
 
-State = Literal["done", "open", "new"]  # open: whether it must run is not known before other stages have run
+State = Literal["done", "open", "new"]  # open: known only once the stages that it reads have run
 
 
 @dataclass(frozen=True)
@@ -54,34 +55,33 @@ class Plan:
 
 
 def graph(recipe: Recipe, store: Store | None = None) -> list[Node]:
-    """The recipe's stages in the order in which they can run; every setting is checked before any work begins.
+    """The recipe's stages, each after those that it reads. Every setting is checked before any work begins.
 
-    What stages read from outside counts as it is there now; of the store, if there is one. Where the stages before one
-    must tell what that is, and have not run, its digest is settled by `run` when they have.
+    A digest also covers what a stage reads from outside of the workflow, such as files of a corpus, as they are now.
+    Where that depends on the output of a stage that has not run, `run` computes the digest again after that stage.
     """
     parsed = _parsed(recipe)
     nodes: dict[str, Node] = {}
-    done: dict[str, StageRecord] = {}
+    done_records: dict[str, StageRecord] = {}
 
-    def place(name: str, above: tuple[str, ...]) -> None:
+    def add(name: str, readers: tuple[str, ...]) -> None:
         if name in nodes:
             return
-        if name in above:
-            circle = f"the stages {' -> '.join([*above, name])} wait for each other"
+        if name in readers:
+            circle = f"the stages {' -> '.join([*readers, name])} wait for each other"
             raise recipe.refused([Fault(name, circle, "break the circle")])
         kind, settings = parsed[name]
         inputs = _inputs(name, parsed)
         for target in inputs.values():
-            place(target, (*above, name))
-        below = {field: nodes[target].digest for field, target in inputs.items()}
-        records = {field: done[target] for field, target in inputs.items() if target in done}
-        node = _node(name, kind, settings, inputs, below, store, records)
-        nodes[name] = node
+            add(target, (*readers, name))
+        digests = {field: nodes[target].digest for field, target in inputs.items()}
+        records = {field: done_records[target] for field, target in inputs.items() if target in done_records}
+        node = nodes[name] = _node(name, kind, settings, inputs, digests, store, records)
         if store is not None and is_done(node, store):
-            done[name] = read_record(store, node.key, StageRecord)
+            done_records[name] = read_record(store, node.key, StageRecord)
 
     for name in parsed:
-        place(name, ())
+        add(name, ())
     return list(nodes.values())
 
 
@@ -89,7 +89,7 @@ Parsed = Mapping[str, tuple[StageKind, Settings]]
 
 
 def _parsed(recipe: Recipe) -> Parsed:
-    """The stages as settings. All that is wrong with them, and between them, is told at once."""
+    """Each stage's kind and settings; one error tells all that is wrong with them and between them."""
     parsed: dict[str, tuple[StageKind, Settings]] = {}
     faults: list[Fault] = []
     for name, data in recipe.stages.items():
@@ -110,7 +110,7 @@ def _inputs(name: str, parsed: Parsed) -> dict[str, str]:
 
 
 def _misfits(name: str, recipe: Recipe, parsed: Parsed) -> Iterator[Fault]:
-    """Where a stage does not go together with those that it names; those that are wrong themselves are not asked."""
+    """What is wrong between a stage and those that it reads, as far as the settings of all of them are valid."""
     (kind, settings), inputs = parsed[name], _inputs(name, parsed)
     for field, target in inputs.items():
         if target not in recipe.stages:
@@ -120,8 +120,8 @@ def _misfits(name: str, recipe: Recipe, parsed: Parsed) -> Iterator[Fault]:
             yield Fault(path, f"`{path}` names the stage `{target}`, which the recipe does not have", remedy)
     if not all(target in parsed for target in inputs.values()):
         return
-    below = {field: parsed[target][1] for field, target in inputs.items()}
-    for wrong in list(_other_kinds(kind, parsed, inputs)) or kind.check(settings, below):
+    input_settings = {field: parsed[target][1] for field, target in inputs.items()}
+    for wrong in list(_other_kinds(kind, parsed, inputs)) or kind.check(settings, input_settings):
         steps = tuple(int(part) if part.isdecimal() else part for part in wrong.field.split("."))
         written = {name: recipe.stages[name], f"defaults.{kind.name}": recipe.defaults.get(kind.name, {})}
         path = where(steps, recipe.stages[name], written)
@@ -129,7 +129,7 @@ def _misfits(name: str, recipe: Recipe, parsed: Parsed) -> Iterator[Fault]:
 
 
 def _other_kinds(kind: StageKind, parsed: Parsed, inputs: Mapping[str, str]) -> Iterator[Wrong]:
-    """Stages that are named where one of another kind is needed."""
+    """What is wrong where a setting names a stage of another kind than it needs."""
     for field, target in inputs.items():
         needed = kind.takes.get(field.partition(".")[0])
         if needed is not None and parsed[target][0].name != needed:
@@ -142,7 +142,7 @@ def _other_kinds(kind: StageKind, parsed: Parsed, inputs: Mapping[str, str]) -> 
 
 
 def is_done(node: Node, store: Store) -> bool:
-    """Whether its work is recorded: what lies under a digest that is not settled may be a record of other work."""
+    """Whether the stage's record exists; never for a digest that is not settled, whose record may be of other work."""
     return node.settled and store.exists(node.key)
 
 
@@ -151,7 +151,7 @@ def _node(
     kind: StageKind,
     settings: Settings,
     inputs: dict[str, str],
-    below: dict[str, str],
+    input_digests: dict[str, str],
     store: Store | None,
     records: dict[str, StageRecord],
 ) -> Node:
@@ -159,29 +159,29 @@ def _node(
         outside = kind.outside(settings, store, records)
     except SettingsError as error:
         raise SettingsError(f"`{name}`: {error.message}", remedy=error.remedy) from None
-    of = {"kind": kind.name, "format": kind.format}
-    work = {**of, "settings": settings.chosen(), "inputs": below, "outside": outside}
-    return Node(name, kind, settings, inputs, below, digest(work), settled=len(records) == len(inputs))
+    kind_of_work = {"kind": kind.name, "format": kind.format}
+    work = {**kind_of_work, "settings": settings.chosen(), "inputs": input_digests, "outside": outside}
+    return Node(name, kind, settings, inputs, input_digests, digest(work), settled=len(records) == len(inputs))
 
 
 def _settled(node: Node, store: Store, done: dict[str, StageRecord]) -> Node:
-    """The node as the records of the stages before it make it."""
+    """The node with its digest computed from the records, by stage name, of the stages that have run before it."""
     if node.settled:
         return node
     records = {field: done[target] for field, target in node.inputs.items() if target in done}
-    below = node.below | {field: record.digest_of_work for field, record in records.items()}
-    return _node(node.name, node.kind, node.settings, node.inputs, below, store, records)
+    digests = node.input_digests | {field: record.digest_of_work for field, record in records.items()}
+    return _node(node.name, node.kind, node.settings, node.inputs, digests, store, records)
 
 
 def parse_stage(
     name: str, data: dict[str, Any], defaults: Mapping[str, dict[str, Any]] = MappingProxyType({})
 ) -> tuple[StageKind, Settings]:
-    """`defaults`: what the stages of each kind start from; it is in the data already."""
+    """`defaults`: the recipe's, by kind. `data` contains them; errors use them to tell where a value was written."""
     kind = KINDS.get(str(data.get("kind")))
     if kind is None:
         near = nearest(str(data.get("kind")), KINDS)
         remedy = f"did you mean `{near}`?" if near else f"known: {', '.join(KINDS)}"
-        raise told(
+        raise settings_error(
             [Fault(f"{name}.kind", f"`{name}.kind` is {shown(data.get('kind'))}, which is not a kind of stage", remedy)]
         )
     settings = {k: v for k, v in data.items() if k != "kind"}
@@ -191,7 +191,7 @@ def parse_stage(
 
 
 def only(nodes: Sequence[Node], kind: str) -> list[Node]:
-    """The stages of a kind and all that they need."""
+    """The stages of a kind and all stages that they need, directly or not."""
     by_name = {node.name: node for node in nodes}
     needed: set[str] = set()
 
@@ -217,13 +217,13 @@ def plan(nodes: Sequence[Node], store: Store) -> list[Plan]:
 
     @cache
     def earlier(kind: str) -> dict[str, StageRecord]:
-        found = {}
+        records = {}
         for key in layout.STAGE.keys(store, kind=kind):
-            # One that is damaged or just deleted is unrelated work's: a stage's own is read before this.
+            # A record that is damaged or just deleted belongs to other work: `is_done` has looked for the node's own.
             with suppress(RecordError, NotFound):
                 record = read_record(store, key, StageRecord)
-                found[record.digest_of_work] = record
-        return found
+                records[record.digest_of_work] = record
+        return records
 
     by_name = {node.name: node for node in nodes}
     plans: dict[str, Plan] = {}
@@ -240,22 +240,25 @@ def plan(nodes: Sequence[Node], store: Store) -> list[Plan]:
 
 
 def _may_be_recorded(node: Node, nodes: dict[str, Node], earlier: Earlier) -> bool:
-    """Whether one of the records may turn out to be the node's once the stages that it reads from have run."""
+    """Whether one of the store's records may turn out to be the node's once the stages that it reads have run."""
     records = () if node.settled else earlier(node.kind.name).values()
     return any(_fits(record, node, nodes, earlier) for record in records)
 
 
 def _fits(record: StageRecord, node: Node, nodes: dict[str, Node], earlier: Earlier) -> bool:
-    """Whether the record is of the same settings and inputs; what is read from outside, no record tells."""
+    """Whether record and node have the same settings and may have the same inputs.
+
+    What a stage reads from outside of the workflow is not compared: records do not tell it.
+    """
     return (
         _agree(record.settings, node.settings.results(), node.settings.chosen())
         and record.inputs.keys() == node.inputs.keys()
-        and all(_may_be(nodes[node.inputs[field]], made, nodes, earlier) for field, made in record.inputs.items())
+        and all(_may_get(nodes[node.inputs[field]], old, nodes, earlier) for field, old in record.inputs.items())
     )
 
 
 def _agree(before: Any, now: Any, chosen: Any) -> bool:
-    """Whether recorded settings are those of now; those that there were not yet then may have their defaults."""
+    """Whether recorded settings equal today's; a setting that is newer than the record must have its default."""
     if not isinstance(before, dict) or not isinstance(now, dict):
         return bool(before == now)
     new = now.keys() - before.keys()
@@ -265,44 +268,45 @@ def _agree(before: Any, now: Any, chosen: Any) -> bool:
     )
 
 
-def _may_be(node: Node, made: str, nodes: dict[str, Node], earlier: Earlier) -> bool:
-    """Whether a digest that was made before may turn out to be the node's."""
-    if node.settled or made == node.digest:
-        return made == node.digest
-    record = earlier(node.kind.name).get(made)
+def _may_get(node: Node, old_digest: str, nodes: dict[str, Node], earlier: Earlier) -> bool:
+    """Whether the node's digest may turn out to be one that earlier work had."""
+    if node.settled or old_digest == node.digest:
+        return old_digest == node.digest
+    record = earlier(node.kind.name).get(old_digest)
     if record is not None:
         return _fits(record, node, nodes, earlier)
-    return all(made != other.digest for other in nodes.values() if other.settled)  # its record was deleted
+    return all(old_digest != other.digest for other in nodes.values() if other.settled)  # its record was deleted
 
 
-def _why_new(node: Node, above: dict[str, Plan], earlier: Earlier) -> str:
+def _why_new(node: Node, plans: dict[str, Plan], earlier: Earlier) -> str:
     own = [record for record in earlier(node.kind.name).values() if record.stage == node.name]
     last = max(own, key=lambda record: record.started, default=None)
     changed = [] if last is None else _changes(last.settings, node.settings.results())
     if last is not None and changed:
         return f"changed since {last.started}: {', '.join(changed)}"
-    new = [name for name in dict.fromkeys(node.inputs.values()) if above[name].state == "new"]
+    new = [name for name in dict.fromkeys(node.inputs.values()) if plans[name].state == "new"]
     if new:
         return f"follows {', '.join(new)}"
     if last is None:
         return "has not run yet"
-    if last.inputs == node.below:
+    if last.inputs == node.input_digests:
         return "what it reads besides other stages is not as it was last time: files, or what is forgotten"
     return "its inputs are others than last time"
 
 
 def _changes(before: Any, after: Any, path: str = "") -> list[str]:
+    """The settings that differ, as texts: `optim.lr 0.001 -> 0.0001`."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = sorted(before.keys() | after.keys())
         return [c for k in keys for c in _changes(before.get(k), after.get(k), f"{path}.{k}" if path else k)]
     return [] if before == after else [f"{path} {before} -> {after}"]
 
 
-Say = Callable[[Node, str, str], None]
+Say = Callable[[Node, str, str], None]  # a node, an event such as "running" (see terminal.Screen), more words on it
 
 
 def run(nodes: list[Node], context: Context, say: Say) -> dict[str, StageRecord]:
-    """Runs what is not done. A failed stage stops those that need it; the others run, then the failure is told."""
+    """Run what is not done. After a failure the stages that need no failed one still run; then the error is raised."""
     records: dict[str, StageRecord] = {}
     failures: dict[str, PixnerdError] = {}
     for node in nodes:
@@ -325,7 +329,7 @@ def run(nodes: list[Node], context: Context, say: Say) -> dict[str, StageRecord]
             failures[node.name] = failure
             say(node, "failed", str(failure))
         else:
-            # Its record may be of another run that was faster.
+            # Not the record's `seconds`: another run may have been first to write it.
             say(node, "finished", f"{time.perf_counter() - began:.1f} s")
     for name, failed in failures.items():
         raise StageFailed(f"the stage `{name}` failed: {failed.message}", remedy=failed.remedy) from failed
@@ -333,7 +337,7 @@ def run(nodes: list[Node], context: Context, say: Say) -> dict[str, StageRecord]
 
 
 def finished(nodes: Sequence[Node], store: Store, say: Say) -> dict[str, StageRecord]:
-    """The records of stages that are done."""
+    """The records of stages that are done; each is reported as reused."""
     records = {node.name: read_record(store, node.key, StageRecord) for node in nodes}
     for node in nodes:
         say(node, "reused", f"done {records[node.name].started}, took {records[node.name].seconds:.1f} s")
@@ -353,7 +357,7 @@ def _run_one(node: Node, context: Context, records: dict[str, StageRecord]) -> S
     record = StageRecord(
         stage=node.name,
         kind=node.kind.name,
-        inputs=node.below,
+        inputs=node.input_digests,
         digest_of_work=node.digest,
         settings=node.settings.results(),
         output=output,
@@ -362,6 +366,6 @@ def _run_one(node: Node, context: Context, records: dict[str, StageRecord]) -> S
         seconds=round(time.perf_counter() - clock, 3),
     )
     if len(inputs) < len(node.inputs):
-        return record  # made without stages that failed: it must be made again when they are there
+        return record  # not stored: made without stages that failed, so it must be made again when they have run
     write_record(context.store, node.key, record)
     return read_record(context.store, node.key, StageRecord)

@@ -1,15 +1,15 @@
 """Object storage behind a URL: `file:///folder` (or a plain path) and `s3://bucket/prefix`, with one behaviour.
 
-What the rest of pixnerd builds on, and what `probe` checks once at start-up:
+The rest of pixnerd relies on the following; `probe` checks `create` once at start-up:
 
-- an object appears whole or not at all, whenever the writer is killed;
-- `create` is create-if-absent: of any number of writers exactly one is told True. On S3 an object of
-  `multipart_threshold` or more is exact only where the server honours the condition on CompleteMultipartUpload; older
-  radosgw ignores it there, so existence is also checked just before. What is left is a race between two writers of
+- an object appears whole or not at all, even if its writer is killed;
+- `create` is create-if-absent: of any number of writers exactly one is told True. On S3, for an object of
+  `multipart_threshold` or more, this needs a server that honours the condition on CompleteMultipartUpload; older
+  radosgw ignores it there, so existence is also checked just before. What remains is a race between two writers of
   the same large object, which is harmless because data objects carry their sha256 in their names. Records are small.
-- `list` is sorted by the UTF-8 bytes of the keys, also for files, and never shows what lies under `.tmp/`.
+- `list` is sorted by the UTF-8 bytes of the keys, in folders as well, and leaves out everything under `.tmp/`.
 
-A writer killed in the middle of a multipart upload leaves parts that no reader sees: give the bucket a lifecycle rule
+A writer that is killed during a multipart upload leaves parts that no reader sees: give the bucket a lifecycle rule
 that aborts incomplete uploads.
 """
 
@@ -41,16 +41,17 @@ __all__ = [
 
 def open_store(url: str, settings: StoreSettings | None = None) -> Store:
     """The store at a URL; nothing is contacted or created yet."""
+    settings = settings or StoreSettings()
     scheme, separator, rest = url.partition("://")
     if not separator and url and not url.startswith(("file:", "s3:")):
-        return FileStore(Path(url).expanduser(), (settings or StoreSettings()).patience)
+        return FileStore(Path(url).expanduser(), settings.patience)
     if separator and scheme.lower() == "file":
         host, slash, path = rest.partition("/")
         if host not in ("", "localhost") or not slash:
             raise SettingsError("a file:// URL names no host", remedy="write file:///absolute/path, or a plain path")
-        return FileStore(Path("/" + unquote(path)), (settings or StoreSettings()).patience)
+        return FileStore(Path("/" + unquote(path)), settings.patience)
     if separator and scheme.lower() == "s3":
-        return S3Store(rest, settings or StoreSettings())
+        return S3Store(rest, settings)
     raise SettingsError(
         f"no store has URLs that begin with `{scheme[:20]}`",
         remedy="write file:///folder, /folder or s3://bucket/prefix",

@@ -1,4 +1,4 @@
-"""What every store does: objects by key, whole or not at all."""
+"""The interface of all stores: objects by key, which appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Entry:
     key: str
     size: int
     modified: float = field(default=math.inf, compare=False)  # seconds since the epoch; where unknown it counts as new
-    tag: str = field(default="", compare=False)  # another one where the object was written anew; empty: nobody tells
+    tag: str = field(default="", compare=False)  # changes when the object is rewritten; empty if unknown
 
 
 def check_key(key: str) -> str:
-    """The key itself, or StoreError: keys also come out of records and listings, which others may have written."""
+    """The key itself, or StoreError: keys also come from records and listings, which others may have written."""
     parts = key.split("/")
     if any(part in ("", ".", "..") for part in parts):
         wrong = "is not relative, or has an empty, `.` or `..` part"
@@ -72,7 +72,7 @@ class Store(ABC):
 
     @abstractmethod
     def list_unchecked(self, prefix: str = "") -> Iterator[Entry]:
-        """The same, with keys that nobody has checked: of what others have put there."""
+        """The same with unchecked keys, also of objects that other programs have put there."""
 
     @abstractmethod
     def size(self, key: str) -> int | None:
@@ -80,7 +80,7 @@ class Store(ABC):
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Remove the object; none is fine."""
+        """Remove the object, if there is one."""
 
     @abstractmethod
     def download(self, key: str, path: Path) -> None:
@@ -88,21 +88,21 @@ class Store(ABC):
 
     @abstractmethod
     def now(self) -> float:
-        """Seconds since the epoch by the clock that `Entry.modified` is of, which need not be this machine's."""
+        """Seconds since the epoch, by the same clock as `Entry.modified`, which need not be this machine's."""
 
     def exists(self, key: str) -> bool:
         return self.size(key) is not None
 
     def spool(self) -> BinaryIO:
-        """A file to write a large object into before it is put: it has no name, so nothing of it outlives the process.
+        """A file for a large object that is about to be put. It has no name, so it vanishes with the process.
 
-        `put` and `create` take it by its `spool_path`. On the store's own disk it becomes the object, without a copy:
-        nothing more may be written to it then.
+        `put` and `create` take it by its `spool_path`. On the store's own disk the file itself becomes the object,
+        without a copy: do not write to it afterwards.
         """
         return tempfile.TemporaryFile()
 
     def probe(self) -> None:
-        """Raise StoreUnreachable if nobody answers, UnsafeStore if create-if-absent does not hold here."""
+        """Raise StoreUnreachable if the store does not answer, UnsafeStore if it ignores create-if-absent."""
         key = f"{SCRATCH}/probe-{uuid.uuid4().hex}"
         first = self.create(key, b"first")
         try:
@@ -113,12 +113,12 @@ class Store(ABC):
                     remedy="use a server that honours If-None-Match on PutObject (AWS, R2 and Ceph do), or file://",
                 )
         finally:
-            with suppress(StoreError):  # what went wrong above is what the user needs to hear
+            with suppress(StoreError):  # must not hide an error from above
                 self.delete(key)
 
 
 def spool_path(spool: BinaryIO) -> Path:
-    """What a file without a name goes by, in this process."""
+    """The path of a file without a name, in this process."""
     spool.flush()
     return Path(f"/proc/self/fd/{spool.fileno()}")
 

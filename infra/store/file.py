@@ -1,4 +1,4 @@
-"""A store that is a folder, of this machine or mounted from another one."""
+"""A store that is a folder, on a local or a network filesystem."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from infra.store.settings import FIRST_PAUSE, PATIENCE
 T = TypeVar("T")
 
 STALE_SECONDS = 24 * 3600.0  # a scratch file this old belongs to a process that was killed
-# What a network filesystem answers while its server is away, and after it has come back.
+# Errors of a network filesystem while its server is away, and just after it has come back.
 AWAY = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED),
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
@@ -34,8 +34,8 @@ AWAY = {
 class FileStore(Store):
     """A folder. Objects are written in its `.tmp` first, so the folder must be one filesystem.
 
-    It may be one of another machine. While that is away the calls wait, and whichever the outage met is made again: so
-    each can be made twice.
+    While the server of a network filesystem is away, calls are repeated. A call that succeeded, but whose answer was
+    lost, is then made twice; every method allows for that.
     """
 
     def __init__(self, root: Path, patience: float = PATIENCE) -> None:
@@ -54,12 +54,12 @@ class FileStore(Store):
         return self._do(key, read)
 
     def opened(self, key: str) -> BinaryIO:
-        """The object to read from, here and there, without a way to it each time."""
+        """The object as an open file, for many reads at different places."""
         return self._do(key, lambda: self._path(key).open("rb"))
 
     def put(self, key: str, data: bytes | Path) -> None:
         with self._scratch(key, data) as temporary:
-            number = self._do(key, lambda: temporary.stat().st_ino, writing=True)
+            inode = self._do(key, lambda: temporary.stat().st_ino, writing=True)
 
             def move() -> None:
                 path = self._path(key)
@@ -67,9 +67,9 @@ class FileStore(Store):
                 try:
                     os.replace(temporary, path)
                 except FileNotFoundError:
-                    if not path.exists() or path.stat().st_ino != number:
+                    if not path.exists() or path.stat().st_ino != inode:
                         raise
-                    # It was moved by a call whose answer was lost.
+                    # An earlier attempt, whose answer was lost, has moved it.
                 _sync_folder(path.parent)
 
             self._do(key, move, writing=True)
@@ -85,7 +85,7 @@ class FileStore(Store):
                 except FileExistsError:
                     if path.is_dir():
                         raise IsADirectoryError(path) from None
-                    # The answer to a link that was made may have been lost; the link count knows.
+                    # It may be the link of an earlier attempt, whose answer was lost: then the file has two links.
                     if temporary.stat().st_nlink < 2:
                         return False
                 _sync_folder(path.parent)
@@ -105,32 +105,32 @@ class FileStore(Store):
                 yield from self._walk(key, prefix)
 
     def _below(self, base: str, prefix: str) -> list[tuple[str, Entry | None]]:
-        """What a folder holds: files, and folders, which come without an entry."""
-        found: list[tuple[str, Entry | None]] = []
+        """The files and folders in a folder, by key; folders have no entry."""
+        children: list[tuple[str, Entry | None]] = []
         try:
             listed = os.scandir(self._path(base[:-1]) if base else self.root)
         except (FileNotFoundError, NotADirectoryError):
-            return found
+            return children
         with listed:
             for item in listed:
                 folder = item.is_dir(follow_symlinks=False)
-                key = base + item.name + "/" * folder  # with its slash, a folder sorts where the keys below it do
+                key = base + item.name + "/" * folder  # with its slash a folder sorts as the keys in it do
                 if not key.startswith(prefix) and not prefix.startswith(key):
                     continue
                 if folder:
-                    found.append((key, None))
+                    children.append((key, None))
                 elif item.is_file(follow_symlinks=False):
-                    with suppress(FileNotFoundError):  # deleted since it was seen
+                    with suppress(FileNotFoundError):  # deleted meanwhile
                         about = item.stat(follow_symlinks=False)
-                        found.append((key, Entry(key, about.st_size, about.st_mtime)))
-        return sorted(found, key=lambda pair: os.fsencode(pair[0]))
+                        children.append((key, Entry(key, about.st_size, about.st_mtime)))
+        return sorted(children, key=lambda pair: os.fsencode(pair[0]))
 
     def size(self, key: str) -> int | None:
         try:
-            found = self._do(key, lambda: self._path(key).stat())
+            status = self._do(key, lambda: self._path(key).stat())
         except NotFound:
             return None
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def delete(self, key: str) -> None:
         with suppress(NotFound):
@@ -141,10 +141,10 @@ class FileStore(Store):
         with appearing(path) as unfinished, unfinished.open("xb") as file:
 
             def copy() -> None:
-                with self._path(key).open("rb") as found:
+                with self._path(key).open("rb") as source:
                     file.seek(0)
                     file.truncate()
-                    shutil.copyfileobj(found, file, COPY_BYTES)
+                    shutil.copyfileobj(source, file, COPY_BYTES)
 
             self._do(key, copy)
 
@@ -152,9 +152,9 @@ class FileStore(Store):
         def begin() -> BinaryIO:
             folder = self._path(SCRATCH)
             folder.mkdir(parents=True, exist_ok=True)
-            try:  # not through tempfile, whose files may never get a name
+            try:  # tempfile opens with O_EXCL, and such a file can never get a name
                 return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), "w+b")
-            except OSError:  # not every filesystem has them
+            except OSError:  # not every filesystem has files without a name
                 return tempfile.TemporaryFile(dir=folder)
 
         return self._do(SCRATCH, begin, writing=True)
@@ -162,14 +162,14 @@ class FileStore(Store):
     def now(self) -> float:
         with suppress(OSError), tempfile.TemporaryFile(dir=self.root) as new:
             return os.fstat(new.fileno()).st_mtime
-        return time.time()  # it cannot be written: then nothing there can be deleted either
+        return time.time()  # the folder is read-only: nothing in it can be deleted, so its clock does not matter
 
     def probe(self) -> None:
         super().probe()
         stale = self.now() - STALE_SECONDS
         with suppress(FileNotFoundError):
             for entry in os.scandir(self.root / SCRATCH):
-                with suppress(FileNotFoundError):  # another probe was faster
+                with suppress(FileNotFoundError):  # another probe has just deleted it
                     if entry.stat().st_mtime < stale and _is_free(Path(entry.path)):
                         os.unlink(entry)
 
@@ -177,7 +177,7 @@ class FileStore(Store):
         path = self.root
         for part in check_key(key).split("/"):
             path = path / part
-            if path.is_symlink():  # it could lead anywhere
+            if path.is_symlink():  # which could lead out of the folder
                 raise StoreError(
                     f"{key!a} in {self.url} goes through a symbolic link",
                     remedy="put a real file or folder in its place",
@@ -186,14 +186,14 @@ class FileStore(Store):
 
     @contextmanager
     def _scratch(self, key: str, data: bytes | Path) -> Iterator[Path]:
-        """The data in a file of this filesystem, safely on disk."""
+        """The data in a temporary file of this filesystem, flushed to disk."""
         temporary = self.root / SCRATCH / uuid.uuid4().hex
         with ExitStack() as opened:
             source = opened.enter_context(data.open("rb")) if isinstance(data, Path) else None
 
             def fill() -> None:
                 self._path(SCRATCH).mkdir(parents=True, exist_ok=True)
-                temporary.unlink(missing_ok=True)  # of an attempt that failed
+                temporary.unlink(missing_ok=True)  # of an earlier attempt
                 if source is not None and _named(source, temporary):
                     _hold(source)
                     return
@@ -203,27 +203,23 @@ class FileStore(Store):
                     if source is None:
                         file.write(data)  # type: ignore[arg-type]
                     else:
-                        if source.seekable():  # not a pipe, which only the first attempt can read
+                        if source.seekable():  # a pipe is not seekable, and only the first attempt can read it
                             source.seek(0)
                         shutil.copyfileobj(source, file, COPY_BYTES)
                     _sync(file)
-                    opened.enter_context(attempt.pop_all())  # held until it has its name
+                    opened.enter_context(attempt.pop_all())  # stays locked until it is moved or linked
 
             try:
                 self._do(key, fill, writing=True)
                 yield temporary
             finally:
-                with suppress(OSError):  # a later probe sweeps
+                with suppress(OSError):  # a later probe deletes it
                     temporary.unlink(missing_ok=True)
 
     def _do(self, key: str, work: Callable[[], T], *, writing: bool = False) -> T:
-        with self._explained(key, writing=writing):
-            return ride_out(self.url, work, _away, self.patience, FIRST_PAUSE)
-
-    @contextmanager
-    def _explained(self, key: str, *, writing: bool = False) -> Iterator[None]:
+        """Call `work`, repeated while the filesystem is away, with its errors raised as ours."""
         try:
-            yield
+            return ride_out(self.url, work, _away, self.patience, FIRST_PAUSE)
         except PermissionError as error:
             raise StoreUnreachable(
                 f"{self.url} may not be {'written' if writing else 'read'} at {key!a}",
@@ -242,16 +238,16 @@ class FileStore(Store):
 
 
 def _away(error: Exception) -> str:
-    """What passes by itself of a folder's errors."""
+    """The text of an error that may pass by itself; empty for any other error."""
     return str(error.strerror) if isinstance(error, OSError) and error.errno in AWAY else ""
 
 
 def _named(file: BinaryIO, path: Path) -> bool:
-    """Whether a spool of this disk could be given a name in place of being copied; then it is safely on disk."""
+    """Whether `file` is a spool of this disk, which could be named instead of copied; then it is also flushed."""
     if os.fstat(file.fileno()).st_nlink:
-        return False  # a file of somebody's: two names for it would let one change the other
+        return False  # a file with a name: with two names, a change through one would change the other
     try:
-        # Any folder, so that Python calls linkat: link would name the link in /proc, not the file.
+        # src_dir_fd makes Python call linkat; link would link to the symbolic link in /proc, not to the file.
         os.link(f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=file.fileno(), follow_symlinks=True)
     except OSError:  # it lies on another disk
         return False
@@ -260,13 +256,13 @@ def _named(file: BinaryIO, path: Path) -> bool:
 
 
 def _hold(file: BinaryIO) -> None:
-    """Until it is closed, however its process ends, nobody takes it for left by a killed one."""
+    """Lock the file until it is closed or its process ends, so that no probe deletes it."""
     with suppress(OSError):  # not every filesystem has locks
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _is_free(path: Path) -> bool:
-    """Whether no process holds the file."""
+    """Whether no process has locked the file."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

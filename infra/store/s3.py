@@ -1,4 +1,4 @@
-"""A store that is a bucket of S3, or of a server that speaks its language."""
+"""A store that is a bucket of S3, or of a server with the same protocol."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from infra.errors import NotFound, SettingsError, StoreError, StoreUnreachable
@@ -29,10 +29,10 @@ MAX_PARTS = 10_000  # of one multipart upload
 
 
 class S3Store(Store):
-    """A bucket, or a prefix in one, through boto3's low-level client, whose own retries are off: ours are the only."""
+    """A bucket, or a prefix in one, through boto3's low-level client. Its own retries are off: `_retry` does them."""
 
-    def __init__(self, place: str, settings: StoreSettings) -> None:
-        bucket, _, prefix = place.partition("/")
+    def __init__(self, bucket_and_prefix: str, settings: StoreSettings) -> None:
+        bucket, _, prefix = bucket_and_prefix.partition("/")
         prefix = prefix.rstrip("/")
         if not bucket or not all(letter.isascii() and (letter.isalnum() or letter in ".-_") for letter in bucket):
             # The URL is not repeated: it may be user:password@host.
@@ -55,7 +55,7 @@ class S3Store(Store):
     def get_tagged(self, key: str, start: int = 0, end: int | None = None) -> tuple[bytes, str]:
         check_range(start, end)
         name = self._name(key)
-        if start == end:  # HTTP cannot ask for no bytes
+        if start == end:  # HTTP has no empty ranges
             if not self.exists(key):
                 raise not_found(self, key)
             return b"", ""
@@ -74,24 +74,24 @@ class S3Store(Store):
         return self._write(key, data, {"IfNoneMatch": "*"})
 
     def list_unchecked(self, prefix: str = "") -> Iterator[Entry]:
-        ask = {"Bucket": self.bucket, "Prefix": self.base + prefix, "MaxKeys": self.settings.page_size}
+        request = {"Bucket": self.bucket, "Prefix": self.base + prefix, "MaxKeys": self.settings.page_size}
         while True:
             with self._explained(prefix):
-                page: dict[str, Any] = self._retry(lambda: self._s3().list_objects_v2(**ask))
+                page: dict[str, Any] = self._retry(lambda: self._s3().list_objects_v2(**request))
             for item in page.get("Contents", ()):
                 key = item["Key"].removeprefix(self.base)
-                # Browsers of buckets make empty objects called `folder/`.
+                # Bucket browsers create empty objects called `folder/`.
                 if not key.startswith(f"{SCRATCH}/") and not item["Key"].endswith("/"):
                     yield Entry(key, item["Size"], item["LastModified"].timestamp(), item.get("ETag", ""))
             if not page.get("IsTruncated"):
                 return
-            ask["ContinuationToken"] = page["NextContinuationToken"]
+            request["ContinuationToken"] = page["NextContinuationToken"]
 
     def size(self, key: str) -> int | None:
         name = self._name(key)
         with self._explained(key):
-            found = self._retry(lambda: self._found(name))
-        return None if found is None else int(found["ContentLength"])
+            head = self._retry(lambda: self._head(name))
+        return None if head is None else int(head["ContentLength"])
 
     def delete(self, key: str) -> None:
         name = self._name(key)
@@ -105,9 +105,9 @@ class S3Store(Store):
 
             def fetch(start: int) -> tuple[int, str]:
                 (total, etag), chunks = self._read(name, start, start + step)
-                at = start
+                offset = start
                 for chunk in chunks:
-                    at += os.pwrite(file.fileno(), chunk, at)
+                    offset += os.pwrite(file.fileno(), chunk, offset)
                 return total, etag
 
             total, etag = self._retry(lambda: fetch(0))
@@ -119,32 +119,30 @@ class S3Store(Store):
                         )
 
     def now(self) -> float:
-        ask = {"Bucket": self.bucket, "Prefix": self.base + SCRATCH, "MaxKeys": 1}
+        request = {"Bucket": self.bucket, "Prefix": self.base + SCRATCH, "MaxKeys": 1}
         with self._explained(SCRATCH):
-            answer = self._retry(lambda: self._s3().list_objects_v2(**ask))
+            answer = self._retry(lambda: self._s3().list_objects_v2(**request))
         date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
         return parsedate_to_datetime(date).timestamp() if date else time.time()
 
     def probe(self) -> None:
-        # Whoever waits at a prompt wants to hear of a wrong endpoint now, not after all the patience of a long job.
+        # A user at a prompt should learn of a wrong endpoint at once, not after the patience of a long job.
         patience, timeout = min(self.settings.patience, IMPATIENCE), min(self.settings.timeout, 10.0)
         impatient = self.settings.model_copy(update={"patience": patience, "timeout": timeout})
         Store.probe(S3Store(self.url.removeprefix("s3://"), impatient))
 
     def _read(self, name: str, start: int, end: int | None) -> tuple[tuple[int, str], Iterator[bytes]]:
         """The size and tag of the whole object, and bytes [start, end) of it in chunks; a short body raises."""
-        from botocore.exceptions import ClientError
-
-        ask = {"Bucket": self.bucket, "Key": name}
+        request = {"Bucket": self.bucket, "Key": name}
         if start or end is not None:
-            ask["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+            request["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
         try:
-            answer = self._s3().get_object(**ask)
-        except ClientError as error:
-            if _status(error) != 416:  # it begins past the end
+            answer = self._s3().get_object(**request)
+        except Exception as error:
+            if _status(error) != 416:  # 416: the range begins past the end
                 raise
             return (0, ""), iter(())
-        if "Range" not in ask:
+        if "Range" not in request:
             total = answer["ContentLength"]
         elif "ContentRange" in answer:
             total = answer["ContentRange"].rpartition("/")[2]
@@ -155,20 +153,18 @@ class S3Store(Store):
     def _write(self, key: str, data: bytes | Path, condition: dict[str, str]) -> bool:
         name = self._name(key)
         size = data.stat().st_size if isinstance(data, Path) else len(data)
-        writer = uuid.uuid4().hex  # stays with the object, so that a lost answer is no riddle
+        writer = uuid.uuid4().hex  # stored with the object, to tell after a lost answer who wrote it
         with self._explained(key):
             if size >= self.settings.multipart_threshold:
-                # A conflict spoils the upload: it is started again from the beginning.
+                # After a conflict the upload cannot go on: it is started again from the beginning.
                 return self._retry(lambda: self._upload(name, data, size, writer, condition), when=_conflict)
             body = data.read_bytes() if isinstance(data, Path) else data
             return self._retry(lambda: self._put(name, body, writer, condition), when=_transient_or_conflict)
 
     def _put(self, name: str, body: bytes, writer: str, condition: dict[str, str]) -> bool:
-        from botocore.exceptions import ClientError
-
         try:
             self._s3().put_object(Bucket=self.bucket, Key=name, Body=body, Metadata={"writer": writer}, **condition)
-        except ClientError as error:
+        except Exception as error:
             if _status(error) != 412:
                 raise
             return self._wrote(name, writer)
@@ -176,68 +172,66 @@ class S3Store(Store):
 
     def _upload(self, name: str, data: bytes | Path, size: int, writer: str, condition: dict[str, str]) -> bool:
         """One multipart upload, completed or aborted."""
-        at = {"Bucket": self.bucket, "Key": name}
-        if condition and self._retry(lambda: self._found(name)) is not None:
+        upload = {"Bucket": self.bucket, "Key": name}
+        if condition and self._retry(lambda: self._head(name)) is not None:
             return False
-        begun = self._retry(lambda: self._s3().create_multipart_upload(**at, Metadata={"writer": writer}))
-        at["UploadId"] = begun["UploadId"]
+        begun = self._retry(lambda: self._s3().create_multipart_upload(**upload, Metadata={"writer": writer}))
+        upload["UploadId"] = begun["UploadId"]
         step = max(self.settings.part_size, -(-size // MAX_PARTS))
 
         def send(number: int) -> dict[str, Any]:
             body = _slice(data, (number - 1) * step, step)
-            sent = self._retry(lambda: self._s3().upload_part(**at, PartNumber=number, Body=body))
+            sent = self._retry(lambda: self._s3().upload_part(**upload, PartNumber=number, Body=body))
             return {"PartNumber": number, "ETag": sent["ETag"]}
 
         done = False
         try:
             with ThreadPoolExecutor(self.settings.connections) as pool:
                 parts = list(pool.map(send, range(1, -(-size // step) + 1)))
-            if not condition or self._retry(lambda: self._found(name)) is None:
-                done = self._retry(lambda: self._complete(at, parts, writer, condition))
+            if not condition or self._retry(lambda: self._head(name)) is None:
+                done = self._retry(lambda: self._complete(upload, parts, writer, condition))
             return done
         finally:
             if not done:
-                self._abort(at)
+                self._abort(upload)
 
     def _complete(
-        self, at: dict[str, str], parts: Sequence[dict[str, Any]], writer: str, condition: dict[str, str]
+        self, upload: dict[str, str], parts: Sequence[dict[str, Any]], writer: str, condition: dict[str, str]
     ) -> bool:
-        from botocore.exceptions import ClientError
-
         try:
-            self._s3().complete_multipart_upload(**at, MultipartUpload={"Parts": parts}, **condition)
-        except ClientError as error:
-            # The upload is gone, or the object there: both are what a repeated call meets after an answer was lost.
+            self._s3().complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}, **condition)
+        except Exception as error:
+            # 404: no such upload; 412: the object exists. A repeated call gets these if the first answer was lost.
             if _status(error) not in (404, 412):
                 raise
-            if self._wrote(at["Key"], writer):
+            if self._wrote(upload["Key"], writer):
                 return True
             if _status(error) == 404:
                 raise
             return False
         return True
 
-    def _abort(self, at: dict[str, str]) -> None:
+    def _abort(self, upload: dict[str, str]) -> None:
         try:
-            self._s3().abort_multipart_upload(**at)
+            self._s3().abort_multipart_upload(**upload)
         except _boto_errors() as error:
             if _status(error) != 404:
-                log.warning("an incomplete upload of %a stays behind in %s (%s)", at["Key"], self.url, _cause(error))
+                log.warning(
+                    "an incomplete upload of %a stays behind in %s (%s)", upload["Key"], self.url, _cause(error)
+                )
 
-    def _found(self, name: str) -> dict[str, Any] | None:
-        from botocore.exceptions import ClientError
-
+    def _head(self, name: str) -> dict[str, Any] | None:
+        """The answer to a HEAD request; None if there is no object."""
         try:
-            found: dict[str, Any] = self._s3().head_object(Bucket=self.bucket, Key=name)
-        except ClientError as error:
+            return cast(dict[str, Any], self._s3().head_object(Bucket=self.bucket, Key=name))
+        except Exception as error:
             if _status(error) != 404:
                 raise
             return None
-        return found
 
     def _wrote(self, name: str, writer: str) -> bool:
-        found = self._found(name)
-        return found is not None and found.get("Metadata", {}).get("writer") == writer
+        head = self._head(name)
+        return head is not None and head.get("Metadata", {}).get("writer") == writer
 
     def _name(self, key: str) -> str:
         return self.base + check_key(key)
@@ -249,16 +243,16 @@ class S3Store(Store):
             return self._client[1]
 
     def _retry(self, work: Callable[[], T], when: Callable[[Exception], bool] | None = None) -> T:
-        passes = when or _transient
+        is_temporary = when or _transient
 
         def cause(error: Exception) -> str:
-            return _cause(error) if isinstance(error, _boto_errors()) and passes(error) else ""
+            return _cause(error) if isinstance(error, _boto_errors()) and is_temporary(error) else ""
 
         return ride_out(self.url, work, cause, self.settings.patience, self.settings.backoff)
 
     @contextmanager
     def _explained(self, key: str) -> Iterator[None]:
-        """boto's errors as ours. Their texts are left out: only names and codes are known to hold no secrets."""
+        """Raises boto's errors as ours, without their texts: only names and codes are known to hold no secrets."""
         try:
             yield
         except _boto_errors() as error:
@@ -299,7 +293,7 @@ class S3Store(Store):
 # -- what S3 answers -------------------------------------------------------------------------------------------------
 
 TRANSIENT_STATUS = {429, 500, 502, 503, 504}
-# Among them what a server says of an upload that was torn on its way.
+# Some of these are what a server answers to an upload that was cut off on its way.
 TRANSIENT_CODES = {
     *("SlowDown", "InternalError", "ServiceUnavailable", "Throttling", "ThrottlingException", "TooManyRequests"),
     *("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"),
@@ -308,7 +302,7 @@ TRANSIENT_CODES = {
 
 @functools.cache
 def _models() -> Any:
-    """boto's descriptions of services: parsed once a process, not once a store, which makes a store cost 30 ms."""
+    """boto's descriptions of services. Parsing them takes 30 ms, so it is done once a process, not once a store."""
     from botocore.loaders import create_loader
 
     return create_loader()
@@ -328,7 +322,7 @@ def _connect(settings: StoreSettings) -> Any:
         max_pool_connections=2 * settings.connections,
         signature_version="s3v4",
         s3={"addressing_style": style},
-        # The signature covers the body; checksums in trailers are more than many servers understand.
+        # The signature covers the body, and many servers do not understand checksums in trailers.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
@@ -343,7 +337,7 @@ def _connect(settings: StoreSettings) -> Any:
     session = boto3.session.Session(region_name=settings.region, botocore_session=core, **keys)
     try:
         return session.client("s3", endpoint_url=settings.endpoint_url, config=config)
-    except ValueError:  # its text holds the endpoint, which may hold a password
+    except ValueError:  # not repeated: the endpoint in its text may contain a password
         raise SettingsError("AWS_ENDPOINT_URL is not a URL", remedy="write http://host:port or https://host") from None
 
 
@@ -359,7 +353,7 @@ def _boto_errors() -> tuple[type[Exception], ...]:
 
 
 def _answer(error: Exception, part: str) -> dict[str, Any]:
-    answer = getattr(error, "response", None)  # boto's errors without an answer have it too, as None
+    answer = getattr(error, "response", None)  # None in boto's errors without an answer
     return answer.get(part, {}) if isinstance(answer, dict) else {}
 
 
@@ -384,14 +378,14 @@ def _transient_or_conflict(error: Exception) -> bool:
 
 
 def _transient(error: Exception) -> bool:
-    """No answer, a torn one, or one that says that it is the server's fault or that we are too fast."""
+    """Whether there was no answer, an incomplete one, or one that blames the server or asks to slow down."""
     from botocore import exceptions as boto
     from botocore.parsers import ResponseParserError
 
     if isinstance(error, boto.SSLError | boto.ProxyConnectionError | boto.InvalidProxiesConfigError):
         return False
-    torn = boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ResponseParserError
-    return isinstance(error, torn) or _status(error) in TRANSIENT_STATUS or _code(error) in TRANSIENT_CODES
+    incomplete = boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ResponseParserError
+    return isinstance(error, incomplete) or _status(error) in TRANSIENT_STATUS or _code(error) in TRANSIENT_CODES
 
 
 def _slice(data: bytes | Path, start: int, length: int) -> bytes:

@@ -1,4 +1,4 @@
-"""How a store is reached: what a recipe, a command or the environment may say of it."""
+"""The settings of the connection to a store."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pydantic import ConfigDict, field_validator, model_validator
 from infra.config import Secret, Settings, operational
 
 MIB = 1 << 20
-PATIENCE = 75.0  # seconds that an outage may last; a claim on work outlives it (infra/claim.py)
+PATIENCE = 75.0  # seconds that an outage may last; less than claim.PATIENCE_SECONDS, so claims survive it
 FIRST_PAUSE = 0.2
-IMPATIENCE = 2.0  # for whoever waits at a prompt
+IMPATIENCE = 2.0  # the same where a user waits at a prompt
 
 
 class StoreSettings(Settings):
     """How an s3:// store is reached. What is not set here comes from the standard AWS_* variables and files."""
 
-    model_config = ConfigDict(hide_input_in_errors=True)  # an endpoint or a key may hold a password by mistake
+    model_config = ConfigDict(hide_input_in_errors=True)  # a user may have written a password into an endpoint or a key
 
     endpoint_url: str | None = operational(None, description="of a server that is not AWS: http://host:port")
     region: str | None = operational(None)

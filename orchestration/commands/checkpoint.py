@@ -1,4 +1,4 @@
-"""`pixnerd checkpoint`: look into checkpoints, and bring them in and out."""
+"""`pixnerd checkpoint`: show, import, export and fetch checkpoints."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from training.model.fit import Shape
     from training.model.presets import ModelConfig
 
-app = typer.Typer(no_args_is_help=True, help="Look into checkpoints, and bring them in and out.", rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, help="Show, import, export and fetch checkpoints.", rich_markup_mode=None)
 
-# The first prefix that fits names a tensor's part.
+# The part of the network that a tensor belongs to, by the first prefix of its name that fits.
 _PARTS = {
     "stem.": "stem",
     "time.": "time embedding",
@@ -33,10 +33,7 @@ _PARTS = {
     "field.": "field",
     "head.": "linear head",
 }
-_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' words for them
-
-
-# ------------------------------------------------------------------------------------------------ show
+_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
 
 
 @app.command("show", epilog="Example: pixnerd checkpoint show champion")
@@ -44,7 +41,7 @@ def show(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder, or a published checkpoint's file.")],
     json_: JsonOption = False,
 ) -> None:
-    """Task, sizes, parameters by part, and where it comes from; the weights are not read."""
+    """Show a checkpoint's task, sizes, parameters by part, and origin; the weights are not read."""
     from training import model as models
     from training.model.published import exchange
 
@@ -72,7 +69,7 @@ def show(
     if origin := exchange.provenance(extra):
         print("provenance:")
         for name, value in origin.items():
-            print(f"  {name.replace('_', ' ')}: {_words(value)}")
+            print(f"  {name.replace('_', ' ')}: {_text(value)}")
 
 
 def _show_file(path: Path, *, as_json: bool) -> None:
@@ -80,35 +77,31 @@ def _show_file(path: Path, *, as_json: bool) -> None:
     from training.model.fit import plain
     from training.model.published.file import read
 
-    found = read(path)
-    configs = {name: found.config(name) for name in found.networks}
+    published = read(path)
+    configs = {name: published.config(name) for name in published.networks}
     networks = {
         name: {
             **_facts(config, {n: tuple(t.shape) for n, t in models.outline(config).state_dict().items()}),
-            "repa_head": _count(tuple(tensor.shape) for tensor in found.head.values()),
-            "dtypes": Counter(plain(tensor.dtype) for tensor in found.networks[name].values()),
+            "repa_head": _count(tuple(tensor.shape) for tensor in published.head.values()),
+            "dtypes": Counter(plain(tensor.dtype) for tensor in published.networks[name].values()),
         }
         for name, config in configs.items()
     }
     if as_json:
-        print_json({"networks": networks, "skipped": found.skipped})
+        print_json({"networks": networks, "skipped": published.skipped})
         return
-    print(f"{path.name}: a file of the published layout; it holds {_either(found.networks)}")
-    for prefix, count in found.skipped.items():
+    held = f"the network{'s' if len(published.networks) > 1 else ''} {' and '.join(published.networks)}"
+    print(f"{path.name}: a file of the published layout; it holds {held}")
+    for prefix, count in published.skipped.items():
         print(f"not imported: {count} tensors of {prefix}")
     for name, facts in networks.items():
         print(f"\n{name}:")
         _print_facts(configs[name], facts)
 
 
-def _either(networks: Iterable[str]) -> str:
-    names = list(networks)
-    return f"the network {names[0]}" if len(names) == 1 else f"the networks {' and '.join(names)}"
-
-
-def _facts(config: ModelConfig, found: Mapping[str, Shape]) -> dict[str, Any]:
+def _facts(config: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, Any]:
     parts: Counter[str] = Counter()
-    for name, shape in found.items():
+    for name, shape in shapes.items():
         parts[next(part for prefix, part in _PARTS.items() if name.startswith(prefix))] += _count([shape])
     ordered = {part: parts[part] for part in _PARTS.values() if part in parts}
     return {"preset": preset_of(config), "settings": config.model_dump(mode="json"), "parameters": ordered}
@@ -119,12 +112,12 @@ def _count(shapes: Iterable[Shape]) -> int:
 
 
 def preset_of(config: ModelConfig) -> str | None:
-    """Sizes with a name; the trained size does not belong to them, and the grid is chosen at each use."""
+    """The preset with these sizes. Image size and grid are not compared: they are chosen at each use."""
     from training.model.presets import PRESETS
 
-    same = {"image_size": None, "fixed_grid": False}
-    wanted = config.model_copy(update=same)
-    return next((name for name, known in PRESETS.items() if known.model_copy(update=same) == wanted), None)
+    ignored = {"image_size": None, "fixed_grid": False}
+    wanted = config.model_copy(update=ignored)
+    return next((name for name, known in PRESETS.items() if known.model_copy(update=ignored) == wanted), None)
 
 
 def _print_facts(config: ModelConfig, facts: Mapping[str, Any]) -> None:
@@ -154,10 +147,10 @@ def _print_facts(config: ModelConfig, facts: Mapping[str, Any]) -> None:
     if facts["repa_head"]:
         rows.append(["beside it, the REPA head", f"{facts['repa_head']:,}"])
     terminal.table(["part", "parameters"], rows)
-    print(f"types: {_words(facts['dtypes'])}")
+    print(f"types: {_text(facts['dtypes'])}")
 
 
-def _words(value: object) -> str:
+def _text(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{count} tensors of {name}" for name, count in value.items())
     if isinstance(value, list):
@@ -165,19 +158,18 @@ def _words(value: object) -> str:
     return str(value)
 
 
-# ------------------------------------------------------------------------------------------------ in and out
-
-
 @app.command("import", epilog="Example: pixnerd checkpoint import model.ckpt champion --trained-size 512")
 def import_(
     file: Annotated[Path, typer.Argument(help="A published checkpoint: .ckpt, .pt, or .safetensors.")],
-    folder: Annotated[Path, typer.Argument(help="The checkpoint's folder to make; new, or empty.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write the checkpoint to; new, or empty.")],
     network: Annotated[
         Literal["ema", "raw"] | None,
-        typer.Option(help="Which of its networks: the running mean (ema), or the weights as trained. [default: ema]"),
+        typer.Option(
+            help="Which of its networks: the running mean (ema), or the weights as trained (raw). [default: ema]"
+        ),
     ] = None,
     trained_size: Annotated[
-        int | None, typer.Option(help="Side of the images that it was trained on: the file does not tell it.")
+        int | None, typer.Option(help="Side in pixels of the images it was trained on; the file does not hold it.")
     ] = None,
     text_encoder: Annotated[
         str | None,
@@ -185,7 +177,7 @@ def import_(
     ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Make a checkpoint's folder of a published file; task and sizes are found in it."""
+    """Turn a published file into a checkpoint's folder; task and sizes are read from the file."""
     from training import model as models
     from training.model.published import exchange
 
@@ -198,7 +190,7 @@ def import_(
     origin = exchange.provenance(extra)
     named = f" ({name})" if (name := preset_of(config)) else ""
     print(f"{folder}: the network {origin['network']} of {file.name}, {config.task} to image{named}")
-    print(f"not imported: {_words(origin['skipped'])}")
+    print(f"not imported: {_text(origin['skipped'])}")
     if config.image_size is None:
         print("its trained size is not known: without --trained-size N it draws squares of the size asked for only")
     if config.task == "text" and "text_encoder" not in extra:
@@ -212,16 +204,16 @@ def export(
     network: Annotated[
         Literal["ema", "raw", "both"] | None,
         typer.Option(
-            help="Under which network's names its weights are written: the running mean's (ema), those of the weights "
-            "as trained (raw), or both. [default: those that it was imported from, else ema]"
+            help="Write the weights under the names of the running mean (ema), of the weights as trained (raw), or of "
+            "both. [default: those that it was imported from, else ema]"
         ),
     ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Write a checkpoint as the published code's file.
+    """Write a checkpoint as a file for the published code.
 
-    A network that this code would compute something else with is refused, as the demo's own is: one that shall be
-    exported is trained with `preset: XXL/16`.
+    A network that the published code would compute otherwise is refused; the demo's is such a one. To export a network,
+    train it with `preset: XXL/16`.
     """
     from training.model.published import exchange
 
@@ -238,14 +230,14 @@ def export(
 @app.command("fetch", epilog="Example: pixnerd checkpoint fetch sft champion --store runs/demo")
 def fetch(
     stage: Annotated[str, typer.Argument(help="Name of the train stage.")],
-    folder: Annotated[Path, typer.Argument(help="Folder to lay it out in.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write it to; new, or empty.")],
     store: Annotated[str, typer.Option("--store", help="The workflow's store.")],
     json_: JsonOption = False,
 ) -> None:
-    """Bring a workflow's newest checkpoint of a stage out of the store, as an ordinary folder."""
+    """Copy the newest checkpoint of a train stage from the store into an ordinary folder."""
     from infra.records import CheckpointRecord, read_record
     from infra.store import open_store
-    from orchestration.made import checkpoint_key
+    from orchestration.artifacts import checkpoint_key
     from training import checkpoint as checkpoints
 
     doing(f"fetching the newest checkpoint of `{stage}`")

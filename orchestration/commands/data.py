@@ -1,4 +1,4 @@
-"""`pixnerd data`: look into what was prepared, check it, take items out of all that comes later, and tidy up."""
+"""`pixnerd data`: show, verify and export prepared data, take items out of later snapshots, and delete leftovers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from infra.errors import DataError, SettingsError
 from infra.text import printable
 from orchestration import terminal
-from orchestration.options import DryRunOption, JsonOption, StoreOfShards
+from orchestration.options import JsonOption, StoreOfShards
 from orchestration.patience import doing
 from orchestration.terminal import print_json
 
@@ -21,10 +21,7 @@ if TYPE_CHECKING:
     from data_prep.upkeep.verify import Shared, Verified
     from infra.store import Store
 
-app = typer.Typer(no_args_is_help=True, help="Look into prepared data, check it, tidy it up.", rich_markup_mode=None)
-
-
-# ------------------------------------------------------------------------------------------------ show
+app = typer.Typer(no_args_is_help=True, help="Show, verify, export and tidy up prepared data.", rich_markup_mode=None)
 
 
 @app.command("show", epilog="Example: pixnerd data show --store runs/demo --out pictures")
@@ -32,37 +29,38 @@ def show(
     store: StoreOfShards,
     size: Annotated[str | None, typer.Option(help="One of the sizes that were prepared. [default: all]")] = None,
     column: Annotated[
-        list[str] | None, typer.Option(help="A column of numbers to look at as well; repeatable.")
+        list[str] | None, typer.Option(help="A numeric column to summarise as well; may be repeated.")
     ] = None,
     score: Annotated[
-        list[str] | None, typer.Option(help="Scores or captions to look at as well: a stage, or a digest; repeatable.")
+        list[str] | None,
+        typer.Option(help="Scores or captions to summarise as well: a stage or a digest; may be repeated."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for drawings of it, and for a sheet of samples.")
+        Path | None, typer.Option("--out", help="Folder to write charts and a sheet of sample images to.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the samples that are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of sample images.")] = 0,
     json_: JsonOption = False,
 ) -> None:
-    """What was prepared: sources, sizes, captions, and what became of every input."""
+    """Show what was prepared: sources, sizes, captions, and what became of every input."""
     from data_prep.upkeep.statistics import summarise
     from infra.store import open_store
-    from orchestration import made
+    from orchestration import artifacts
 
     doing("reading what was prepared")
     opened = open_store(store)
     shown = []
-    scored = made.scores_of(opened, score or [])
-    chosen = made.sizes_of(made.prepared(opened), size)
-    if scored and not {(plan, of_size) for plan, of_size, _ in scored} & {(found.plan, one) for found, one in chosen}:
+    scored = artifacts.scores_of(opened, score or [])
+    chosen = artifacts.sizes_of(artifacts.prepared(opened), size)
+    if scored and not {(plan, of_size) for plan, of_size, _ in scored} & {(data.plan, one) for data, one in chosen}:
         known = ", ".join(sorted({of_size for _, of_size, _ in scored}))
         raise SettingsError(f"there are no such scores at the size `{size}`", remedy=f"sizes that have them: {known}")
-    for found, one in chosen:
-        digests = [scorer for plan, of_size, scorer in scored if (plan, of_size) == (found.plan, one)]
-        summary = summarise(opened, found.plan, found.edition, one, columns=column or [], scores=digests)
+    for data, one in chosen:
+        digests = [scorer for plan, of_size, scorer in scored if (plan, of_size) == (data.plan, one)]
+        summary = summarise(opened, data.plan, data.edition, one, columns=column or [], scores=digests)
         pictures = {} if out is None else _pictures(opened, summary, out, seed)
         shown.append(summary.model_dump(mode="json") | ({"pictures": pictures} if out else {}))
         if not json_:
-            _print(found.stage, summary)
+            _print(data.stage, summary)
             for path in pictures.values():
                 print(f"  {path}")
     if json_:
@@ -100,7 +98,7 @@ def _print(stage: str, summary: Summary) -> None:
 
 
 def _print_fates(summary: Summary) -> None:
-    """A row for each cause, a column for each source, and one for all of several."""
+    """A table of counts: a row for each cause, a column for each source, and one for the sum if there are several."""
     sources = list(summary.sources.values())
     fates = {"accepted": [source.accepted for source in sources]}
     fates |= {cause: [source.rejected.get(cause, 0) for source in sources] for cause in summary.rejected}
@@ -112,13 +110,10 @@ def _print_fates(summary: Summary) -> None:
     terminal.table(["", *summary.sources, *(["all"] if several else [])], rows)
 
 
-def _range(found: Histogram) -> str:
-    if found.least is None or found.mean is None or found.most is None:
+def _range(histogram: Histogram) -> str:
+    if histogram.least is None or histogram.mean is None or histogram.most is None:
         return "none"
-    return f"{found.least:.4g} to {found.most:.4g}, {found.mean:.4g} in the mean"
-
-
-# ------------------------------------------------------------------------------------------------ verify
+    return f"{histogram.least:.4g} to {histogram.most:.4g}, {histogram.mean:.4g} in the mean"
 
 
 @app.command("verify", epilog="Example: pixnerd data verify --store runs/demo")
@@ -128,22 +123,22 @@ def verify(
         bool,
         typer.Option(
             "--drop-damaged",
-            help="Delete damaged objects, and the records that keep what they belong to from being made again.",
+            help="Delete damaged objects and the records that name them, so that the next run makes them again.",
         ),
     ] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Read every shard, score and snapshot again and hold hashes, counts and order against the records."""
+    """Read every shard, score and snapshot again, and compare hashes, counts and order with the records."""
     from data_prep.upkeep.drop import drop, drop_shared
     from data_prep.upkeep.verify import verify as verify_plan
     from data_prep.upkeep.verify import verify_shared
     from infra.store import open_store
-    from orchestration import made
+    from orchestration import artifacts
 
     opened = open_store(store)
     doing("reading every shard again")
-    all_prepared = made.prepared(opened)
-    checked = {found.plan: verify_plan(opened, found.plan, found.edition) for found in all_prepared}
+    all_prepared = artifacts.prepared(opened)
+    checked = {data.plan: verify_plan(opened, data.plan, data.edition) for data in all_prepared}
     doing("reading the downloads again")
     shared = verify_shared(opened)
     results: dict[str, Verified | Shared] = {**checked, "shared": shared}
@@ -162,7 +157,7 @@ def verify(
         if shared.batches:
             print(f"downloads: {shared.batches:,} batches of originals read again")
         _print_problems(shared.problems)
-    again = [found.stage for found in all_prepared if checked[found.plan].again]
+    again = [data.stage for data in all_prepared if checked[data.plan].again]
     if dropped and not json_:
         _print_dropped(store, dropped, again)
     problems = sum(len(result.problems) for result in results.values())
@@ -183,19 +178,16 @@ def _print_problems(problems: Sequence[str]) -> None:
 
 
 def _print_dropped(store: str, dropped: dict[str, list[str]], again: Sequence[str]) -> None:
-    """`again`: the stages that prepare damaged shards once more."""
-    from orchestration import made
+    """`again`: the stages that must prepare damaged shards again."""
+    from orchestration import artifacts
 
     count = len({key for keys in dropped.values() for key in keys})
     print(f"deleted {count:,} objects and records: they kept damaged shards, and what came of them, from being made")
     if again:
         stages = " and ".join(f"`{stage}`" for stage in dict.fromkeys(again))
         print(f"now run `pixnerd prepare RECIPE --store {store}`, with the recipe that has the stage {stages}")
-    if any(made.makes_again(key) for keys in dropped.values() for key in keys):
+    if any(artifacts.makes_again(key) for keys in dropped.values() for key in keys):
         print(f"{'then' if again else 'now'} `pixnerd run RECIPE --store {store}` makes the scores and snapshots again")
-
-
-# ------------------------------------------------------------------------------------------------ forget
 
 
 @app.command("forget", epilog="Example: pixnerd data forget withdrawn.txt --store runs/demo --reason 'asked to'")
@@ -208,15 +200,15 @@ def forget(
         ),
     ],
     store: StoreOfShards,
-    reason: Annotated[str, typer.Option(help="Why; it is kept with the list.")],
-    twins: Annotated[bool, typer.Option(help="Forget what has the same pixels as well.")] = True,
-    dry_run: DryRunOption = False,
+    reason: Annotated[str, typer.Option(help="Why they are withdrawn; stored with the list.")],
+    twins: Annotated[bool, typer.Option(help="Also forget images with the same pixels.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be forgotten.")] = False,
     json_: JsonOption = False,
 ) -> None:
     """Take items out of every later snapshot, and say which snapshots and checkpoints have seen them.
 
-    An item is called what its corpus calls it (images/00012.jpg), or by its URL, its key in the index, or the sha256 of
-    its encoded image or of its pixels, in hex.
+    An item is named as in its corpus (images/00012.jpg), by its URL, by its key in the index, or by the sha256 of its
+    encoded image or of its pixels, in hex.
     """
     from data_prep.snapshots.forget import forget as forget_items
     from data_prep.snapshots.forget import read_list
@@ -224,45 +216,43 @@ def forget(
 
     listed = read_list(items)
     doing("looking for the items in every index")
-    found = forget_items(open_store(store), listed, reason, twins=twins, dry_run=dry_run)
+    forgotten = forget_items(open_store(store), listed, reason, twins=twins, dry_run=dry_run)
     if json_:
-        print_json(found._asdict())
+        print_json(forgotten._asdict())
     else:
-        _print_forgotten(found, len(listed), dry_run=dry_run)
+        _print_forgotten(forgotten, len(listed), dry_run=dry_run)
 
 
-def _print_forgotten(found: Forgotten, asked: int, *, dry_run: bool) -> None:
-    print(f"{'would forget' if dry_run else 'forgot'} {found.keys:,} samples and {found.twins:,} with the same pixels")
-    if found.unknown:
-        some = ", ".join(ascii(item)[:80] for item in found.unknown[:3])
-        print(f"not known here: {len(found.unknown):,} of {asked:,} ({some})")
-    if found.snapshots:
+def _print_forgotten(report: Forgotten, asked: int, *, dry_run: bool) -> None:
+    verb = "would forget" if dry_run else "forgot"
+    print(f"{verb} {report.keys:,} samples and {report.twins:,} with the same pixels")
+    if report.unknown:
+        some = ", ".join(ascii(item)[:80] for item in report.unknown[:3])
+        print(f"not known here: {len(report.unknown):,} of {asked:,} ({some})")
+    if report.snapshots:
         terminal.table(
             ["snapshot that holds some", "training", "held out"],
-            [[holder.snapshot, f"{holder.training:,}", f"{holder.held_out:,}"] for holder in found.snapshots],
+            [[holder.snapshot, f"{holder.training:,}", f"{holder.held_out:,}"] for holder in report.snapshots],
         )
-    if found.exports:
+    if report.exports:
         terminal.table(
             ["copy that was exported", "as", "snapshot"],
-            [[copy.to, copy.layout, copy.snapshot] for copy in found.exports],
+            [[copy.to, copy.layout, copy.snapshot] for copy in report.exports],
         )
-    if found.checkpoints:
+    if report.checkpoints:
         terminal.table(
             ["checkpoint that saw some", "step", "how"],
-            [[seen.checkpoint, f"{seen.step:,}", seen.how] for seen in found.checkpoints],
+            [[seen.checkpoint, f"{seen.step:,}", seen.how] for seen in report.checkpoints],
         )
-    if not found.snapshots:
+    if not report.snapshots:
         print("no snapshot holds any of them")
-    elif not found.checkpoints:
+    elif not report.checkpoints:
         print("no checkpoint saw any of them")
-
-
-# ------------------------------------------------------------------------------------------------ export
 
 
 @app.command("export", epilog="Example: pixnerd data export data --store runs/mine --out exported")
 def export(
-    snapshot: Annotated[str, typer.Argument(help="Name of the snapshot stage, whose newest one it is; or a digest.")],
+    snapshot: Annotated[str, typer.Argument(help="Name of a snapshot stage, for its newest snapshot; or a digest.")],
     store: StoreOfShards,
     out: Annotated[str, typer.Option("--out", help="Folder or store URL to write it to; new, or empty.")],
     layout: Annotated[
@@ -270,42 +260,39 @@ def export(
         typer.Option(help="Tars of .jpg, .json and .txt; or folders of pictures with a metadata.jsonl."),
     ] = "webdataset",
     tar_mib: Annotated[
-        int | None, typer.Option("--tar-mib", min=1, help="What a tar of webdataset may come to. [default: 256]")
+        int | None, typer.Option("--tar-mib", min=1, help="Largest size of a webdataset tar, in MiB. [default: 256]")
     ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Write a snapshot's samples as files that others train from.
 
-    Each is written as often as training lists it, with one caption as its text, drawn as the snapshot weighs them; all
-    of them stand beside it with their weights. A second call goes on where the first was stopped.
+    A sample is written as often as training lists it. Its text is one of its captions, drawn by the snapshot's weights;
+    all captions are in its metadata, with their weights. A second call goes on where the first was stopped.
     """
     from data_prep.export import TAR_MIB
     from data_prep.export import export as export_snapshot
     from infra.store import open_store
-    from orchestration import made
+    from orchestration import artifacts
 
     if tar_mib is not None and layout != "webdataset":
         raise SettingsError(f"--tar-mib means nothing to the layout {layout}", remedy="leave it out")
     opened, to = open_store(store), open_store(out)
-    key = made.snapshot_key(opened, snapshot)
+    key = artifacts.snapshot_key(opened, snapshot)
     doing(f"writing {key} to {to.url}")
     done = export_snapshot(opened, key, to, layout, tar_mib or TAR_MIB)
     if json_:
         print_json(done.model_dump(mode="json") | {"out": to.url})
         return
-    for split, told in done.splits.items():
+    for split, counts in done.splits.items():
         kind = "tars" if layout == "webdataset" else "folders of pictures"
-        print(f"{to.url}/{split}: {told.rows:,} samples in {told.parts:,} {kind}")
-
-
-# ------------------------------------------------------------------------------------------------ gc
+        print(f"{to.url}/{split}: {counts.rows:,} samples in {counts.parts:,} {kind}")
 
 
 @app.command("gc", epilog="Example: pixnerd data gc --store runs/demo --dry-run")
 def gc(
     store: StoreOfShards,
     older_than_hours: Annotated[
-        float, typer.Option(min=0, help="Younger data stays: a job may be about to write the record that names it.")
+        float, typer.Option(min=0, help="Keep younger data: a job may be about to write the record that names it.")
     ] = 24.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
     json_: JsonOption = False,
@@ -317,31 +304,31 @@ def gc(
 
     doing("looking for data that no record names")
     opened = open_store(store)
-    found = collect(opened, older_than_hours, dry_run=dry_run)
-    if not found.objects and not any(True for _ in opened.list_unchecked()):
+    report = collect(opened, older_than_hours, dry_run=dry_run)
+    if not report.objects and not any(True for _ in opened.list_unchecked()):
         raise DataError(f"there is no data in {store}", remedy="check --store")
     left = leftovers.remove(opened, None, older_than_hours, dry_run=dry_run)
     if json_:
-        orphans = {folder: count._asdict() for folder, count in found.orphans.items()}
-        told = {"orphans": orphans, "temporary": left.folders._asdict(), "states": left.states._asdict()}
-        print_json(found._asdict() | told | {"dry_run": dry_run})
+        orphans = {folder: count._asdict() for folder, count in report.orphans.items()}
+        counts = {"orphans": orphans, "temporary": left.folders._asdict(), "states": left.states._asdict()}
+        print_json(report._asdict() | counts | {"dry_run": dry_run})
         return
-    count = sum(count.objects for count in found.orphans.values())
-    size = sum(count.bytes for count in found.orphans.values())
-    said = "would delete" if dry_run else "deleted"
-    print(f"{said} {count:,} of {found.objects:,} data objects, {_mebibytes(size)} MiB: no record names them")
-    if found.orphans:
-        rows = [[folder, f"{count.objects:,}", _mebibytes(count.bytes)] for folder, count in found.orphans.items()]
+    count = sum(count.objects for count in report.orphans.values())
+    size = sum(count.bytes for count in report.orphans.values())
+    verb = "would delete" if dry_run else "deleted"
+    print(f"{verb} {count:,} of {report.objects:,} data objects, {_mebibytes(size)} MiB: no record names them")
+    if report.orphans:
+        rows = [[folder, f"{count.objects:,}", _mebibytes(count.bytes)] for folder, count in report.orphans.items()]
         terminal.table(["under", "objects", "MiB"], rows)
-        print(f"the first: {', '.join(found.first)}")
-    if found.young:
-        print(f"left alone: {found.young:,} younger than {older_than_hours:g} hours, which a job may be about to name")
-    if found.foreign:
-        print(f"left alone: {found.foreign:,} whose names hold no hash, so that they are not pixnerd's")
-    if found.unknown:
-        some = ", ".join(map(printable, found.unknown[:SHOWN]))
-        print(f"left alone: {len(found.unknown):,} JSON objects that are no records of this pixnerd's: {some}")
-    print(f"{said} of what killed runs had left: {left}" if str(left) else "killed runs have left nothing else")
+        print(f"the first: {', '.join(report.first)}")
+    if report.young:
+        print(f"left alone: {report.young:,} younger than {older_than_hours:g} hours, which a job may be about to name")
+    if report.foreign:
+        print(f"left alone: {report.foreign:,} whose names hold no hash, so that they are not pixnerd's")
+    if report.unknown:
+        some = ", ".join(map(printable, report.unknown[:SHOWN]))
+        print(f"left alone: {len(report.unknown):,} JSON objects that are no records of this pixnerd's: {some}")
+    print(f"{verb} of what killed runs had left: {left}" if str(left) else "killed runs have left nothing else")
 
 
 def _mebibytes(size: int) -> str:

@@ -1,4 +1,4 @@
-"""What this machine has and lacks for the work, each finding with the step that mends it."""
+"""`pixnerd doctor`: what this machine lacks for the work, and how to get it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,8 @@ from orchestration.patience import doing
 from orchestration.terminal import print_json
 
 PACKAGES = (
-    "ray",
-    "torch",
-    "deepspeed",
-    "transformers",
-    "mlflow",
-    "boto3",
-    "pyarrow",
-    "webdataset",
-    "simplejpeg",
-    "open-clip-torch",
+    *("ray", "torch", "deepspeed", "transformers", "mlflow", "boto3", "pyarrow"),
+    *("webdataset", "simplejpeg", "open-clip-torch"),
 )
 LEAST_MEMORY = 8  # GiB that the demo needs
 LEAST_DISK = 5  # GiB
@@ -41,6 +33,10 @@ class Finding(NamedTuple):
     found: str
     remedy: str = ""
     optional: bool = False
+
+
+def _finding(what: str, ok: bool, found: str, remedy: str, *, optional: bool = False) -> Finding:
+    return Finding(what, ok, found, "" if ok else remedy, optional)
 
 
 @app.command(epilog="Example: pixnerd doctor --store s3://my-bucket/pixnerd")
@@ -68,9 +64,7 @@ def examine(store: str | None) -> list[Finding]:
 
 def _python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
-    return Finding(
-        "Python", sys.version_info >= (3, 11), version, "" if sys.version_info >= (3, 11) else "install 3.11"
-    )
+    return _finding("Python", sys.version_info >= (3, 11), version, "install 3.11")
 
 
 def _package(name: str) -> Finding:
@@ -81,9 +75,9 @@ def _package(name: str) -> Finding:
 
 
 def _compiler() -> Finding:
-    found = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
-    remedy = "" if found else "install one (Debian: apt-get install g++); DeepSpeed builds a small op with it"
-    return Finding("C++ compiler", found is not None, found or "none", remedy)
+    path = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    remedy = "install one (Debian: apt-get install g++); DeepSpeed builds a small op with it"
+    return _finding("C++ compiler", path is not None, path or "none", remedy)
 
 
 def _deepspeed_op() -> Finding:
@@ -91,25 +85,18 @@ def _deepspeed_op() -> Finding:
 
     folder = extensions_folder()
     built = any(folder.rglob("*.so")) if folder.is_dir() else False
-    remedy = "" if built else "python -m training.engine builds it in advance (a minute); else the first run does"
-    return Finding("DeepSpeed's op", built, str(folder) if built else "not built yet", remedy, optional=True)
+    remedy = "python -m training.engine builds it in advance (a minute); else the first run does"
+    return _finding("DeepSpeed's op", built, str(folder) if built else "not built yet", remedy, optional=True)
 
 
 def _memory() -> Finding:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return Finding(
-        "memory",
-        total >= LEAST_MEMORY * 0.9,
-        f"{total:.0f} GiB",
-        "" if total >= LEAST_MEMORY * 0.9 else "the demo needs 8 GiB",
-    )
+    return _finding("memory", total >= LEAST_MEMORY * 0.9, f"{total:.0f} GiB", f"the demo needs {LEAST_MEMORY} GiB")
 
 
 def _disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free / 2**30
-    return Finding(
-        "disk here", free >= LEAST_DISK, f"{free:.0f} GiB free", "" if free >= LEAST_DISK else "free some space"
-    )
+    return _finding("disk here", free >= LEAST_DISK, f"{free:.0f} GiB free", "free some space")
 
 
 def _shm() -> Finding:
@@ -118,8 +105,8 @@ def _shm() -> Finding:
     if not folder.is_dir():
         return Finding("shared memory", True, "no /dev/shm; Ray uses " + tempfile.gettempdir(), optional=True)
     free = shutil.disk_usage(folder).free / 2**30
-    remedy = "" if free >= 0.5 else "in a container: start it with --shm-size=1g"
-    return Finding("shared memory", free >= 0.5, f"{free:.1f} GiB free", remedy)
+    remedy = "in a container: start it with --shm-size=1g"
+    return _finding("shared memory", free >= 0.5, f"{free:.1f} GiB free", remedy)
 
 
 def _gpu() -> Finding:

@@ -22,12 +22,12 @@ def geneval(
     on: OnOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """GenEval's six tasks, with 95 % intervals from a bootstrap over prompts."""
+    """Draw GenEval's prompts and score the pictures: six tasks, with 95 % intervals from a bootstrap over prompts."""
     from infra.cluster import ClusterSettings
     from infra.config import digest, parse
     from infra.notices import watched
     from infra.store import open_store
-    from infra.written import override
+    from infra.yaml_settings import override
     from orchestration import terminal
     from orchestration.context import joined, tidy
     from pipelines.evaluation.run import GenevalSettings
@@ -38,7 +38,7 @@ def geneval(
     opened = open_store(out)
     opened.probe()
     tidy(opened)
-    # The folder becomes a record in the store named by --out, and is scored as a workflow's checkpoint is.
+    # The folder is published as a record in the store at --out, so that it is scored as a workflow's checkpoint is.
     record = publish_folder(opened, Path(checkpoint))
     with terminal.Screen(quiet=json_) as screen, joined(screen, ClusterSettings(address=on)), watched():
         report = score(opened, digest([record.digest(), settings.chosen()]), record, settings, screen.count)

@@ -1,11 +1,11 @@
-"""`pixnerd new`: look at somebody's corpus and write a recipe that runs as it is."""
+"""`pixnerd new`: survey a corpus and write a recipe that runs without changes."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,15 +28,16 @@ def new(
         typer.Argument(help="A folder of pictures with captions, tars, a table of URLs, Parquet; or a store's URL."),
     ],
     out: Annotated[Path | None, typer.Option("--out", help="The recipe to write. [default: NAME.yaml]")] = None,
-    name: Annotated[str | None, typer.Option(help="What it is called. [default: as the folder or file]")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the recipe. [default: that of the folder or file]")] = None,
     kind: Annotated[
-        str | None, typer.Option(help="Which kind of corpus it is, where several lie there: text_folder, url_list, ...")
+        str | None, typer.Option(help="Kind of corpus, if several lie there: text_folder, url_list, ...")
     ] = None,
     image: Annotated[
-        str | None, typer.Option(help="The column of pictures, names or URLs, if another one is found.")
+        str | None, typer.Option(help="The column of pictures, file names or URLs, if another one would be chosen.")
     ] = None,
     captions: Annotated[
-        list[str] | None, typer.Option("--captions", help="A column of captions, if others are found; repeatable.")
+        list[str] | None,
+        typer.Option("--captions", help="A column of captions, if others would be chosen; repeatable."),
     ] = None,
     json_: JsonOption = False,
 ) -> None:
@@ -49,8 +50,8 @@ def new(
     if out.exists():
         raise SettingsError(f"{out} is there already", remedy="name another --out, or remove it")
     doing(f"looking at {path}")
-    found = survey(path, Wanted(kind, image, tuple(captions or ())))
-    text = own.written(name, path, shlex.quote(str(out)), found)
+    corpus = survey(path, Wanted(kind, image, tuple(captions or ())))
+    text = own.written(name, path, shlex.quote(str(out)), corpus)
     _check(text)
     try:
         with appearing(out) as unfinished:
@@ -59,15 +60,17 @@ def new(
         raise SettingsError(
             f"{out} cannot be written ({error.strerror or error})", remedy="name another --out"
         ) from None
-    then = f"pixnerd run {shlex.quote(str(out))}"
+    next_command = f"pixnerd run {shlex.quote(str(out))}"
     if json_:
-        print_json({"recipe": str(out), "name": name, **_told(found), "next": then})
+        hosts = None if corpus.hosts is None else corpus.hosts._asdict()
+        facts = corpus._asdict() | {"hosts": hosts}
+        print_json({"recipe": str(out), "name": name, **facts, "next": next_command})
     else:
-        _say(found, out, then)
+        _say(corpus, out, next_command)
 
 
 def _check(text: str) -> None:
-    """What is made of strangers' names is held against what may be set; the rest is ours."""
+    """Validate the prepare stage, which contains names from the corpus; the rest of the recipe is a fixed text."""
     import yaml
 
     from data_prep.prepare.plan import PrepareSettings
@@ -77,41 +80,36 @@ def _check(text: str) -> None:
     parse(PrepareSettings, {key: value for key, value in stage.items() if key != "kind"}, where="prepare")
 
 
-def _told(found: Survey) -> dict[str, Any]:
-    hosts = None if found.hosts is None else found.hosts._asdict()
-    return {**found._asdict(), "hosts": hosts}
-
-
-def _say(found: Survey, out: Path, then: str) -> None:
-    many = f"{found.pictures:,}" if found.counted else f"about {found.pictures:,}"
-    for source in found.sources:
+def _say(corpus: Survey, out: Path, next_command: str) -> None:
+    many = f"{corpus.pictures:,}" if corpus.counted else f"about {corpus.pictures:,}"
+    for source in corpus.sources:
         captions = ", ".join(source.get("captions", [])) or source.get("caption_suffix", "") or "texts beside them"
         where = f", in the column {source['image']}" if "image" in source else ""
         print(f"found    {source['kind']}: pictures{where}; captions: {captions}")
-    sides = f", nearly all {found.shorter_side} px and larger" if found.shorter_side else ""
-    print(f"         {many} pictures{sides}; captions of about {found.words:g} words")
-    for text in found.captions[:1]:
+    sides = f", nearly all {corpus.shorter_side} px and larger" if corpus.shorter_side else ""
+    print(f"         {many} pictures{sides}; captions of about {corpus.words:g} words")
+    for text in corpus.captions[:1]:
         print(f"         such as: {' '.join(text.split())[:100]!r}")
-    for warning in [*found.warnings, *_about_hosts(found)]:
+    for warning in [*corpus.warnings, *_about_hosts(corpus)]:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"wrote    {out}")
-    print(f"next:    {then}")
+    print(f"next:    {next_command}")
 
 
-def _about_hosts(found: Survey) -> list[str]:
-    hosts, said = found.hosts, []
+def _about_hosts(corpus: Survey) -> list[str]:
+    hosts, warnings = corpus.hosts, []
     if hosts is None:
         return []
     settings = " and ".join(f"fetch.{name}" for name in hosts.fetch)
     if hosts.fetch and not hosts.public:
-        said.append(
+        warnings.append(
             f"{', '.join(hosts.private[:3])} lies inside of a network: the recipe sets {settings}, so that "
             "downloads may go there; take it out if the list is a stranger's"
         )
     elif hosts.private:
         others = "the list leads to public servers, and to" if hosts.public else "the list leads to"
         unless = f" unless {settings} is set" if settings else ""
-        said.append(f"{others} {', '.join(hosts.private[:3])} inside of a network, where nothing is asked{unless}")
+        warnings.append(f"{others} {', '.join(hosts.private[:3])} inside of a network, where nothing is asked{unless}")
     if hosts.unknown:
-        said.append(f"{', '.join(hosts.unknown[:3])} has no address as far as this machine can tell")
-    return said
+        warnings.append(f"{', '.join(hosts.unknown[:3])} has no address as far as this machine can tell")
+    return warnings

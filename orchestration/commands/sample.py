@@ -25,7 +25,7 @@ def sample(
     ],
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(help='What to draw: prompts, or the numbers or names of classes; "" is the picture of nothing.'),
+        typer.Argument(help='What to draw: prompts, or the numbers or names of classes; "" draws without a prompt.'),
     ] = None,
     prompts_file: Annotated[
         Path | None,
@@ -39,7 +39,7 @@ def sample(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the solver. [default: 25; for classes: 50]")] = None,
     solver: Annotated[str | None, typer.Option(help="euler, heun, adams2, adams3 or adams4. [default: adams2]")] = None,
-    guidance: Annotated[float | None, typer.Option(help="1: none. [default: 4; for classes: 3.5]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Strength; 1: none. [default: 4; for classes: 3.5]")] = None,
     interval: Annotated[
         str | None, typer.Option(help="Times between which guidance applies. [default: 0,1; for classes: 0.1,1]")
     ] = None,
@@ -49,14 +49,14 @@ def sample(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="fp32 or bf16, of the network's weights and activations. [default: bf16 if saved so, else fp32]"
+            help="Of the network's weights and activations: fp32 or bf16. [default: bf16 if saved so, else fp32]"
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, or one GPU: cuda:1.")] = "auto",
-    batch: Annotated[int | None, typer.Option(help="Pictures at once. [default: 32]")] = None,
+    batch: Annotated[int | None, typer.Option(help="Pictures that are drawn at once. [default: 32]")] = None,
     compile_: Annotated[
         bool | None,
-        typer.Option("--compile/--no-compile", help="Slow to start, then faster: for many pictures. [default: no]"),
+        typer.Option("--compile/--no-compile", help="Compile the network: slow to start, then faster. [default: no]"),
     ] = None,
     save_steps: Annotated[
         bool, typer.Option("--save-steps", help="Also write the picture after every step, in a folder for each.")
@@ -65,12 +65,12 @@ def sample(
 ) -> None:
     """Draw pictures with a checkpoint; the same call gives the same pixels.
 
-    What is not given is the checkpoint's own default (`sampling` in its config.json's extra), else the default below.
+    Options not given have the checkpoint's own defaults (`extra.sampling` in its config.json), else those below.
     """
     from orchestration import terminal
     from pipelines.sample.draw import SHEET, draw
 
-    given = {
+    options = {
         "size": size,
         "steps": steps,
         "solver": solver,
@@ -90,13 +90,13 @@ def sample(
             prompts_file=prompts_file,
             labels_file=labels,
             seeds=seeds,
-            options={name: value for name, value in given.items() if value is not None},
+            options={name: value for name, value in options.items() if value is not None},
             device=device,
             save_steps=save_steps,
             show=screen.count,
         )
     if json_:
-        terminal.print_json({"folder": str(out), **drawn.told})
+        terminal.print_json({"folder": str(out), **drawn.index_json})
         return
     height, width = drawn.size
     new = f"{drawn.new} drawn on {drawn.device} in {drawn.seconds:.1f} s" if drawn.new else "there already"

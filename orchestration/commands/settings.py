@@ -1,4 +1,4 @@
-"""`pixnerd settings`: what may be set."""
+"""`pixnerd settings`: list what may be set."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ app = typer.Typer()
 def settings(
     kind: Annotated[
         str | None,
-        typer.Argument(help="A kind of stage: prepare, train, evaluate, ... [default: their list]"),
+        typer.Argument(help="A kind of stage: prepare, train, evaluate, ... [default: list the kinds]"),
     ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Every setting of a kind of stage: its type, its default, what it means, and whether it changes results."""
+    """List every setting of a kind of stage: its type, its default, its meaning, and whether it changes results."""
     from pipelines.stages.reference import KNOWN, about, settings_of
 
     if kind is None:
-        told = {name: about(name) for name in KNOWN}
+        kinds = {name: about(name) for name in KNOWN}
         if json_:
-            print_json(told)
+            print_json(kinds)
         else:
-            print("\n".join(f"{name:<10} {line}" for name, line in told.items()))
+            print("\n".join(f"{name:<10} {line}" for name, line in kinds.items()))
         return
-    found = settings_of(kind)
+    listed = settings_of(kind)
     if json_:
-        print_json([setting._asdict() for setting in found])
+        print_json([setting._asdict() for setting in listed])
         return
-    for setting in found:
+    for setting in listed:
         default = f" [{setting.default}]" if setting.default else " (must be given)"
         kept = "" if setting.counts else "; what was made stays when it changes"
         print(f"{setting.name}: {setting.type}{default}{kept}")

@@ -1,9 +1,9 @@
-"""`pixnerd run`, `prepare`, `train` and `report`: a workflow, or a part of it, and its page."""
+"""`pixnerd run`, `prepare` and `train`, which run a workflow or a part of it, and `report`, which writes its page."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,10 +21,17 @@ app = typer.Typer()
 
 
 def _check_recipe(name: str, assignments: list[str] | None) -> None:
-    """A mistake in it is told at once: what its stages are made of takes seconds to load."""
+    """Report a mistake in the recipe at once: importing what its stages need takes seconds."""
     from pipelines.recipes import load
 
     load(name, assignments or [])
+
+
+def _launch(recipe: str, assignments: list[str] | None, **options: Any) -> None:
+    _check_recipe(recipe, assignments)
+    from orchestration import launch
+
+    launch.run(recipe, assignments=assignments or [], **options)
 
 
 @app.command(epilog="Example: pixnerd run demo --store s3://my-bucket/pixnerd --set sft.steps=200")
@@ -37,19 +44,8 @@ def run(
     dry_run: DryRunOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Run a whole workflow: what is done is reused, what is missing is made."""
-    _check_recipe(workflow, set_)
-    from orchestration import launch
-
-    launch.run(
-        workflow,
-        store=store,
-        assignments=set_ or [],
-        address=on,
-        dry_run=dry_run,
-        as_json=json_,
-        retry_failed=retry_failed,
-    )
+    """Run a whole workflow: stages that are done are reused, the others run."""
+    _launch(workflow, set_, store=store, address=on, dry_run=dry_run, as_json=json_, retry_failed=retry_failed)
 
 
 @app.command(epilog="Example: pixnerd prepare demo --store runs/demo")
@@ -62,20 +58,9 @@ def prepare(
     dry_run: DryRunOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Turn raw image-text pairs into shards: a recipe's prepare stages and what they need."""
-    _check_recipe(config, set_)
-    from orchestration import launch
-
-    launch.run(
-        config,
-        store=store,
-        assignments=set_ or [],
-        address=on,
-        dry_run=dry_run,
-        as_json=json_,
-        until="prepare",
-        retry_failed=retry_failed,
-    )
+    """Turn raw image-text pairs into shards: run a recipe's prepare stages and the stages that they need."""
+    options = {"address": on, "dry_run": dry_run, "as_json": json_, "retry_failed": retry_failed}
+    _launch(config, set_, store=store, until="prepare", **options)
 
 
 @app.command(epilog="Example: pixnerd train demo --set low.steps=50 --store runs/try")
@@ -87,11 +72,8 @@ def train(
     dry_run: DryRunOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Train: a recipe's train stages and what they need, without evaluation."""
-    _check_recipe(recipe, set_)
-    from orchestration import launch
-
-    launch.run(recipe, store=store, assignments=set_ or [], address=on, dry_run=dry_run, as_json=json_, until="train")
+    """Train: run a recipe's train stages and the stages that they need, without evaluation."""
+    _launch(recipe, set_, store=store, address=on, dry_run=dry_run, as_json=json_, until="train")
 
 
 @app.command(epilog="Example: pixnerd report demo --out page.html")
@@ -99,10 +81,10 @@ def report(
     workflow: RecipeArgument,
     store: StoreOption = None,
     set_: SetOption = None,
-    out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option("--out", help="The HTML file to write.")] = Path("report.html"),
     json_: JsonOption = False,
 ) -> None:
-    """Make the page of a workflow again, from the records that are there."""
+    """Write the report page of a workflow again, from the records in its store."""
     _check_recipe(workflow, set_)
     from infra.errors import DataError
     from infra.records import StageRecord, read_record

@@ -33,8 +33,8 @@ from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import FileStore, Store, open_store
 from infra.tracking import NOWHERE
 from orchestration import workflow
+from orchestration.artifacts import stage_records
 from orchestration.commands import data
-from orchestration.made import stage_records
 from pipelines import recipes
 from pipelines.stages.base import Context
 from tests.data_prep.corpora import contents, settings_for, write_corpus

@@ -27,7 +27,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    monkeypatch.setattr(patience, "_LOOK_EVERY", 3600.0)  # the tests look themselves
+    monkeypatch.setattr(patience, "_CHECK_EVERY", 3600.0)  # the tests look themselves
     return Clock(monkeypatch)
 
 
@@ -40,7 +40,7 @@ def test_a_line_comes_whenever_nothing_else_was_said_for_a_while(clock: Clock):
                 patience.doing("starting Ray")
             if seconds == 15:
                 watch.spoke()
-            watch.look()
+            watch.check()
     assert said == ["  still loading, 6 s", "  still starting Ray, 2 s", "  still starting Ray, 11 s"]
 
 
@@ -50,11 +50,11 @@ def test_of_several_watches_the_last_one_speaks(clock: Clock):
         clock.now += 5
         with patience.Watch(lambda text: said.append(f"screen:{text}"), "at low") as screen:
             clock.now += 4
-            command.look()
-            screen.look()
-        command.look()
+            command.check()
+            screen.check()
+        command.check()
         clock.now += 9
-        command.look()
+        command.check()
     assert said == ["screen:  still at low, 4 s", "command:  still loading, 18 s"]
 
 
@@ -74,18 +74,18 @@ def test_a_stage_without_news_is_told_of_and_news_that_came_too_soon_are_not_los
     with terminal.Screen() as screen:
         screen.doing("starting Ray")
         clock.now += 12
-        screen._watch.look()
+        screen._watch.check()
         screen.stage(node, "running", "")  # type: ignore[arg-type]
         clock.now += 9
-        screen._watch.look()
+        screen._watch.check()
         clock.now += 2
         screen.progress("low", news("step 50 of 100", 50))
         clock.now += 1
         screen.progress("low", news("step 60 of 100", 60))
         clock.now += 6
-        screen._watch.look()
+        screen._watch.check()
         clock.now += 8
-        screen._watch.look()
+        screen._watch.check()
     assert lines(capsys) == [
         "  0:12   still starting Ray, 12 s",
         "  0:12 > low          running",
@@ -99,7 +99,7 @@ def test_a_quiet_screen_is_quiet(clock: Clock, capsys: pytest.CaptureFixture[str
     with terminal.Screen(quiet=True) as screen:
         screen.doing("starting Ray")
         clock.now += 60
-        screen._watch.look()
+        screen._watch.check()
     assert lines(capsys) == []
 
 
@@ -134,7 +134,7 @@ def test_a_command_is_watched_from_its_beginning_to_its_end(monkeypatch: pytest.
 
     monkeypatch.setattr(patience, "of_command", of_command)
     monkeypatch.setattr(patience, "SILENCE", 0.05)
-    monkeypatch.setattr(patience, "_LOOK_EVERY", 0.01)
+    monkeypatch.setattr(patience, "_CHECK_EVERY", 0.01)
     monkeypatch.setattr(doctor, "examine", work)
     result = CliRunner().invoke(cli.app, ["doctor"])
     assert result.exit_code == 0, result.stderr

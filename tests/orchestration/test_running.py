@@ -47,7 +47,7 @@ def test_a_second_run_is_told_of_the_first_and_the_other_way_round_once(store: S
             while not first:
                 pass  # pytest's own timeout ends it
         seen_by_a_third: list[str] = []
-        Others(store, seen_by_a_third.append).look()
+        Others(store, seen_by_a_third.append).check()
         assert len(seen_by_a_third) == 1
     assert len(second) == 1 and len(first) == 1 and "`mine`" in first[0]
     assert notes(store) == []
@@ -63,10 +63,10 @@ def test_the_note_of_a_process_that_is_gone_is_dropped_in_silence(store: Store):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         key = note_of(store, process_of(other.pid))
         told: list[str] = []
-        Others(store, told.append).look()
+        Others(store, told.append).check()
         assert len(told) == 1
     told.clear()
-    Others(store, told.append).look()  # whoever runs nothing changes nothing
+    Others(store, told.append).check()  # whoever runs nothing changes nothing
     assert key in notes(store)
     with noted(store, "mine", told.append):
         assert key not in notes(store) and f"{key}.beat" not in notes(store)
@@ -77,12 +77,12 @@ def test_a_run_on_another_machine_is_told_of_when_its_beat_goes_on(store: Store)
     key = note_of(store, "another-boot ns 7 1")
     told: list[str] = []
     others = Others(store, told.append, own="mine")
-    others.look()
-    others.look()
+    others.check()
+    others.check()
     assert told == []
     store.put(f"{key}.beat", b"2")
-    others.look()
-    others.look()
+    others.check()
+    others.check()
     assert len(told) == 1 and "(host elsewhere, process 7, since 2026-11-21 16:05 UTC)" in told[0]
 
 
@@ -93,12 +93,12 @@ def test_the_note_of_a_machine_that_is_gone_is_dropped_after_long_silence(
     monkeypatch.setattr(running, "time", SimpleNamespace(monotonic=lambda: now))
     key = note_of(store, "another-boot ns 7 1")
     others = Others(store, print, own="mine")
-    others.look()
+    others.check()
     now += PATIENCE_SECONDS - 1
-    others.look()
+    others.check()
     assert key in notes(store)
     now += 2
-    others.look()
+    others.check()
     assert notes(store) == []
 
 

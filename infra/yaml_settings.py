@@ -1,7 +1,7 @@
-"""Settings as they are written: YAML files, and the assignments of the command line.
+"""Reading settings from YAML files and from the command line's assignments (`--set low.steps=50`).
 
-A file may come from anybody. It is read by the safe loader, which makes plain values only; a key that stands twice, an
-alias that contains itself, and aliases that stand for far more than what was written are refused.
+A file may come from anybody. It is read by the safe loader, which makes plain values only. A key that is set twice, an
+alias that contains itself, and aliases that expand to very many values are refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import yaml
 
 from infra.errors import SettingsError
 
-MOST_VALUES = 100_000  # of a file, with every alias written out
+MOST_VALUES = 100_000  # in a file, with every alias expanded
 MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -38,7 +38,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 
 class NotYaml(ValueError):
-    """Begins with the place, to follow a file's name: `, line 3, column 5: ...`."""
+    """The text begins with the position, to be put after a file's name: `, line 3, column 5: ...`."""
 
 
 def read_yaml(text: str) -> Any:
@@ -52,7 +52,7 @@ def read_yaml(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise NotYaml(f"{place}: {error.problem or error.context or 'this is no YAML'}") from None
-    except yaml.YAMLError as error:  # a character that YAML has not
+    except yaml.YAMLError as error:  # a character that YAML does not allow
         raise NotYaml(f": {str(error).splitlines()[0]}") from None
     except RecursionError:
         raise NotYaml(": it is nested too deeply") from None
@@ -68,27 +68,30 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Here no merged keys have been put in yet: those may well stand in the mapping, too."""
+        """Refuses keys that are set twice. Keys that `<<` merges are not in the mapping yet: one may override them."""
         node = super().compose_mapping_node(anchor)
         first: dict[tuple[str, str], yaml.Node] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag == MERGE:
                 continue
-            before = first.setdefault((key.tag, key.value), key)
-            if before is not key:
+            earlier = first.setdefault((key.tag, key.value), key)
+            if earlier is not key:
                 raise yaml.MarkedYAMLError(
-                    problem=f"`{key.value}` is set for the second time, first in line {before.start_mark.line + 1}",
+                    problem=f"`{key.value}` is set for the second time, first in line {earlier.start_mark.line + 1}",
                     problem_mark=key.start_mark,
                 )
         return node
 
 
 def _measure(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values the node holds, those behind aliases each time they are named; 0 while it is being measured."""
+    """The number of values in the node, with every alias expanded.
+
+    `known`: id of a node -> its size, or 0 while that is being computed: who meets a 0 is inside of the node itself.
+    """
     size = known.get(id(node))
     if size is None:
         known[id(node)] = 0
-        size = 1 + sum(_measure(part, known) for part in _parts(node))
+        size = 1 + sum(_measure(child, known) for child in _children(node))
         known[id(node)] = size
     if not 0 < size <= MOST_VALUES:
         problem = f"this stands for more than {MOST_VALUES:,} values" if size else "this contains itself, by an alias"
@@ -97,19 +100,19 @@ def _measure(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def lines_of(path: Path) -> dict[str, int]:
-    """The line of every setting in a file that was read, by the setting's path: `stages.low.steps`."""
-    found: dict[str, int] = {}
+    """The line of every setting in a YAML file, by the setting's path: `stages.low.steps`."""
+    lines: dict[str, int] = {}
 
     def walk(node: yaml.Node | None, above: str) -> None:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 note(f"{above}{key.value}", key, value)
         elif isinstance(node, yaml.SequenceNode):
-            for number, part in enumerate(node.value):
-                note(f"{above}{number}", part, part)
+            for number, item in enumerate(node.value):
+                note(f"{above}{number}", item, item)
 
     def note(name: str, at: yaml.Node, value: yaml.Node) -> None:
-        found[name] = at.start_mark.line + 1
+        lines[name] = at.start_mark.line + 1
         walk(value, f"{name}.")
 
     loader = _Loader(path.read_text(encoding="utf-8-sig"))
@@ -117,22 +120,19 @@ def lines_of(path: Path) -> dict[str, int]:
         walk(loader.get_single_node(), "")
     finally:
         loader.dispose()
-    return found
+    return lines
 
 
-def _parts(node: yaml.Node) -> list[yaml.Node]:
+def _children(node: yaml.Node) -> list[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
-        return [part for pair in node.value for part in pair]
+        return [child for pair in node.value for child in pair]
     return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
-# ------------------------------------------------------------------------------------------------ assignments
-
-
 def override(data: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """A copy of `data` with each `a.b=value` of the command line put in; values are YAML (`3`, `true`, `[1, 2]`).
+    """A copy of `data` with each assignment of the command line carried out, such as `low.steps=50`.
 
-    A part of a list is named by its number, from 0: `prepare.sources.0.url=...`.
+    Values are YAML (`3`, `true`, `[1, 2]`). Items of a list are named by number, from 0: `prepare.sources.0.url=...`.
     """
     result = copy.deepcopy(data)
     for assignment in assignments:
@@ -144,28 +144,26 @@ def override(data: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]
             value = read_yaml(text)
         except NotYaml as error:
             raise SettingsError(f"the value of `--set {assignment}`{error}", remedy="put it into quotes") from None
-        here: Any = result
-        for number, key in enumerate(keys[:-1]):
-            here = _inside(here, key, f"`{'.'.join(keys[:number])}` in `--set {assignment}`")
-        here[_place(here, keys[-1], f"`{'.'.join(keys[:-1])}` in `--set {assignment}`")] = value
+        container: Any = result
+        for number, key in enumerate(keys):
+            index = _index(container, key, f"`{'.'.join(keys[:number])}` in `--set {assignment}`")
+            if number == len(keys) - 1:
+                container[index] = value
+            elif isinstance(container, dict) and container.get(key) is None:
+                container[key] = {}
+            container = container[index]
     return result
 
 
-def _inside(here: Any, key: str, name: str) -> Any:
-    place = _place(here, key, name)
-    if isinstance(here, dict) and here.get(key) is None:
-        here[key] = {}
-    return here[place]
-
-
-def _place(here: Any, key: str, name: str) -> str | int:
-    if isinstance(here, dict):
+def _index(container: Any, key: str, name: str) -> str | int:
+    """What `key` means in a mapping or a list; `name` is the container's, for errors."""
+    if isinstance(container, dict):
         return key
-    if not isinstance(here, list):
+    if not isinstance(container, list):
         raise SettingsError(f"{name} holds no settings", remedy="check the path")
-    if not key.isdecimal() or int(key) >= len(here):
+    if not key.isdecimal() or int(key) >= len(container):
         raise SettingsError(
-            f"{name} is a list of {len(here)}, counted from 0",
+            f"{name} is a list of {len(container)}, counted from 0",
             remedy="name a part of it by its number, or give the whole list",
         )
     return int(key)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import SettingsError
-from infra.written import load_yaml, override
+from infra.yaml_settings import load_yaml, override
 
 
 def test_the_command_line_overrides_a_copy():
