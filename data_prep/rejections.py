@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Cause(StrEnum):
-    """Each with what to do where it took everything, and the setting that decides it."""
+    """`remedy` says what to do where a cause refuses most inputs, and names the setting that decides it."""
 
     remedy: str
 
@@ -44,17 +44,17 @@ class Cause(StrEnum):
 
     # not http or https, no host, a password in it, control characters
     BAD_URL = "bad_url", "let the source's `image` name the column of URLs, http or https"
-    # it leads to loopback or into a private network
+    # the host resolves to loopback or to a private network
     PRIVATE_ADDRESS = (
         "private_address",
         "name the network in `fetch.allow_networks`, such as [10.0.0.0/8], if its servers may be asked; "
         "`fetch.allow_private` opens this machine's own",
     )
-    # its host's name leads nowhere
+    # the host's name does not resolve
     DNS = "dns", "look at the hosts' names and at this network, then run again with --retry-failed"
     # refused, reset, or cut off before the end
     CONNECTION = "connection", "look at the hosts and at this network, then run again with --retry-failed"
-    # the host cannot show that it is who it says
+    # the certificate does not hold for the host
     CERTIFICATE = "certificate", "let the hosts show whole certificates, or list their files by http"
     TIMEOUT = "timeout", "raise `fetch.seconds`, or lower `fetch.at_once`, and run again with --retry-failed"
     # 429
@@ -66,7 +66,7 @@ class Cause(StrEnum):
     # any other answer that is not the file, or no HTTP at all
     HTTP_ERROR = "http_error", "list URLs that lead to the files themselves, without a log-in"
     TOO_MANY_REDIRECTS = "too_many_redirects", "raise `fetch.redirects`, or list the URLs that it ends at"
-    # a header or robots.txt asks that it be left alone
+    # a header or robots.txt asks that the image be left alone
     OPTED_OUT = (
         "opted_out",
         "ask the hosts' owners; `fetch.opt_out` and `fetch.robots` say which of their wishes are honoured",
@@ -78,35 +78,35 @@ class Cause(StrEnum):
     UNKNOWN_FORMAT = "unknown_format", "convert the files: JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF are read"
     # refused from the header, before anything is decoded
     TOO_MANY_PIXELS = "too_many_pixels", "raise `max_pixels`"
-    # it ends, or its scans or rows do, before the picture is whole
+    # the file, its scans or its rows end before the picture is whole
     TRUNCATED = "truncated", "fetch the files again: they end too early"
     CORRUPT = "corrupt", "fetch the files again: they are damaged"
-    # a picture, of a kind or a variant that is not read
+    # a picture in a format, or a variant of one, that is not read
     UNSUPPORTED = "unsupported", "convert the files to JPEG or PNG of 8 bits a colour"
-    # it killed the process that decoded it, twice
+    # the file killed the process that decoded it, twice
     DECODER_CRASH = "decoder_crash", "convert the files with another program"
 
     # ---- the picture
 
-    # never enlarged
+    # a picture is never enlarged
     TOO_SMALL = "too_small", "lower `sizes`: pictures are never enlarged"
 
 
-# What can pass, so that trying again may help.
+# Causes that may pass by themselves, so that trying again may help.
 TRANSIENT: frozenset[Cause] = frozenset(
     {Cause.DNS, Cause.CONNECTION, Cause.TIMEOUT, Cause.RATE_LIMITED, Cause.SERVER_ERROR}
 )
 
 
 def remedy(rejected: Mapping[str, int]) -> str:
-    """For the cause that took most."""
+    """What to do about the most frequent cause."""
     return Cause(Counter(rejected).most_common(1)[0][0]).remedy
 
 
 class Rejection(NamedTuple):
-    """`detail` is a text of ours, which depends on the input alone: two runs write the same bytes.
+    """`detail` is our own text and depends on the input alone, so that two runs write the same bytes.
 
-    What a library says is never in it: that names objects in memory, and changes with the library.
+    A library's message is never part of it: such messages name objects in memory, and change with the version.
     """
 
     cause: Cause
@@ -114,18 +114,18 @@ class Rejection(NamedTuple):
 
 
 class Refused(Exception):
-    """Raised by what reads a file, and caught by whoever asked for it."""
+    """Raised by a reader that refuses its file; the caller takes its `rejection`."""
 
     def __init__(self, cause: Cause, detail: str = "") -> None:
         super().__init__(cause, detail)
         self.rejection = Rejection(cause, detail)
 
 
-WORST = 3  # causes that are named
+WORST = 3  # causes that `counted` names
 
 
 def counted(rejected: Mapping[str, int]) -> str:
-    """For a line of text: how many were rejected, and the worst causes: `4 rejected (3 gone, 1 dns)`."""
+    """How many inputs were rejected, with the most frequent causes: `4 rejected (3 gone, 1 dns)`."""
     counts = Counter(rejected)
     worst = counts.most_common(WORST)
     causes = [f"{count:,} {cause}" for cause, count in worst]

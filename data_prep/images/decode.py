@@ -1,10 +1,10 @@
 """Bytes of an untrusted file -> upright sRGB 8-bit RGB, or a Rejection with its cause.
 
-The header is read first, and what it promises is held against the limits before a pixel is decoded. JPEG goes through
-simplejpeg (several times faster than Pillow, and strict: it tells of damage); all else through Pillow, which is shown
-only the one format that the file's first bytes name. JPEG and PNG metadata, which can be made to cost far more than
-the picture, is read in jpeg.py and png.py, as little of it as the pixels need. A picture of which a part is missing or
-damaged is refused wherever that can be known, though most decoders would fill it in.
+The header is read first, and its size is checked against the limits before a pixel is decoded. JPEG is decoded by
+simplejpeg (several times faster than Pillow, and strict: it reports damage), all else by Pillow, which may try only the
+format that the file's first bytes name. JPEG and PNG metadata can be made to cost far more than the picture: jpeg.py
+and png.py read as little of it as the pixels need. A picture of which a part is missing or damaged is refused wherever
+that can be detected, though most decoders would fill it in.
 
 Memory: at most 24 bytes a pixel, three times the file, and 64 MiB (tests/data_prep/test_fuzz.py).
 """
@@ -42,11 +42,11 @@ from data_prep.rejections import Cause, Refused, Rejection
 Pixels_HW3 = npt.NDArray[np.uint8]  # H height, W width
 
 ORIENTATION = 0x0112  # the EXIF tag
-STRIP = 1 << 20  # pixels whose colours are worked out at a time
+STRIP = 1 << 20  # pixels whose colours are converted at a time
 
 Matte = tuple[int, int, int]
 
-# What Pillow's parsers, libjpeg and lcms raise on damaged files: whatever a parser trips over first.
+# What Pillow's parsers, libjpeg and lcms raise on damaged files: whatever their code happens to fail with.
 _DAMAGE = (
     OSError,
     ValueError,
@@ -64,13 +64,13 @@ _DAMAGE = (
     ImageCms.PyCMSError,
 )
 
-# Our own limit is checked from the header, and what damaged metadata costs is our own decision: no noise about either.
+# Sizes are checked here, before decoding, and damaged metadata is handled here: Pillow's warnings say nothing new.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker has one core
 
-# By hand, as `Image.open` would try them: it says nothing of why one of them failed.
+# `Image.open` would not say why a format's parser failed.
 _OPENED: dict[str, type[ImageFile.ImageFile]] = {
     "PNG": PngImagePlugin.PngImageFile,
     "GIF": GifImagePlugin.GifImageFile,
@@ -87,12 +87,12 @@ class Decoded(NamedTuple):
 
 
 def decoder_versions() -> dict[str, str]:
-    """What the pixels depend on besides the file: kept in every shard's record."""
+    """The libraries that the pixels depend on besides the file; they are kept in every shard's record."""
     return {name: version(name) for name in ("simplejpeg", "pillow", "torch")}
 
 
 def decode(data: bytes, *, max_pixels: int = 80_000_000, matte: Matte = (255, 255, 255)) -> Decoded | Rejection:
-    """The picture in `data`: first frame, upright, in sRGB, transparency laid on the matte."""
+    """The picture in `data`: the first frame, upright, in sRGB, blended with the matte where it is transparent."""
     kind = sniff(data)
     if kind is None:
         return kinds.refusal(data)
@@ -108,7 +108,7 @@ def decode(data: bytes, *, max_pixels: int = 80_000_000, matte: Matte = (255, 25
 
 
 def _why(data: bytes, kind: str, error: BaseException) -> Rejection:
-    """What Pillow or libjpeg could not read. Their own words are not used: they name objects in memory."""
+    """Why Pillow or libjpeg failed. Their own messages are not stored: they may hold addresses of objects."""
     refused = Refused(Cause.CORRUPT, f"{kind} with damage")
     try:
         if kind == "JPEG":
@@ -121,15 +121,15 @@ def _why(data: bytes, kind: str, error: BaseException) -> Rejection:
             refused = Refused(Cause.TRUNCATED, f"{kind} that ends early")
         elif kind == "BMP" and bmp.unsupported(data):
             refused = Refused(Cause.UNSUPPORTED, "BMP of a kind that is not read")
-    except Refused as found:
-        refused = found
+    except Refused as reason:
+        refused = reason
     except _DAMAGE:
-        pass  # what stopped the decoder stops this, too
+        pass  # the damage that stopped the decoder stops this check, too
     return refused.rejection
 
 
 def sniff(data: bytes) -> str | None:
-    """The kind of file by its first bytes; names and suffixes are not believed."""
+    """The format by the file's first bytes, whatever its name; None for those that are not read."""
     if data.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -158,7 +158,7 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels_HW3:
     exif, profile = jpeg.read(data)
     orientation = exif_orientation(exif)
     if colours in ("CMYK", "YCCK"):
-        # Every writer of CMYK JPEGs follows Adobe's, who stores the inks inverted, with Adobe's marker or without it.
+        # All writers of CMYK JPEGs store the inks inverted, as Adobe does, with Adobe's marker or without it.
         inks = jpeg.pixels(data, "CMYK")
         np.subtract(255, inks, out=inks)
         return _upright(_painted(Image.fromarray(inks, "CMYK"), profile), orientation)
@@ -172,9 +172,9 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels_HW3:
 
 
 def exif_orientation(exif: bytes) -> int:
-    """1 to 8; unreadable EXIF says nothing, and says nothing against the picture.
+    """The orientation, 1 to 8. Unreadable EXIF counts as 1 and does not refuse the picture.
 
-    EXIF alone is asked, as browsers do: whoever wrote the caption saw the picture that way.
+    Only EXIF counts, as in browsers: the author of the caption saw the picture that way.
     """
     exif = exif.removeprefix(b"Exif\0\0")
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
@@ -188,17 +188,17 @@ def exif_orientation(exif: bytes) -> int:
     whole = entries[: len(entries) // 12 * 12]
     for tag, kind, values, value in struct.iter_unpack(order + "HHI4s", whole):
         if tag == ORIENTATION and values == 1 and kind in (3, 4, 8, 9):
-            found: int = struct.unpack_from(order + ("H" if kind in (3, 8) else "I"), value)[0]
-            return found if 1 <= found <= 8 else 1
+            orientation: int = struct.unpack_from(order + ("H" if kind in (3, 8) else "I"), value)[0]
+            return orientation if 1 <= orientation <= 8 else 1
     return 1
 
 
 def _decode_other(data: bytes, kind: str, max_pixels: int, matte: Matte) -> Pixels_HW3:
-    if kind == "BMP" and (found := bmp.masked(data)):
-        _check_size(found.width, found.height, max_pixels)
-        return bmp.pixels(data, found, matte)
+    if kind == "BMP" and (header := bmp.masked(data)):
+        _check_size(header.width, header.height, max_pixels)
+        return bmp.pixels(data, header, matte)
     pixels, orientation = _load_other(data, kind, max_pixels, matte)
-    return _upright(pixels, orientation)  # when Pillow's copies are gone
+    return _upright(pixels, orientation)  # not within _load_other, which holds Pillow's copies of the pixels
 
 
 def _load_other(data: bytes, kind: str, max_pixels: int, matte: Matte) -> tuple[Pixels_HW3, int]:
@@ -235,13 +235,13 @@ def _on_canvas(pixels: Pixels_HW3, place: png.Place, matte: Matte) -> Pixels_HW3
 
 
 def _may_lack_rows(image: Image.Image) -> bool:
-    """Rows that never came are zeros: among them the last, or in an interlaced picture the last of every second one."""
+    """Whether the file may be cut off: its missing rows, one of the last two among them, are then zeros."""
     last = np.asarray(image.crop((0, max(0, image.height - 2), *image.size)))
     return len(last) < 2 or not all(row.any() for row in last)
 
 
 def _first_frame(image: ImageFile.ImageFile, data: bytes) -> tuple[int, int, int, int] | None:
-    """Where the first frame of an animation lies on its canvas, which is transparent around it."""
+    """The box of an animation's first frame on its canvas, which is transparent around it."""
     if isinstance(image, GifImagePlugin.GifImageFile):
         return image.tile[0].extents
     return kinds.webp_frame(data) if isinstance(image, WebPImagePlugin.WebPImageFile) else None
@@ -274,7 +274,7 @@ def _strips(height: int, width: int) -> Iterator[slice]:
 
 
 def _painted(image: Image.Image, profile: bytes | None, matte: Matte = (255, 255, 255)) -> Pixels_HW3:
-    """Any mode that Pillow reads -> RGB in sRGB on the matte; by strips, as each step of it takes a copy."""
+    """Any mode that Pillow reads -> sRGB, blended with the matte; in strips, since each step makes a copy."""
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     for rows in _strips(image.height, image.width):
         strip = image.crop((0, rows.start, image.width, rows.stop))
@@ -299,18 +299,18 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     transform = _transform(profile, image.mode) if profile and len(profile) <= MAX_PROFILE else None
     if transform is None:
         return image.convert("RGB")
-    done = ImageCms.applyTransform(image, transform)
-    assert done is not None
-    return done
+    converted = ImageCms.applyTransform(image, transform)
+    assert converted is not None, "only an in-place transform returns nothing"
+    return converted
 
 
-@lru_cache(maxsize=16)  # it holds the profiles, too
+@lru_cache(maxsize=16)  # few, since its keys are whole profiles
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The way from an embedded profile to sRGB; None where it changes nothing or the profile is of no use.
+    """The transform from an embedded profile to sRGB; None if it would change nothing or the profile cannot be used.
 
-    Most profiles in photographs are sRGB itself, under many names. Colours are tried out rather than names compared:
-    a profile that moves no colour by more than one level is skipped, at a third of the time.
-    An unreadable profile, or one for other colours than the file has, is ignored as browsers do.
+    Most profiles in photographs are sRGB itself, under many names. So test colours are transformed: a profile that
+    moves none of them by more than one level is skipped, which takes a third of the time.
+    An unreadable profile, or one for other colours than the file has, is ignored, as in browsers.
     """
     try:
         transform = ImageCms.buildTransform(

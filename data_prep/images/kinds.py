@@ -1,6 +1,6 @@
-"""What a file is that is not read, and whether a file that cannot be read is there to its end.
+"""The formats of files that are not read, and whether a file that could not be decoded is cut off.
 
-Names and suffixes are not believed: a file is what its first bytes say.
+A format is told by a file's first bytes and never by its name.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 
 from data_prep.rejections import Cause, Rejection
 
-# Pictures that are not read. A signature that begins elsewhere than at the first byte has its place before it.
+# The first bytes of image formats that are not read.
 _PICTURES: tuple[tuple[bytes, str], ...] = (
     (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
     (b"\xff\x0a", "JPEG XL"),
@@ -33,7 +33,7 @@ _PICTURES: tuple[tuple[bytes, str], ...] = (
 )
 _PNM = re.compile(rb"P[1-7FfPh]\s")
 
-# What comes in place of pictures.
+# The first bytes of other files that are often found in place of images.
 _NO_PICTURES: tuple[tuple[bytes, str], ...] = (
     (b"%PDF", "PDF"),
     (b"%!PS", "PostScript"),
@@ -46,11 +46,11 @@ _NO_PICTURES: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", "a pointer of Git LFS, without the file"),
 )
 _HEIF = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"})
-_HEAD = 1024  # bytes in which a text says what it is
+_HEAD = 1024  # bytes at the start of a text that are searched for what it is
 
 
 def refusal(data: bytes) -> Rejection:
-    """Why a file is not read whose first bytes are those of no picture that is."""
+    """Why a file is refused whose first bytes are not those of a format that is read."""
     if not data:
         return Rejection(Cause.EMPTY)
     if picture := _picture(data):
@@ -59,7 +59,7 @@ def refusal(data: bytes) -> Rejection:
 
 
 def brands(data: bytes) -> frozenset[bytes]:
-    """Of a file of ISO boxes: what it says it may be read as."""
+    """The brands in the `ftyp` box of an ISO base media file: the formats that it may be read as."""
     if data[4:8] != b"ftyp":
         return frozenset()
     end = min(int.from_bytes(data[:4], "big"), len(data), _HEAD)
@@ -100,13 +100,13 @@ _TAG = re.compile(rb"<([a-z][a-z0-9:]*)")
 
 
 def _first_tag(head: bytes) -> bytes:
-    """Of an XML: what stands before it are declarations and comments."""
-    found = _TAG.search(re.sub(rb"<!--.*?-->", b"", head, flags=re.DOTALL))
-    return found[1].rpartition(b":")[2] if found else b""
+    """The first tag of an XML, behind declarations and comments."""
+    match = _TAG.search(re.sub(rb"<!--.*?-->", b"", head, flags=re.DOTALL))
+    return match[1].rpartition(b":")[2] if match else b""
 
 
 def _is_targa(data: bytes) -> bool:
-    """Its last bytes name it; a file of its first version is known by a header in which everything fits."""
+    """Whether it ends in TGA's signature or, as TGA's first version has none, its header is consistent as one."""
     if data.endswith(b"TRUEVISION-XFILE.\0"):
         return True
     if len(data) < 19 or data[1] > 1 or data[16] not in (8, 15, 16, 24, 32):
@@ -120,7 +120,7 @@ def _is_targa(data: bytes) -> bool:
 
 
 def webp_frame(data: bytes) -> tuple[int, int, int, int] | None:
-    """Of an animation: where its first frame begins and ends on the canvas, in columns and rows."""
+    """The box (left, top, right, bottom) of an animation's first frame on its canvas; None without an animation."""
     at = 12
     while data[at : at + 4] != b"ANMF":
         if at + 8 > len(data):
@@ -132,7 +132,7 @@ def webp_frame(data: bytes) -> tuple[int, int, int, int] | None:
 
 
 def ends_early(kind: str, data: bytes) -> bool:
-    """Whether a file that could not be read says itself that more must follow."""
+    """Whether a file that could not be decoded is cut off, by the lengths that it declares."""
     if kind == "WEBP":
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
     if kind == "GIF":
@@ -145,14 +145,14 @@ def ends_early(kind: str, data: bytes) -> bool:
 
 
 def _boxes_end_early(data: bytes) -> bool:
-    """A box that reaches beyond the end, or no box of data at all: it stands behind what describes it."""
+    """Whether a box reaches beyond the end, or there is no box of data, which comes after the metadata."""
     at, names = 0, set[bytes]()
     while at + 8 <= len(data):
         size = int.from_bytes(data[at : at + 4], "big")
         names.add(data[at + 4 : at + 8])
         if size == 1:
             size = int.from_bytes(data[at + 8 : at + 16], "big")
-        if size == 0:  # it reaches to the end
+        if size == 0:  # it extends to the end of the file
             return False
         at += max(size, 8)
     return at != len(data) or not names & {b"mdat", b"moov"}
@@ -163,7 +163,7 @@ def _bmp_ends_early(data: bytes) -> bool:
         return True
     pixels, header = (int.from_bytes(data[at : at + 4], "little") for at in (10, 14))
     if header < 20:
-        return False  # of OS/2's first kind, which Pillow tells of by itself
+        return False  # OS/2's first header, in which Pillow finds such damage itself
     width, height = (int.from_bytes(data[at : at + 4], "little", signed=True) for at in (18, 22))
     bits, packing = int.from_bytes(data[28:30], "little"), int.from_bytes(data[30:34], "little")
     stored = int.from_bytes(data[34:38], "little") if packing else (width * bits + 31) // 32 * 4 * abs(height)
@@ -171,7 +171,7 @@ def _bmp_ends_early(data: bytes) -> bool:
 
 
 def _gif_ends_early(data: bytes) -> bool:
-    """The end comes before the first frame is complete, and within a block."""
+    """Whether the file ends before the first frame does, within a block."""
     at = 13 + (3 << 1 + (data[10] & 7) if len(data) > 10 and data[10] & 128 else 0)
     while at < len(data) and (name := data[at]) in b",!":
         colours = data[at + 9] if name == b","[0] and at + 9 < len(data) else 0

@@ -1,16 +1,16 @@
 """A perceptual hash: 64 bits that stay nearly the same when a picture is stored again, smaller, or a little brighter.
 
-How: luma (77 R + 150 G + 29 B) / 256; the mean over each cell of a 32 x 32 grid (exact areas, whatever the picture's
-size or aspect, so antialiased); the 2-D DCT-II of the grid; its 64 lowest frequencies without the constant one, in
-zig-zag order ((0, 1), (1, 0), (0, 2), ... (9, 0), (0, 10), ... (9, 1)): against JPEG's noise they hold better than the
-8 x 8 corner, whose own corner is a higher frequency. A bit says that its coefficient is above the 64's median, so all
-64 bits say something, and half of them are set: distances are even, and 3 is the same as 2.
+Luma is (77 R + 150 G + 29 B) / 256. It is averaged over each cell of a 32 x 32 grid (exact areas, whatever the size or
+aspect, so it is antialiased), and the grid is transformed by the 2-D DCT-II. The hash is made of the 64 lowest
+frequencies without the constant one, in zig-zag order ((0, 1), (1, 0), (0, 2), ... (9, 0), (0, 10), ... (9, 1)): JPEG
+noise changes them less than the 8 x 8 corner, which has higher frequencies. A bit is set if its coefficient is above
+the median of the 64. So half of the bits are set, distances are even, and a limit of 3 is the same as 2.
 
-A picture with nothing in it has no hash: where too many of the coefficients are as near to the median as noise is,
-their bits would be noise too, and all flat pictures each other's duplicates.
+A picture without content has no hash: if too many coefficients are as near to the median as noise is, their bits are
+noise too, and all flat pictures would be duplicates of each other.
 
-All of it is in integers (floats hold them exactly, so that no order of additions matters): the same on every machine.
-Colour is not in it, and mirrored or turned pictures differ.
+The arithmetic is in integers, which floats hold exactly, so that the order of additions does not matter: the hash is
+the same on every machine. Colour does not count, and mirrored or rotated pictures have other hashes.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Floats = npt.NDArray[np.float64]
 
 GRID = 32
 LUMA = np.array([77.0, 150.0, 29.0])  # in 256ths
-FINE = 64  # steps of a luma level that a cell's mean is kept in
-ONE = 1 << 12  # what a cosine of 1 is as an integer
-NOISE = 1.0  # luma levels: an orthonormal coefficient this near to the median may pass it when it is stored as a JPEG
-WEAK = 16  # of the 64 may be that near
+FINE = 64  # a cell's mean is rounded down to 1 / FINE of a luma level
+ONE = 1 << 12  # a cosine of 1 as an integer
+NOISE = 1.0  # luma levels: an orthonormal coefficient this near to the median may cross it when stored as JPEG
+WEAK = 16  # the most of the 64 coefficients that may be that near
 
 LOWEST = sorted(((u, v) for u in range(11) for v in range(11)), key=lambda uv: (sum(uv), uv))[1:65]
 ROW_64, COLUMN_64 = np.array(LOWEST).T
@@ -38,9 +38,9 @@ LEVEL = FINE * ONE**2 * GRID / 2  # one luma level in an orthonormal coefficient
 
 
 def phash(pixels_HW3: npt.NDArray[np.uint8]) -> int | None:
-    """The hash of an sRGB picture, or None where there is too little in it."""
+    """The hash of an sRGB picture; None if it has too little content."""
     wave_64 = (WAVE_11G @ _grid(pixels_HW3) @ WAVE_11G.T)[ROW_64, COLUMN_64]
-    above_64 = 2 * wave_64 - np.sort(wave_64)[31:33].sum()  # twice the way from the median
+    above_64 = 2 * wave_64 - np.sort(wave_64)[31:33].sum()  # twice the distance from the median
     if np.count_nonzero(np.abs(above_64) < 2 * NOISE * LEVEL) > WEAK:
         return None
     return int.from_bytes(np.packbits(above_64 > 0).tobytes(), "big")
@@ -57,12 +57,12 @@ def _grid(pixels_HW3: npt.NDArray[np.uint8]) -> Floats:
 
 
 def _tall(height: int) -> int:
-    """How tall a strip is: in rows, or in 32nds of a row where not all of the cuts are between rows."""
+    """The height of a strip: in rows or, if not all strips begin with a whole row, in 32nds of a row."""
     return height if height % GRID else height // GRID
 
 
 def _strips(rows_HN: npt.NDArray[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """(32, N) sums over 32 strips of one height, as `_tall` counts it."""
+    """(32, N) sums over 32 strips of equal height, in the unit of `_tall`."""
     height, length = rows_HN.shape
     if height % GRID == 0:
         return np.asarray(rows_HN.reshape(GRID, -1, length).sum(axis=1, dtype=dtype))

@@ -1,4 +1,4 @@
-"""PNG's own structure: a file with no more than its pixels need, and whether all its rows are there."""
+"""PNG chunks: a file without those that its pixels do not need, and whether all rows are in it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from data_prep.rejections import Cause, Refused
 MAX_CHUNKS = 100_000
 MAX_PROFILE = 4 << 20  # bytes; larger ICC profiles are ignored
 
-_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a pixel, by colour type
+_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # per pixel, by colour type
 _PALETTE = 3
+# The first column and row of each pass, and the steps to the next ones.
 _WHOLE = ((0, 0, 1, 1),)
 _INTERLACED = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _PIECE = 1 << 18  # bytes that are inflated at a time
 
 
 class Place(NamedTuple):
-    """Where the first frame of an animation lies on the canvas."""
+    """The size of an animation's canvas, and the place of the first frame on it."""
 
-    width: int  # of the canvas
+    width: int
     height: int
     left: int
     top: int
@@ -32,13 +33,13 @@ class Bare(NamedTuple):
     file: bytes
     exif: bytes
     profile: bytes | None
-    place: Place | None = None  # None: it is all there is
+    place: Place | None = None  # None: the picture fills the canvas
 
 
 def read(data: bytes) -> Bare:
-    """The file with no more than its pixels need, its EXIF and its ICC profile.
+    """The file with only the chunks that its pixels need, its EXIF and its ICC profile.
 
-    Texts are dropped unread: they may be compressed a thousandfold, and Pillow refuses a picture for long ones.
+    Text chunks are dropped unread: they may decompress to a thousand times their size, and Pillow fails on long ones.
     """
     kept, frame, names = [data[:8]], _Frame(), set[bytes]()
     exif, profile = b"", None
@@ -55,15 +56,17 @@ def read(data: bytes) -> Bare:
         elif name == b"eXIf":
             exif = body
         elif name == b"iCCP" and profile is None:
-            profile = _inflated(body[body.find(b"\0") + 2 :], MAX_PROFILE + 1)  # too long by one is not used
+            profile = _inflated(
+                body[body.find(b"\0") + 2 :], MAX_PROFILE + 1
+            )  # the caller ignores one longer than MAX_PROFILE
         elif name in (b"acTL", b"fcTL", b"fdAT"):
             frame.add(name, body, b"IDAT" in names)
-    parts, place = frame.instead_of(kept)
-    return Bare(b"".join(parts), exif, profile, place)
+    chunks, place = frame.instead_of(kept)
+    return Bare(b"".join(chunks), exif, profile, place)
 
 
 class _Frame:
-    """The first frame of an animation that keeps it apart from the picture for who shows no animations."""
+    """The first frame of an animation, if it is not the picture that viewers without animations show."""
 
     def __init__(self) -> None:
         self._before: list[bytes] = []  # chunks of the animation that stand before the picture's data
@@ -80,6 +83,7 @@ class _Frame:
             self._data.append(body[4:])
 
     def instead_of(self, kept: list[bytes]) -> tuple[list[bytes], Place | None]:
+        """The chunks of a PNG of this frame, and its place; the picture's own chunks if there is no such frame."""
         if self._before != [b"acTL"] or not self._data or len(self._heads[0]) < 20:
             return kept, None  # the picture is the first frame, or there is no other
         width, height, left, top = struct.unpack_from(">4I", self._heads[0], 4)
@@ -97,7 +101,7 @@ def _chunk(name: bytes, body: bytes) -> bytes:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """Name, body and all of each chunk. The checksums of the pixels are looked at here, as Pillow does not do it."""
+    """The name, the body and all bytes of each chunk. Checksums are verified, as Pillow does not for pixels."""
     at, name = 8, b""
     for _ in range(MAX_CHUNKS):
         if at + 12 > len(data):
@@ -118,7 +122,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
 
 
 def _inflated(data: bytes, limit: int) -> bytes | None:
-    """The first `limit` bytes at most."""
+    """At most the first `limit` bytes of compressed data; None if they are damaged."""
     try:
         return zlib.decompressobj().decompress(data, limit)
     except zlib.error:
@@ -126,7 +130,7 @@ def _inflated(data: bytes, limit: int) -> bytes | None:
 
 
 def check(file: bytes) -> None:
-    """Whether its rows are all there; their data is inflated once more."""
+    """Refuse a file without all of its rows. This decompresses the pixels a second time."""
     missing = _size(*struct.unpack_from(">IIBBxxB", file, 16))
     press = zlib.decompressobj()
     for name, body, _ in _chunks(file):
@@ -140,7 +144,7 @@ def check(file: bytes) -> None:
 
 
 def _size(width: int, height: int, depth: int, colour_type: int, interlaced: int) -> int:
-    """Bytes of all rows, each with the one that names its filter."""
+    """The bytes of all rows, each with the byte that names its filter."""
     bits = depth * _SAMPLES.get(colour_type, 1)
     total = 0
     for left, top, right, down in _INTERLACED if interlaced else _WHOLE:

@@ -1,7 +1,7 @@
-"""What the training images are: a square of one side, or one of a set of buckets of about as many pixels; the file.
+"""The sizes of training images: squares of one side, or a set of buckets with about equally many pixels.
 
-A bucket keeps more of a tall or wide picture than a square does. The set is computed from four numbers, so that it is
-the same wherever it is needed and a plan's digest says all of it.
+A bucket keeps more of a tall or wide picture than a square does. The set is computed from its settings, so that it is
+the same wherever it is needed, and a plan's digest determines it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Format = Literal["jpeg", "webp", "png"]
 Subsampling = Literal["444", "422", "420"]
 SUFFIX: dict[Format, str] = {"jpeg": "jpg", "webp": "webp", "png": "png"}
 
-PATCH = 16  # of the network: it takes whole patches only
-LARGEST = 8192  # side
+PATCH = 16  # the side of the network's patches; images are made of whole ones
+LARGEST = 8192  # the longest side
 
 
 class Bucket(NamedTuple):
@@ -45,7 +45,7 @@ class Buckets(Settings):
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
-        """Every shape that fits the budget and lies in no larger one, from the tallest to the widest."""
+        """Every shape within the budget that is not contained in a larger one, from the tallest to the widest."""
         tallest = [self._tallest(width) for width in range(self.step, self.side**2 // self.step + 1, self.step)]
         shapes = [shape for shape in tallest if shape is not None]
         # A wider one that is no less tall contains a narrower one; equal widths do not occur.
@@ -69,6 +69,6 @@ def size_name(size: Size) -> str:
 
 
 def _kept(width: int, height: int, bucket: Bucket) -> float:
-    """The share of the picture that is left when the largest part of the bucket's shape is cut out of it."""
+    """The share of the picture that remains when the largest part with the bucket's aspect is cropped."""
     one, other = width * bucket.height, height * bucket.width
     return min(one, other) / max(one, other)

@@ -1,4 +1,4 @@
-"""What Pillow does not tell of a TIFF: parts that lie beyond its end, damage that libtiff goes over, odd samples."""
+"""Checks of TIFF that Pillow lacks: data beyond the end of the file, damage that libtiff ignores, unusual samples."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from PIL import TiffImagePlugin, _imaging
 from data_prep.images import jpeg
 from data_prep.rejections import Cause, Refused
 
-_PARTS = (  # where they are, and how long
+_PARTS = (  # the tags of the offsets of strips or tiles, and of their lengths
     (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.STRIPBYTECOUNTS),
     (TiffImagePlugin.TILEOFFSETS, TiffImagePlugin.TILEBYTECOUNTS),
 )
 _RAW, _JPEG = 1, 7
 _JPEG_TABLES = TiffImagePlugin.JPEGTABLES
-# Compressions that libtiff reads here; the others are valid, and nobody's fault.
+# Compressions that libtiff can read here. Files with others are valid, so they are refused as unsupported.
 _READ = frozenset({_RAW, 2, 3, 4, 5, 6, _JPEG, 8, 32773, 32946, 34925, 50000})
 _SPARE = 1 << 20  # pixels that a tile may be larger than the picture
 
@@ -32,27 +32,23 @@ _heard = threading.local()
 
 
 def _note(_: int | None, module: bytes | None, *__: object) -> None:
-    """What is wrong with a directory says nothing against the pixels, if they can be had."""
+    """Count an error of libtiff, but for errors in a directory: they do not matter if the pixels can be decoded."""
     if not (module or b"").startswith((b"TIFFFetch", b"TIFFReadDirectory", b"TIFFReadCustomDirectory")):
         _heard.errors = getattr(_heard, "errors", 0) + 1
 
 
-_listener = _HANDLER(_note)  # it must live as long as libtiff may call it
+_listener = _HANDLER(_note)  # kept, since libtiff may call it at any time
 
 
-def _listen() -> None:
-    """Pillow goes on after many errors of libtiff, which end on the process's error output."""
-    library = ctypes.CDLL(_imaging.__file__)  # what it is linked with is found through it
-    library.TIFFSetErrorHandlerExt(_listener)
-    library.TIFFSetErrorHandler(None)
-
-
-_listen()
+# Have libtiff report its errors here: Pillow ignores many of them, and they would be printed to stderr.
+_libtiff = ctypes.CDLL(_imaging.__file__)  # libtiff's symbols are found through it, as it is linked with libtiff
+_libtiff.TIFFSetErrorHandlerExt(_listener)
+_libtiff.TIFFSetErrorHandler(None)
 
 
 @contextmanager
 def strictly() -> Iterator[None]:
-    """What libtiff cannot decode inside of this block is refused, whatever Pillow makes of it."""
+    """Refuse a picture in which libtiff reports an error within this block, even if Pillow ignores it."""
     _heard.errors = 0
     yield
     if _heard.errors:
@@ -63,7 +59,7 @@ def strictly() -> Iterator[None]:
 
 
 def check(image: TiffImagePlugin.TiffImageFile, data: bytes) -> None:
-    """Before any memory is taken for the pixels."""
+    """Refuse what can be refused before memory is allocated for the pixels."""
     tags = image.tag_v2
     width, height = (tags.get(tag, 0) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
     if width * height > max(4 * image.width * image.height, _SPARE):
@@ -79,19 +75,19 @@ def check(image: TiffImagePlugin.TiffImageFile, data: bytes) -> None:
 
 
 def _parts(image: TiffImagePlugin.TiffImageFile) -> list[tuple[int, int]]:
-    """Where each part of the pixels is, and how long; a length that is more than all of them was never meant."""
+    """The offset and length of each strip or tile; an uncompressed one is no longer than all pixels are."""
     tags = image.tag_v2
     samples, bits = tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1), tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
     most = image.width * image.height * samples * max(bits) // 8 if tags.get(259, _RAW) == _RAW else None
-    found: list[tuple[int, int]] = []
-    for offsets, sizes in _PARTS:
-        for at, size in zip(tags.get(offsets, ()), tags.get(sizes, ()), strict=False):
-            found.append((at, size if most is None else min(size, most)))
-    return found
+    return [
+        (at, size if most is None else min(size, most))
+        for offsets, sizes in _PARTS
+        for at, size in zip(tags.get(offsets, ()), tags.get(sizes, ()), strict=False)
+    ]
 
 
 def _check_jpegs(image: TiffImagePlugin.TiffImageFile, data: bytes, parts: list[tuple[int, int]]) -> None:
-    """Each part is a JPEG; libtiff goes over damage in it, and Pillow does not let it say so."""
+    """Check each part, which is a JPEG, as `jpeg` does: libtiff ignores damage in it."""
     tables = bytes(image.tag_v2.get(_JPEG_TABLES, b""))[:-2]
     left = 4 * image.width * image.height + _SPARE
     for at, size in parts:
@@ -100,7 +96,7 @@ def _check_jpegs(image: TiffImagePlugin.TiffImageFile, data: bytes, parts: list[
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(whole, strict=False)
         except ValueError:
-            continue  # libtiff may know of it, or fails
+            continue  # libtiff decodes it or reports an error
         left -= height * width
         if left < 0:
             raise Refused(Cause.CORRUPT, "TIFF with JPEGs far larger than the picture")
@@ -115,24 +111,24 @@ def _check_jpegs(image: TiffImagePlugin.TiffImageFile, data: bytes, parts: list[
 
 
 def unreadable(data: bytes, error: BaseException) -> Refused:
-    """Why Pillow did not open it or read its pixels."""
+    """Why Pillow failed to open it or to read its pixels."""
     if _ends_early(data):
         return Refused(Cause.TRUNCATED, "TIFF that ends before its picture does")
-    if any(said in str(error) for said in _NOT_READ):
+    if any(message in str(error) for message in _NOT_READ):
         return Refused(Cause.UNSUPPORTED, "TIFF of samples that are not read")
     return Refused(Cause.CORRUPT, "TIFF with damage")
 
 
-# What Pillow says of files that may be whole: their samples are of a type, a number or an order that it does not know.
+# Pillow's messages about files that may be valid, with samples of a type, number or order that it does not support.
 _NOT_READ = ("unknown pixel mode", "unknown data organization", "Windows Media Photo", "not yet supported")
 _NEEDED = frozenset({256, 257, 258, 259, 262, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 339, 347})
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}  # of a value, by type
 
 
 def _ends_early(data: bytes) -> bool:
-    """The first directory, or a value in it that the pixels need, lies beyond the end."""
+    """Whether the first directory, or a value in it that is needed for the pixels, is beyond the end of the file."""
     order = "<" if data[:2] == b"II" else ">"
-    if data[2:4] not in (b"*\0", b"\0*"):  # of 64 bits: its directory is all that is looked for
+    if data[2:4] not in (b"*\0", b"\0*"):  # BigTIFF, of which only the directory's offset is checked
         return len(data) < 16 or struct.unpack_from(order + "Q", data, 8)[0] + 8 > len(data)
     if len(data) < 8:
         return True
@@ -143,6 +139,6 @@ def _ends_early(data: bytes) -> bool:
     entries = data[at + 2 : at + 2 + 12 * count]
     if len(entries) < 12 * count:
         return True
-    found = struct.iter_unpack(order + "HHII", entries)
-    sizes = ((_SIZES.get(kind, 0) * values, where) for tag, kind, values, where in found if tag in _NEEDED)
-    return any(size > 4 and where + size > len(data) for size, where in sizes)
+    fields = struct.iter_unpack(order + "HHII", entries)
+    sizes = ((_SIZES.get(kind, 0) * values, offset) for tag, kind, values, offset in fields if tag in _NEEDED)
+    return any(size > 4 and offset + size > len(data) for size, offset in sizes)

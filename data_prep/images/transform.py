@@ -1,8 +1,8 @@
-"""An upright picture -> the training images: crop, antialiased Lanczos, file. Every size from the same decode.
+"""An upright picture -> training images: crop, antialiased Lanczos, encode; all sizes from one decoded picture.
 
 torch's uint8 Lanczos with antialiasing is as good as Pillow's (56 dB against a float Lanczos) at a third of its time,
 and gives the same bytes on every x86 level. Decoding at reduced scale would be no faster and costs 15 dB; making a
-small size out of a larger one would round twice. tests/bench/EXPERIMENTS.md tells what else was tried.
+small size from a larger one would round twice. tests/bench/EXPERIMENTS.md says what else was tried.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from data_prep.rejections import Cause, Rejection
 
 
 class Box(NamedTuple):
-    """A part of a picture, in its pixels."""
+    """A part of a picture, in pixels."""
 
     left: int
     top: int
@@ -30,7 +30,7 @@ class Box(NamedTuple):
 
 
 def fitted(pixels_HW3: Pixels_HW3, size: Size) -> tuple[Pixels_HW3, Box] | Rejection:
-    """The middle of the picture at `size`, and which part that was; too small a picture is refused, never enlarged."""
+    """The centre of the picture at `size`, and its box; a picture that is too small is refused, not enlarged."""
     height, width, _ = pixels_HW3.shape
     if isinstance(size, int):
         shape = Bucket(size, size) if min(width, height) >= size else None
@@ -44,7 +44,7 @@ def fitted(pixels_HW3: Pixels_HW3, size: Size) -> tuple[Pixels_HW3, Box] | Rejec
 
 
 def centre_box(width: int, height: int, shape: Bucket) -> Box:
-    """The largest part of the shape's aspect, to the nearest pixel, from the middle."""
+    """The largest box of the shape's aspect, to the nearest pixel, in the centre."""
     if width * shape.height > height * shape.width:
         part = Bucket(_rounded(height * shape.width, shape.height), height)
     else:
@@ -52,12 +52,12 @@ def centre_box(width: int, height: int, shape: Bucket) -> Box:
     return Box((width - part.width) // 2, (height - part.height) // 2, *part)
 
 
-def _rounded(one: int, other: int) -> int:
-    return (2 * one + other) // (2 * other)
+def _rounded(numerator: int, denominator: int) -> int:
+    return (2 * numerator + denominator) // (2 * denominator)
 
 
 def resized(pixels_HW3: Pixels_HW3, box: Box, shape: Bucket) -> Pixels_HW3:
-    """First the height, then the width: whole rows are added up at a seventh less time than columns within them."""
+    """Resize the height first: adding whole rows takes a seventh less time than adding columns within them."""
     part = _part(pixels_HW3, box)
     if box.height != shape.height:
         part = _lanczos(part, shape.height, box.width)
@@ -75,18 +75,16 @@ def _part(pixels_HW3: Pixels_HW3, box: Box) -> Pixels_HW3:
 
 
 def _lanczos(pixels_HW3: Pixels_HW3, height: int, width: int) -> Pixels_HW3:
-    # Channels last, as the picture lies in memory: torch has a kernel for it, and nothing is turned around.
+    # Channels last, as the picture is in memory: torch has a kernel for this order, so that nothing is copied.
     x_13HW = torch.from_numpy(pixels_HW3)[None].permute(0, 3, 1, 2)
     y_13HW = torch.nn.functional.interpolate(x_13HW, (height, width), mode="lanczos", antialias=True)
-    done: Pixels_HW3 = y_13HW[0].permute(1, 2, 0).numpy()
-    return done
+    return np.asarray(y_13HW[0].permute(1, 2, 0).numpy())
 
 
 def encode(pixels_HW3: Pixels_HW3, format: Format, quality: int = 95, subsampling: Subsampling = "444") -> bytes:
     """The same pixels and settings give the same bytes. PNG has no quality, WebP always 4:2:0."""
     if format == "jpeg":
-        data: bytes = simplejpeg.encode_jpeg(pixels_HW3, quality, colorsubsampling=subsampling)
-        return data
+        return bytes(simplejpeg.encode_jpeg(pixels_HW3, quality, colorsubsampling=subsampling))
     buffer = io.BytesIO()
     image = Image.fromarray(pixels_HW3)
     if format == "webp":

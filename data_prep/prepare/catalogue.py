@@ -1,15 +1,15 @@
-"""Which URLs have been asked for, and in which batch what came of that lies: found by their hashes, in bounded memory.
+"""Which URLs have been asked for, and which batch holds the result of each: looked up by hash, in bounded memory.
 
-    downloads/catalogue/00003.json            CatalogueRecord: what all batches of its time say, in two tables
-    data/originals/entries-<sha256>.parquet   one row for every URL of them, by the first bits of its hash
-    data/originals/batches-<sha256>.parquet   one row for every batch, with what its URLs were asked with
+    downloads/catalogue/00003.json            CatalogueRecord: all batches that there were when it was written
+    data/originals/entries-<sha256>.parquet   one row for every URL of these batches, by the first bits of its hash
+    data/originals/batches-<sha256>.parquet   one row for every batch, with the settings of its downloads
 
-The batches themselves are the truth. A catalogue saves whoever looks for URLs from reading the indexes of tens of
-thousands of batches: those alone are read that have come since. It is written anew when they have become many.
+The batches themselves are the truth. A catalogue is a cache: with it, a lookup reads the indexes of newer batches
+only, and not those of tens of thousands. It is written anew when the newer ones have become many.
 
-A URL that was asked for more than once is where its bytes are; else where it was refused for good; else where it will
-be tried by the plan that asks; and where it failed only if there is nothing else. Of several the newest counts. Who
-looks for URLs writes down what was found (`links`), so that what comes later changes nothing of that.
+Where a URL is in several batches, a lookup prefers one that has its bytes; then one where it was refused for good; then
+one that the same plan is about to download; and last one where it failed. Of equals the newest counts. The result of a
+lookup is written down (`links`), so that later downloads do not change it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any, NamedTuple
@@ -41,17 +41,17 @@ from infra.store import Store
 
 _log = logging.getLogger(__name__)
 
-BITS = 6  # of a hash, by which URLs are dealt out to piles
+BITS = 6  # the first bits of a URL's hash say in which pile it is
 PILES = 1 << BITS
-FEW = 64  # batches whose indexes are soon read
-SHARE = 8  # a catalogue is written anew when what came since is more than this part of it
+FEW = 64  # so many newer batches are quickly read: they are no reason to write a catalogue anew
+SHARE = 8  # nor is less than this part (one in 8) of the batches that it covers
 
 Hashed = np.dtype([("high", "<u8"), ("low", "<u8")])
 Wanted = np.dtype([*Hashed.descr, ("row", "<i8")])
-Known = np.dtype([*Hashed.descr, ("batch", "<i4"), ("at", "<i4"), ("cause", "<i4")])  # batch: its place among all
-Rows = npt.NDArray[np.void]  # of one of these
+Known = np.dtype([*Hashed.descr, ("batch", "<i4"), ("at", "<i4"), ("cause", "<i4")])  # `batch`: in `Catalogue.batches`
+Rows = npt.NDArray[np.void]  # of one of these three types
 
-CAUSES: list[str | None] = [None, *Cause]  # by their codes
+CAUSES: list[str | None] = [None, *Cause]  # a cause's code is its place here; None where there are bytes
 CODES = {cause: code for code, cause in enumerate(CAUSES)}
 ENTRIES = pa.schema(
     [
@@ -78,22 +78,21 @@ class CatalogueRecord(Record):
 
 
 class Batch(NamedTuple):
-    """As far as a catalogue tells of it."""
+    """A row of the catalogue's table of batches."""
 
     name: str
     attempt: int
     began: str
-    asked: str  # as JSON, equal for equal settings
+    asked: str  # the settings of its downloads as JSON, equal for equal settings
 
 
 class Piles:
-    """Rows dealt out by their hashes, in a file without a name; each pile is read back by itself."""
+    """Rows in a nameless file, split into piles by the first bits of their hashes; each pile is read back by itself."""
 
     def __init__(self, kind: np.dtype[np.void]) -> None:
         self._kind = kind
         self._file = TemporaryFile()  # noqa: SIM115 - closed with the object
-        self._parts: list[list[tuple[int, int]]] = [[] for _ in range(PILES)]
-        self.rows = 0
+        self._extents: list[list[tuple[int, int]]] = [[] for _ in range(PILES)]  # of each pile: start and size
 
     def add(self, rows: Rows) -> None:
         pile = rows["high"] >> np.uint64(64 - BITS)
@@ -102,22 +101,21 @@ class Piles:
         begin, start = 0, self._file.tell()
         for number, end in enumerate(ends.tolist()):
             if end > begin:
-                self._parts[number].append((start + begin, end - begin))
+                self._extents[number].append((start + begin, end - begin))
             begin = end
         self._file.write(rows[order].tobytes())
-        self.rows += len(rows)
 
     def read(self, number: int) -> Rows:
         self._file.flush()
-        parts = (os.pread(self._file.fileno(), size, start) for start, size in self._parts[number])
-        return np.frombuffer(b"".join(parts), self._kind)
+        extents = (os.pread(self._file.fileno(), size, start) for start, size in self._extents[number])
+        return np.frombuffer(b"".join(extents), self._kind)
 
     def close(self) -> None:
         self._file.close()
 
 
 class Catalogue:
-    """All that is known when it is opened."""
+    """All URLs of all batches that there are when it is opened: those of the newest record, and of newer batches."""
 
     def __init__(self, store: Store, folder: Path) -> None:
         self._store = store
@@ -128,7 +126,7 @@ class Catalogue:
         self._entries: pq.ParquetFile | None = None
         self._open_newest()
         self.covered = sum(map(self.is_current, self.batches))
-        self._read_since()
+        self._read_newer()
 
     def close(self) -> None:
         self._fresh.close()
@@ -136,12 +134,12 @@ class Catalogue:
             self._entries.close()
 
     @property
-    def since(self) -> int:
-        """Batches that the catalogue does not tell of."""
+    def newer(self) -> int:
+        """How many batches the record in the store does not cover."""
         return len(self.batches) - self._written
 
     def pile(self, number: int) -> Rows:
-        found = [self._fresh.read(number)]
+        piles = [self._fresh.read(number)]
         if self._entries is not None:
             table = self._entries.read_row_group(number)
             causes = table["cause"].combine_chunks()
@@ -151,8 +149,8 @@ class Catalogue:
             for name in ("high", "low", "batch", "at"):
                 rows[name] = table[name].to_numpy()
             rows["cause"] = np.where(places < 0, 0, codes[places] if len(codes) else 0)
-            found.append(rows[self._current[rows["batch"]]])
-        return np.concatenate(found)
+            piles.append(rows[self._current[rows["batch"]]])
+        return np.concatenate(piles)
 
     def _open_newest(self) -> None:
         keys = list(layout.CATALOGUE.keys(self._store))
@@ -161,17 +159,17 @@ class Catalogue:
             return
         try:
             record = read_record(self._store, keys[-1], CatalogueRecord)
-            for name, found in (("entries", record.entries), ("batches", record.batches)):
-                fetch_data(self._store, found, self._folder / name)
+            fetch_data(self._store, record.entries, self._folder / "entries")
+            fetch_data(self._store, record.batches, self._folder / "batches")
             rows = pq.read_table(self._folder / "batches").to_pylist()
             entries = pq.ParquetFile(self._folder / "entries")
             if entries.num_row_groups != PILES or not entries.schema_arrow.equals(ENTRIES):
-                raise pa.ArrowInvalid("other piles")
+                raise pa.ArrowInvalid("it has other piles or columns")
             self.batches, self._entries = [Batch(**row) for row in rows], entries
         except StoreUnreachable:
             raise
         except (PixnerdError, pa.ArrowException, TypeError, KeyError) as error:
-            _log.warning("%s cannot be read (%s): the indexes of all downloads are", keys[-1], type(error).__name__)
+            _log.warning("%s cannot be read (%s): all indexes are read instead", keys[-1], type(error).__name__)
             return
         self._written = len(self.batches)
         self._current = np.array([self.is_current(batch) for batch in self.batches], bool)
@@ -179,10 +177,10 @@ class Catalogue:
     def is_current(self, batch: Batch) -> bool:
         return self.states.get(batch.name, originals.NOTHING).attempt == batch.attempt
 
-    def _read_since(self) -> None:
-        told = {batch.name for batch in self.batches if self.is_current(batch)}
-        since = {name: state for name, state in self.states.items() if name not in told and state.attempt >= 0}
-        for record, rows in in_order(self._index, originals.records(self._store, since)):
+    def _read_newer(self) -> None:
+        covered = {batch.name for batch in self.batches if self.is_current(batch)}
+        newer = {name: state for name, state in self.states.items() if name not in covered}
+        for record, rows in in_order(self._index, originals.records(self._store, newer)):
             rows["batch"] = len(self.batches)
             self.batches.append(Batch(record.batch, record.attempt, record.began, canonical_json(record.asked)))
             self._fresh.add(rows)
@@ -195,7 +193,7 @@ class Catalogue:
 
 
 def _code(cause: str | None) -> int:
-    """What only a newer version knows counts as refused for good."""
+    """A cause that only a newer pixnerd knows counts as refused for good."""
     return CODES.get(cause, CODES[Cause.GONE])
 
 
@@ -214,28 +212,23 @@ def rows_of(kind: np.dtype[np.void], hashes: Rows, **columns: Any) -> Rows:
 
 @contextmanager
 def opened(store: Store) -> Iterator[Catalogue]:
-    with TemporaryDirectory(prefix="pixnerd-catalogue-") as folder:
-        found = Catalogue(store, Path(folder))
-        try:
-            yield found
-        finally:
-            found.close()
+    with TemporaryDirectory(prefix="pixnerd-catalogue-") as folder, closing(Catalogue(store, Path(folder))) as known:
+        yield known
 
 
-# Which of what is known counts
+# Which rows count
 
 
 class Rules:
-    """What counts of what is known, and how much, under the settings of now."""
+    """Which rows of a catalogue a lookup may use under today's settings, and which it prefers."""
 
     def __init__(self, known: Catalogue, now: Asked, *, again: bool) -> None:
-        """`again`: what failed for a cause that can pass is as good as never asked for."""
-        kinds: dict[str, int] = {}
+        """`again`: a URL that failed for a cause that may pass counts as never asked for."""
+        kinds: dict[str, int] = {}  # the settings that batches were downloaded with, numbered
         kind = [kinds.setdefault(batch.asked, len(kinds)) for batch in known.batches]
-        ranks = np.empty((len(kinds), len(CAUSES)), np.int64)
-        for asked, number in kinds.items():
-            ranks[number] = _ranks(json.loads(asked), now, again=again)
-        self._ranks, self._kind = ranks, np.array(kind, np.int64)
+        ranks = [_ranks(json.loads(asked), now, again=again) for asked in kinds]
+        self._ranks = np.array(ranks, np.int64).reshape(len(kinds), len(CAUSES))
+        self._kind = np.array(kind, np.int64)
         dropped = [known.states.get(batch.name, originals.NOTHING).dropped for batch in known.batches]
         self._dropped = np.array(dropped, bool)
         order = sorted(range(len(kind)), key=lambda number: (known.batches[number].began, known.batches[number].name))
@@ -243,29 +236,31 @@ class Rules:
         self._age[order] = np.arange(len(kind))
 
     def preference(self, rows: Rows) -> npt.NDArray[np.int64]:
-        """Less than 0 for what counts, and the less the better."""
+        """Below 0 for a row that counts, the lower the better; 0 for one that does not."""
         rank = self._ranks[self._kind[rows["batch"]], rows["cause"]]
         rank[(rows["cause"] == 0) & self._dropped[rows["batch"]]] = 0
         return np.where(rank > 0, -(rank << 32) - self._age[rows["batch"]], 0)
 
 
-_THERE, _REFUSED, _COMING, _FAILED = 4, 3, 2, 1
-COMING = -(_COMING << 32)  # the preference for what is in a batch that this plan asks for
+_HAS_BYTES, _REFUSED, _COMING, _FAILED = 4, 3, 2, 1
+COMING = -(_COMING << 32)  # the preference for a URL of a batch that this plan will download
 
 
 def _ranks(then: Asked, now: Asked, *, again: bool) -> list[int]:
-    """By the codes of causes; 0 for what does not count."""
+    """The rank of a row by the code of its cause, the higher the better; 0 if it does not count."""
     open_again = originals.reopened(then, now)
     failed = 0 if again else _FAILED
     return [
-        _THERE if cause is None else 0 if cause in open_again else failed if cause in TRANSIENT else _REFUSED
+        _HAS_BYTES if cause is None else 0 if cause in open_again else failed if cause in TRANSIENT else _REFUSED
         for cause in CAUSES
     ]
 
 
 def joined(known: Rows, preference: npt.NDArray[np.int64], wanted: Rows) -> npt.NDArray[np.int64]:
-    """For each wanted row the place of the best known one with its hash; where there is none, that of the first wanted
-    row with it, counted on from the known ones."""
+    """For each wanted row the place of the preferred known row with its hash.
+
+    Where no known row has it: len(known) + the place of the first wanted row that does.
+    """
     high, low = (np.concatenate([known[name], wanted[name]]) for name in ("high", "low"))
     order = np.lexsort((np.concatenate([preference, wanted["row"]]), low, high))
     high, low = high[order], low[order]
@@ -280,9 +275,9 @@ def joined(known: Rows, preference: npt.NDArray[np.int64], wanted: Rows) -> npt.
 
 
 def update(store: Store) -> None:
-    """Write the catalogue anew if much has come since."""
+    """Write the catalogue anew if it covers too few of the batches."""
     with opened(store) as known, TemporaryDirectory(prefix="pixnerd-catalogue-") as folder:
-        if known.since < max(FEW, known.covered // SHARE):
+        if known.newer < max(FEW, known.covered // SHARE):
             return
         kept = [number for number, batch in enumerate(known.batches) if known.is_current(batch)]
         places = np.full(len(known.batches), -1, np.int32)
@@ -294,14 +289,15 @@ def update(store: Store) -> None:
             batches=put_data(store, layout.ORIGINALS.at(), "batches.parquet", parquet_bytes(batches)),
             urls=urls,
         )
-        before = list(layout.CATALOGUE.keys(store))
-        number = 1 + max((layout.CATALOGUE.parts(key)["number"] for key in before), default=-1)
+        older = list(layout.CATALOGUE.keys(store))
+        number = 1 + max((layout.CATALOGUE.parts(key)["number"] for key in older), default=-1)
         if write_record(store, layout.CATALOGUE.at(number=number), record):
-            for key in before:
+            for key in older:
                 store.delete(key)
 
 
 def _write(known: Catalogue, places: npt.NDArray[np.int32], path: Path) -> int:
+    """Write the table of entries and return its length; `places` are the new places of batches."""
     urls = 0
     causes = pa.array(CAUSES[1:], pa.string())
     with pq.ParquetWriter(path, ENTRIES, compression="zstd") as writer:
@@ -309,7 +305,7 @@ def _write(known: Catalogue, places: npt.NDArray[np.int32], path: Path) -> int:
             rows = known.pile(number)
             codes = pa.array((rows["cause"] - 1).astype(np.int8), mask=rows["cause"] == 0)
             columns = [rows["high"], rows["low"], places[rows["batch"]], rows["at"]]
-            table = [*map(pa.array, columns), pa.DictionaryArray.from_arrays(codes, causes)]
-            writer.write_table(pa.Table.from_arrays(table, schema=ENTRIES), row_group_size=max(1, len(rows)))
+            arrays = [*map(pa.array, columns), pa.DictionaryArray.from_arrays(codes, causes)]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=ENTRIES), row_group_size=max(1, len(rows)))
             urls += len(rows)
     return urls

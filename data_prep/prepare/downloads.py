@@ -1,13 +1,12 @@
-"""What is left to download, and which shards wait for it.
+"""Which batches of URLs are left to download, and which shards wait for them.
 
-A shard waits for the batches that its rows are linked to, as far as they are not there: they may be asked for by its
-own list or by another one, or have been there and been dropped.
+A shard waits for those batches that its rows are linked to and that are not in the store. Such a batch may be asked for
+by the shard's own list or by another one, or it was downloaded earlier and then dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from itertools import groupby
 from typing import NamedTuple
 
@@ -28,20 +27,20 @@ from infra.store import Store
 
 
 class Work(NamedTuple):
-    """A batch, to be downloaded."""
+    """A batch to be downloaded."""
 
     batch: Batch
-    state: State  # how far it is
+    state: State
     max_bytes: int
-    links: LinksRecord | None  # of the list that asks for it; None where it was there before
-    needed_by: str  # for people: a source and its input
+    links: LinksRecord | None  # of the list that asks for it; None where the batch was downloaded before
+    needed_by: str  # the source and the input, for messages
 
     def __str__(self) -> str:
         return f"the downloads {self.batch.number} ({self.needed_by})"
 
 
 class Downloads:
-    """Of a job: `works` are all that is missing for these shards, in the order of their rows."""
+    """The downloads of a job: `works` are the batches that its shards lack, in the order of the shards' rows."""
 
     def __init__(self, store: Store, settings: PrepareSettings, plan: Plan, shards: Sequence[PlannedShard]) -> None:
         self._store, self._settings = store, settings
@@ -50,12 +49,12 @@ class Downloads:
         self._states = originals.states(store)
         self._attempts = {name: state.attempt for name, state in self._states.items() if state.attempt > 0}
         self._asked = dict(self._all_asked())
-        self._had: dict[str, npt.NDArray[np.bool_]] = {}  # of dropped batches: where there were bytes
-        self._numbers: dict[str, int] = {}  # of batches among the works
+        self._had: dict[str, npt.NDArray[np.bool_]] = {}  # of a dropped batch: which of its URLs gave bytes
+        self._numbers: dict[str, int] = {}  # the place among `works` of a batch
         self.works: list[Work] = []
         self._shards = list(shards)
         needs = list(self._all_needs())
-        self._waiting = [len(found) for found in needs]  # of each shard, for how many works
+        self._waiting = list(map(len, needs))  # for how many works each shard waits
         self.ready = [shard for shard, waiting in zip(self._shards, self._waiting, strict=True) if not waiting]
         flat = np.concatenate([np.zeros(0, np.int32), *needs])
         order = np.argsort(flat, kind="stable")
@@ -63,7 +62,7 @@ class Downloads:
         self._ends = np.searchsorted(flat[order], np.arange(len(self.works)), "right").tolist()
 
     def finished(self, work: Work) -> Iterator[PlannedShard]:
-        """The shards that waited for this and wait for nothing more."""
+        """The shards for which this was the last download that they waited for."""
         number = self._numbers[work.batch.name]
         if work.state.dropped:
             self._attempts[work.batch.name] = work.state.attempt + 1
@@ -73,7 +72,7 @@ class Downloads:
                 yield self._shards[place]
 
     def linked(self, shard: PlannedShard) -> Linked | None:
-        """What the task that makes the shard is told of its originals; None where its source is no list of URLs."""
+        """Where the task that makes the shard finds its originals; None where its source is no list of URLs."""
         if shard.known_as not in self._at:
             return None
         record = self._links[self._at[shard.known_as].at]
@@ -84,29 +83,29 @@ class Downloads:
         return Linked(record, {name: self._attempts[name] for name in names if name in self._attempts})
 
     def _all_asked(self) -> Iterator[tuple[str, tuple[Batch, LinksRecord]]]:
-        """The batches that these lists ask for, and that others ask for to which they are linked."""
-        found = {record.at.key: record for record in self._links.values()}
-        for key in {key for record in found.values() for key in record.others} - found.keys():
-            found[key] = read_record(self._store, key, LinksRecord)
-        for record in found.values():
+        """The batches that these lists ask for, and those of the other lists that they are linked to."""
+        records = {record.at.key: record for record in self._links.values()}
+        for key in {key for record in records.values() for key in record.others} - records.keys():
+            records[key] = read_record(self._store, key, LinksRecord)
+        for record in records.values():
             for batch in links.asked(self._store, record):
                 yield batch.name, (batch, record)
 
     def _all_needs(self) -> Iterator[npt.NDArray[np.int32]]:
+        """For each shard the numbers of the works that it waits for."""
         for known_as, shards in groupby(self._shards, lambda shard: shard.known_as):
-            with ExitStack() as files:
-                file = None
-                if known_as in self._at:
-                    file = files.enter_context(links.opened(self._store, self._links[self._at[known_as].at]))
+            if known_as not in self._at:
+                yield from (np.zeros(0, np.int32) for _ in shards)
+                continue
+            with links.opened(self._store, self._links[self._at[known_as].at]) as file:
                 for shard in shards:
-                    yield np.array([] if file is None else list(self._needs(file, shard)), np.int32)
+                    yield np.array(list(self._needs(file, shard)), np.int32)
 
     def _needs(self, file: Links, shard: PlannedShard) -> Iterator[int]:
-        """The works that a shard waits for."""
-        here = _slice(file, shard)
-        for code, name in enumerate(here.names):
+        rows = _slice(file, shard)
+        for code, name in enumerate(rows.names):
             state = self._states.get(name, originals.NOTHING)
-            if state.is_done or (state.dropped and not self._bytes_in(name, state)[here.at[here.codes == code]].any()):
+            if state.is_done or (state.dropped and not self._bytes_in(name, state)[rows.at[rows.codes == code]].any()):
                 continue
             if name not in self._numbers:
                 self._numbers[name] = len(self.works)
@@ -138,14 +137,14 @@ class Downloads:
 def _lists(settings: PrepareSettings, plan: Plan, shards: Sequence[PlannedShard]) -> dict[KnownAs, Asking]:
     """The lists of URLs that these shards are made of."""
     sources, wanted = settings.by_name, {shard.known_as for shard in shards}
-    found: dict[KnownAs, Asking] = {}
+    lists: dict[KnownAs, Asking] = {}
     for shard in plan.shards:
         source = sources[shard.source]
         if shard.known_as in wanted and isinstance(source, UrlSource):
             part = _rows(shard)
             whole = part._replace(first=0, rows=part.first + part.rows)
-            found[shard.known_as] = Asking(source, settings.at(shard.known_as), whole)
-    return found
+            lists[shard.known_as] = Asking(source, settings.at(shard.known_as), whole)
+    return lists
 
 
 def _rows(shard: PlannedShard) -> Rows:
@@ -155,13 +154,13 @@ def _rows(shard: PlannedShard) -> Rows:
 
 
 def _slice(file: Links, shard: PlannedShard) -> Slice:
-    """What those rows are linked to."""
+    """The links of these rows."""
     part = _rows(shard)
     return file.slice(part.first, part.rows)
 
 
 def download(store: Store, settings: FetchSettings, work: Work, *, keep: bool) -> None:
-    """What a worker does."""
+    """Download a batch: the work of a Ray task."""
     if work.links is None:
         missing = originals.missing_again(store, work.batch.name, work.state)
     else:
@@ -170,18 +169,15 @@ def download(store: Store, settings: FetchSettings, work: Work, *, keep: bool) -
 
 
 def drop(store: Store, settings: PrepareSettings, plan: Plan) -> None:
-    """Delete the tars that the plan's lists ask for; of others that they are linked to, what nobody is to keep."""
+    """Delete the tars of the batches that the plan's lists ask for.
+
+    Of the other batches that they are linked to, those go whose own lists do not keep originals either.
+    """
     own, used = set[str](), set[str]()
-    for at in {settings.at(given) for given in plan.inputs if isinstance(settings.by_name[given.source], UrlSource)}:
+    for at in {settings.at(known) for known in plan.inputs if isinstance(settings.by_name[known.source], UrlSource)}:
         if (record := links.read_links(store, at)) is not None:
             own.update(batch.name for batch in links.asked(store, record))
-            used.update(_names(store, record))
+            used.update(name for _, rows in links.slices(store, record) for name in rows.names)
     states = {name: state for name, state in originals.states(store).items() if name in own | used}
-    found = originals.records(store, states)
-    originals.drop(store, (record for record in found if record.batch in own or not record.kept))
-
-
-def _names(store: Store, record: LinksRecord) -> Iterator[str]:
-    with links.opened(store, record) as file:
-        for first in range(0, record.rows, links.GROUP):
-            yield from file.slice(first, min(links.GROUP, record.rows - first)).names
+    records = originals.records(store, states)
+    originals.drop(store, (record for record in records if record.batch in own or not record.kept))

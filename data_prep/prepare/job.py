@@ -2,13 +2,13 @@
 
     plan  ->  downloads, where a source is a list of URLs  ->  shards  ->  one summary
 
-Each planned shard is a task, and so is each batch of URLs (`originals`) that is not there yet: a shard begins when all
-batches that it needs are there. What a job may ask of the web is dealt out among those of its downloads that are under
-way. Another job knows nothing of that: two at once may ask for twice as much.
+Each planned shard is a task, and so is each batch of URLs (`originals`) that must be downloaded. A shard starts when
+all batches that it needs are in the store. The simultaneous downloads of a job divide the limits of its requests among
+them. Jobs do not know of each other: two at once may make twice as many requests.
 
-A record in the store means that its shard is done. So a run that was killed is finished by running it again, a second
-run of finished work does nothing, and any number of runs at once agree. A file that kills its decoder is found and
-rejected; the shard, and the job, go on without it.
+A record in the store means that its shard is done. So running it again finishes a run that was killed and does nothing
+after one that was not, and any number of simultaneous runs agree. A file that kills its decoder is found and rejected,
+and the shard and the job go on without it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-WORKER_LIFE = 200  # shards: native libraries leak a little, a new process does not
+WORKER_LIFE = 200  # shards, after which a worker process is replaced: native libraries leak a little memory
 
 
 def check_accepted(summary: PrepareSummary) -> None:
-    """Raises where nothing is left for anybody to use; tells of a size of which that is true."""
+    """Raise if no image was accepted at any size; warn of a size at which none was."""
     without = {size: counts.rejected for size, counts in summary.sizes.items() if not counts.accepted}
     for size, rejected in without.items():
         if not rejected:
@@ -64,14 +64,14 @@ def check_accepted(summary: PrepareSummary) -> None:
 class Progress:
     shards: int
     planned_shards: int
-    inputs: int  # whose fate is known: not those whose download is about to be tried again
-    planned_inputs: int  # nobody has counted a tar's before it is read: an estimate of those that are to come
-    downloads: int  # URLs that have been tried
+    inputs: int  # accepted or rejected, without those whose download will be tried again
+    planned_inputs: int  # an estimate, as the members of a tar are not counted before it is read
+    downloads: int  # URLs that were tried
     planned_downloads: int
     accepted: dict[str, int]  # size -> count
     rejected: dict[str, dict[str, int]]  # size -> cause -> count
-    own_inputs: int  # of those in `inputs`, the ones that this run worked on; another may be at work beside it
-    per_second: float  # of those
+    own_inputs: int  # those of `inputs` that this run worked on, and not one before or beside it
+    per_second: float  # own inputs
 
 
 def prepare(
@@ -80,10 +80,10 @@ def prepare(
     progress: Callable[[Progress], None] | None = None,
     decoder: Decoder | None = None,
 ) -> PrepareSummary:
-    """Make every shard that is not there yet. Ray must be up (infra.cluster.connect)."""
+    """Make every shard that is not in the store. Ray must be up (infra.cluster.connect)."""
     store = open_store(store) if isinstance(store, str) else store
     plan = make_plan(store, settings)
-    key = summary_key(plan.digest, plan.edition)
+    key = layout.PREPARED.at(plan=plan.digest, edition=plan.edition)
     if store.exists(key):
         return read_record(store, key, PrepareSummary)
     tally = _Tally(plan, _tried_again(store, settings, plan))
@@ -95,66 +95,58 @@ def prepare(
     if job.left:
         if progress:
             progress(tally.progress())
-        for what, made in results(job):
-            if isinstance(what, PlannedShard):
-                tally.add(what, made)
+        for piece, made in results(job):
+            if isinstance(piece, PlannedShard):
+                tally.add(piece, made)
             else:
-                tally.downloads += what.batch.urls
+                tally.downloads += piece.batch.urls
             if progress:
                 progress(tally.progress())
     if job.downloads.works:
         catalogue.update(store)
-    if not settings.keep_originals:  # before the summary: who finds that has nothing left to do
+    if not settings.keep_originals:  # before the summary, as a run that finds one does nothing
         downloads.drop(store, settings, plan)
     write_record(store, key, tally.summary())
     return read_record(store, key, PrepareSummary)
 
 
-def retry_failed(store: Store, settings: PrepareSettings) -> int:
-    """Let the next `prepare` download again what failed for causes that can pass; how many inputs that are."""
-    return begin_retries(store, failed_downloads(store, settings))
-
-
 def failed_downloads(store: Store, settings: PrepareSettings) -> list[Retry]:
-    """What could be tried again, list by list. It is refused where downloads are not finished; nothing is written."""
-    states, found, lists = originals.states(store), dict[str, Retry | None](), 0
+    """What can be tried again of each list; an error if downloads are not finished. Nothing is written."""
+    states, by_place, begun = originals.states(store), dict[str, Retry | None](), False
     for source in settings.sources:
         if not isinstance(source, UrlSource):
             continue
-        for given in source.inputs(store):
-            place = links.place(source, given.name, given.sha256, settings.fetch)
-            found[place] = found.get(place) or retry(store, given.name, place, states)
-            lists += links.read_links(store, At(place)) is not None
-    if found and not lists:
+        for table in source.inputs(store):
+            place = links.place(source, table.name, table.sha256, settings.fetch)
+            by_place[place] = by_place.get(place) or retry(store, table.name, place, states)
+            begun |= links.read_links(store, At(place)) is not None
+    if by_place and not begun:
         raise DataError("none of the downloads has been begun", remedy="prepare without a retry first")
-    return [each for each in found.values() if each is not None]
+    return [failed for failed in by_place.values() if failed is not None]
 
 
-def begin_retries(store: Store, found: Sequence[Retry]) -> int:
-    return sum(begin(store, each) for each in found)
-
-
-def summary_key(plan: str, edition: str) -> str:
-    return layout.PREPARED.at(plan=plan, edition=edition)
+def begin_retries(store: Store, failed: Sequence[Retry]) -> int:
+    """Let the next `prepare` try these downloads again; return how many."""
+    return sum(begin(store, of_list) for of_list in failed)
 
 
 def _tried_again(store: Store, settings: PrepareSettings, plan: Plan) -> Counter[str]:
-    """Why the downloads failed that a later generation of this plan has tried again."""
-    again: Counter[str] = Counter()
-    for given in plan.inputs:
-        if given.generation:
-            again.update(retries(store, settings.at(given).place)[given.generation - 1].causes)
-    return again
+    """Cause -> how many downloads failed for it that a later generation of this plan tries again."""
+    causes: Counter[str] = Counter()
+    for known in plan.inputs:
+        if known.generation:
+            causes.update(retries(store, settings.at(known).place)[known.generation - 1].causes)
+    return causes
 
 
 def _done(store: Store, plan: Plan) -> Iterator[tuple[PlannedShard, list[ShardRecord]]]:
-    """The planned shards all of whose records are there."""
-    found: dict[int, list[ShardRecord]] = {}
-    for size, each in plan.sizes.items():
+    """The planned shards all of whose records are in the store."""
+    by_shard: dict[int, list[ShardRecord]] = {}
+    for size, count in plan.sizes.items():
         for record in plan.records(store, size):
-            found.setdefault(record.number // each, []).append(record)
+            by_shard.setdefault(record.number // count, []).append(record)
     for shard in plan.shards:
-        records = found.get(shard.number, [])
+        records = by_shard.get(shard.number, [])
         if len(records) == sum(plan.sizes.values()):
             yield shard, records
 
@@ -163,17 +155,17 @@ class Made(NamedTuple):
     """What a planned shard became."""
 
     records: list[ShardRecord]
-    own: bool  # False if another run had made it before this one came to it
+    own: bool  # False if another run had made it already
 
 
 Piece = Downloading | PlannedShard
 
 
 class _Job(Work[Piece, Made]):
-    """What is left to do. Downloads and shards are under way at the same time; a shard waits for its own downloads.
+    """The downloads and shards that are left to do, in one loop; a shard waits only for the downloads that it needs.
 
-    Ray by itself starts once more whatever dies with its worker; here one hears of the second death. A shard is then
-    made with its decoder guarded.
+    If a task's worker dies, Ray itself repeats the task once. Only a second death is reported here, and the shard is
+    then made with its decoder in a child process (`quarantine`).
     """
 
     noun = "shards"
@@ -184,24 +176,25 @@ class _Job(Work[Piece, Made]):
         self.downloads = Downloads(store, settings, plan, todo)
         super().__init__(self.downloads.ready, settings.in_flight)
         self.left = len(todo)
-        self._store, self._settings, self._plan, self._decoder = store, settings, plan, decoder
+        self._store, self._settings, self._decoder = store, settings, decoder
+        self._plan = replace(plan, shards=[])  # a task needs no copy of perhaps 36,000 planned shards
         self._works = deque(self.downloads.works)
-        self._taken: dict[str, FetchSettings] = {}  # by batches
+        self._taken: dict[str, FetchSettings] = {}  # the shares of running downloads, by batch
 
     def begin(self) -> None:
         import ray
 
         super().begin()
-        # Dealt out once: downloads that are under way would know nothing of another share.
+        # Divided once, as a running download would not hear of a new share.
         self._shares = _shares(self._settings.fetch, min(self.at_once, len(self._works)))
-        # One of each for the whole job: Ray counts a worker's calls by what `remote` returned.
+        # Made once for the whole job: Ray counts a worker's calls (`max_calls`) per remote function.
         limits = {"max_calls": WORKER_LIFE, "max_retries": 1}
-        # Downloading waits for the web most of the time: it keeps no CPU from those that decode, and no node to itself.
+        # A download mostly waits for the web, so it takes no CPU from decoding; and they spread over the nodes.
         self._download = ray.remote(num_cpus=0, scheduling_strategy="SPREAD", **limits)(_download)
         self._make = ray.remote(num_cpus=1, **limits)(_make)
 
     def ready(self, running: Collection[Piece]) -> Iterator[Piece]:
-        """A download for each free share, and no more shards than Ray can soon begin."""
+        """A download for each free share, and as many shards as `at_once` allows."""
         while self._works and self._shares:
             yield self._works.popleft()
         yield from super().ready([piece for piece in running if isinstance(piece, PlannedShard)])
@@ -211,9 +204,7 @@ class _Job(Work[Piece, Made]):
             share = self._taken[piece.batch.name] = self._shares.pop()
             return self._download.remote(self._store, share, piece, self._settings.keep_originals)
         linked = self.downloads.linked(piece)
-        return self._make.remote(
-            self._store, self._settings, self._plan.without_shards(), piece, linked, self._decoder, again
-        )
+        return self._make.remote(self._store, self._settings, self._plan, piece, linked, self._decoder, again)
 
     def ended(self, piece: Piece, result: Made | None) -> None:
         if isinstance(piece, PlannedShard):
@@ -230,9 +221,9 @@ class _Job(Work[Piece, Made]):
 
 
 def _shares(settings: FetchSettings, tasks: int) -> list[FetchSettings]:
-    """What each of so many tasks may do that download at once: all together just what the limits allow.
+    """Fetch settings for `tasks` simultaneous downloads, whose limits add up to those of `settings`.
 
-    Where there is not enough for so many, there are fewer.
+    A limit cannot be less than one, so there are fewer of them where a limit is smaller than `tasks`.
     """
     limits = {"at_once": settings.at_once, "per_host": settings.per_host, "ahead_mib": settings.ahead_mib}
     tasks = min(tasks, *limits.values())
@@ -257,16 +248,16 @@ def _make(
     decoder: Decoder | None,
     guarded: bool,
 ) -> Made:
-    """What a Ray worker does. torch is imported here, in the worker, not by whoever plans."""
+    """Make the shards of a planned shard: a Ray task. torch is imported here, so that the driver needs none."""
     keys = [shard_key(plan.digest, size, number) for size in plan.sizes for number in plan.numbers(shard, size)]
 
-    def made() -> Made | None:
-        """By another run."""
-        there = all(store.exists(key) for key in keys)
-        return Made([read_record(store, key, ShardRecord) for key in keys], own=False) if there else None
+    def made_by_another_run() -> Made | None:
+        if not all(store.exists(key) for key in keys):
+            return None
+        return Made([read_record(store, key, ShardRecord) for key in keys], own=False)
 
-    if found := made():
-        return found
+    if made := made_by_another_run():
+        return made
     import torch
 
     from data_prep.images.decode import decode
@@ -278,15 +269,17 @@ def _make(
     try:
         return Made(make_shard(store, settings, plan, shard, linked, outcomes), own=True)
     except originals.Gone:
-        if found := made():  # and it has dropped since what it was made of
-            return found
+        if made := made_by_another_run():  # which has dropped the originals since
+            return made
         raise
 
 
 @dataclass
 class _Tally:
+    """The counts of a run, from which its progress and its summary are told."""
+
     plan: Plan
-    tried_again: Counter[str]
+    tried_again: Counter[str]  # cause -> failed downloads that a later generation tries again
     done: set[int] = field(default_factory=set)
     inputs: int = 0
     downloads: int = 0
@@ -296,10 +289,10 @@ class _Tally:
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
     began: float = 0.0
     own_inputs: int = 0
-    expected: int = 0  # inputs of the shards that are done, as they were planned
+    expected: int = 0  # planned inputs of the shards that are done
 
     def begin(self, downloads: int) -> None:
-        """From here on it is this run's speed."""
+        """Start to measure the speed of this run."""
         self.planned_downloads = downloads
         self.began = time.monotonic()
 
@@ -320,7 +313,7 @@ class _Tally:
 
     def progress(self) -> Progress:
         seconds = max(time.monotonic() - self.began, 1e-9)
-        again = self.tried_again.total()  # each counts with what comes of it last, and until then not at all
+        again = self.tried_again.total()  # such an input counts once, with the result of its last try
         inputs = max(0, self.inputs - again)
         return Progress(
             shards=len(self.done),
@@ -338,14 +331,14 @@ class _Tally:
     def summary(self) -> PrepareSummary:
         again = self.tried_again.total()
         sizes = {}
-        for size, each in self.plan.sizes.items():
+        for size, count in self.plan.sizes.items():
             rejected = self.rejected[size]
             rejected.subtract(self.tried_again)
             sizes[size] = SizeSummary(
                 shards=shard_prefix(self.plan.digest, size),
-                count=each * len(self.done),
+                count=count * len(self.done),
                 accepted=self.accepted[size],
-                rejected={cause: count for cause, count in sorted(rejected.items()) if count},
+                rejected={cause: inputs for cause, inputs in sorted(rejected.items()) if inputs},
             )
             assert sizes[size].accepted + sum(sizes[size].rejected.values()) == self.inputs - again
         return PrepareSummary(

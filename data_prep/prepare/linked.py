@@ -1,8 +1,8 @@
-"""The raw items of a list of URLs, with the bytes that were downloaded for them, from wherever these lie.
+"""The raw items of a list of URLs, with the bytes that were downloaded for them.
 
-A list whose rows stand in the order in which they were asked for finds its originals side by side. What is left of one
-that was filtered, joined with others or put in another order finds them scattered over many tars. So it depends on how
-much of a tar is wanted whether it is copied as a whole, one request for hundreds of images, or read image by image.
+The originals of a list lie side by side in tars if its rows are in the order in which they were asked for. Those of a
+list that was filtered, joined or reordered since are scattered over many tars. So a tar of which many images are needed
+is copied as a whole, with one request for hundreds of them, and others are read image by image.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from infra.errors import DataError, NotFound
 from infra.records import DataObject, fetch_data
 from infra.store import FileStore, Store
 
-WINDOW = 2048  # rows that are looked at together
-MANY = 256  # rows of a window for which a tar is worth a copy
+WINDOW = 2048  # rows for which it is decided together which tars are copied
+MANY = 256  # a tar is copied if so many rows of a window need it
 OPEN_FILES = 16
-AHEAD = 2  # images that a store is asked for at once, and twice as many are held: each may be large
+AHEAD = 2  # images that are requested at once; twice as many are in memory, and each may be large
 
 
 class Linked(NamedTuple):
-    """What the originals of a shard's rows are told by."""
+    """Where the originals of a shard's rows are."""
 
     links: LinksRecord
-    attempts: Mapping[str, int]  # of batches that were downloaded more than once: which time counts
+    attempts: Mapping[str, int]  # the newest download of each batch that was downloaded more than once
 
 
 class Original(NamedTuple):
@@ -50,26 +50,29 @@ class Original(NamedTuple):
 
 
 def items(store: Store, source: UrlSource, settings: FetchSettings, linked: Linked, part: Range) -> Iterator[RawItem]:
-    """Every row of the part, in order."""
+    """The item of every row of the part, in order."""
     assert isinstance(part, Rows)
     with links.opened(store, linked.links) as file:
-        here = file.slice(part.first, part.rows)
+        links_of_part = file.slice(part.first, part.rows)
     with closing(_Tars(store)) as tars:
-        found = _images(store, Limits(settings, source.max_bytes), linked, here, tars)
-        for item, image in zip(source.items(store, part), found, strict=True):
+        images = _images(store, Limits(settings, source.max_bytes), linked, links_of_part, tars)
+        for item, image in zip(source.items(store, part), images, strict=True):
             yield item._replace(image=_outcome(item, image, part))
 
 
-Image = tuple[str, bytes | Rejection]  # with the URL that was asked for it
+Image = tuple[str, bytes | Rejection]  # the URL that was asked for, and what came of it
 
 
-def _outcome(item: RawItem, found: Image | None, part: Range) -> bytes | Rejection:
-    """A failed download comes before what is wrong with a caption: it alone may pass."""
-    if found is None:
+def _outcome(item: RawItem, downloaded: Image | None, part: Range) -> bytes | Rejection:
+    """The image of an item, or why it has none.
+
+    If both its download and its caption failed, the download is the cause: only that may pass in a retry.
+    """
+    if downloaded is None:
         if not isinstance(item.image, Rejection):
             raise links.changed(part.input)
         return item.image
-    url, image = found
+    url, image = downloaded
     if isinstance(item.image, Rejection):
         return image if isinstance(image, Rejection) else item.image
     if item.image == url:
@@ -79,43 +82,43 @@ def _outcome(item: RawItem, found: Image | None, part: Range) -> bytes | Rejecti
     return Rejection(Cause.BAD_URL, "its hash is that of another one")
 
 
-def _images(store: Store, limits: Limits, linked: Linked, here: Slice, tars: _Tars) -> Iterator[Image | None]:
-    for first in range(0, len(here.codes), WINDOW):
-        window = here._replace(codes=here.codes[first : first + WINDOW], at=here.at[first : first + WINDOW])
-        rows = _rows(store, window, linked.attempts)
-        taken: list[Original | Image | None] = []
-        for row in rows:
-            why = row and limits.refused(row.row)
-            taken.append((row.url, why) if row and why else row)
-        yield from tars.images(taken)
+def _images(store: Store, limits: Limits, linked: Linked, part: Slice, tars: _Tars) -> Iterator[Image | None]:
+    """What came of the URL of each row, in order; None for what is no URL."""
+    for first in range(0, len(part.codes), WINDOW):
+        window = part._replace(codes=part.codes[first : first + WINDOW], at=part.at[first : first + WINDOW])
+        rows: list[Original | Image | None] = []
+        for original in _originals(store, window, linked.attempts):
+            refusal = original and limits.refused(original.row)
+            rows.append((original.url, refusal) if original and refusal else original)
+        yield from tars.images(rows)
 
 
-def _rows(store: Store, here: Slice, attempts: Mapping[str, int]) -> list[Original | None]:
-    """What is known of each row's original, in order."""
-    found: list[Original | None] = [None] * len(here.codes)
+def _originals(store: Store, window: Slice, attempts: Mapping[str, int]) -> list[Original | None]:
+    """Each row's entry in the index of its batch, in order; None for what is no URL."""
+    originals_of_rows: list[Original | None] = [None] * len(window.codes)
 
     def read(number: int) -> tuple[int, BatchRecord, list[Row]]:
-        name = here.names[number]
+        name = window.names[number]
         record = originals.read_batch(store, name, attempts.get(name, 0))
-        return number, record, originals.read_index(store, record).take(here.at[here.codes == number]).to_pylist()
+        return number, record, originals.read_index(store, record).take(window.at[window.codes == number]).to_pylist()
 
-    used = np.unique(here.codes[here.codes >= 0]).tolist()
+    used = np.unique(window.codes[window.codes >= 0]).tolist()
     for number, record, rows in in_order(read, used):
-        for place, row in zip(np.flatnonzero(here.codes == number).tolist(), rows, strict=True):
-            found[place] = Original(row["url"], record, row)
-    return found
+        for place, row in zip(np.flatnonzero(window.codes == number).tolist(), rows, strict=True):
+            originals_of_rows[place] = Original(row["url"], record, row)
+    return originals_of_rows
 
 
 class _Tars:
-    """Tars to read from. Those on this machine are read where they lie, others from a copy or by ranges.
+    """The tars of originals. Those of a local store are read in place, others from a copy or by range requests.
 
-    A copy is open and has no name, so that it is gone with this process.
+    A copy is an open file without a name, so that it goes when this process ends.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
-        self._left: Counter[str] = Counter()  # what is still wanted of the tars that are copied
+        self._left: Counter[str] = Counter()  # how many images of each copied tar are still needed
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -123,7 +126,7 @@ class _Tars:
             file.close()
 
     def images(self, window: list[Original | Image | None]) -> Iterator[Image | None]:
-        """The bytes of each row that is not settled, in order."""
+        """The bytes of each row that is an `Original`, in order; the other rows as they are."""
         wanted = [row for row in window if isinstance(row, Original)]
         if isinstance(self._store, FileStore):
             yield from map(self._image, window)
@@ -146,12 +149,11 @@ class _Tars:
         tar, start, length = _tar(row), row.row["offset"], row.row["length"]
         try:
             file = self._file(tar)
-            if file is not None and not isinstance(self._store, FileStore):
-                return row.url, os.pread(file.fileno(), length, start)  # the copy has been held against its hash
             data = os.pread(file.fileno(), length, start) if file else self._store.get(tar.key, start, start + length)
         except NotFound:
             raise originals.gone(self._store, row.record) from None
-        if hashlib.sha256(data).digest() != row.row["sha256"]:
+        checked = file is not None and not isinstance(self._store, FileStore)  # a copy was checked as a whole
+        if not checked and hashlib.sha256(data).digest() != row.row["sha256"]:
             raise DataError(
                 f"{self._store.url}/{tar.key} is damaged: {row.url} is not what was downloaded",
                 remedy="delete it, then run again: what it holds is downloaded once more",
@@ -159,7 +161,7 @@ class _Tars:
         return row.url, data
 
     def _file(self, tar: DataObject) -> BinaryIO | None:
-        """The open tar; none where its images are asked for one by one."""
+        """The open tar; None if its images are requested one by one."""
         with self._lock:
             if tar.key in self._files:
                 self._files.move_to_end(tar.key)

@@ -1,12 +1,12 @@
-"""What the rows of a list of URLs are made of: for each row an original, in which batch, at which place in it.
+"""The links of a list of URLs: for each of its rows the batch that holds its original, and the place in that batch.
 
-    downloads/lists/<place>/<generation>/links.json   LinksRecord: written once, by whoever comes first
+    downloads/lists/<place>/<generation>/links.json   LinksRecord: written once, by the first driver that gets there
     data/originals/links-<sha256>.parquet             a row for every row of the list; null for what is no URL
     data/originals/asked-<sha256>.parquet             the URLs that this list is the first to ask for, batch by batch
 
-It is decided before anything is downloaded (`linking`), and stays so whatever is downloaded later and by whom: two
-drivers, a second run and another size make their shards of the same originals. The place is the digest of the list and
-of the settings that decide what may be downloaded; a later generation holds those of its rows that are tried again.
+Links are made before anything is downloaded (`linking`), and later downloads never change them: two drivers, a second
+run and another size make their shards of the same originals. The place is the digest of the list and of the settings
+that decide what may be downloaded; a later generation holds those rows of the list that are tried again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -31,8 +32,8 @@ from infra.errors import DataError, SettingsError
 from infra.records import DataObject, Record, read_record
 from infra.store import Store
 
-GROUP = 1 << 16  # rows that are read together
-BATCHES_READ = 16  # whose URLs are: a row group of a thousand is not worth its place in the footer
+GROUP = 1 << 16  # rows of links in a row group
+BATCHES_READ = 16  # batches of URLs in a row group: one of a thousand rows is not worth its place in the footer
 
 LINKS = pa.schema([pa.field("batch", pa.dictionary(pa.int32(), pa.string())), pa.field("at", pa.int32())])
 ASKED = pa.schema(
@@ -62,7 +63,7 @@ class LinksRecord(Record):
     asked: DataObject
     urls: int  # of `asked`
     asked_with: Asked
-    others: list[str]  # the records of lists whose batches it is linked to and that were not there yet
+    others: list[str]  # keys of the records of other lists whose batches it is linked to and were not yet downloaded
 
     @property
     def at(self) -> At:
@@ -70,7 +71,7 @@ class LinksRecord(Record):
 
 
 def place(source: UrlSource, name: str, sha256: str, settings: FetchSettings) -> str:
-    """Of an input, which is a list of URLs."""
+    """The place of the links of an input, which is a list of URLs."""
     asked = {"column": source.image, **chosen_of(asked_with(settings, source.max_bytes))}
     return digest({"input": [name, sha256], "asked": asked})
 
@@ -82,13 +83,13 @@ def read_links(store: Store, at: At) -> LinksRecord | None:
 class Slice(NamedTuple):
     """The links of some rows."""
 
-    names: list[str]  # of the batches that they are in
-    codes: npt.NDArray[np.int64]  # of each row, its batch's place among the names; -1: no URL
-    at: npt.NDArray[np.int32]
+    names: list[str]  # of the batches that these rows are linked to
+    codes: npt.NDArray[np.int64]  # for each row, the place of its batch among `names`; -1: no URL
+    at: npt.NDArray[np.int32]  # for each row, its place in the batch
 
 
 class Links:
-    """Read by groups, of which the last few are in memory."""
+    """A table of links, read by row groups; the last two are kept in memory."""
 
     def __init__(self, file: pq.ParquetFile) -> None:
         self._file = file
@@ -118,6 +119,13 @@ def opened(store: Store, record: LinksRecord) -> Iterator[Links]:
         yield Links(file)
 
 
+def slices(store: Store, record: LinksRecord) -> Iterator[tuple[int, Slice]]:
+    """All links of a list, by row groups, each with the number of its first row."""
+    with opened(store, record) as file:
+        for first in range(0, record.rows, GROUP):
+            yield first, file.slice(first, min(GROUP, record.rows - first))
+
+
 @contextmanager
 def _opened(store: Store, record: LinksRecord, table: DataObject) -> Iterator[pq.ParquetFile]:
     lost = DataError(
@@ -136,36 +144,34 @@ def _opened(store: Store, record: LinksRecord, table: DataObject) -> Iterator[pq
 
 
 class Batch(NamedTuple):
-    """One that a list is the first to ask for."""
+    """A batch that a list is the first to ask for."""
 
     name: str
-    number: int
-    urls: int
+    number: int  # among the batches of its list
+    urls: int  # how many
 
 
 def batches(store: Store, record: LinksRecord) -> Iterator[tuple[Batch, pa.Array]]:
-    """With the URLs of each."""
-    number = 0
+    """The batches that a list asks for, each with its URLs."""
+    numbers = count()
     with _opened(store, record, record.asked) as file:
         for group in range(file.num_row_groups):
-            for name, urls in _of_group(file.read_row_group(group)):
-                yield Batch(name, number, len(urls)), urls
-                number += 1
+            for name, urls in _urls_by_batch(file.read_row_group(group)):
+                yield Batch(name, next(numbers), len(urls)), urls
 
 
 def asked(store: Store, record: LinksRecord) -> list[Batch]:
-    """The batches alone."""
-    found: list[Batch] = []
+    """The batches that a list asks for, without reading their URLs."""
+    batches: list[Batch] = []
     with _opened(store, record, record.asked) as file:
         for group in range(file.num_row_groups):
-            here = file.read_row_group(group, columns=["batch"])["batch"].combine_chunks()
-            counts = np.bincount(here.indices.to_numpy(), minlength=len(here.dictionary)).tolist()
-            numbers = range(len(found), len(found) + len(counts))
-            found += map(Batch, here.dictionary.to_pylist(), numbers, counts)
-    return found
+            names = file.read_row_group(group, columns=["batch"])["batch"].combine_chunks()
+            counts = np.bincount(names.indices.to_numpy(), minlength=len(names.dictionary)).tolist()
+            batches += map(Batch, names.dictionary.to_pylist(), count(len(batches)), counts)
+    return batches
 
 
-def _of_group(table: pa.Table) -> Iterator[tuple[str, pa.Array]]:
+def _urls_by_batch(table: pa.Table) -> Iterator[tuple[str, pa.Array]]:
     batch, urls = table["batch"].combine_chunks(), table["url"].combine_chunks()
     ends = np.searchsorted(batch.indices.to_numpy(), np.arange(len(batch.dictionary)), "right").tolist()
     for name, first, end in zip(batch.dictionary.to_pylist(), [0, *ends], ends, strict=False):
@@ -173,10 +179,10 @@ def _of_group(table: pa.Table) -> Iterator[tuple[str, pa.Array]]:
 
 
 def missing(store: Store, record: LinksRecord, batch: Batch) -> Missing:
-    """What a batch is made of that was never downloaded."""
+    """What to download for a batch that was never downloaded."""
     with _opened(store, record, record.asked) as file:
         table = file.read_row_group(batch.number // BATCHES_READ)
-    urls = dict(_of_group(table))[batch.name].to_pylist()
+    urls = dict(_urls_by_batch(table))[batch.name].to_pylist()
     return Missing(batch.name, 0, list(enumerate(urls)), {})
 
 

@@ -1,25 +1,25 @@
-"""Downloaded originals, kept by their URLs: no table, size or setting asks twice for what is there.
+"""Batches of downloaded originals, kept by their URLs, so that no list, size or setting downloads one twice.
 
     downloads/batches/<batch>.0.json          BatchRecord: up to 1,024 URLs that were asked for together, written last
     downloads/batches/<batch>.0.dropped.json  its tar is no longer kept
-    downloads/batches/<batch>.1.json          it was needed once more, and downloaded once more
+    downloads/batches/<batch>.1.json          the record of its second download, if it was needed after that
     data/originals/<batch>-<sha256>.tar       the bytes, in the order they came: <hash of the URL>.<jpg|png|...>
     data/originals/<batch>-<sha256>.parquet   one row for every URL, in the order in which they were first asked for
 
-A batch is called after its URLs and after what they were asked with, so it has no place of its own among the tables.
-Which URLs are there is told by `catalogue`; which of them the rows of a table are made of, by `links`.
+A batch is named after its URLs and the settings of its download, and belongs to no list. `catalogue` finds the batch of
+a URL; `links` holds which originals the rows of a list are made of.
 
-What settings of the downloader decide is what is tried (`reopened`) and what is taken of what is there (`Limits`).
+The downloader's settings decide which URLs are tried again (`reopened`) and which downloaded bytes are used (`Limits`).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -43,19 +43,20 @@ SCHEMA = pa.schema(
         pa.field("url", pa.string(), nullable=False),  # as it was asked for
         pa.field("cause", pa.string()),  # why there is no image; null where there is one
         pa.field("detail", pa.string()),
-        pa.field("status", pa.int32()),  # of the last answer
+        pa.field("status", pa.int32()),  # of the last response
         pa.field("answered_by", pa.string()),  # the URL after redirects
         pa.field("content_type", pa.string()),
         pa.field("tries", pa.int32(), nullable=False),
         pa.field("redirects", pa.int32(), nullable=False),
-        pa.field("wish", pa.string()),  # that it be left alone, as an answer said
-        pa.field("private", pa.string()),  # addresses that were asked for it and are not public
+        pa.field("wish", pa.string()),  # an opt-out that a response declared
+        pa.field("private", pa.string()),  # addresses that it was requested from and that are not public
         pa.field("offset", pa.int64()),
         pa.field("length", pa.int64()),
         pa.field("sha256", pa.binary(32)),
     ]
 )
-USED = ["url", "cause", "detail", "redirects", "wish", "private", "offset", "length", "sha256"]  # where shards are made
+# The columns that the making of shards uses.
+USED = ["url", "cause", "detail", "redirects", "wish", "private", "offset", "length", "sha256"]
 
 Asked = dict[str, Any]  # the settings that decide what may be downloaded, by name
 Row = dict[str, Any]  # of an index
@@ -64,24 +65,24 @@ Row = dict[str, Any]  # of an index
 class BatchRecord(Record):
     batch: str
     attempt: int
-    began: str  # when; it stands here alone, so that the same answers make the same objects
+    began: str  # a time; in no data object, so that the same responses make the same objects
     asked: Asked
-    kept: bool  # False if whoever asked for it drops its tar when all is done
-    tar: DataObject | None  # None where nothing came
+    kept: bool  # False if the run that asked for it is to drop its tar at the end
+    tar: DataObject | None  # None if no URL gave bytes
     index: DataObject
     accepted: int
     rejected: dict[str, int]  # cause -> count
 
 
 class Dropped(Record):
-    """That a batch's tar is gone, or is about to go."""
+    """Marks that a batch's tar is deleted, or is about to be."""
 
     batch: str
     attempt: int
 
 
 class State(NamedTuple):
-    """How far a batch is."""
+    """How far the download of a batch is."""
 
     attempt: int = -1  # the newest that has a record
     dropped: bool = False
@@ -103,59 +104,42 @@ def read_batch(store: Store, batch: str, attempt: int) -> BatchRecord:
 
 
 def states(store: Store) -> dict[str, State]:
-    """Every batch of which anything is there, from one listing."""
-    found: dict[str, State] = {}
+    """The states of all batches in the store, from one listing."""
+    newest: dict[str, State] = {}
     for entry in store.list(layout.BATCH.under()):
         dropped = layout.DROPPED.parse(entry.key)
         if parts := dropped or layout.BATCH.parse(entry.key):
             state = State(parts["attempt"], dropped is not None)
             batch = parts["batch"]
-            found[batch] = max(found.get(batch, state), state)  # a drop counts more than what is dropped
-    return found
+            newest[batch] = max(newest.get(batch, state), state)  # of one attempt, dropped is more than done
+    return newest
 
 
-# What settings decide
+# Which settings decide what
 
-_OPENING = ("allow_private", "allow_networks", "allow_metadata")
-_HEEDED = ("opt_out", "robots")
+_OPENING = ("allow_private", "allow_networks", "allow_metadata")  # settings that admit more addresses
+_HEEDED = ("opt_out", "robots")  # settings that honour the owners' wishes
 
 
 def asked_with(settings: FetchSettings, max_bytes: int) -> Asked:
     return {"max_bytes": max_bytes, **settings.results()}
 
 
-def _more(name: str, then: Asked, now: Asked) -> bool:
-    return bool(now[name] > then[name])
-
-
-def _another_agent(then: Asked, now: Asked) -> bool:
-    return bool(now["user_agent"] != then["user_agent"])
-
-
-def _opened(then: Asked, now: Asked) -> bool:
-    return any(now.get(name) and now[name] != then.get(name) for name in _OPENING)
-
-
-def _unheeded(then: Asked, now: Asked) -> bool:
-    return any(then.get(name) and not now.get(name) for name in _HEEDED) or _another_agent(then, now)
-
-
-_REOPENED: dict[Cause, Callable[[Asked, Asked], bool]] = {
-    Cause.TOO_MANY_BYTES: partial(_more, "max_bytes"),
-    Cause.TOO_MANY_REDIRECTS: partial(_more, "redirects"),
-    Cause.PRIVATE_ADDRESS: _opened,
-    Cause.OPTED_OUT: _unheeded,
-    Cause.HTTP_ERROR: _another_agent,
-}
-
-
 def reopened(then: Asked, now: Asked) -> set[Cause]:
-    """The causes for which URLs were refused then and need not be now: those may be asked for again."""
-    return {cause for cause, differs in _REOPENED.items() if differs(then, now)}
+    """The causes for which URLs were refused under the settings `then` and may be accepted `now`."""
+    another_agent = now["user_agent"] != then["user_agent"]
+    differs = {
+        Cause.TOO_MANY_BYTES: now["max_bytes"] > then["max_bytes"],
+        Cause.TOO_MANY_REDIRECTS: now["redirects"] > then["redirects"],
+        Cause.PRIVATE_ADDRESS: any(now.get(name) and now[name] != then.get(name) for name in _OPENING),
+        Cause.OPTED_OUT: another_agent or any(then.get(name) and not now.get(name) for name in _HEEDED),
+        Cause.HTTP_ERROR: another_agent,
+    }
+    return {cause for cause, is_reopened in differs.items() if is_reopened}
 
 
 def either(then: Asked, now: Asked) -> Asked:
-    """For URLs some of which were asked for with the one and some with the other: what either reopens, it does."""
+    """Settings to record for a batch that was downloaded partly with each: what either reopens, they reopen."""
     least = {name: min(then[name], now[name]) for name in ("max_bytes", "redirects")}
     opened = {name: now[name] if then.get(name) == now[name] else type(now[name])() for name in _OPENING}
     heeded = {name: then.get(name) or now[name] for name in _HEEDED}
@@ -164,14 +148,14 @@ def either(then: Asked, now: Asked) -> Asked:
 
 
 class Limits:
-    """What is taken of what is there, under the settings of now. What robots.txt says is not asked for once more."""
+    """Which downloaded bytes may be used under today's settings. robots.txt is not asked again."""
 
     def __init__(self, settings: FetchSettings, max_bytes: int) -> None:
         self._settings, self._max_bytes = settings, max_bytes
         self._admits = cache(settings.opened.admits)
 
     def refused(self, row: Row) -> Rejection | None:
-        """Why a URL gives no image; None where its bytes are there and may be used."""
+        """Why a URL gives no image; None if its bytes may be used."""
         if row["cause"] is not None:
             return Rejection(Cause(row["cause"]), row["detail"])
         if row["wish"] and self._settings.opt_out:
@@ -189,8 +173,7 @@ class Limits:
 
 
 def url_hash(url: str) -> bytes:
-    """What a URL is found by. Nobody can make up a URL that has another one's; who uses it compares the URL all the
-    same."""
+    """What URLs are looked up by. Nobody can forge a collision; who uses the bytes compares the URL all the same."""
     return hashlib.sha256(url.encode()).digest()[:16]
 
 
@@ -201,22 +184,22 @@ def chosen_of(asked: Asked) -> Asked:
 
 
 def batch_name(hashes: bytes, asked: Asked, nonce: str = "") -> str:
-    """Of URLs, in this order, asked for with these settings; a `nonce` tells one more try from the first."""
+    """The name of a batch of URLs, in this order, asked for with these settings; `nonce` sets a retry apart."""
     return hashlib.sha256(f"{canonical_json(chosen_of(asked))}\n{nonce}\n".encode() + hashes).hexdigest()[:32]
 
 
 class Missing(NamedTuple):
-    """What a batch is made of: URLs to ask for, each with its place in the batch, and rows that stay as they are."""
+    """What a download of a batch is to do."""
 
     batch: str
     attempt: int
-    urls: Sequence[tuple[int, str]]
-    rows: Mapping[int, Row]
-    then: Asked | None = None  # what they were asked for with before
+    urls: Sequence[tuple[int, str]]  # to ask for, each after its place in the batch
+    rows: Mapping[int, Row]  # place -> a row of the index that stays as it is
+    then: Asked | None = None  # the settings of the earlier download
 
 
 def missing_again(store: Store, batch: str, state: State) -> Missing:
-    """Of a batch whose tar was dropped: only what had come is asked for, and a failure stays what it was."""
+    """What to download of a batch whose tar was dropped: only URLs that had given bytes; failures stay as they are."""
     record = read_batch(store, batch, state.attempt)
     rows = dict(enumerate(read_parquet(store, record.index, None).to_pylist()))
     urls = [(at, row["url"]) for at, row in rows.items() if row["cause"] is None]
@@ -225,21 +208,21 @@ def missing_again(store: Store, batch: str, state: State) -> Missing:
 
 
 def make(store: Store, todo: Missing, settings: FetchSettings, max_bytes: int, *, keep: bool) -> BatchRecord:
-    """Download a batch; done already if it has a record."""
+    """Download a batch, unless it has a record."""
     key = batch_key(todo.batch, todo.attempt)
     if store.exists(key):
         return read_record(store, key, BatchRecord)
     asked = asked_with(settings, max_bytes)
-    if todo.then is not None:  # others may use more of it than we do
+    if todo.then is not None:  # other lists may use more of the batch than these settings allow
         asked = either(todo.then, asked)
         max_bytes = max(max_bytes, todo.then["max_bytes"])
         settings = settings.model_copy(update={"redirects": max(settings.redirects, todo.then["redirects"])})
     began, rows = datetime.now(UTC).isoformat(timespec="seconds"), dict(todo.rows)
-    with store.spool() as file, closing(fetch((url for _, url in todo.urls), settings, max_bytes)) as answers:
+    with store.spool() as file, closing(fetch((url for _, url in todo.urls), settings, max_bytes)) as responses:
         tar = TarWriter(file)
-        for answer in answers:
-            at, url = todo.urls[answer.number]
-            rows[at] = {"url": url} | _said(answer) | _put(tar, url, answer.data)
+        for response in responses:
+            at, url = todo.urls[response.number]
+            rows[at] = _row(tar, url, response)
         tar.finish()
         assert len(rows) == len(todo.urls) + len(todo.rows), "a URL was lost or counted twice"
         table = pa.Table.from_pylist([rows[at] for at in sorted(rows)], schema=SCHEMA)
@@ -259,40 +242,38 @@ def make(store: Store, todo: Missing, settings: FetchSettings, max_bytes: int, *
     return record if write_record(store, key, record) else read_record(store, key, BatchRecord)
 
 
-def _said(answer: Fetched) -> Row:
-    said = {
-        "status": answer.status,
-        "answered_by": answer.url,
-        "content_type": answer.content_type,
-        "tries": answer.tries,
-        "redirects": answer.redirects,
-        "wish": answer.wish or None,
-        "private": answer.private or None,
+def _row(tar: TarWriter, url: str, response: Fetched) -> Row:
+    """The row of the index for a response, whose bytes are added to the tar."""
+    data = response.data
+    row = {
+        "url": url,
+        "status": response.status,
+        "answered_by": response.url,
+        "content_type": response.content_type,
+        "tries": response.tries,
+        "redirects": response.redirects,
+        "wish": response.wish or None,
+        "private": response.private or None,
     }
-    if isinstance(answer.data, Rejection):
-        said |= {"cause": answer.data.cause.value, "detail": answer.data.detail}
-    return said
-
-
-def _put(tar: TarWriter, url: str, data: bytes | Rejection) -> Row:
     if isinstance(data, Rejection):
-        return {"cause": data.cause.value}
+        return row | {"cause": data.cause.value, "detail": data.detail}
     member = tar.add(f"{url_hash(url).hex()}.{SUFFIXES.get(sniff(data) or '', 'bin')}", data)
-    return {"cause": None, "offset": member.offset, "length": member.length, "sha256": hashlib.sha256(data).digest()}
+    sha256 = hashlib.sha256(data).digest()
+    return row | {"cause": None, "offset": member.offset, "length": member.length, "sha256": sha256}
 
 
 # Dropping
 
 
-def drop(store: Store, done: Iterable[BatchRecord]) -> None:
-    """Delete the tars; what was answered stays on record, and so does that they are gone."""
+def drop(store: Store, batches: Iterable[BatchRecord]) -> None:
+    """Delete the tars of batches; their indexes stay, and a record says that the tars are gone."""
 
-    def forget(record: BatchRecord) -> None:
+    def drop_tar(record: BatchRecord) -> None:
         if record.tar is not None:
             mark_dropped(store, record)
             store.delete(record.tar.key)
 
-    for _ in in_order(forget, done):
+    for _ in in_order(drop_tar, batches):
         pass
 
 
@@ -302,11 +283,11 @@ def mark_dropped(store: Store, record: BatchRecord) -> None:
 
 
 class Gone(DataError):
-    """A tar is not there, though its record says so, and nothing says that it was dropped."""
+    """A batch's record names a tar that is not in the store, and no record says that it was dropped."""
 
 
 def gone(store: Store, record: BatchRecord) -> Gone:
-    """For whoever finds that a tar is not there. From now on all know it, so that it is downloaded once more."""
+    """The error for a tar that is missing; marks it as dropped, so that the next run downloads it again."""
     assert record.tar is not None
     mark_dropped(store, record)
     return Gone(
@@ -318,7 +299,7 @@ def read_index(store: Store, record: BatchRecord, columns: Sequence[str] = USED)
     return read_parquet(store, record.index, columns)
 
 
-def records(store: Store, found: Mapping[str, State]) -> Iterator[BatchRecord]:
-    """Those of batches that have one, in their order."""
-    there = [(batch, state.attempt) for batch, state in found.items() if state.attempt >= 0]
-    return in_order(lambda pair: read_batch(store, *pair), there)
+def records(store: Store, batches: Mapping[str, State]) -> Iterator[BatchRecord]:
+    """The newest records of these batches, in their order, without those that have none."""
+    newest = [(batch, state.attempt) for batch, state in batches.items() if state.attempt >= 0]
+    return in_order(lambda pair: read_batch(store, *pair), newest)

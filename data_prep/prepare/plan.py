@@ -1,14 +1,14 @@
 """The plan: which shard is made of which rows, decided before any work, extended by new inputs and never changed.
 
-    plans/<digest>/00000.parquet     the shards of the inputs that were there first
-    plans/<digest>/00001.parquet     those of inputs that came later, and so on
-    plans/<digest>/<edition>.json    which inputs a run found: their shards are what it makes
+    plans/<digest>/00000.parquet     the planned shards of the inputs that the first run found
+    plans/<digest>/00001.parquet     those of inputs that were added later, and so on
+    plans/<digest>/<edition>.json    the inputs that one run found: it makes the shards of these
 
-The digest is that of the settings that change results, so other settings are another place. A planned shard is a range
-of one input file, never across inputs; an input is known by its content, so one that changed is another input, and the
-shards of the old one stay where they are but are in no later edition.
+The digest is that of the settings that change results, so other settings have a plan of their own. A planned shard is a
+range of rows of one input. An input is identified by its content: one that changed is a new input, and the shards of
+the old one stay in the plan but are in no later edition.
 
-A planned shard becomes one tar at the size that holds most of its rows in 256 MiB, and several at larger sizes.
+A planned shard becomes one tar at the smallest size, aimed at 256 MiB, and several tars at larger sizes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 import pyarrow as pa
@@ -38,9 +38,9 @@ from infra.store import Store
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 4  # of the shards: raised when the same input and settings would give other bytes
+FORMAT = 4  # of the shards; raised when the same input and settings would give other bytes
 
-# Bytes of a photograph's pixel, encoded, by format, at the default quality; measured, and good for an aim.
+# Encoded bytes per pixel of photographs, at the default quality: measured, and exact enough to aim at a size.
 BYTES_PER_PIXEL = {"jpeg": 0.75, "webp": 0.45, "png": 2.0}
 
 PLAN_SCHEMA = pa.schema(
@@ -58,7 +58,7 @@ PLAN_SCHEMA = pa.schema(
         pa.field("rows", pa.int64(), nullable=False),
     ]
 )
-RANGE = ("input", "table", "in_store", "first", "rows")  # the columns of a range; of a tar, `rows` are bytes
+RANGE = ("input", "table", "in_store", "first", "rows")  # the fields of a `Range`; for a range of a tar in bytes
 
 Level = Annotated[int, Field(ge=0, le=255)]
 
@@ -76,51 +76,51 @@ class PrepareSettings(Settings):
     matte: tuple[Level, Level, Level] = Field((255, 255, 255), description="the colour under transparency")
     max_pixels: int = Field(80_000_000, ge=1, description="larger pictures are refused before they are decoded")
     shard_mib: int = Field(
-        256, ge=1, le=1 << 20, description="what a shard's size is aimed at, by the pixels of an image"
+        256, ge=1, le=1 << 20, description="the size that shards are planned for, by the pixels of their images"
     )
     rows_per_shard: int | None = Field(
-        None, ge=1, le=1_000_000, description="of the smallest size, in place of the aim"
+        None, ge=1, le=1_000_000, description="images of a shard of the smallest size, in place of `shard_mib`"
     )
     fetch: FetchSettings = FetchSettings()
-    keep_originals: bool = operational(True, description="of downloads, so that another size needs no second one")
+    keep_originals: bool = operational(True, description="keep downloads, so that another size needs no second one")
     in_flight: int | None = operational(
         None,
         ge=1,
-        description="shards made at once, and at most so many tasks that download; none: twice the cluster's CPUs",
+        description="shards that are made, and batches that are downloaded, at once; none: twice the cluster's CPUs",
     )
 
     @field_validator("sources")
     @classmethod
-    def _distinct_names(cls, found: list[AnySource]) -> list[AnySource]:
-        twice = [name for name, count in Counter(source.name for source in found).items() if count > 1]
+    def _distinct_names(cls, sources: list[AnySource]) -> list[AnySource]:
+        twice = [name for name, count in Counter(source.name for source in sources).items() if count > 1]
         if twice:
             raise ValueError(f"two sources are called `{twice[0]}`: keys are made from the name")
-        return found
+        return sources
 
     @field_validator("sizes")
     @classmethod
-    def _distinct_sizes(cls, found: list[Size]) -> list[Size]:
-        if len(set(map(size_name, found))) < len(found):
+    def _distinct_sizes(cls, sizes: list[Size]) -> list[Size]:
+        if len(set(map(size_name, sizes))) < len(sizes):
             raise ValueError("two sizes have the same name")
-        return found
+        return sizes
 
     @property
     def by_name(self) -> dict[str, Source]:
         return {source.name: source for source in self.sources}
 
-    def at(self, given: KnownAs) -> At:
-        """Where it is told what the rows of an input are made of, which is a list of URLs."""
-        source = self.by_name[given.source]
+    def at(self, known: KnownAs) -> At:
+        """Where the links of an input lie that is a list of URLs."""
+        source = self.by_name[known.source]
         assert isinstance(source, UrlSource)
-        return At(links.place(source, given.input, given.sha256, self.fetch), given.generation)
+        return At(links.place(source, known.input, known.sha256, self.fetch), known.generation)
 
     @property
     def rows(self) -> int:
-        """Of a planned shard: what fills a shard of the smallest size."""
+        """Rows of a planned shard: so many as fill one tar of the smallest size."""
         return self.rows_per_shard or max(1, self._aim // min(map(self._bytes, self.sizes)))
 
     def shards_of(self, size: Size) -> int:
-        """How many shards of this size a planned one becomes, so that each is near the aim."""
+        """How many tars of this size a planned shard becomes, so that each is near the aim."""
         return max(1, round(self.rows * self._bytes(size) / self._aim))
 
     @property
@@ -133,12 +133,12 @@ class PrepareSettings(Settings):
 
 
 class KnownAs(NamedTuple):
-    """An input's identity: that of its content, under its name."""
+    """An input's identity: its name and its content."""
 
     source: str
     input: str
     sha256: str
-    generation: int  # 0, and one more for each retry of its failed downloads
+    generation: int  # 0; the n-th retry of its failed downloads is generation n
 
 
 class PlannedShard(NamedTuple):
@@ -146,7 +146,7 @@ class PlannedShard(NamedTuple):
     source: str
     sha256: str
     generation: int
-    expected: int  # rows
+    expected: int  # rows; an estimate where they are not `counted`
     part: Range
 
     @property
@@ -155,15 +155,15 @@ class PlannedShard(NamedTuple):
 
     @property
     def counted(self) -> bool:
-        """False for a range of a tar, whose members nobody has counted: then `expected` is an estimate."""
+        """False for a range of a tar, whose members are not counted before it is read."""
         return isinstance(self.part, Rows)
 
 
 class Edition(Record):
-    """What a run found. Its settings are those of the plan, which is called after them."""
+    """The inputs that a run found. The settings are the plan's, whose digest is made of them."""
 
     inputs: list[KnownAs]
-    sizes: dict[str, int]  # name -> how many shards of it a planned one becomes
+    sizes: dict[str, int]  # name -> how many shards of this size a planned shard becomes
     settings: dict[str, Any]  # those that change results
 
     @property
@@ -177,7 +177,7 @@ class Plan:
     edition: str
     inputs: list[KnownAs]
     shards: list[PlannedShard]
-    planned: int  # shards in all editions
+    planned: int  # shards of all editions
     sizes: dict[str, int]
     settings: dict[str, Any]
 
@@ -186,57 +186,53 @@ class Plan:
         return sum(shard.expected for shard in self.shards)
 
     def numbers(self, shard: PlannedShard, size: str) -> range:
-        """Of the shards that a planned one becomes."""
-        each = self.sizes[size]
-        return range(shard.number * each, (shard.number + 1) * each)
+        """The numbers of the shards of a size that a planned shard becomes.
 
-    def without_shards(self) -> Plan:
-        """For a task that makes one of them: 36,000 need not travel with it."""
-        return replace(self, shards=[])
+        Where it becomes three (`sizes` has 3), planned shard 2 becomes the shards 6, 7 and 8.
+        """
+        count = self.sizes[size]
+        return range(shard.number * count, (shard.number + 1) * count)
 
     def all_numbers(self, size: str) -> set[int]:
-        """Of all shards of the edition."""
+        """The numbers of all shards of a size in this edition."""
         if size not in self.sizes:
             raise DataError(f"plan {self.digest} has no shards of size {size}", remedy="prepare that size first")
         return {number for shard in self.shards for number in self.numbers(shard, size)}
 
     def records(self, store: Store, size: str) -> Iterator[ShardRecord]:
-        """Those that are there, by number."""
+        """The records that are in the store, by number."""
         return list_shards(store, shard_prefix(self.digest, size), self.all_numbers(size))
 
 
-def edition_key(plan: str, edition: str) -> str:
-    return layout.EDITION.at(plan=plan, edition=edition)
-
-
-class Given(NamedTuple):
-    """An input; or, in a later generation, those of its rows whose download is tried again."""
+class Generation(NamedTuple):
+    """An input as a whole (generation 0), or those of its rows whose download is tried again."""
 
     source: Source
     input: Input
-    generation: int = 0
+    number: int = 0
     again: RetryRecord | None = None
 
     @property
     def known_as(self) -> KnownAs:
-        return KnownAs(self.source.name, self.input.name, self.input.sha256, self.generation)
+        return KnownAs(self.source.name, self.input.name, self.input.sha256, self.number)
 
 
 def make_plan(store: Store, settings: PrepareSettings) -> Plan:
-    """The plan for these settings and for what the sources hold, extended by the inputs that it did not know."""
+    """The plan for these settings and the sources' inputs, extended by those inputs that are new to it."""
     name = digest({"format": FORMAT, "settings": settings.chosen()})
     while True:
-        extensions = _extensions(store, name)
-        planned = [shard for key in extensions for shard in _read(store, key)]
-        given = list(_given(store, settings, planned))
+        tables = list(layout.PLANNED.keys(store, plan=name))
+        planned = [shard for key in tables for shard in _read(store, key)]
+        generations = list(_generations(store, settings, planned))
         known = {shard.known_as for shard in planned}
-        fresh = list(_shards(store, settings, [new for new in given if new.known_as not in known], len(planned)))
+        unplanned = [generation for generation in generations if generation.known_as not in known]
+        fresh = list(_shards(store, settings, unplanned, len(planned)))
         if not fresh:
             break
-        # Whoever extends it first has extended it for all; the next round reads what they wrote.
-        store.create(layout.PLANNED.at(plan=name, number=len(extensions)), _to_parquet(fresh))
+        # If another run has written this table first, the next round reads theirs and adds what it lacks.
+        store.create(layout.PLANNED.at(plan=name, number=len(tables)), _to_parquet(fresh))
     edition = Edition(
-        inputs=[here.known_as for here in given],
+        inputs=[generation.known_as for generation in generations],
         sizes={size_name(size): settings.shards_of(size) for size in settings.sizes},
         settings=settings.results(),
     )
@@ -244,22 +240,18 @@ def make_plan(store: Store, settings: PrepareSettings) -> Plan:
     plan = _plan(name, edition.name, edition, planned)
     if not plan.shards:
         raise DataError("the sources hold no images", remedy="check each source's `url`, `tables` and suffixes")
-    write_record(store, edition_key(name, plan.edition), edition)
+    write_record(store, layout.EDITION.at(plan=name, edition=plan.edition), edition)
     return plan
 
 
 def read_plan(store: Store, name: str, edition: str) -> Plan:
-    found = read_record(store, edition_key(name, edition), Edition)
-    return _plan(name, edition, found, [shard for key in _extensions(store, name) for shard in _read(store, key)])
-
-
-def _extensions(store: Store, name: str) -> list[str]:
-    """The keys of a plan's tables, each of which adds shards to those before it."""
-    return list(layout.PLANNED.keys(store, plan=name))
+    record = read_record(store, layout.EDITION.at(plan=name, edition=edition), Edition)
+    planned = [shard for key in layout.PLANNED.keys(store, plan=name) for shard in _read(store, key)]
+    return _plan(name, edition, record, planned)
 
 
 def all_shards(store: Store, plan: Plan, size: str) -> list[ShardRecord]:
-    """Those of the plan's edition, which must all be there."""
+    """The records of all shards of the plan's edition at a size; an error if one is missing."""
     planned = len(plan.all_numbers(size))
     shards = list(plan.records(store, size))
     if len(shards) < planned:
@@ -270,30 +262,33 @@ def all_shards(store: Store, plan: Plan, size: str) -> list[ShardRecord]:
     return shards
 
 
-def _plan(name: str, edition: str, found: Edition, planned: list[PlannedShard]) -> Plan:
-    active = set(found.inputs)
-    shards = [shard for shard in planned if shard.known_as in active]
-    return Plan(name, edition, found.inputs, shards, len(planned), found.sizes, found.settings)
+def _plan(name: str, edition: str, record: Edition, planned: list[PlannedShard]) -> Plan:
+    inputs = set(record.inputs)
+    shards = [shard for shard in planned if shard.known_as in inputs]
+    return Plan(name, edition, record.inputs, shards, len(planned), record.sizes, record.settings)
 
 
 def _check_captions(
     store: Store, settings: PrepareSettings, name: str, edition: Edition, planned: list[PlannedShard]
 ) -> None:
-    """Tables of captions may be added to tars that are planned already; one that changed would go unnoticed."""
+    """Refuse tables of captions that changed since their tars were planned: the change would go unnoticed.
+
+    New tables may be added; a warning says so if they do not concern the tars that are planned already.
+    """
     joined = {source.name for source in settings.sources if source.joins_tables}
     tars = {(shard.source, shard.part.input) for shard in planned}
-    now = {given[:2]: given.sha256 for given in edition.inputs if given.source in joined and given[:2] not in tars}
+    now = {known[:2]: known.sha256 for known in edition.inputs if known.source in joined and known[:2] not in tars}
     earlier: set[KnownAs] = set()
     for key in layout.EDITION.keys(store, plan=name) if now else ():
         earlier.update(read_record(store, key, Edition).inputs)
-    for given in sorted(earlier):
-        if now.get(given[:2], given.sha256) != given.sha256:
+    for known in sorted(earlier):
+        if now.get(known[:2], known.sha256) != known.sha256:
             raise SettingsError(
-                f"`{given.input}` of the source `{given.source}` has changed since it was planned",
+                f"`{known.input}` of the source `{known.source}` has changed since it was planned",
                 remedy="give the source another name: then all of it is prepared with the captions of now",
             )
-    new = Counter(source for source, _ in now.keys() - {given[:2] for given in earlier})
-    old = Counter(given.source for given in earlier.intersection(edition.inputs) if given[:2] in tars)
+    new = Counter(source for source, _ in now.keys() - {known[:2] for known in earlier})
+    old = Counter(known.source for known in earlier.intersection(edition.inputs) if known[:2] in tars)
     for source in sorted(new.keys() & old.keys()):
         _log.warning(
             "the new tables of captions of the source `%s` (%d) are not for its tars that are planned already (%d): "
@@ -305,45 +300,46 @@ def _check_captions(
         )
 
 
-def _given(store: Store, settings: PrepareSettings, planned: list[PlannedShard]) -> Iterator[Given]:
+def _generations(store: Store, settings: PrepareSettings, planned: list[PlannedShard]) -> Iterator[Generation]:
     for source in settings.sources:
-        before = [shard.part for shard in planned if shard.source == source.name and not shard.generation]
-        for found in source.inputs(store, before):
-            first = Given(source, found)
+        parts = [shard.part for shard in planned if shard.source == source.name and not shard.generation]
+        for input_ in source.inputs(store, parts):
+            first = Generation(source, input_)
             yield first
             if isinstance(source, UrlSource):
                 place = settings.at(first.known_as).place
-                for generation, again in enumerate(retries(store, place), start=1):
-                    yield Given(source, found, generation, again)
+                for number, again in enumerate(retries(store, place), start=1):
+                    yield Generation(source, input_, number, again)
 
 
-def _shards(store: Store, settings: PrepareSettings, given: Sequence[Given], number: int) -> Iterator[PlannedShard]:
-    for here in given:
-        parts = list(_parts(store, settings, here))
+def _shards(
+    store: Store, settings: PrepareSettings, generations: Sequence[Generation], number: int
+) -> Iterator[PlannedShard]:
+    """The planned shards of these generations, numbered from `number` on."""
+    for source, input_, generation, again in generations:
+        parts = list(_parts(store, settings.rows, source, input_, again))
         for part in parts:
             expected = _expected(part, parts[0], settings.rows)
-            yield PlannedShard(number, here.source.name, here.input.sha256, here.generation, expected, part)
+            yield PlannedShard(number, source.name, input_.sha256, generation, expected, part)
             number += 1
 
 
 def _expected(part: Range, first: Range, rows: int) -> int:
-    """How many items a piece is planned to hold; of a tar's piece this is an estimate by its bytes."""
+    """How many items a part is planned to hold; for a part of a tar an estimate by its bytes."""
     if isinstance(part, Rows):
         return part.rows
     assert isinstance(first, Bytes)
     return max(1, round(rows * part.size / first.size))
 
 
-def _parts(store: Store, settings: PrepareSettings, here: Given) -> Iterator[Range]:
-    if here.again is None:
-        yield from here.source.ranges(store, here.input, settings.rows)
+def _parts(store: Store, rows: int, source: Source, input_: Input, again: RetryRecord | None) -> Iterator[Range]:
+    if again is None:
+        yield from source.ranges(store, input_, rows)
         return
-    assert isinstance(here.source, UrlSource)
-    first_part = next(here.source.ranges(store, here.input, settings.rows))
-    table = rows_again(store, here.source, first_part, here.again)
-    for first in range(0, here.again.rows, settings.rows):
-        rows = min(settings.rows, here.again.rows - first)
-        yield Rows(here.input.name, table, True, first, rows)
+    assert isinstance(source, UrlSource)
+    table = rows_again(store, source, next(source.ranges(store, input_, rows)), again)
+    for first in range(0, again.rows, rows):
+        yield Rows(input_.name, table, True, first, min(rows, again.rows - first))
 
 
 def _read(store: Store, key: str) -> Iterator[PlannedShard]:

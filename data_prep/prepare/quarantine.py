@@ -1,7 +1,7 @@
-"""Decoding in a child process, for shards whose worker died: a file that kills its decoder kills the child alone.
+"""Decoding in a child process, for shards whose worker died: a file that kills its decoder kills only the child.
 
-The parent keeps the shard and hands over one item at a time. An item that takes the child with it twice, or holds it
-past the deadline, is rejected as `decoder_crash`; the rest of the shard is made as ever.
+The parent keeps the shard and sends one image at a time. An image that twice kills the child, or keeps it past the
+deadline, is rejected as `decoder_crash`; the rest of the shard is made as usual.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 
 from data_prep.prepare.plan import PrepareSettings
-from data_prep.prepare.shard import Decoder, Outcome, make_picture
+from data_prep.prepare.shard import Decoder, Outcome, make_picture, outcomes_of
 from data_prep.rejections import Cause, Rejection
-from data_prep.sources import RawItem, Url
+from data_prep.sources import RawItem
 
 ATTEMPTS = 2
-DEADLINE = 120.0  # seconds for one item, far beyond what any picture under the pixel limit takes
+DEADLINE = 120.0  # seconds for one image: far more than any image below the pixel limit takes
 
 
 def outcomes(
@@ -27,10 +27,7 @@ def outcomes(
 ) -> Iterator[tuple[RawItem, Outcome]]:
     child = _Child(settings, decoder)
     try:
-        for item in items:
-            found = item.image
-            assert not isinstance(found, Url), "it must be downloaded first"
-            yield item, found if isinstance(found, Rejection) else child.survive(found)
+        yield from outcomes_of(items, child.outcome)
     finally:
         child.stop()
 
@@ -39,11 +36,11 @@ class _Child:
     def __init__(self, settings: PrepareSettings, decoder: Decoder) -> None:
         from ray import cloudpickle
 
-        self._orders = cloudpickle.dumps((settings, decoder))
+        self._setup = cloudpickle.dumps((settings, decoder))
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
 
-    def survive(self, image: bytes) -> Outcome:
+    def outcome(self, image: bytes) -> Outcome:
         end = ""
         for _ in range(ATTEMPTS):
             try:
@@ -73,7 +70,7 @@ class _Child:
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         self._connection = ours
-        ours.send_bytes(self._orders)
+        ours.send_bytes(self._setup)
         return ours
 
     def stop(self) -> None:
@@ -92,7 +89,7 @@ def _serve(connection: Connection) -> None:
 
     torch.set_num_threads(1)
     settings, decoder = cloudpickle.loads(connection.recv_bytes())
-    with suppress(EOFError):  # the parent is done, or gone
+    with suppress(EOFError):  # the parent has closed the pipe, or died
         while True:
             connection.send(make_picture(connection.recv_bytes(), settings, decoder))
 

@@ -1,7 +1,7 @@
-"""Raw items -> their shards at every size: the work of one task, whole and repeatable.
+"""Raw items -> their shards at every size: the work of one task, which can be repeated and gives the same bytes.
 
-Data goes to the store first, under names that hold its hash, and each size's record last. Nothing here depends on who
-does the work or when, so doing it twice gives the same bytes.
+Data goes to the store first, under names that hold its hash, and the record of each shard last. Nothing here depends on
+which machine does the work, or when.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -24,7 +24,7 @@ from data_prep.prepare import linked
 from data_prep.prepare.linked import Linked
 from data_prep.prepare.plan import Plan, PlannedShard, PrepareSettings
 from data_prep.rejections import Rejection
-from data_prep.sources import Range, RawItem, Source, Url, UrlSource
+from data_prep.sources import RawItem, Url, UrlSource
 from infra import layout
 from infra.records import ShardRecord, put_data, read_record, write_record
 from infra.shards import INDEX_SCHEMA, TarWriter, first_text, parquet_bytes, shard_key, sidecar
@@ -32,11 +32,11 @@ from infra.store import Store, spool_path
 
 Decoder = Callable[..., Decoded | Rejection]
 
-# Of glibc's malloc: M_TRIM_THRESHOLD, the free bytes that it keeps, and M_MMAP_THRESHOLD, at the most that it takes.
+# Options of glibc's malloc: M_TRIM_THRESHOLD, the free bytes that it keeps, and M_MMAP_THRESHOLD at its largest.
 MALLOPT = {-1: 64 << 20, -3: 32 << 20}
 
 
-class Made(NamedTuple):
+class Resized(NamedTuple):
     """A picture at one size."""
 
     data: bytes
@@ -53,7 +53,7 @@ class Picture(NamedTuple):
     format: str
     width: int
     height: int
-    sizes: list[Made | Rejection]
+    sizes: list[Resized | Rejection]
 
 
 Outcome = Picture | Rejection
@@ -64,17 +64,17 @@ def make_picture(data: bytes, settings: PrepareSettings, decoder: Decoder = deco
     if isinstance(decoded, Rejection):
         return decoded
     height, width, _ = decoded.pixels.shape
-    return Picture(decoded.format, width, height, [_made(decoded.pixels, size, settings) for size in settings.sizes])
+    return Picture(decoded.format, width, height, [_resized(decoded.pixels, size, settings) for size in settings.sizes])
 
 
-def _made(pixels_HW3: Pixels_HW3, size: Size, settings: PrepareSettings) -> Made | Rejection:
-    found = fitted(pixels_HW3, size)
-    if isinstance(found, Rejection):
-        return found
-    pixels, box = found
+def _resized(pixels_HW3: Pixels_HW3, size: Size, settings: PrepareSettings) -> Resized | Rejection:
+    resized = fitted(pixels_HW3, size)
+    if isinstance(resized, Rejection):
+        return resized
+    pixels, box = resized
     encoded = encode(pixels, settings.format, settings.quality, settings.subsampling)
     height, width, _ = pixels.shape
-    return Made(encoded, hashlib.sha256(pixels.data).digest(), phash(pixels), width, height, box)
+    return Resized(encoded, hashlib.sha256(pixels.data).digest(), phash(pixels), width, height, box)
 
 
 Outcomes = Callable[[Iterable[RawItem]], Iterator[tuple[RawItem, Outcome]]]
@@ -83,10 +83,13 @@ Outcomes = Callable[[Iterable[RawItem]], Iterator[tuple[RawItem, Outcome]]]
 def plain_outcomes(
     items: Iterable[RawItem], settings: PrepareSettings, decoder: Decoder = decode
 ) -> Iterator[tuple[RawItem, Outcome]]:
+    return outcomes_of(items, partial(make_picture, settings=settings, decoder=decoder))
+
+
+def outcomes_of(items: Iterable[RawItem], picture_of: Callable[[bytes], Outcome]) -> Iterator[tuple[RawItem, Outcome]]:
     for item in items:
-        found = item.image
-        assert not isinstance(found, Url), "it must be downloaded first"
-        yield item, found if isinstance(found, Rejection) else make_picture(found, settings, decoder)
+        assert not isinstance(item.image, Url), "it must be downloaded first"
+        yield item, item.image if isinstance(item.image, Rejection) else picture_of(item.image)
 
 
 def make_shard(
@@ -97,9 +100,9 @@ def make_shard(
     originals: Linked | None,
     outcomes: Outcomes,
 ) -> list[ShardRecord]:
-    """Make the shards that a planned one becomes and return their records; `outcomes` is how items become pictures.
+    """Make the shards that a planned shard becomes, at every size, and return their records.
 
-    A list of URLs has its `originals`.
+    `originals` says where the images of a list of URLs are, and `outcomes` turns items into pictures.
     """
     _keep_freed_memory()
     source = next(source for source in settings.sources if source.name == shard.source)
@@ -113,35 +116,31 @@ def make_shard(
         for size in map(size_name, settings.sizes):
             targets = [Target(store, plan.digest, size, number, schema) for number in plan.numbers(shard, size)]
             series.append(_Series(start, targets, settings.rows))
-        for item, outcome in outcomes(_items(store, settings, source, shard.part, originals)):
-            for place, each in enumerate(series):
-                each.add(item, outcome, place)
-        return [record for each in series for record in each.finish()]
+        if isinstance(source, UrlSource):
+            assert originals is not None, "they must be downloaded first"
+            items = linked.items(store, source, settings.fetch, originals, shard.part)
+        else:
+            items = source.items(store, shard.part)
+        for item, outcome in outcomes(items):
+            for place, of_size in enumerate(series):
+                of_size.add(item, outcome, place)
+        return [record for of_size in series for record in of_size.finish()]
 
 
 @cache
 def _keep_freed_memory() -> None:
-    """Let the next picture have the memory of the last one.
+    """Let malloc keep freed memory for the next picture.
 
-    Given back to the kernel it would come again page by page, each of them zeroed: a fortieth of a worker's CPU time.
-    Other systems than glibc's have their own ways.
+    Memory given back to the kernel comes again page by page, each of them zeroed: a fortieth of a worker's CPU time.
+    Systems without glibc are left as they are.
     """
     with suppress(AttributeError, OSError):
         for parameter, size in MALLOPT.items():
             ctypes.CDLL(None).mallopt(parameter, size)
 
 
-def _items(
-    store: Store, settings: PrepareSettings, source: Source, part: Range, originals: Linked | None
-) -> Iterator[RawItem]:
-    if isinstance(source, UrlSource):
-        assert originals is not None, "they must be downloaded first"
-        return linked.items(store, source, settings.fetch, originals, part)
-    return source.items(store, part)
-
-
 class Target(NamedTuple):
-    """Where a shard goes."""
+    """The place and the schema of a shard to be written."""
 
     store: Store
     plan: str
@@ -151,7 +150,7 @@ class Target(NamedTuple):
 
 
 class _Series:
-    """The shards at one size that a planned one becomes: rows are dealt out in order, and the last takes the rest."""
+    """The shards of one size that a planned shard becomes, filled in order; the last one takes all that is left."""
 
     def __init__(self, start: Callable[[], _Writer], targets: list[Target], rows: int) -> None:
         self._start, self._targets, self._rows = start, targets, -(-rows // len(targets))
@@ -160,21 +159,21 @@ class _Series:
 
     def add(self, item: RawItem, outcome: Outcome, place: int) -> None:
         if len(self._writer) == self._rows and len(self._records) < len(self._targets) - 1:
-            self._turn()
+            self._commit()
         self._writer.add(item, outcome, place)
 
     def finish(self) -> list[ShardRecord]:
         while len(self._records) < len(self._targets):
-            self._turn()
+            self._commit()
         return self._records
 
-    def _turn(self) -> None:
+    def _commit(self) -> None:
         self._records.append(self._writer.commit(self._targets[len(self._records)]))
         self._writer = self._start()
 
 
 class _Writer:
-    """One shard, row by row."""
+    """Writes one shard, row by row."""
 
     def __init__(self, file: BinaryIO, source: str, settings: PrepareSettings) -> None:
         self._file, self._tar = file, TarWriter(file)
@@ -186,7 +185,7 @@ class _Writer:
         return len(self._rows)
 
     def add(self, item: RawItem, outcome: Outcome, place: int) -> None:
-        made: Made | Rejection
+        resized = outcome.sizes[place] if isinstance(outcome, Picture) else outcome
         row = {
             "key": item.key,
             "source": self._source,
@@ -199,55 +198,49 @@ class _Writer:
         }
         if isinstance(outcome, Picture):
             row |= {"format": outcome.format, "original_width": outcome.width, "original_height": outcome.height}
-            made = outcome.sizes[place]
+        row["accepted"] = isinstance(resized, Resized)
+        if isinstance(resized, Resized):
+            row |= self._put(item, row, resized)
         else:
-            made = outcome
-        row["accepted"] = isinstance(made, Made)
-        if isinstance(made, Made):
-            row |= self._put(item, row, made)
-        else:
-            self._rejected[made.cause.value] += 1
-            row |= {"cause": made.cause.value, "detail": _printable(made.detail)}
+            self._rejected[resized.cause.value] += 1
+            detail = resized.detail.encode(errors="backslashreplace").decode()  # a file's name may be no valid text
+            row |= {"cause": resized.cause.value, "detail": detail}
         self._rows.append(row)
 
-    def _put(self, item: RawItem, row: dict[str, Any], made: Made) -> dict[str, Any]:
-        row = row | {f"crop_{side}": value for side, value in made.box._asdict().items()}
-        row |= {"width": made.width, "height": made.height}
-        image = self._tar.add(f"{item.key}.{self._suffix}", made.data)
-        said = {name: value for name, value in row.items() if name not in ("accepted", "row")}
-        beside = self._tar.add(f"{item.key}.json", sidecar(said).encode())
+    def _put(self, item: RawItem, row: dict[str, Any], resized: Resized) -> dict[str, Any]:
+        row = row | {f"crop_{side}": value for side, value in resized.box._asdict().items()}
+        row |= {"width": resized.width, "height": resized.height}
+        image = self._tar.add(f"{item.key}.{self._suffix}", resized.data)
+        metadata = {name: value for name, value in row.items() if name not in ("accepted", "row")}
+        json_member = self._tar.add(f"{item.key}.json", sidecar(metadata).encode())
         if self._with_text and (caption := first_text(item.captions)):
             self._tar.add(f"{item.key}.txt", caption.encode())
         return row | {
             "offset": image.offset,
             "length": image.length,
-            "json_offset": beside.offset,
-            "json_length": beside.length,
-            "image_sha256": hashlib.sha256(made.data).digest(),
-            "pixels_sha256": made.pixels_sha256,
-            "phash": made.phash,
+            "json_offset": json_member.offset,
+            "json_length": json_member.length,
+            "image_sha256": hashlib.sha256(resized.data).digest(),
+            "pixels_sha256": resized.pixels_sha256,
+            "phash": resized.phash,
         }
 
-    def commit(self, to: Target) -> ShardRecord:
+    def commit(self, target: Target) -> ShardRecord:
         self._tar.finish()
         accepted = len(self._rows) - self._rejected.total()
-        index = pa.Table.from_pylist(self._rows, schema=to.schema)
-        where, name = layout.IMAGES.at(size=to.size), f"{to.number:05d}"
-        tar = put_data(to.store, where, f"{name}.tar", spool_path(self._file), self._tar.sha256) if accepted else None
+        index = pa.Table.from_pylist(self._rows, schema=target.schema)
+        store, where, name = target.store, layout.IMAGES.at(size=target.size), f"{target.number:05d}"
+        tar = put_data(store, where, f"{name}.tar", spool_path(self._file), self._tar.sha256) if accepted else None
         record = ShardRecord(
-            plan=to.plan,
-            size=to.size,
-            number=to.number,
+            plan=target.plan,
+            size=target.size,
+            number=target.number,
             tar=tar,
-            index=put_data(to.store, where, f"{name}.parquet", parquet_bytes(index)),
+            index=put_data(store, where, f"{name}.parquet", parquet_bytes(index)),
             accepted=accepted,
             rejected=dict(sorted(self._rejected.items())),
             versions=decoder_versions(),
         )
         self._file.close()
-        key = shard_key(to.plan, to.size, to.number)
-        return record if write_record(to.store, key, record) else read_record(to.store, key, ShardRecord)
-
-
-def _printable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
+        key = shard_key(target.plan, target.size, target.number)
+        return record if write_record(store, key, record) else read_record(store, key, ShardRecord)

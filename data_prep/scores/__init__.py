@@ -1,13 +1,14 @@
-"""What looks at prepared images and says something about them: a scorer turns samples into rows of a side table.
+"""Scorers: models that look at prepared images and fill a side table with scores or captions, a row for each image.
 
-    settings.py   what may be set, and which weights a digest stands for
+    settings.py   each scorer's settings, and the identity (settings and hashes of weights) that its digest covers
     clip.py       CLIP score, and heads on CLIP's image features
     vlm.py        captions by a vision-language model in this process
     endpoint.py   captions by a server that speaks OpenAI's protocol
-    answers.py    what a model said -> a caption, or the cause why it is none
+    replies.py    a model's reply -> a caption, or the cause why there is none
+    job.py        the pool of Ray actors that scores all shards of a plan
 
-A scorer gives one row for every sample, in their order. What cannot be scored is a null with its cause beside it, and
-never an end of the work; what is wrong with the settings, the weights or the server is an error and ends it.
+A scorer gives one row for every sample, in their order. A sample that cannot be scored gets nulls and a cause, and the
+work goes on; wrong settings, weights or a broken server raise an error and end it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import StrEnum
+from importlib.metadata import version
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
@@ -25,34 +27,34 @@ Row = dict[str, Any]  # column -> value; a column that is left out is null
 
 
 class Failure(StrEnum):
-    """Why a sample has no score or no caption: a closed list, counted in every record."""
+    """Why a sample has no score or no caption: a closed list, counted in every ScoreRecord."""
 
     UNREADABLE_IMAGE = "unreadable_image"
-    NO_CAPTION = "no_caption"  # nothing to hold the image against
-    NOT_FINITE = "not_finite"  # the network's answer is no number
+    NO_CAPTION = "no_caption"  # there is no text to compare the image with
+    NOT_FINITE = "not_finite"  # the network's output is NaN or infinite
     EMPTY_ANSWER = "empty_answer"
     TOO_LONG = "too_long"
-    # an endpoint's, after all retries
+    # only of an endpoint, after all retries
     UNREACHABLE = "unreachable"
     TIMEOUT = "timeout"
-    SERVER_ERROR = "server_error"  # 5xx, or 429 to the last try
+    SERVER_ERROR = "server_error"  # 5xx, 408, 425 or 429
     REFUSED = "refused"  # another 4xx
-    BAD_RESPONSE = "bad_response"  # not what the protocol says
+    BAD_RESPONSE = "bad_response"  # it does not follow the protocol
 
 
 class Sample(NamedTuple):
     key: str
     captions: list[dict[str, str]]  # {"kind", "text"}
-    image: bytes  # as it lies in the shard
+    image: bytes  # the encoded file, as stored in the shard
 
 
 class Scorer(Protocol):
     @property
     def fields(self) -> list[pa.Field]:
-        """The columns, without `key`; the last one is the failure's."""
+        """The side table's columns except `key`; the last one holds the cause of a failure."""
 
     def versions(self) -> dict[str, str]:
-        """What the values depend on besides settings, weights and images."""
+        """The libraries and the device, on which the values depend besides settings, weights and images."""
 
     def rows(self, samples: Iterable[Sample]) -> Iterator[Row]:
         """One row for each sample, in their order."""
@@ -61,16 +63,27 @@ class Scorer(Protocol):
 def prepared(
     samples: Iterable[Sample], prepare: Callable[[Sample], T], batch: int, threads: int
 ) -> Iterator[list[tuple[Sample, T]]]:
-    """Batches in order. While one is being scored, threads prepare the next."""
-    ahead: deque[tuple[Sample, Future[T]]] = deque()
+    """Samples with what `prepare` makes of each, in batches and in order; threads prepare the next batch meanwhile."""
+    queue: deque[tuple[Sample, Future[T]]] = deque()
 
     def take() -> list[tuple[Sample, T]]:
-        return [(sample, done.result()) for sample, done in (ahead.popleft() for _ in range(min(batch, len(ahead))))]
+        batch_items = (queue.popleft() for _ in range(min(batch, len(queue))))
+        return [(sample, future.result()) for sample, future in batch_items]
 
     with ThreadPoolExecutor(threads) as pool:
         for sample in samples:
-            ahead.append((sample, pool.submit(prepare, sample)))
-            if len(ahead) == 2 * batch:
+            queue.append((sample, pool.submit(prepare, sample)))
+            if len(queue) == 2 * batch:
                 yield take()
-        while ahead:
+        while queue:
             yield take()
+
+
+def library_versions(device: str, *libraries: str) -> dict[str, str]:
+    """The versions of what decodes images, of torch, of further libraries, and the name of the device."""
+    import torch
+
+    names = ("torch", "torchvision", *libraries, "pillow", "simplejpeg")
+    return {name: version(name) for name in names} | {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    }

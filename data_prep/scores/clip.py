@@ -1,4 +1,4 @@
-"""CLIP score, and heads on CLIP's image features: an image is looked at once for all of them.
+"""CLIP score, and heads on CLIP's image features: an image is encoded once for all of them.
 
 Shapes: B images, C captions, D features, T tokens, H and W the network's own size.
 """
@@ -9,7 +9,6 @@ import math
 import pickle
 import re
 from collections.abc import Iterable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,15 @@ from torch.nn import functional as F
 
 from data_prep.images.decode import decode
 from data_prep.rejections import Rejection
-from data_prep.scores import Failure, Row, Sample, prepared
+from data_prep.scores import Failure, Row, Sample, library_versions, prepared
 from data_prep.scores.settings import ClipSettings, Head
+from infra.causes import first_line
 from infra.errors import CheckpointError
 
 _PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _BETWEEN = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
 
-# What open_clip, torch and safetensors raise at files that are not what they should be, and at hubs out of reach.
+# What open_clip, torch and safetensors raise for files of a wrong kind and for hubs that cannot be reached.
 _UNUSABLE = (
     OSError,
     ValueError,
@@ -57,63 +57,55 @@ class ClipScorer:
         return [*(pa.field(name, pa.float32()) for name in scores), pa.field(failure, pa.string())]
 
     def versions(self) -> dict[str, str]:
-        libraries = {
-            name: version(name) for name in ("torch", "torchvision", "open_clip_torch", "pillow", "simplejpeg")
-        }
-        return libraries | {"device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu"}
+        return library_versions(self.device, "open_clip_torch")
 
     def rows(self, samples: Iterable[Sample]) -> Iterator[Row]:
         for batch in prepared(samples, self._prepare, self.settings.batch_size, self.threads):
             yield from self._score(batch)
 
     def _prepare(self, sample: Sample) -> Tensor | Failure:
-        found = decode(sample.image)
-        if isinstance(found, Rejection):
+        decoded = decode(sample.image)
+        if isinstance(decoded, Rejection):
             return Failure.UNREADABLE_IMAGE
-        image_3HW: Tensor = self.preprocess(Image.fromarray(found.pixels))
+        image_3HW: Tensor = self.preprocess(Image.fromarray(decoded.pixels))
         return image_3HW
 
     def _score(self, batch: list[tuple[Sample, Tensor | Failure]]) -> Iterator[Row]:
-        images = [found for _, found in batch if isinstance(found, Tensor)]
-        rows: Iterator[Row] = iter(())
-        if images:
-            kept = [sample for sample, found in batch if isinstance(found, Tensor)]
-            rows = self._score_readable(kept, torch.stack(images))
-        for _, found in batch:
-            yield {self.settings.failure: found.value} if isinstance(found, Failure) else next(rows)
+        readable = [(sample, image_3HW) for sample, image_3HW in batch if isinstance(image_3HW, Tensor)]
+        rows = iter(self._score_readable(readable) if readable else ())
+        for _, image in batch:
+            yield {self.settings.failure: image.value} if isinstance(image, Failure) else next(rows)
 
     @torch.inference_mode()
-    def _score_readable(self, samples: list[Sample], images_B3HW: Tensor) -> Iterator[Row]:
+    def _score_readable(self, batch: list[tuple[Sample, Tensor]]) -> list[Row]:
+        images_B3HW = torch.stack([image_3HW for _, image_3HW in batch])
         features_BD = self.model.encode_image(images_B3HW.to(self.device, self.dtype)).float()
         columns = {head.name: _apply(layers, head, features_BD).tolist() for head, layers in self.heads}
-        said = [self._scored(sample) for sample in samples]
-        image_C = [number for number, captions in enumerate(said) for _ in captions]
-        texts_CD = self._encode([caption["text"] for captions in said for caption in captions])
+        kinds = self.settings.kinds
+        captions_B = [[c for c in sample.captions if not kinds or c["kind"] in kinds] for sample, _ in batch]
+        image_C = [number for number, captions in enumerate(captions_B) for _ in captions]
+        texts_CD = self._encode([caption["text"] for captions in captions_B for caption in captions])
         cosine_C = iter((F.normalize(features_BD, dim=-1)[image_C] * texts_CD).sum(-1).tolist())
         rows = []
-        for number, captions in enumerate(said):
-            found = [(caption["kind"], next(cosine_C)) for caption in captions]
-            rows.append(self._row(found, {name: values[number] for name, values in columns.items()}))
-        return iter(rows)
-
-    def _scored(self, sample: Sample) -> list[dict[str, str]]:
-        kinds = self.settings.kinds
-        return [caption for caption in sample.captions if not kinds or caption["kind"] in kinds]
+        for number, captions in enumerate(captions_B):
+            scores = [(caption["kind"], next(cosine_C)) for caption in captions]
+            rows.append(self._row(scores, {name: values[number] for name, values in columns.items()}))
+        return rows
 
     def _encode(self, texts: list[str]) -> Tensor:
-        """Of length 1 each; a text longer than the network's context is cut."""
+        """The texts' features, each of length 1; a text longer than the network's context is cut."""
         size = self.settings.batch_size
-        parts = [self.tokenize(texts[first : first + size]) for first in range(0, len(texts), size)]
-        found = [F.normalize(self.model.encode_text(ids_CT.to(self.device)).float(), dim=-1) for ids_CT in parts]
-        return torch.cat(found) if found else torch.zeros(0, 1, device=self.device)
+        batches = [self.tokenize(texts[first : first + size]) for first in range(0, len(texts), size)]
+        features = [F.normalize(self.model.encode_text(ids_CT.to(self.device)).float(), dim=-1) for ids_CT in batches]
+        return torch.cat(features) if features else torch.zeros(0, 1, device=self.device)
 
     def _row(self, scores: list[tuple[str, float]], heads: dict[str, float]) -> Row:
         column, row = f"{self.settings.name}_score", dict(heads)
         if scores:
             row[column] = max(score for _, score in scores)
         for kind in self.settings.kinds:
-            if here := [score for found, score in scores if found == kind]:
-                row[f"{column}_{kind}"] = max(here)
+            if of_kind := [score for its_kind, score in scores if its_kind == kind]:
+                row[f"{column}_{kind}"] = max(of_kind)
         finite = {name: value for name, value in row.items() if math.isfinite(value)}
         failure = Failure.NOT_FINITE if len(finite) < len(row) else None if scores else Failure.NO_CAPTION
         return {**finite, self.settings.failure: failure and failure.value}
@@ -128,18 +120,14 @@ def _load(settings: ClipSettings, device: str) -> tuple[Any, Any, Any]:
             name, settings.pretrained, precision=_PRECISION[settings.dtype], device=device
         )
         config = open_clip.get_model_config(name) or {}
-        # open_clip hands on what a model's own config says here, and code from strangers is not run.
+        # A model's own config may ask for remote code; open_clip would pass that on, and untrusted code must not run.
         foreign = {"trust_remote_code": False} if config.get("text_cfg", {}).get("hf_tokenizer_name") else {}
         return model.eval(), preprocess, open_clip.get_tokenizer(name, **foreign)
     except _UNUSABLE as error:
         raise CheckpointError(
-            f"open_clip cannot load {settings.model} {settings.pretrained or ''} ({_first_line(error)})",
+            f"open_clip cannot load {settings.model} {settings.pretrained or ''} ({first_line(error)})",
             remedy="name one of open_clip's models and tags, or a folder with open_clip_config.json and its weights",
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 Layers = list[tuple[Tensor, Tensor | None]]
@@ -148,11 +136,10 @@ Layers = list[tuple[Tensor, Tensor | None]]
 def _load_head(head: Head, device: str) -> Layers:
     path = Path(head.file)
     try:
-        read = load_file if path.suffix == ".safetensors" else _load_pickle
-        layers = _chain(read(path))
+        layers = _chain(load_file(path) if path.suffix == ".safetensors" else _load_pickle(path))
     except _UNUSABLE as error:
         raise CheckpointError(
-            f"{path} is no head for `{head.name}` ({_first_line(error)})",
+            f"{path} is no head for `{head.name}` ({first_line(error)})",
             remedy="give a state dict of linear layers, as safetensors or by torch.save",
         ) from None
     if head.index >= len(layers[-1][0]):
@@ -161,15 +148,14 @@ def _load_head(head: Head, device: str) -> Layers:
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    return dict(found.get("state_dict", found))
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    return dict(checkpoint.get("state_dict", checkpoint))
 
 
 def _chain(state: dict[str, Tensor]) -> Layers:
-    """The linear layers in the order of their names, numbers by value: each takes what the one before gives."""
-    names = sorted((name for name in state if name.endswith("weight")), key=_by_number)
+    """The linear layers in the order of their names, `layers.2` before `layers.10`; each must fit the one before it."""
     layers: Layers = []
-    for name in names:
+    for name in sorted((name for name in state if name.endswith("weight")), key=_by_number):
         weight, bias = state.pop(name).float(), state.pop(name.removesuffix("weight") + "bias", None)
         if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             raise ValueError(f"{name} is not a linear layer")

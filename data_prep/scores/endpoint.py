@@ -1,8 +1,8 @@
 """Captions by a server that speaks OpenAI's protocol, many requests at once.
 
-What may pass (a timeout, 429, 5xx, nobody there) is tried again until the answer's deadline. An answer that fails for
-good is a null with its cause; but when too many fail it is the server that is broken, and the shard is left undone for
-the next run instead of being recorded as a thousand failures.
+What may be temporary (a timeout, 429, 5xx, no connection) is tried again until the request's deadline. A request that
+fails for good gives a null with its cause. But if too many fail, the server must be broken: that is an error, and the
+shard is left to the next run instead of being recorded with a thousand failures.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import base64
 import json
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -27,17 +27,17 @@ from infra.errors import PixnerdError, SettingsError
 from infra.text import printable
 
 MOST_BYTES = 1 << 20  # of a response
-LONGEST_PAUSE = 60.0  # seconds between two tries, also where the server asks for more
-_KINDS = ("JPEG", "PNG", "WEBP")  # what servers decode
+LONGEST_PAUSE = 60.0  # seconds between two tries, even if the server asks for more
+_FORMATS = ("JPEG", "PNG", "WEBP")  # that servers decode
 
 
-class _Refusal(NamedTuple):
-    """An attempt without an answer."""
+class _Failed(NamedTuple):
+    """Why an attempt gave no reply."""
 
     cause: Failure
     detail: str
-    passes: bool = False  # it is worth another try
-    pause: float = 0.0  # seconds that the server asks for
+    retry: bool = False  # whether another try may succeed
+    pause: float = 0.0  # seconds that the server asks to wait before it
 
 
 class EndpointScorer:
@@ -50,82 +50,78 @@ class EndpointScorer:
         return caption_fields(self.settings.failure)
 
     def versions(self) -> dict[str, str]:
-        return {}  # the server's, which it does not tell
+        return {}  # the server does not tell its own
 
     def rows(self, samples: Iterable[Sample]) -> Iterator[Row]:
         try:
-            yield from asyncio.run(self._shard(samples))
+            yield from asyncio.run(self._rows(samples))
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
 
-    async def _shard(self, samples: Iterable[Sample]) -> list[Row]:
+    async def _rows(self, samples: Iterable[Sample]) -> list[Row]:
         health = _Health(self.settings)
-        room = asyncio.Semaphore(self.settings.concurrency)
-        answers: list[list[asyncio.Task[str | Failure]]] = []
+        slots = asyncio.Semaphore(self.settings.concurrency)
+        by_sample: list[list[asyncio.Task[str | Failure]]] = []
 
-        async def answer(image: str, ask: Ask) -> str | Failure:
+        async def reply(image: str, ask: Ask) -> str | Failure:
             try:
-                found = await self._answer(session, image, ask)
+                outcome = await self._with_retries(session, image, ask)
             finally:
-                room.release()
-            return health.count(found)
+                slots.release()
+            return health.count(outcome)
 
         async with self._session() as session, asyncio.TaskGroup() as group:
             for sample in samples:
-                here: list[asyncio.Task[str | Failure]] = []
-                answers.append(here)
-                if sniff(sample.image) not in _KINDS:
+                tasks: list[asyncio.Task[str | Failure]] = []
+                by_sample.append(tasks)
+                if sniff(sample.image) not in _FORMATS:
                     continue
                 image = _data_url(sample.image)
                 for ask in self.settings.asks:
-                    await room.acquire()  # before the next image is read: memory holds those under way alone
-                    here.append(group.create_task(answer(image, ask)))
+                    await slots.acquire()  # before the next image is read, so that memory holds only those in flight
+                    tasks.append(group.create_task(reply(image, ask)))
         health.check()
-        return [self._row([task.result() for task in here]) for here in answers]
+        return [self._row([task.result() for task in tasks]) for tasks in by_sample]
 
-    def _row(self, answers: list[str | Failure]) -> Row:
-        if not answers:
+    def _row(self, replies: list[str | Failure]) -> Row:
+        if not replies:
             return {self.settings.failure: Failure.UNREADABLE_IMAGE.value}
-        return caption_row(self.settings.failure, zip(self.settings.asks, answers, strict=True))
+        return caption_row(self.settings.failure, zip(self.settings.asks, replies, strict=True))
 
-    @asynccontextmanager
-    async def _session(self) -> AsyncIterator[aiohttp.ClientSession]:
-        async with aiohttp.ClientSession(
+    def _session(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
             headers=self.headers,
             connector=aiohttp.TCPConnector(limit=self.settings.concurrency),
             timeout=aiohttp.ClientTimeout(total=self.settings.timeout),
             cookie_jar=aiohttp.DummyCookieJar(),
-        ) as session:
-            yield session
+        )
 
-    async def _answer(self, session: aiohttp.ClientSession, image: str, ask: Ask) -> str | _Refusal:
-        """An answer, or the last attempt's refusal, within the deadline."""
-        found: str | _Refusal = _Refusal(Failure.TIMEOUT, f"no answer in {self.settings.deadline:g} s")
-        try:
+    async def _with_retries(self, session: aiohttp.ClientSession, image: str, ask: Ask) -> str | _Failed:
+        """A reply, or why the last attempt within the deadline failed."""
+        outcome: str | _Failed = _Failed(Failure.TIMEOUT, f"no answer in {self.settings.deadline:g} s")
+        with suppress(TimeoutError):
             async with asyncio.timeout(self.settings.deadline):
                 for attempt in range(1 + self.settings.retries):
-                    found = await self._attempt(session, image, ask)
-                    if isinstance(found, str) or not found.passes or attempt == self.settings.retries:
+                    outcome = await self._attempt(session, image, ask)
+                    if isinstance(outcome, str) or not outcome.retry or attempt == self.settings.retries:
                         break
                     wait = self.settings.backoff * 2**attempt * random.uniform(0.5, 1.5)
-                    await asyncio.sleep(min(max(wait, found.pause), LONGEST_PAUSE))
-        except TimeoutError:
-            pass
-        return found
+                    await asyncio.sleep(min(max(wait, outcome.pause), LONGEST_PAUSE))
+        return outcome
 
-    async def _attempt(self, session: aiohttp.ClientSession, image: str, ask: Ask) -> str | _Refusal:
+    async def _attempt(self, session: aiohttp.ClientSession, image: str, ask: Ask) -> str | _Failed:
         url = f"{self.settings.url}/chat/completions"
         try:
-            # A redirect is not followed: the key would go to whoever it names.
+            # A redirect is not followed, since the API key would be sent to the host that it names.
             async with session.post(url, json=self._request(image, ask), allow_redirects=False) as response:
                 body = await _read(response)
-                return _said(body) if response.status == 200 else self._refusal(response, body)
+                return _reply(body) if response.status == 200 else self._failed(response, body)
         except TimeoutError:
-            return _Refusal(Failure.TIMEOUT, f"no answer in {self.settings.timeout:g} s", passes=True)
+            return _Failed(Failure.TIMEOUT, f"no answer in {self.settings.timeout:g} s", retry=True)
         except aiohttp.ClientConnectionError as error:
-            return _Refusal(Failure.UNREACHABLE, type(error).__name__, passes=True)
+            return _Failed(Failure.UNREACHABLE, type(error).__name__, retry=True)
         except aiohttp.ClientError as error:
-            return _Refusal(Failure.BAD_RESPONSE, type(error).__name__, passes=True)
+            return _Failed(Failure.BAD_RESPONSE, type(error).__name__, retry=True)
 
     def _request(self, image: str, ask: Ask) -> dict[str, Any]:
         content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": ask.prompt}]
@@ -137,7 +133,8 @@ class EndpointScorer:
             "seed": self.settings.seed,
         }
 
-    def _refusal(self, response: aiohttp.ClientResponse, body: bytes | None) -> _Refusal:
+    def _failed(self, response: aiohttp.ClientResponse, body: bytes | None) -> _Failed:
+        """What a status other than 200 means; an error if no request with these settings can succeed."""
         status = response.status
         if status in (401, 403, 404) or 300 <= status < 400:
             raise SettingsError(
@@ -145,12 +142,12 @@ class EndpointScorer:
                 remedy="check the endpoint's `url`, `model` and `api_key`",
             )
         if status in (408, 425, 429) or status >= 500:
-            asked = response.headers.get("Retry-After", "")
-            return _Refusal(Failure.SERVER_ERROR, f"status {status}", True, float(asked) if asked.isdecimal() else 0.0)
-        return _Refusal(Failure.REFUSED, f"status {status}: {self._excerpt(body)}")
+            pause = response.headers.get("Retry-After", "")
+            return _Failed(Failure.SERVER_ERROR, f"status {status}", True, float(pause) if pause.isdecimal() else 0.0)
+        return _Failed(Failure.REFUSED, f"status {status}: {self._excerpt(body)}")
 
     def _excerpt(self, body: bytes | None) -> str:
-        """What the server says of a refusal, on one line and without the key, should it repeat that."""
+        """The beginning of an error's body, on one line; the API key is masked in case the server repeats it."""
         text = " ".join((body or b"")[:2000].decode(errors="replace").split())
         key = self.headers.get("Authorization", "").removeprefix("Bearer ")
         text = text.replace(key, "***") if key else text
@@ -158,33 +155,33 @@ class EndpointScorer:
 
 
 class _Health:
-    """Whether it is the images that fail or the server."""
+    """Counts a shard's failures, to tell images that fail from a server that is broken, which is an error."""
 
     def __init__(self, settings: EndpointSettings) -> None:
         self.settings = settings
-        self.asked = self.in_a_row = 0
-        self.failed: Counter[str] = Counter()
+        self.requests = self.in_a_row = 0
+        self.failures: Counter[str] = Counter()
 
-    def count(self, found: str | _Refusal) -> str | Failure:
-        self.asked += 1
-        if isinstance(found, str):
+    def count(self, outcome: str | _Failed) -> str | Failure:
+        self.requests += 1
+        if isinstance(outcome, str):
             self.in_a_row = 0
-            return found
+            return outcome
         self.in_a_row += 1
-        self.failed[f"{found.cause.value} ({found.detail})"] += 1
+        self.failures[f"{outcome.cause.value} ({outcome.detail})"] += 1
         if self.settings.tolerated < 1 and self.in_a_row > 2 * self.settings.concurrency + 16:
             raise self._broken()
-        return found.cause
+        return outcome.cause
 
     def check(self) -> None:
-        # One failure is no sign of a broken server, however few the images are, unless there was no other answer.
-        if self.failed.total() > max(self.settings.tolerated * self.asked, min(1, self.asked - 1)):
+        # One failure is no sign of a broken server, however few the requests, unless it was the only request.
+        if self.failures.total() > max(self.settings.tolerated * self.requests, min(1, self.requests - 1)):
             raise self._broken()
 
     def _broken(self) -> PixnerdError:
-        said, _ = self.failed.most_common(1)[0]
+        failed, (commonest, _) = self.failures.total(), self.failures.most_common(1)[0]
         return PixnerdError(
-            f"{self.settings.url} gave no caption for {self.failed.total()} of {self.asked} requests, mostly: {said}",
+            f"{self.settings.url} gave no caption for {failed} of {self.requests} requests, mostly: {commonest}",
             remedy="look at the server's log, then run again; or raise the endpoint's `tolerated` to record these",
         )
 
@@ -203,7 +200,7 @@ def _data_url(image: bytes) -> str:
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes | None:
-    """The body, or None if it is longer than any answer."""
+    """The body, or None if it is longer than MOST_BYTES."""
     body = bytearray()
     async for chunk in response.content.iter_chunked(1 << 16):
         body += chunk
@@ -212,13 +209,14 @@ async def _read(response: aiohttp.ClientResponse) -> bytes | None:
     return bytes(body)
 
 
-def _said(body: bytes | None) -> str | _Refusal:
+def _reply(body: bytes | None) -> str | _Failed:
+    """The text in a response such as `{"choices": [{"message": {"content": "a red circle"}}]}`."""
     if body is None:
-        return _Refusal(Failure.BAD_RESPONSE, f"more than {MOST_BYTES} bytes")
+        return _Failed(Failure.BAD_RESPONSE, f"more than {MOST_BYTES} bytes")
     try:
-        said = json.loads(body)["choices"][0]["message"]["content"]
+        content = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError, RecursionError):
-        return _Refusal(Failure.BAD_RESPONSE, "no choices[0].message.content", passes=True)
-    if said is None:
+        return _Failed(Failure.BAD_RESPONSE, "no choices[0].message.content", retry=True)
+    if content is None:
         return ""
-    return said if isinstance(said, str) else _Refusal(Failure.BAD_RESPONSE, "its content is no text")
+    return content if isinstance(content, str) else _Failed(Failure.BAD_RESPONSE, "its content is no text")

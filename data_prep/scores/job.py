@@ -4,10 +4,10 @@
     data/scores/<scorer>/00012-<sha256>.parquet    `key` and the scorer's columns, a row for each accepted sample
     scored/<plan>/<size>/<scorer>/<shards>.json    ScoreSummary, of the shards of an edition, by their numbers
 
-Images are read and never rewritten: a snapshot joins the tables it names by key. <scorer> is the digest of the settings
-that change results and of the weights' bytes, so another head or prompt is another table beside the first. A shard's
-batches are its own, so its table is the same bytes whoever made it, on the same kind of machine with the same batch
-size: other sizes and devices round otherwise, in the last digits of a score.
+Shards are read and never rewritten: a snapshot joins the tables that it names to their rows. <scorer> is the digest of
+the settings that change results and of the weights' bytes, so another head or prompt makes another table. No batch
+spans two shards, so a table has the same bytes whichever worker made it, on the same kind of machine with the same
+batch size; other batch sizes and devices round differently, in the last digits of a score.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,30 +22,21 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_prep.prepare.plan import all_shards, read_plan
 from data_prep.scores import Sample, Scorer
 from data_prep.scores.settings import ClipSettings, EndpointSettings, ScorerSettings
+from data_prep.sources.reading import in_order
 from infra import layout
 from infra.config import Settings, digest, operational
 from infra.errors import ClusterError, DataError
 from infra.pool import Work, results
-from infra.records import (
-    ScoreRecord,
-    ScoreSummary,
-    ShardRecord,
-    fetch_data,
-    get_data,
-    put_data,
-    read_record,
-    write_record,
-)
-from infra.shards import parquet_bytes, read_index, shard_key, shard_number
+from infra.records import ScoreRecord, ScoreSummary, ShardRecord, fetch_data, put_data, read_record, write_record
+from infra.shards import parquet_bytes, read_index, read_parquet, shard_key, shard_number
 from infra.store import Store, open_store
 
 FORMAT = 1  # raised when the same images, settings and weights would give other values
-_READERS = 16  # small records read at once
+_READERS = 16  # score records, which are small, that are read at once
 
 
 class ScoreSettings(Settings):
@@ -62,11 +52,11 @@ class Progress:
     planned_shards: int
     rows: int
     failures: dict[str, int]
-    per_second: float  # rows that this run scored
+    per_second: float  # of the rows that this run scored
 
 
 class Place(NamedTuple):
-    """Which images, and whose word on them."""
+    """The side tables of one scorer for the shards of one plan and size, and where the store keeps them."""
 
     plan: str
     size: str
@@ -80,11 +70,12 @@ class Place(NamedTuple):
         return layout.SCORE.at(**self._asdict(), number=number)
 
     def summary_key(self, numbers: list[int]) -> str:
+        """The key of the summary of these shards."""
         return layout.SCORED.at(**self._asdict(), shards=digest(numbers))
 
 
 def scorer_digest(settings: ScoreSettings) -> str:
-    """The name of a scorer's tables. Local weights are read through for it."""
+    """The digest that names a scorer's tables. It hashes local weights, so it reads them in full."""
     return digest({"format": FORMAT, "scorer": settings.scorer.identity()})
 
 
@@ -103,13 +94,14 @@ def score(
     place = Place(plan, size, scorer_digest(settings))
     if store.exists(place.summary_key(numbers)):
         return read_record(store, place.summary_key(numbers), ScoreSummary)
-    all_shards(store, planned, size)  # or nothing is begun
-    done = _numbers(store, place)
+    all_shards(store, planned, size)  # an error if one is missing: then none is scored
+    scored = _scored(store, place)
     tally = _Tally(len(numbers))
-    for record in _records(store, [place.key(number) for number in numbers if number in done]):
+    keys = [place.key(number) for number in numbers if number in scored]
+    for record in in_order(partial(read_record, store, kind=ScoreRecord), keys, _READERS):
         tally.add(record, own=False)
-    tally.begin()
-    todo = [number for number in numbers if number not in done]
+    tally.began = time.monotonic()
+    todo = [number for number in numbers if number not in scored]
     if todo:
         if progress:
             progress(tally.progress())
@@ -125,11 +117,11 @@ def score(
 def read_scores(store: Store, plan: str, size: str, scorer: str, number: int) -> pa.Table:
     """A shard's side table: `key` and the scorer's columns, a row for each accepted sample in the index's order."""
     record = read_record(store, Place(plan, size, scorer).key(number), ScoreRecord)
-    return pq.read_table(pa.BufferReader(get_data(store, record.table)))
+    return read_parquet(store, record.table, None)
 
 
 class SideTables:
-    """Side tables of scores or captions by their digests, joined to a shard's accepted rows."""
+    """The side tables of some scorers, named by their digests, for the shards of one plan and size."""
 
     def __init__(
         self, store: Store, plan: str, size: str, shards: Sequence[ShardRecord], scorers: Sequence[str]
@@ -143,12 +135,12 @@ class SideTables:
 
     @property
     def fields(self) -> list[pa.Field]:
-        """The columns of all of them that are no captions."""
-        apart = ("key", "captions")
-        return [field for schema in self.schemas.values() for field in schema if field.name not in apart]
+        """The columns of all tables, except keys and captions."""
+        omitted = ("key", "captions")
+        return [field for schema in self.schemas.values() for field in schema if field.name not in omitted]
 
     def read(self, number: int, keys: pa.ChunkedArray | None = None) -> list[pa.Table]:
-        """Each scorer's table of a shard, whose rows are those of the keys."""
+        """Each scorer's table of a shard, checked to have one row for each of the keys, in their order."""
         tables = [read_scores(self.store, self.plan, self.size, scorer, number) for scorer in self.scorers]
         for scorer, table in zip(self.scorers, tables, strict=True):
             if keys is not None and not table["key"].equals(keys):
@@ -160,41 +152,36 @@ class SideTables:
 
     def _check(self, scorer: str, numbers: set[int]) -> None:
         place = Place(self.plan, self.size, scorer)
-        there = _numbers(self.store, place)
-        if not there:
-            above = place.prefix[: -len(scorer) - 1]
-            others = sorted({entry.key.removeprefix(above).partition("/")[0] for entry in self.store.list(above)})
+        scored = _scored(self.store, place)
+        if not scored:
+            parent = place.prefix[: -len(scorer) - 1]
+            others = sorted({entry.key.removeprefix(parent).partition("/")[0] for entry in self.store.list(parent)})
             raise DataError(
                 f"these shards have no scores called `{scorer}`",
                 remedy=f"there are {', '.join(others)}" if others else "run `score` first, and name its digest",
             )
-        if missing := sorted(numbers - there):
+        if missing := sorted(numbers - scored):
             raise DataError(
                 f"{len(missing)} of {len(numbers)} shards have no scores `{scorer}` (the first is {missing[0]})",
                 remedy="run that `score` again: it goes on with what is missing",
             )
 
 
-def _numbers(store: Store, place: Place) -> set[int]:
-    """Of the shards that are scored, in whatever edition."""
+def _scored(store: Store, place: Place) -> set[int]:
+    """The numbers of the shards that are scored, whichever edition of the plan they were scored for."""
     return {shard_number(entry.key) for entry in store.list(place.prefix) if entry.key.endswith(".json")}
 
 
-def _records(store: Store, keys: list[str]) -> Iterator[ScoreRecord]:
-    with ThreadPoolExecutor(_READERS) as pool:
-        yield from pool.map(lambda key: read_record(store, key, ScoreRecord), keys)
-
-
-# The pool
+# The pool of actors
 
 
 class Done(NamedTuple):
     record: ScoreRecord
-    own: bool  # False if another job had made it before this one came to it
+    own: bool  # False if another job had scored the shard meanwhile
 
 
 class _Job(Work[int, Done]):
-    """The numbers of shards, for actors each of which keeps its scorer loaded."""
+    """Scores shards, by their numbers, on actors each of which keeps its scorer loaded."""
 
     noun = "shards"
 
@@ -203,28 +190,28 @@ class _Job(Work[int, Done]):
 
         super().__init__(todo, min(_workers(settings), len(todo)))
         settings = settings.model_copy(update={"scorer": settings.scorer.located()})
-        make = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_restarts=0)(_Worker).remote
-        self._make = partial(make, store, settings, place)
-        self._idle = [self._make() for _ in range(self.at_once)]
-        self._at_work: dict[int, Any] = {}
+        actor = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_restarts=0)(_Worker)
+        self._new_worker = partial(actor.remote, store, settings, place)
+        self._idle = [self._new_worker() for _ in range(self.at_once)]
+        self._busy: dict[int, Any] = {}  # shard -> its worker
 
     def ready(self, running: Collection[int]) -> Iterator[int]:
         yield from super().ready(running)
         while self._idle and not self.waiting:
-            self._kill(self._idle.pop())  # its place may be what another worker still waits for
+            self._kill(self._idle.pop())  # another worker may be waiting for the CPUs and GPUs that it holds
 
     def start(self, piece: int, again: bool) -> Any:
-        worker = self._at_work[piece] = self._make() if again else self._idle.pop()
+        worker = self._busy[piece] = self._new_worker() if again else self._idle.pop()
         return worker.score.remote(piece)
 
     def ended(self, piece: int, result: Done | None) -> None:
         super().ended(piece, result)
-        worker = self._at_work.pop(piece)
+        worker = self._busy.pop(piece)
         if result is not None:
             self._idle.append(worker)
 
     def give_up(self, tasks: list[Any]) -> None:
-        for worker in [*self._idle, *self._at_work.values()]:
+        for worker in [*self._idle, *self._busy.values()]:
             self._kill(worker)
 
     @staticmethod
@@ -235,24 +222,22 @@ class _Job(Work[int, Done]):
 
 
 def _workers(settings: ScoreSettings) -> int:
-    """As many as were asked for, but no more than the cluster holds: a worker without a place would wait for ever."""
+    """As many as were asked for, but no more than fit into the cluster: another one would wait for ever."""
     import ray
 
+    needs = {kind: amount for kind, amount in (("CPU", settings.cpus), ("GPU", settings.gpus)) if amount}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fits = sum(
-        min(int(node.get(kind, 0) // each) for kind, each in (("CPU", settings.cpus), ("GPU", settings.gpus)) if each)
-        for node in nodes
-    )
-    if not fits:
+    fit = sum(min(int(node.get(kind, 0) // amount) for kind, amount in needs.items()) for node in nodes)
+    if not fit:
         raise ClusterError(
             f"the cluster holds no worker of {settings.cpus} CPUs and {settings.gpus:g} GPUs",
             remedy="set the score's `cpus` and `gpus` to what one node has, or join a larger cluster",
         )
-    return min(settings.workers or fits, fits)
+    return min(settings.workers or fit, fit)
 
 
 class _Worker:
-    """A process with a scorer in it. Its weights are loaded by the first shard, whose error then reaches the caller."""
+    """An actor with a scorer. Its weights are loaded with the first shard, so that an error reaches the caller."""
 
     def __init__(self, store: Store, settings: ScoreSettings, place: Place) -> None:
         self.store, self.settings, self.place = store, settings, place
@@ -268,7 +253,7 @@ class _Worker:
         try:
             return Done(score_shard(self.store, self.scorer, self.place, number), own=True)
         except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, by name: an endpoint's worker has no torch
+            if type(error).__name__ != "OutOfMemoryError":  # by name, since an endpoint's worker does not import torch
                 raise
             raise ClusterError(
                 f"the GPU has too little memory ({str(error).splitlines()[0]})",
@@ -278,39 +263,38 @@ class _Worker:
 
 def load(settings: ScoreSettings) -> Scorer:
     """The scorer with its weights, on the worker's device."""
-    device, wanted = "cuda" if settings.gpus else "cpu", settings.scorer
-    if isinstance(wanted, EndpointSettings):
+    device, scorer = "cuda" if settings.gpus else "cpu", settings.scorer
+    if isinstance(scorer, EndpointSettings):
         from data_prep.scores.endpoint import EndpointScorer
 
-        return EndpointScorer(wanted)
+        return EndpointScorer(scorer)
     import torch
 
     torch.set_num_threads(settings.cpus)
-    if isinstance(wanted, ClipSettings):
+    if isinstance(scorer, ClipSettings):
         from data_prep.scores.clip import ClipScorer
 
-        return ClipScorer(wanted, device, settings.cpus)
+        return ClipScorer(scorer, device, settings.cpus)
     from data_prep.scores.vlm import VlmScorer
 
-    return VlmScorer(wanted, device, settings.cpus)
+    return VlmScorer(scorer, device, settings.cpus)
 
 
 # One shard
 
 
 def score_shard(store: Store, scorer: Scorer, place: Place, number: int) -> ScoreRecord:
-    """The work of one task, whole and repeatable: the table first, its record last."""
+    """Score one shard: write its table, and last its record. It can be repeated after a crash at any point."""
     key = place.key(number)
     shard = read_record(store, shard_key(place.plan, place.size, number), ShardRecord)
     keys: list[str] = []
-    rows: list[dict[str, Any]] = []
 
-    def noted() -> Iterator[Sample]:
+    def noting_keys() -> Iterator[Sample]:
         for sample in samples(store, shard):
             keys.append(sample.key)
             yield sample
 
-    rows.extend(scorer.rows(noted()))
+    rows = list(scorer.rows(noting_keys()))
     failure = scorer.fields[-1].name
     schema = pa.schema([pa.field("key", pa.string(), nullable=False), *scorer.fields])
     table = pa.Table.from_pylist([{"key": key} | row for key, row in zip(keys, rows, strict=True)], schema=schema)
@@ -327,7 +311,7 @@ def score_shard(store: Store, scorer: Scorer, place: Place, number: int) -> Scor
 
 
 def samples(store: Store, shard: ShardRecord) -> Iterator[Sample]:
-    """The shard's accepted samples, in order, out of one download of its tar."""
+    """The shard's accepted samples, in the order of its index; its tar is downloaded once."""
     if shard.tar is None:
         return
     index = read_index(store, shard, ["key", "accepted", "captions", "offset", "length"])
@@ -335,7 +319,7 @@ def samples(store: Store, shard: ShardRecord) -> Iterator[Sample]:
         path = Path(folder, "shard.tar")
         fetch_data(store, shard.tar, path)
         file = path.open("rb")
-    with file:  # it has no name any more: a worker that is killed leaves nothing on the disk
+    with file:  # it is deleted already, so that a worker which is killed leaves nothing on the disk
         for batch in index.filter(index["accepted"]).to_batches(max_chunksize=1024):
             for row in batch.to_pylist():
                 file.seek(row["offset"])
@@ -349,14 +333,11 @@ class _Tally:
     rows: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
-    began: float = 0.0
-    own_rows: int = 0
-
-    def begin(self) -> None:
-        """From here on it is this run's speed."""
-        self.began = time.monotonic()
+    began: float = 0.0  # when this run began to score, by time.monotonic()
+    own_rows: int = 0  # that it has scored since
 
     def add(self, record: ScoreRecord, *, own: bool) -> None:
+        """Count a shard; `own` if this run scored it."""
         self.shards += 1
         self.rows += record.rows
         self.own_rows += record.rows if own else 0

@@ -1,4 +1,4 @@
-"""What a scorer is told, and whose work a side table is: settings and the sha256 of the weights, not where they lie."""
+"""Settings of scorers, and their identity for digests, in which a sha256 stands in place of a path to local weights."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from infra.errors import CheckpointError
 from infra.files import sha256_of
 from infra.shards import INDEX_SCHEMA
 
-# A column's name stands in filters, so it is a word.
+# Filter expressions name columns, so a column's name must be an identifier.
 Column = Annotated[
     str, spelt(r"[A-Za-z_][A-Za-z0-9_]{0,62}", "a word of at most 63 letters, digits and `_`, no digit first")
 ]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-# The files of a model's folder that change what it computes.
+# The kinds of files in a model's folder that can change its output.
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".pt", ".pth", ".npz", ".txt", ".model", ".jinja")
 
 
 class _ScorerSettings(Settings):
-    joined: ClassVar[frozenset[str]] = frozenset()  # the index's columns that the side table's are put together with
+    joined: ClassVar[frozenset[str]] = frozenset()  # columns of the index to which the side table's values are added
 
     name: Column
 
@@ -35,16 +35,16 @@ class _ScorerSettings(Settings):
         """The side table's columns, without `key`."""
 
     def identity(self) -> dict[str, Any]:
-        """The settings that its results depend on, with a local file's bytes in place of its path."""
+        """The settings that its results depend on, with the sha256 of a local file in place of its path."""
         return self.chosen()
 
     def located(self) -> Self:
-        """The same with absolute paths, for workers that stand in another folder."""
+        """These settings with absolute paths, for workers with another working directory."""
         return self
 
     @property
     def failure(self) -> str:
-        """The column of causes. It has the scorer's name, so that several side tables can stand beside each other."""
+        """The column of causes. It has the scorer's name, so that several side tables can be joined to one index."""
         return f"{self.name}_failure"
 
     @model_validator(mode="after")
@@ -63,7 +63,7 @@ class Head(Settings):
     name: Column = Field(description="the column")
     file: str = Field(description="safetensors or .pt/.pth: a state dict of linear layers, in the order of their names")
     normalise: bool = Field(True, description="features of length 1, as LAION's predictors were trained on")
-    between: Literal["none", "relu", "gelu"] = Field("none", description="what stands between two layers")
+    between: Literal["none", "relu", "gelu"] = Field("none", description="the activation between two layers")
     output: Literal["none", "sigmoid", "softmax"] = "none"
     index: int = Field(0, ge=0, description="which of the last layer's values")
 
@@ -81,8 +81,8 @@ class ClipSettings(_ScorerSettings):
         "ViT-B-32", description="open_clip's name, hf-hub:owner/name, or a folder with open_clip_config.json"
     )
     pretrained: str | None = Field(None, description="open_clip's tag or a checkpoint file, for a model by name")
-    kinds: list[Column] = Field([], description="kinds of captions, each with a column of its own; none: all, in one")
-    heads: list[Head] = Field([], description="further columns, from the same look at the image")
+    kinds: list[Column] = Field([], description="the only kinds of captions that count, a column each; none: all")
+    heads: list[Head] = Field([], description="further columns, from the same features of the image")
     dtype: Dtype = "float32"
     batch_size: int = operational(32, ge=1)
 
@@ -92,24 +92,25 @@ class ClipSettings(_ScorerSettings):
 
     @property
     def folder(self) -> Path | None:
+        """The folder of a local model, None for a model by name."""
         return local_folder(self.model.removeprefix("local-dir:"))
 
     @model_validator(mode="after")
     def _weights_are_named(self) -> ClipSettings:
-        whole = self.model.startswith(("local-dir:", "hf-hub:")) or self.folder is not None
-        if whole == (self.pretrained is not None):
+        has_weights = self.model.startswith(("local-dir:", "hf-hub:")) or self.folder is not None
+        if has_weights == (self.pretrained is not None):
             raise ValueError("`pretrained` names the weights of a model by name; a folder or hub model has its own")
         return self
 
     def identity(self) -> dict[str, Any]:
-        found = self.chosen()
+        identity = self.chosen()
         if self.folder is not None:
-            found["model"] = {"sha256": folder_sha256(self.folder)}
+            identity["model"] = {"sha256": folder_sha256(self.folder)}
         if self._checkpoint is not None:
-            found["pretrained"] = {"sha256": file_sha256(self._checkpoint)}
-        for head, settings in zip(found.get("heads", []), self.heads, strict=True):
+            identity["pretrained"] = {"sha256": file_sha256(self._checkpoint)}
+        for head, settings in zip(identity.get("heads", []), self.heads, strict=True):
             head["file"] = {"sha256": file_sha256(settings.path)}
-        return found
+        return identity
 
     def located(self) -> Self:
         changes: dict[str, Any] = {"heads": [head.model_copy(update={"file": str(head.path)}) for head in self.heads]}
@@ -121,6 +122,7 @@ class ClipSettings(_ScorerSettings):
 
     @property
     def _checkpoint(self) -> Path | None:
+        """`pretrained` as a file, None if it is one of open_clip's tags."""
         file = Path(self.pretrained or "").expanduser()
         return file.absolute() if file.is_file() else None
 
@@ -151,13 +153,13 @@ class _CaptionerSettings(_ScorerSettings):
 
 
 class VlmSettings(_CaptionerSettings):
-    """Captions by a model of transformers' format, Qwen2.5-VL or Qwen3-VL above all; the likeliest token each time."""
+    """Captions by a model of transformers' format, Qwen2.5-VL or Qwen3-VL above all; decoding is greedy."""
 
     kind: Literal["vlm"] = "vlm"
     model: str = Field(description="a hub model's name, or a folder with its files")
-    revision: str | None = Field(None, description="of a hub model: a commit, so that tomorrow's is the same")
+    revision: str | None = Field(None, description="of a hub model: a commit, so that later runs load the same weights")
     dtype: Dtype = "bfloat16"
-    max_pixels: int | None = Field(None, ge=1024, description="larger images are made smaller; none: as the model says")
+    max_pixels: int | None = Field(None, ge=1024, description="larger images are scaled down; none: the model's limit")
     batch_size: int = operational(8, ge=1)
 
     def identity(self) -> dict[str, Any]:
@@ -192,10 +194,10 @@ class EndpointSettings(_CaptionerSettings):
     @field_validator("url")
     @classmethod
     def _plain_url(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        url = urlsplit(value)
+        if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
             raise ValueError("an endpoint is written http://host:port/v1")
-        if "@" in parts.netloc:
+        if "@" in url.netloc:
             raise ValueError("an endpoint holds no user and password; use api_key")
         return value.rstrip("/")
 
@@ -204,26 +206,26 @@ ScorerSettings = Annotated[ClipSettings | VlmSettings | EndpointSettings, Field(
 
 
 def local_folder(model: str) -> Path | None:
+    """The absolute path of a folder with a model in it; None if this names a model of a hub or a library."""
     folder = Path(model).expanduser()
-    return (
-        folder.absolute() if (folder / "config.json").exists() or (folder / "open_clip_config.json").exists() else None
-    )
+    is_model = any((folder / config).exists() for config in ("config.json", "open_clip_config.json"))
+    return folder.absolute() if is_model else None
 
 
 def folder_sha256(folder: Path) -> str:
-    """Of the files that a model is loaded from, by name; what else lies there, a README for one, does not count."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in _MODEL_FILES and path.is_file())
-    return digest({path.name: file_sha256(path) for path in files})
+    """A digest of the files that a model is loaded from; other files in the folder, such as a README, do not count."""
+    files = (path for path in folder.iterdir() if path.suffix in _MODEL_FILES and path.is_file())
+    return digest({path.name: file_sha256(path) for path in sorted(files)})
 
 
 def file_sha256(path: Path) -> str:
     try:
-        found = path.stat()
-        return _sha256(path, found.st_size, found.st_mtime_ns)
+        stat = path.stat()
+        return _sha256(path, stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})", remedy="check the scorer's paths") from None
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256)  # by size and time of change too, so that a file which was replaced is read again
 def _sha256(path: Path, size: int, changed: int) -> str:
     return sha256_of(path)

@@ -1,7 +1,7 @@
-"""The shape world as an ordinary corpus: an image folder and a Parquet of captions, some of it awkward on purpose.
+"""Writes the shape world as a corpus: a folder of images and a Parquet file of captions, difficult on purpose.
 
-Some odd files are good pictures that a careful decoder gets right (16 bits, CMYK, palette with alpha, rotated by EXIF),
-some are bad (truncated, a decompression bomb, too small, no image at all), and some are exact duplicates.
+Some files are valid but unusual (16 bits, CMYK, palette with alpha, rotated by EXIF), some must be rejected (truncated,
+a decompression bomb, too small, no image at all), and some are exact duplicates.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BOMB = 30_000  # px that the bomb's header declares for its side
 def write_corpus(
     folder: Path, count: int, seed: int, size: int = 64, shares: Mapping[str, float] = SHARES
 ) -> dict[str, list[str]]:
-    """Write `images/` and `captions.parquet`; returns the images' paths by kind of file.
+    """Write `images/` and `captions.parquet`; return the images' paths by kind of file.
 
     Image i depends on (seed, i) alone, so a larger corpus begins with the smaller one.
     """
@@ -47,13 +47,13 @@ def write_corpus(
         subject = index - 1 if kind == "duplicate" else index
         rng = random.Random(f"{seed}/{subject}")
         scene = sample_scene(rng, shares)
-        said = captions(scene, rng, colourless=kind == "grey16")
+        texts = captions(scene, rng, colourless=kind == "grey16")
         data, suffix = encode("plain" if kind == "duplicate" else kind, scene, size, rng)
         name = f"images/{index:06d}.{suffix}"
         (folder / name).write_bytes(data)
         by_kind.setdefault(kind, []).append(name)
-        told = {"caption_short": said.short, "caption": said.medium, "caption_long": said.long}
-        rows.append({"image": name, **told, "task": scene.kind, "coloured": kind != "grey16"})
+        columns = {"caption_short": texts.short, "caption": texts.medium, "caption_long": texts.long}
+        rows.append({"image": name, **columns, "task": scene.kind, "coloured": kind != "grey16"})
     table = pa.Table.from_pylist(rows, schema=_COLUMNS)
     for name, value in (("licence", "CC0-1.0"), ("source", f"shape-world-{seed}")):
         table = table.append_column(name, pa.array([value] * count, pa.string()))
@@ -73,7 +73,7 @@ def kind_of(index: int, seed: int) -> str:
 
 @lru_cache(maxsize=64)
 def _cycle(number: int, seed: int) -> list[str]:
-    """The kinds of `CYCLE` files in a row; a duplicate stands right behind the plain file that it repeats."""
+    """The kinds of CYCLE consecutive files; a duplicate comes right after the plain file that it repeats."""
     groups = [[kind] for kind, times in (GOOD | BAD).items() for _ in range(times)]
     groups += [["plain", "duplicate"]] * DUPLICATES
     groups += [["plain"]] * (CYCLE - sum(len(group) for group in groups))
@@ -85,7 +85,7 @@ def _cycle(number: int, seed: int) -> list[str]:
 
 
 def encode(kind: str, scene: Scene, size: int, rng: random.Random) -> tuple[bytes, str]:
-    """The scene as a file of the kind: its bytes and the suffix that the file's name should have."""
+    """The scene as a file of this kind: its bytes, and the suffix of its name."""
     if kind == "palette":
         return _palette_png(scene, size), "png"
     if kind == "bomb":
@@ -96,7 +96,7 @@ def encode(kind: str, scene: Scene, size: int, rng: random.Random) -> tuple[byte
     if kind == "rgb16":
         return _png(size, size, 16, 2, image.astype(">u2") * np.uint16(257)), "png"
     if kind == "grey16":
-        grey = image.min(axis=-1)  # dark on white whatever the colour was
+        grey = image.min(axis=-1)  # dark on white for every colour
         return _png(size, size, 16, 0, grey.astype(">u2") * np.uint16(257)), "png"
     if kind == "cmyk":
         return _pillow_jpeg(PilImage.fromarray(image).convert("CMYK")), "jpg"
@@ -111,7 +111,7 @@ def encode(kind: str, scene: Scene, size: int, rng: random.Random) -> tuple[byte
 def _png(
     width: int, height: int, depth: int, colour_type: int, pixels: npt.NDArray[np.generic] | bytes, extra: bytes = b""
 ) -> bytes:
-    """A PNG file; Pillow writes no 16-bit colour and is several times slower. `extra` chunks go before the pixels."""
+    """A PNG file with `extra` chunks before the pixels. Pillow writes no 16-bit colour and is several times slower."""
     if not isinstance(pixels, bytes):
         rows = np.ascontiguousarray(pixels).view(np.uint8).reshape(height, -1)
         pixels = np.pad(rows, ((0, 0), (1, 0))).tobytes()  # filter 0 before each row
@@ -125,7 +125,7 @@ def _chunk(name: bytes, data: bytes) -> bytes:
 
 
 def _palette_png(scene: Scene, size: int) -> bytes:
-    """Indexed colours over a transparent black background: whoever drops the alpha sees black instead of white."""
+    """Indexed colours on a transparent black background: a decoder that drops the alpha gives black, not white."""
     levels = 32
     index = np.zeros((size, size), np.uint8)
     colours, alphas = [(0, 0, 0)], [0]
@@ -146,7 +146,7 @@ def _pillow_jpeg(image: PilImage.Image, orientation: int = 1) -> bytes:
     return buffer.getvalue()
 
 
-# The quarter turns that stored pixels have had against the upright picture, by EXIF orientation.
+# EXIF orientation -> the quarter turns by which the stored pixels differ from the upright image.
 TURNS = {3: 2, 6: 1, 8: 3}
 
 

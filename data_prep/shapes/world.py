@@ -1,15 +1,16 @@
-"""The shape world: small scenes of coloured shapes with exact captions, to train and to measure a small model on.
+"""The shape world: small scenes of coloured shapes with exact captions, on which a small model is trained and measured.
 
-A `Description` is what words say (nouns, a relation, a place), a `Scene` is what is drawn. `parse` and `text` go
-between words and descriptions, `draw` fills in what the words leave open, `render` makes pixels. `HELD_OUT` lists the
-combinations that evaluation asks for: no training scene has one, so no training caption can.
+A `Description` is the meaning of a caption (nouns, a relation, a place), a `Scene` is what is drawn. `parse` turns a
+caption into a description and `text` a description into a caption; `draw` makes a scene, choosing at random what the
+description leaves open; `render` makes pixels. `HELD_OUT` lists combinations that only evaluation prompts have: no
+training scene has one, so no training caption does.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -53,9 +54,9 @@ RADII = {
     "many": (0.155, 0.165),
 }
 BORDER = 0.04
-JITTER = 0.01  # of a centre: small, so that minutes of training go into what words mean and not into where edges fall
+JITTER = 0.01  # of a centre: small, so that a few minutes of training suffice to learn what words mean
 
-# The kinds are GenEval's six tasks; this is the one place that says how often a training scene is of each.
+# The share of each kind among training scenes; the kinds are GenEval's six tasks.
 SHARES: Mapping[str, float] = {
     "single_object": 0.17,
     "two_object": 0.20,
@@ -65,88 +66,51 @@ SHARES: Mapping[str, float] = {
     "color_attr": 0.20,
 }
 
-# What evaluation asks for and no training scene has: combinations of three or more, whose parts are seen two by two.
+
+def _phrases(text: str) -> tuple[str, ...]:
+    return tuple(text.split(", "))
+
+
+# Combinations of three or more attributes for evaluation. No training scene has one, but some have each pair of them.
 HELD_OUT: Mapping[str, tuple[str, ...]] = {
-    "single_object": (  # a lone thing's size, shape and place
-        "a large circle on the left",
-        "a small square at the bottom",
-        "a large triangle in the middle",
-        "a large circle on the right",
-        "a small triangle on the left",
-        "a small triangle on the right",
-        "a small square in the middle",
-        "a small circle at the top",
+    "single_object": _phrases(  # size, shape and place of a single thing
+        "a large circle on the left, a small square at the bottom, a large triangle in the middle, "
+        "a large circle on the right, a small triangle on the left, a small triangle on the right, "
+        "a small square in the middle, a small circle at the top"
     ),
-    "two_object": (  # a coloured shape beside another shape of whatever colour
-        "a red circle and a square",
-        "a blue circle and a triangle",
-        "a cyan square and a circle",
-        "a green square and a triangle",
-        "a pink triangle and a circle",
-        "a yellow triangle and a square",
+    "two_object": _phrases(  # a coloured shape beside another shape of whatever colour
+        "a red circle and a square, a blue circle and a triangle, a cyan square and a circle, "
+        "a green square and a triangle, a pink triangle and a circle, a yellow triangle and a square"
     ),
-    "counting": (  # so many of a colour and a shape
-        "three red circles",
-        "four orange squares",
-        "two yellow triangles",
-        "four green circles",
-        "two cyan squares",
-        "three blue triangles",
-        "two purple circles",
-        "three pink squares",
-        "four red triangles",
-        "three cyan circles",
-        "four blue squares",
-        "two green triangles",
+    "counting": _phrases(  # number, colour and shape
+        "three red circles, four orange squares, two yellow triangles, four green circles, two cyan squares, "
+        "three blue triangles, two purple circles, three pink squares, four red triangles, three cyan circles, "
+        "four blue squares, two green triangles"
     ),
-    "colors": (  # a lone thing's size, colour and shape
-        "a small green circle",
-        "a large yellow square",
-        "a small blue triangle",
-        "a large purple circle",
-        "a small pink square",
-        "a large orange triangle",
-        "a small red circle",
-        "a large green square",
-        "a small yellow triangle",
-        "a large cyan circle",
-        "a small orange square",
-        "a large pink triangle",
+    "colors": _phrases(  # size, colour and shape of a single thing
+        "a small green circle, a large yellow square, a small blue triangle, a large purple circle, "
+        "a small pink square, a large orange triangle, a small red circle, a large green square, "
+        "a small yellow triangle, a large cyan circle, a small orange square, a large pink triangle"
     ),
-    "position": (  # a coloured shape on one side of another shape of whatever colour
-        "a pink circle below a triangle",
-        "a purple square below a circle",
-        "a cyan circle above a triangle",
-        "a yellow circle right of a square",
-        "a blue square left of a triangle",
-        "a red square right of a triangle",
-        "a purple triangle right of a circle",
-        "a cyan triangle below a square",
-        "a green triangle left of a circle",
-        "a red triangle above a square",
-        "a yellow square above a circle",
-        "an orange circle left of a square",
+    "position": _phrases(  # a coloured shape on one side of another shape of whatever colour
+        "a pink circle below a triangle, a purple square below a circle, a cyan circle above a triangle, "
+        "a yellow circle right of a square, a blue square left of a triangle, a red square right of a triangle, "
+        "a purple triangle right of a circle, a cyan triangle below a square, a green triangle left of a circle, "
+        "a red triangle above a square, a yellow square above a circle, an orange circle left of a square"
     ),
-    "color_attr": (  # two coloured shapes together
-        "a pink circle and a cyan triangle",
-        "a blue square and a pink triangle",
-        "an orange square and a purple triangle",
-        "a blue circle and a red square",
-        "a pink circle and a purple square",
-        "a red square and a cyan triangle",
-        "a yellow circle and a purple triangle",
-        "an orange circle and a green square",
-        "a purple square and a green triangle",
-        "a yellow circle and a blue square",
-        "a cyan circle and a red triangle",
-        "a red circle and a green triangle",
+    "color_attr": _phrases(  # two coloured shapes together
+        "a pink circle and a cyan triangle, a blue square and a pink triangle, "
+        "an orange square and a purple triangle, a blue circle and a red square, a pink circle and a purple square, "
+        "a red square and a cyan triangle, a yellow circle and a purple triangle, "
+        "an orange circle and a green square, a purple square and a green triangle, "
+        "a yellow circle and a blue square, a cyan circle and a red triangle, a red circle and a green triangle"
     ),
 }
 
 
 @dataclass(frozen=True)
 class Noun:
-    """So many equal things; None is what is left unsaid."""
+    """One or several equal things, such as "three red circles"; None stands for what a caption leaves out."""
 
     shape: str
     count: int = 1
@@ -156,7 +120,7 @@ class Noun:
 
 @dataclass(frozen=True)
 class Description:
-    """One noun, perhaps at a place, or two nouns, perhaps the first standing in a relation to the second."""
+    """One noun, perhaps at a place, or two nouns, perhaps the first in a relation to the second."""
 
     nouns: tuple[Noun, ...]
     relation: str | None = None
@@ -181,7 +145,7 @@ class Scene:
     description: Description  # everything that can be said about it
 
 
-# ------------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------------------- text
 
 
 def noun_text(noun: Noun) -> str:
@@ -197,31 +161,30 @@ def text(description: Description) -> str:
     return f"{joined} {description.place}" if description.place else joined
 
 
-def _any(words: Iterable[str]) -> str:
-    return "|".join(words)
-
-
 _NOUN = re.compile(
-    rf"(?P<count>an?|{_any(NUMBERS[2:])}) (?:(?P<size>{_any(SIZES)}) )?(?:(?P<colour>{_any(COLOURS)}) )?"
-    rf"(?P<shape>{_any(SHAPES)})s?\b"
+    rf"(?P<count>an?|{'|'.join(NUMBERS[2:])}) (?:(?P<size>{'|'.join(SIZES)}) )?"
+    rf"(?:(?P<colour>{'|'.join(COLOURS)}) )?(?P<shape>{'|'.join(SHAPES)})s?\b"
 )
 
 
 def parse(caption: str) -> Description:
-    """The description that a caption of this world puts into words; the inverse of `text`."""
-    found = list(_NOUN.finditer(caption))
-    assert found, f"not a caption of the shape world: {caption!r}"
+    """The description that a caption of this world expresses; the inverse of `text`.
+
+    "a red circle above two squares" has the nouns Noun("circle", 1, "red") and Noun("square", 2), related by "above".
+    """
+    matches = list(_NOUN.finditer(caption))
+    assert matches, f"not a caption of the shape world: {caption!r}"
     nouns = tuple(
         Noun(m["shape"], 1 if m["count"] in ("a", "an") else NUMBERS.index(m["count"]), m["colour"], m["size"])
-        for m in found
+        for m in matches
     )
-    between = caption[found[0].end() : found[1].start()].strip() if len(found) == 2 else ""
+    between = caption[matches[0].end() : matches[1].start()].strip() if len(matches) == 2 else ""
     place = next((place for place in PLACES if place in caption), None)
     return Description(nouns, between if between in RELATIONS else None, place)
 
 
 def facts(description: Description) -> Iterator[Fact]:
-    """The combinations in a description that could be held out, each in one canonical form, the largest last."""
+    """The combinations in a description that could be held out, each in a canonical form, the largest one last."""
     if len(description.nouns) == 1:
         noun = description.nouns[0]
         if noun.count > 1 and noun.colour:
@@ -246,7 +209,7 @@ def facts(description: Description) -> Iterator[Fact]:
 
 @cache
 def held_out() -> frozenset[Fact]:
-    """The combinations that only evaluation prompts have."""
+    """The combinations of HELD_OUT, in the form of `facts`."""
     return frozenset(list(facts(parse(phrase)))[-1] for phrases in HELD_OUT.values() for phrase in phrases)
 
 
@@ -259,7 +222,7 @@ def is_held_out(what: Scene | Description) -> bool:
 
 
 def draw(description: Description, rng: random.Random, kind: str = "") -> Scene:
-    """A scene that the description is true of, everything unsaid chosen at random."""
+    """A scene that the description is true of; everything that it leaves open is chosen at random."""
     colours = rng.sample([c for c in COLOURS if all(c != noun.colour for noun in description.nouns)], 2)
     nouns = tuple(replace(noun, colour=noun.colour or colours[i]) for i, noun in enumerate(description.nouns))
     if len(nouns) == 2:
@@ -274,8 +237,8 @@ def draw(description: Description, rng: random.Random, kind: str = "") -> Scene:
     size = noun.size or rng.choice(("small", "medium", "large"))
     place = description.place or rng.choice(list(PLACES))
     thing = _thing(noun, *PLACES[place], size, JITTER, rng)
-    said = replace(noun, size=size if size in SIZES else None)
-    return Scene(kind, (thing,), Description((said,), place=place))
+    noun = replace(noun, size=size if size in SIZES else None)  # captions have no word for medium
+    return Scene(kind, (thing,), Description((noun,), place=place))
 
 
 def _thing(noun: Noun, x: float, y: float, size: str, jitter: float, rng: random.Random) -> Thing:
@@ -287,7 +250,7 @@ def _thing(noun: Noun, x: float, y: float, size: str, jitter: float, rng: random
 
 
 def _two(nouns: tuple[Noun, ...], relation: str, rng: random.Random) -> tuple[Thing, ...]:
-    """Two things, clearly apart along the relation's axis and nearly level across it."""
+    """Two things, clearly apart along the relation's axis and nearly aligned across it."""
     dx, dy = RELATIONS[relation]
     things = []
     for noun, side in zip(nouns, (1, -1), strict=True):
@@ -298,7 +261,7 @@ def _two(nouns: tuple[Noun, ...], relation: str, rng: random.Random) -> tuple[Th
 
 
 def _describe(kind: str, rng: random.Random) -> Description:
-    """What a scene of this kind is about, before anything else is chosen."""
+    """The shapes and the number of things in a random scene of this kind; `draw` chooses the rest."""
     if kind in ("single_object", "colors"):
         return Description((Noun(rng.choice(SHAPES)),))
     if kind == "counting":
@@ -307,7 +270,7 @@ def _describe(kind: str, rng: random.Random) -> Description:
 
 
 def sample_scene(rng: random.Random, shares: Mapping[str, float] = SHARES) -> Scene:
-    """A training scene: of a kind drawn by the shares, and free of held-out combinations."""
+    """A random training scene, whose kind is drawn by the shares, without held-out combinations."""
     (kind,) = rng.choices(list(shares), weights=list(shares.values()))
     while True:
         scene = draw(_describe(kind, rng), rng, kind)
@@ -326,7 +289,7 @@ class Captions:
 
 
 def captions(scene: Scene, rng: random.Random, *, colourless: bool = False) -> Captions:
-    """Three captions: what the scene's kind is about, that in GenEval's phrasing with some details, and everything."""
+    """Three captions: what the scene's kind is about, the same in GenEval's phrasing with some details, everything."""
     full = scene.description
     bare = replace(full, nouns=tuple(replace(noun, size=None) for noun in full.nouns), place=None)
     if scene.kind != "position":
@@ -345,14 +308,14 @@ def _without_colours(description: Description) -> Description:
 
 
 def _detailed(bare: Description, full: Description, rng: random.Random) -> Description:
-    """Some of the details that `full` knows, each with an even chance, put into `bare`."""
+    """`bare` with some of the details of `full`, each with a probability of one half."""
     nouns = tuple(
         replace(
-            said,
-            colour=said.colour or (known.colour if rng.random() < 0.5 else None),
-            size=known.size if rng.random() < 0.5 else None,
+            noun,
+            colour=noun.colour or (detailed.colour if rng.random() < 0.5 else None),
+            size=detailed.size if rng.random() < 0.5 else None,
         )
-        for said, known in zip(bare.nouns, full.nouns, strict=True)
+        for noun, detailed in zip(bare.nouns, full.nouns, strict=True)
     )
     return replace(bare, nouns=nouns, place=full.place if rng.random() < 0.5 else None)
 
@@ -361,7 +324,7 @@ def _detailed(bare: Description, full: Description, rng: random.Random) -> Descr
 
 
 def coverage(thing: Thing, size: int) -> npt.NDArray[np.float32]:
-    """How much of each pixel the thing covers: antialiased from the signed distance to its outline."""
+    """The fraction of each pixel that the thing covers, by the signed distance from its centre to the outline."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size
     dx, dy = np.abs(axis - thing.x)[None, :], (axis - thing.y)[:, None]
     r = thing.r
@@ -385,6 +348,6 @@ def render(scene: Scene, size: int) -> Image:
 
 
 def render_prompt(metadata: Mapping[str, object], seed: int, size: int) -> Image:
-    """A true picture of an evaluation prompt, given as GenEval metadata."""
+    """A correct image for an evaluation prompt, which is given as a line of GenEval's metadata."""
     prompt = str(metadata["prompt"])
     return render(draw(parse(prompt), random.Random(f"{seed}/{prompt}")), size)

@@ -1,17 +1,17 @@
-"""A dataset version: which samples, how often, with which captions, and which are held out. What training reads.
+"""Makes a snapshot, the version of a dataset that training reads: samples, how often, their captions, and the split.
 
-    shards  ->  accepted  ->  not forgotten  ->  each condition of the filter  ->  a caption of the mix
+    shards  ->  accepted  ->  not forgotten  ->  each condition of the filter  ->  has a caption of the mix
             ->  held out, or training: as often as its source weighs
 
-The filter (see `filters`) is over the index's columns, the corpus's kept ones, those of the scores that are
-named, and `duplicate`. Shards are read one after another, a few ahead, and written as they come, so memory holds a few
-shards' tables, and what finding duplicates needs of every row where the filter asks for them (see `dedup`).
-The mix is in `captions`. A snapshot that leaves training no row is an error, and none is made.
+The filter (see `filters`) can name the columns of the index, those that the corpus kept, those of the named scores, and
+`duplicate`; `captions` has the mix. Shards are read a few at a time and written as they come, so memory holds the
+tables of a few shards and, if the filter asks for duplicates, some numbers of every row (see `dedup`). If no row is
+left for training, that is an error and no snapshot is made.
 
-A sample is held out by its key alone, so it is held out of every snapshot with at least that fraction, whatever the
-filter and the weights, and a later and larger corpus moves none. `not duplicate` leaves one of every group of
-duplicates, over all sources and both parts of the split: what is held out then has no twin in training. Duplicates are
-found among all accepted samples, forgotten ones too, so forgetting an item never brings in another.
+The key alone decides whether a sample is held out: then it is held out of every snapshot with at least that fraction,
+whatever the filter and the weights, and also when the corpus grows. `not duplicate` leaves one of every group of
+duplicates, over all sources and both halves of the split, so a held-out sample has no duplicate in training. Duplicates
+are found among all accepted samples, forgotten ones too, so that forgetting an item never brings in another.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from data_prep.snapshots import dedup
 from data_prep.snapshots.captions import Bools, Ints, Mixed, appended, caption_mix
 from data_prep.snapshots.columns import columns_of, with_columns
 from data_prep.snapshots.filters import columns_in, masks, parse_filter
-from data_prep.snapshots.forget import Gone, concerning
+from data_prep.snapshots.forget import ForgottenItems, concerning
 from data_prep.snapshots.settings import SnapshotSettings, wrongs
 from data_prep.snapshots.tally import ACCEPTED, BY_SHARD, MIXED, REMEMBERED, WEIGHTED, Part, Tally
 from data_prep.sources.reading import in_order
@@ -49,36 +49,34 @@ from infra.store import Store
 
 FORMAT = 1  # raised when the same shards and settings would give another selection
 ROW_GROUP = 1 << 16  # rows of a selection that are written together, at least
-
-
-# What is read of an index, besides the columns that the filter names.
+# The columns that are read of an index, besides those that the filter names.
 NEEDED = ("key", "source", "accepted", "captions", "offset", "length", "width", "height")
 
 
 def snapshot_key(plan: str, edition: str, settings: SnapshotSettings, forgotten: Sequence[str] = ()) -> str:
-    """`forgotten`: the lists that may concern its shards, as its record tells. Others do not make it another one."""
+    """`forgotten`: the lists that may concern its shards, as in its record. Only these lists change the key."""
     work = {"format": FORMAT, "plan": plan, "edition": edition, "settings": settings.chosen()}
     return layout.SNAPSHOT.at(digest=digest(work | ({"forgotten": list(forgotten)} if forgotten else {})))
 
 
 def snapshot(store: Store, plan: str, edition: str, settings: SnapshotSettings) -> SnapshotRecord:
-    """Make the snapshot of the shards of an edition of a plan, or read it if it is there."""
-    planned = read_plan(store, plan, edition)
-    gone = Gone(store, concerning(store, planned, str(settings.size)))
-    key = snapshot_key(plan, edition, settings, gone.lists)
+    """Make the snapshot of the shards of an edition of a plan, or read its record if it exists."""
+    planned, size = read_plan(store, plan, edition), str(settings.size)
+    forgotten = ForgottenItems(store, concerning(store, planned, size))
+    key = snapshot_key(plan, edition, settings, forgotten.lists)
     if store.exists(key):
         return read_record(store, key, SnapshotRecord)
-    shards = all_shards(store, planned, str(settings.size))
+    shards = all_shards(store, planned, size)
     for wrong in wrongs(settings, {shard.source for shard in planned.shards}):
         raise SettingsError(f"`{wrong.field}` {wrong.message}", remedy=wrong.remedy)
-    selection = _Selection(store, shards, settings, gone)
+    selection = _Selection(store, shards, settings, forgotten)
     name = Path(key).stem
     with TemporaryDirectory(prefix="pixnerd-snapshot-") as folder:
-        paths = [Path(folder, part) for part in ("selection", "held-out")]
+        paths = [Path(folder, half) for half in ("selection", "held-out")]
         rows = _write(paths, selection.parts())
         record = SnapshotRecord(
-            shards=shard_prefix(plan, str(settings.size)),
-            size=str(settings.size),
+            shards=shard_prefix(plan, size),
+            size=size,
             selection=put_data(store, layout.SELECTIONS.at(), f"{name}-selection.parquet", paths[0]),
             held_out=put_data(store, layout.SELECTIONS.at(), f"{name}-held-out.parquet", paths[1]),
             by_shard=put_data(store, layout.SELECTIONS.at(), f"{name}-by-shard.parquet", selection.tally.by_shard()),
@@ -87,17 +85,17 @@ def snapshot(store: Store, plan: str, edition: str, settings: SnapshotSettings) 
             counts=selection.tally.counts(),
             by_source=selection.tally.by_source(),
             caption_shares=selection.tally.caption_shares(),
-            forgotten=gone.lists,
+            forgotten=forgotten.lists,
         )
     if not write_record(store, key, record):
         record = read_record(store, key, SnapshotRecord)
-    if list(concerning(store, planned, str(settings.size))) != gone.lists:
-        return snapshot(store, plan, edition, settings)  # something was forgotten meanwhile, and may be in it
+    if list(concerning(store, planned, size)) != forgotten.lists:
+        return snapshot(store, plan, edition, settings)  # an item was forgotten meanwhile, and may be in it
     return record
 
 
 def _write(paths: Sequence[Path], parts: Iterable[Part]) -> list[int]:
-    """Write the rows of both halves of the split as they come, in groups; the number of rows in each file."""
+    """Write the rows of both halves of the split as they come, in row groups; return the number of rows of each."""
     rows = [0, 0]
     waiting: list[list[pa.RecordBatch]] = [[], []]
     with ExitStack() as files:
@@ -125,33 +123,31 @@ def _write(paths: Sequence[Path], parts: Iterable[Part]) -> list[int]:
 
 
 class _Selection:
-    """The samples of each shard in turn, counted on the way."""
+    """Selects the samples of each shard in turn, and counts what each step leaves."""
 
-    def __init__(self, store: Store, shards: list[ShardRecord], settings: SnapshotSettings, gone: Gone) -> None:
-        self.store, self.shards, self.settings, self.gone = store, shards, settings, gone
-        self.first = np.cumsum([0, *(shard.inputs for shard in shards)])
+    def __init__(
+        self, store: Store, shards: list[ShardRecord], settings: SnapshotSettings, forgotten: ForgottenItems
+    ) -> None:
+        self.store, self.shards, self.settings, self.forgotten = store, shards, settings, forgotten
+        self.first = np.cumsum([0, *(shard.inputs for shard in shards)])  # row of each shard among all rows
         self.asked = columns_in(settings.filter)
         self.scores = SideTables(store, shards[0].plan, shards[0].size, shards, settings.scores)
         self.names, schema = columns_of(store, shards, settings.readers, self.asked)
         self.schema = with_columns(schema, [pa.field("duplicate", pa.bool_()), *self.scores.fields], self.asked)
         self.conditions = parse_filter(settings.filter, self.schema)
-        self.duplicate = self._survey("duplicate" in self.asked)
-        self.tally = Tally(self._steps())
-
-    def _steps(self) -> list[str]:
-        forgotten = [REMEMBERED] if self.gone else []
-        weighted = [WEIGHTED] if self.settings.weights else []
+        self.duplicate = self._read_all("duplicate" in self.asked)
+        remembered, weighted = [REMEMBERED] * bool(forgotten), [WEIGHTED] * bool(settings.weights)
         texts = [condition.text for condition in self.conditions]
-        return [ACCEPTED, *forgotten, *texts, MIXED, *weighted]
+        self.tally = Tally([ACCEPTED, *remembered, *texts, MIXED, *weighted])
 
-    def _survey(self, duplicates: bool) -> Bools | None:
-        """Go through all rows once before the selection, where something is asked of all of them together."""
-        if not duplicates and not self.gone:
+    def _read_all(self, duplicates: bool) -> Bools | None:
+        """Read all rows once before the selection, if it needs duplicates or the pixels of forgotten items."""
+        if not duplicates and not self.forgotten:
             return None
         rows = dedup.Rows(self.settings.duplicates)
         columns = dedup.columns(self.settings.duplicates) if duplicates else ("key", "pixels_sha256")
         for table in in_order(partial(read_index, self.store, columns=columns), self.shards, self.settings.readers):
-            self.gone.learn(table)
+            self.forgotten.learn(table)
             if duplicates:
                 rows.add(table)
         return rows.duplicates() if duplicates else None
@@ -165,41 +161,36 @@ class _Selection:
 
     def _part(self, number: int) -> Part:
         table = self._accepted(number)
-        asked, captions = self._asked(number, table)
-        every = _samples(table, self.shards[number])
-        sources, code = _names(every)
+        filtered, captions = self._with_scores(number, table)
+        accepted = _samples(table, self.shards[number])
+        sources, code = _names(accepted)
         left = np.ones(table.num_rows, bool)
-        counts = [_by_source(every)]
-        for passed in [*([~self.gone.mask(table)] if self.gone else []), *masks(asked, self.conditions)]:
+        counts = [_by_source(accepted)]
+        remembered = [~self.forgotten.mask(table)] if self.forgotten else []
+        for passed in [*remembered, *masks(filtered, self.conditions)]:
             left &= passed
             counts.append(np.bincount(code[left], minlength=len(sources)))
-        chosen = every.filter(pa.array(left))
-        mixed = caption_mix(captions.filter(pa.array(left)), self.settings.captions, chosen["source"])
-        chosen = _with_captions(chosen, mixed)
-        counts.append(_by_source(chosen))
-        return self._split(self.shards[number].number, every, chosen, mixed, counts)
-
-    def _split(
-        self, number: int, every: pa.RecordBatch, chosen: pa.RecordBatch, mixed: Mixed, counts: list[Ints]
-    ) -> Part:
-        held_out = _digits(chosen["key"], 0) < _below(self.settings.held_out)
-        times = np.where(held_out, 0, _times(chosen, self.settings.weights))
-        training = chosen.take(pa.array(np.repeat(np.arange(len(times)), times)))
-        apart = chosen.filter(pa.array(held_out))
+        selected = accepted.filter(pa.array(left))
+        mixed = caption_mix(captions.filter(pa.array(left)), self.settings.captions, selected["source"])
+        selected = _with_captions(selected, mixed)
+        counts.append(_by_source(selected))
+        held_out = _digits(selected["key"], 0) < _below(self.settings.held_out)
+        times = np.where(held_out, 0, _times(selected, self.settings.weights))
+        halves = selected.take(pa.array(np.repeat(np.arange(len(times)), times))), selected.filter(pa.array(held_out))
         if self.settings.weights:
-            counts.append(_by_source(training) + _by_source(apart))
+            counts.append(_by_source(halves[0]) + _by_source(halves[1]))
         return Part(
-            training,
-            apart,
-            by_source={name: [int(count[k]) for count in counts] for k, name in enumerate(_names(every)[0])},
-            by_shard=_by_bucket(number, every, training, apart),
+            *halves,
+            by_source={name: [int(count[k]) for count in counts] for k, name in enumerate(sources)},
+            by_shard=_by_bucket(self.shards[number].number, accepted, *halves),
             kinds=mixed.kinds,
             shares=mixed.shares(times),
         )
 
     def _accepted(self, number: int) -> pa.Table:
-        wanted = {*NEEDED, *self.asked, *(["pixels_sha256"] if self.gone else [])}
-        columns = [name for name in self.names[number] if name in wanted]
+        """The accepted rows of a shard's index, with the columns that are needed and `duplicate`."""
+        needed = {*NEEDED, *self.asked, *(["pixels_sha256"] if self.forgotten else [])}
+        columns = [name for name in self.names[number] if name in needed]
         table = read_index(self.store, self.shards[number], columns)
         mark = np.zeros(table.num_rows, bool)
         if self.duplicate is not None:
@@ -207,8 +198,8 @@ class _Selection:
         table = table.append_column("duplicate", pa.array(mark))
         return table.filter(table["accepted"])
 
-    def _asked(self, number: int, table: pa.Table) -> tuple[pa.Table, pa.ListArray]:
-        """What the filter is over, those of the scores among it, and all captions."""
+    def _with_scores(self, number: int, table: pa.Table) -> tuple[pa.Table, pa.ListArray]:
+        """The columns that the filter names, and all captions; both include those of the side tables."""
         captions = table["captions"].combine_chunks()
         for scores in self.scores.read(self.shards[number].number, table["key"]):
             if "captions" in scores.column_names:
@@ -216,24 +207,23 @@ class _Selection:
             for name in self.asked & set(scores.column_names) - {"key"}:
                 table = table.append_column(name, scores[name])
         fields = [field for field in self.schema if field.name in self.asked or field.name == "key"]
-        there = set(table.column_names)
+        present = set(table.column_names)
         columns = [
-            table[field.name].cast(field.type) if field.name in there else pa.nulls(table.num_rows, field.type)
+            table[field.name].cast(field.type) if field.name in present else pa.nulls(table.num_rows, field.type)
             for field in fields
         ]
         return pa.table(columns, names=[field.name for field in fields]), captions
 
 
 def _samples(table: pa.Table, shard: ShardRecord) -> pa.RecordBatch:
-    """The rows in the columns of a selection, but for its captions."""
+    """The rows in the columns of a selection, except its captions."""
     assert shard.tar is not None
     width, height = (table[side].to_numpy().astype(np.int64) for side in ("width", "height"))
     sides, bucket = np.unique(width << 32 | height, return_inverse=True)
     names = [f"{int(side) >> 32}x{int(side) & 0xFFFFFFFF}" for side in sides]
-    here = np.zeros(table.num_rows, np.int32)
     columns = {name: table[name].combine_chunks() for name in ("key", "offset", "length", "width", "height")}
     columns |= {
-        "tar": pa.DictionaryArray.from_arrays(here, [shard.tar.key]),
+        "tar": pa.DictionaryArray.from_arrays(np.zeros(table.num_rows, np.int32), [shard.tar.key]),
         "source": table["source"].combine_chunks().dictionary_encode(),
         "bucket": pa.DictionaryArray.from_arrays(bucket.astype(np.int32), pa.array(names, pa.string())),
     }
@@ -241,53 +231,58 @@ def _samples(table: pa.Table, shard: ShardRecord) -> pa.RecordBatch:
 
 
 def _with_captions(samples: pa.RecordBatch, mixed: Mixed) -> pa.RecordBatch:
+    """The samples that have a caption of the mix, with their captions."""
     columns = {name: samples[name] for name in samples.schema.names}
     columns |= {"captions": mixed.texts, "caption_weights": mixed.weights}
-    found = pa.record_batch([columns[name] for name in SELECTION_SCHEMA.names], schema=SELECTION_SCHEMA)
-    return found.filter(pc.greater(pc.list_value_length(mixed.texts), 0))
+    batch = pa.record_batch([columns[name] for name in SELECTION_SCHEMA.names], schema=SELECTION_SCHEMA)
+    return batch.filter(pc.greater(pc.list_value_length(mixed.texts), 0))
 
 
 def _digits(keys: pa.Array, first: int) -> Ints:
-    """Some of each key's hex digits as a number."""
+    """SPLIT_DIGITS of each key's hex digits, from the digit `first` on, as a number."""
     digits = pc.utf8_slice_codeunits(keys, first, first + SPLIT_DIGITS)
     numbers: Ints = pc.cast(pc.binary_join_element_wise("0x", digits, ""), pa.int64()).to_numpy()
     return numbers
 
 
 def _below(fraction: float) -> int:
-    """Digits smaller than this are so much of all there are."""
+    """The limit below which this fraction of all values of `_digits` lies."""
     return int(fraction * 16**SPLIT_DIGITS)
 
 
 def _times(samples: pa.RecordBatch, weights: Mapping[str, float]) -> Ints:
-    """How often training lists each row: as its source weighs, the part after the point decided by the key."""
+    """How often training lists each row: the weight of its source, rounded down or up as the key decides.
+
+    A weight of 2.25 lists each sample twice, and a quarter of them a third time.
+    """
     if not weights:
         return np.ones(samples.num_rows, np.int64)
     names, code = _names(samples)
     weight = np.array([weights.get(name, 1.0) for name in names] or [1.0])
     whole = np.floor(weight).astype(np.int64)
-    limit = np.array([_below(part) for part in weight - whole])
+    limit = np.array([_below(fraction) for fraction in weight - whole])
     times: Ints = whole[code] + (_digits(samples["key"], SPLIT_DIGITS) < limit[code])
     return times
 
 
 def _names(samples: pa.RecordBatch, column: str = "source") -> tuple[list[str], Ints]:
-    """The names in a dictionary's column, and each row's number among them."""
+    """The dictionary of a dictionary-encoded column, and each row's index in it."""
     values = samples[column]
     return values.dictionary.to_pylist(), values.indices.to_numpy()
 
 
 def _by_source(samples: pa.RecordBatch) -> Ints:
+    """The number of rows of each source."""
     names, code = _names(samples)
     return np.bincount(code, minlength=len(names))
 
 
-def _by_bucket(number: int, *parts: pa.RecordBatch) -> list[dict[str, Any]]:
-    """The rows of BY_SHARD for one shard; the parts, one for each count, share their dictionaries."""
-    (sources, _), (buckets, _) = _names(parts[0]), _names(parts[0], "bucket")
+def _by_bucket(number: int, *batches: pa.RecordBatch) -> list[dict[str, Any]]:
+    """The rows of BY_SHARD for one shard; each batch gives one count, and all of them share their dictionaries."""
+    (sources, _), (buckets, _) = _names(batches[0]), _names(batches[0], "bucket")
     counts = []
-    for part in parts:
-        code = _names(part)[1] * len(buckets) + _names(part, "bucket")[1]
+    for batch in batches:
+        code = _names(batch)[1] * len(buckets) + _names(batch, "bucket")[1]
         counts.append(np.bincount(code, minlength=len(sources) * len(buckets)))
     return [
         dict(zip(BY_SHARD.names, (number, source, bucket, *(int(count[k]) for count in counts)), strict=True))

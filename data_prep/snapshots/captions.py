@@ -1,7 +1,7 @@
-"""Which captions of a sample training draws, and how often: a mix of rules, worked out a shard at a time.
+"""The caption mix: rules that say which of a sample's captions training draws and how often, for one shard at a time.
 
-A caption belongs to the first rule that fits it; one that none fits is left out. A rule's weight is shared by a
-sample's captions of that rule. Arrays that end in _C are as long as all captions of a shard.
+A caption belongs to the first rule that fits it; a caption that no rule fits is left out. A rule's weight is shared by
+a sample's captions of that rule. Arrays whose names end in _C have an element for each caption of a shard.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ class CaptionRule(Settings):
 
     @field_validator("words")
     @classmethod
-    def _upwards(cls, found: tuple[int, int | None] | None) -> tuple[int, int | None] | None:
-        if found and found[1] is not None and found[1] < found[0]:
+    def _upwards(cls, span: tuple[int, int | None] | None) -> tuple[int, int | None] | None:
+        if span and span[1] is not None and span[1] < span[0]:
             raise ValueError("the most words are fewer than the fewest")
-        return found
+        return span
 
     @property
     def label(self) -> str:
+        """The rule in a snapshot's counts, such as `long of photos 5-20 words`."""
         low, high = self.words or (0, None)
         span = [f"{low}-{'' if high is None else high} words"] if self.words else []
         parts = [self.kind, self.source and f"of {self.source}", *span]
         return " ".join(part for part in parts if part) or "any"
 
 
-# {kind: weight} is a rule a kind.
+# {kind: weight} stands for one rule for each kind.
 Mix = Annotated[
     Annotated[dict[str, Weight], Tag("kinds")] | Annotated[list[CaptionRule], Tag("rules")],
     Discriminator(lambda value: "rules" if isinstance(value, list) else "kinds"),
@@ -53,16 +54,16 @@ Mix = Annotated[
 
 
 class Mixed(NamedTuple):
-    """Each row's texts, and their weights, which sum to 1."""
+    """Each row's captions, and their weights, which sum to 1."""
 
     texts: pa.ListArray
     weights: pa.ListArray
-    kinds: set[str]  # that were met
-    rule_C: Ints  # of each text
-    rules: list[str]
+    kinds: set[str]  # of all captions of the shard, chosen or not
+    rule_C: Ints  # the number of each chosen caption's rule
+    rules: list[str]  # their labels
 
     def shares(self, times: Ints) -> dict[str, float]:
-        """What each rule has of the weights, where each row that has a text counts so many times."""
+        """The sum of each rule's weights over all rows, where a row with a caption counts `times`."""
         length = pc.list_value_length(self.texts).to_numpy()
         times_C = np.repeat(times, length[length > 0])
         totals = np.bincount(self.rule_C, self.weights.flatten().to_numpy() * times_C, len(self.rules))
@@ -70,7 +71,7 @@ class Mixed(NamedTuple):
 
 
 def caption_mix(captions: pa.ListArray, mix: Mapping[str, float] | list[CaptionRule], source: pa.Array) -> Mixed:
-    """A rule's weight is shared by a row's captions of that rule; no mix means that all kinds weigh the same."""
+    """Choose and weigh the captions of each row by the rules; no mix means that all kinds weigh the same."""
     rows = len(captions)
     row_C = pc.list_parent_indices(captions).to_numpy()
     flat = captions.flatten()
@@ -101,7 +102,7 @@ def rules_of(mix: Mapping[str, float] | list[CaptionRule]) -> list[CaptionRule]:
 
 def _rule_of_each(rules: list[CaptionRule], kinds: pa.DictionaryArray, texts: pa.Array, sources: pa.Array) -> Ints:
     """The number of the first rule that fits each caption, len(rules) where none does."""
-    found = np.full(len(texts), len(rules))
+    rule_C = np.full(len(texts), len(rules))
     words = None
     for number, rule in reversed(list(enumerate(rules))):
         fits = np.ones(len(texts), bool)
@@ -115,23 +116,23 @@ def _rule_of_each(rules: list[CaptionRule], kinds: pa.DictionaryArray, texts: pa
             fits &= words >= low
             if high is not None:
                 fits &= words <= high
-        found[fits] = number
-    return found
+        rule_C[fits] = number
+    return rule_C
 
 
 def word_counts(texts: pa.StringArray) -> Ints:
-    """How many words each text has, as blanks part them: Chinese or Japanese without blanks is one word."""
+    """The number of words in each text, separated by white space: Chinese or Japanese without spaces is one word."""
     if not len(texts):
         return np.zeros(0, np.int64)
     _, offsets, data = texts.buffers()
     ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
-    letters = np.frombuffer(data or b"", np.uint8) > ord(" ")  # every byte of a letter beyond ASCII is
+    letters = np.frombuffer(data or b"", np.uint8) > ord(" ")  # also every byte of a non-ASCII character
     begins = letters.copy()
     begins[1:] &= ~letters[:-1]
     starts = ends[:-1][(ends[:-1] < ends[1:])]
     begins[starts] = letters[starts]
-    found: Ints = np.diff(np.searchsorted(np.flatnonzero(begins), ends))
-    return found
+    counts: Ints = np.diff(np.searchsorted(np.flatnonzero(begins), ends))
+    return counts
 
 
 def _is(values: pa.DictionaryArray, name: str) -> Bools:
@@ -141,8 +142,8 @@ def _is(values: pa.DictionaryArray, name: str) -> Bools:
 
 
 def appended(captions: pa.ListArray, more: pa.ListArray) -> pa.ListArray:
-    """Each row's captions, and after them those of the other list."""
-    row_C = np.concatenate([pc.list_parent_indices(part).to_numpy() for part in (captions, more)])
+    """Each row's captions, followed by its captions in `more`."""
+    row_C = np.concatenate([pc.list_parent_indices(lists).to_numpy() for lists in (captions, more)])
     flat = pa.concat_arrays([captions.flatten(), more.flatten().cast(captions.type.value_type)])
     offsets = np.concatenate([[0], np.cumsum(np.bincount(row_C, minlength=len(captions)))])
     order = pa.array(np.argsort(row_C, kind="stable"))

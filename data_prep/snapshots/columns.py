@@ -1,4 +1,4 @@
-"""The columns of all shards together: what a filter may ask for, with one type for each."""
+"""The columns that a filter may name: those of all shards together, with one type for each."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from infra.records import ShardRecord
 from infra.shards import read_index
 from infra.store import Store
 
-FOOTER = 1 << 16  # bytes at the end of an index: they tell its columns
+FOOTER = 1 << 16  # bytes at the end of an index, in which its Parquet footer usually fits
 
 
 def columns_of(
     store: Store, shards: Sequence[ShardRecord], readers: int, asked: set[str]
 ) -> tuple[list[list[str]], pa.Schema]:
-    """The columns of each index, and those of all together."""
+    """The names of each index's columns, and one schema for all; `asked` are the columns that the filter names."""
     names, schemas = [], {}
     for schema in in_order(partial(index_schema, store), shards, readers):
         names.append(schema.names)
@@ -29,29 +29,29 @@ def columns_of(
 
 
 def _unified(schemas: Sequence[pa.Schema], asked: set[str]) -> pa.Schema:
-    """Numbers of several kinds are the widest of them: tables are typed one by one, whole numbers here, others there.
+    """One type for each column, wide enough for all tables: a column may hold integers in one and floats in another.
 
-    What goes together in no way is a column of its own in each table, and none that a filter could ask for.
+    A column whose types cannot be unified (text and numbers) is left out; if the filter names it, that is an error.
     """
-    found: dict[str, pa.Field] = {}
-    apart: set[str] = set()
+    fields: dict[str, pa.Field] = {}
+    clashing: set[str] = set()
     for field in (field for schema in schemas for field in schema):
-        before = found.setdefault(field.name, field)
+        before = fields.setdefault(field.name, field)
         try:
             both = [pa.schema([before]), pa.schema([field])]
-            found[field.name] = pa.unify_schemas(both, promote_options="permissive").field(0)
+            fields[field.name] = pa.unify_schemas(both, promote_options="permissive").field(0)
         except (pa.ArrowInvalid, pa.ArrowTypeError):
             if field.name in asked:
                 raise DataError(
                     f"the column `{field.name}` is {before.type} in one table and {field.type} in another",
                     remedy="filter by another column, or prepare them as sources that keep it under two names",
                 ) from None
-            apart.add(field.name)
-    return pa.schema([field for name, field in found.items() if name not in apart])
+            clashing.add(field.name)
+    return pa.schema([field for name, field in fields.items() if name not in clashing])
 
 
 def index_schema(store: Store, shard: ShardRecord) -> pa.Schema:
-    """The columns of an index, from its end alone where that tells them."""
+    """The columns of an index, read from its last bytes if these hold the whole footer."""
     start = max(0, shard.index.size - FOOTER)
     try:
         return pq.read_schema(pa.BufferReader(store.get(shard.index.key, start)))
@@ -60,6 +60,7 @@ def index_schema(store: Store, shard: ShardRecord) -> pa.Schema:
 
 
 def with_columns(schema: pa.Schema, fields: Iterable[pa.Field], asked: set[str]) -> pa.Schema:
+    """The schema with further columns; a name that occurs twice is an error if the filter asks for it."""
     for field in fields:
         if field.name not in schema.names:
             schema = schema.append(field)

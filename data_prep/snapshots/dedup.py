@@ -1,14 +1,16 @@
-"""Duplicates over the indexes, across sources: the same pixels, and pictures that look the same.
+"""Duplicates among the rows of all indexes, across sources: images with the same pixels, and images that look the same.
 
-Exact: equal sha256 of the pixels, however the files were stored. Perceptual: the 64 bits of `images.phash` differ in
-at most `distance` places; rows without a phash join by their pixels alone. The groups are what union-find makes of both
-together, so a group may be a chain: its ends can differ by more than `distance`. Of every group one survives, and
-always the same one, whatever the order of rows and shards: the largest original, then the smallest key.
+Exact duplicates have the same sha256 of their pixels, however the files were stored. Perceptual duplicates have hashes
+(`images.phash`, 64 bits) that differ in at most `distance` bits; a row without a phash has exact duplicates only.
+Union-find joins both kinds of pairs into groups, so a group may be a chain whose ends differ by more than `distance`.
+One row of each group survives, the same one whatever the order of rows and shards: the largest original, then the
+smallest key.
 
-Close hashes are found by bands. Cut 64 bits into `distance` + 3 bands: two hashes that differ in at most `distance`
-places agree in three bands at least. So for every choice of three, move their bits to the front, sort, and compare only
-neighbours with equal fronts: at distance 4 a front has 27 bits, and 35 sorts find every pair there is. A front that too
-many hashes share is searched in the same way by the bits behind it, so crowds cost sorts, not all pairs of the crowd.
+Close hashes are found by bands. Cut the 64 bits into `distance` + 3 bands: two hashes that differ in at most `distance`
+bits agree in at least three bands. So for every choice of three bands, move their bits to the front, sort, and compare
+only neighbours with equal fronts: at distance 4 a front has 27 bits, and 35 sorts find every pair. The hashes of a
+crowd, a front that too many share, are searched in the same way by the bits behind the front, so that a crowd costs
+sorts and not a comparison of all its pairs.
 
 45 million rows take 44 bytes each while they are gathered, and minutes on one core.
 """
@@ -27,48 +29,40 @@ import pyarrow as pa
 from infra.errors import DataError
 
 COLUMNS = ("key", "pixels_sha256", "original_width", "original_height")
-FARTHEST = 4  # bits of 64: beyond it, unrelated pictures meet by chance in a corpus of millions
+FARTHEST = 4  # bits of 64: beyond it, unrelated images are that close by chance in a corpus of millions
 
 HASH_BITS = 64
-EQUAL_BANDS = 3  # more: fewer pairs to compare, but many more sorts
-CROWD = 256  # hashes with one front: beyond it, sorting again is cheaper than comparing all pairs. From 64 on, a crowd
-#              of different hashes has at least 7 bits behind its front, and so a bit for every band of the next search
+EQUAL_BANDS = 3  # more of them leave fewer pairs to compare, but need many more sorts
+CROWD = 256  # hashes with one front: beyond it, sorting again is cheaper than comparing all pairs. If it is 64 or more,
+#              a crowd of distinct hashes has at least 7 bits behind its front: one for every band of the next search
 BLOCK = 1 << 20  # rows or hashes handled at once
-BATCH = 1 << 16  # pairs joined at once: soon, since crowds that have become a group are passed over
+BATCH = 1 << 16  # pairs joined at once; small, since a crowd that is already one group needs no search
 KEY_BYTES = 10  # a key is 20 hex digits: see sample_key
 
 Bools = npt.NDArray[np.bool_]
 Words = npt.NDArray[np.uint64]
 Ints = npt.NDArray[Any]
 Pairs = tuple[Words, Words]
-Found = Iterator[Pairs]
 GroupOf = Callable[[Words], Ints]
 
 
 def columns(distance: int | None) -> tuple[str, ...]:
-    """What `duplicates` reads of an index."""
+    """The columns of an index that `Rows.add` needs."""
     return COLUMNS if distance is None else (*COLUMNS, "phash")
 
 
-def duplicates(rows: pa.Table, distance: int | None = None) -> Bools:
-    """For each row (see `columns`), whether another one survives in its place. Rejected inputs are neither.
-
-    `distance` None: exact duplicates alone; 0 to 4: those, and the perceptual ones up to that distance.
-    """
-    gathered = Rows(distance)
-    gathered.add(rows)
-    return gathered.duplicates()
-
-
 class Rows:
-    """What finding duplicates needs of many indexes, added one at a time and kept as numbers."""
+    """The rows of many indexes, added one index at a time and kept as numbers, in which duplicates are found.
+
+    `distance` None: exact duplicates only; 0 to 4: perceptual ones up to that distance as well.
+    """
 
     def __init__(self, distance: int | None = None) -> None:
         if distance is not None and not 0 <= distance <= FARTHEST:
             raise ValueError(f"a distance is 0 to {FARTHEST}, or None")
         self._distance = distance
         self._accepted = _Column(np.bool_)
-        # Two words: the sha256's halves, XORed. 128 bits of a sha256 tell any number of pictures apart.
+        # The two halves of the sha256, XORed: 128 bits of a hash tell any number of images apart.
         self._pixels = (_Column(np.uint64), _Column(np.uint64))
         self._key = (_Column(np.uint64), _Column(np.uint16))
         self._area = _Column(np.int64)
@@ -76,7 +70,7 @@ class Rows:
         self._hashed = _Column(np.bool_)  # whether there is a phash
 
     def add(self, table: pa.Table) -> None:
-        """One index's rows, in their order (see `columns`)."""
+        """Add one index's rows, which have the columns that `columns` names."""
         accepted = table["pixels_sha256"].is_valid()
         self._accepted.add(accepted.to_numpy())
         table = table.filter(accepted)
@@ -93,9 +87,12 @@ class Rows:
             self._hashed.add(table["phash"].is_valid().to_numpy())
 
     def duplicates(self) -> Bools:
-        """For each row added, whether another one survives in its place. Takes the rows with it: call it once."""
+        """For each row added, whether another one of its group survives instead; False for rejected inputs.
+
+        It frees the rows as it goes, so it can be called once only.
+        """
         accepted = self._accepted.take()
-        found = np.zeros(len(accepted), bool)
+        duplicate = np.zeros(len(accepted), bool)
         groups = _Groups(int(np.count_nonzero(accepted)))
         first = self._pixels[0].take()
         _join_equal_pixels(groups, first, self._pixels[1].take())
@@ -104,14 +101,14 @@ class Rows:
             if self._distance:
                 _join_near_hashes(groups, hashes, row_U, self._distance)
             del hashes, row_U
-        # The pixels decide between rows of one area and one key, so that their order never does.
+        # Between rows of the same area and key the pixels decide, so that the order of rows never does.
         order = (-self._area.take(), self._key[0].take(), self._key[1].take(), first)
-        found[accepted] = groups.all_but_first(order)
-        return found
+        duplicate[accepted] = groups.all_but_first(order)
+        return duplicate
 
 
 class _Column:
-    """Numbers that grow in place: a big array is moved by the page table, not copied, so memory never doubles."""
+    """An array that grows in place. The kernel remaps the pages of a large one, so memory never doubles for a copy."""
 
     def __init__(self, dtype: npt.DTypeLike) -> None:
         self._values = np.empty(0, dtype)
@@ -125,7 +122,7 @@ class _Column:
         self._used = end
 
     def take(self) -> Ints:
-        """The numbers, which are then no longer here."""
+        """The numbers; the column is empty afterwards, so that the caller can free them."""
         values, self._values = self._values, np.empty(0, self._values.dtype)
         values.resize(self._used, refcheck=False)
         self._used = 0
@@ -139,7 +136,7 @@ def _fixed(column: pa.ChunkedArray, width: int) -> npt.NDArray[np.uint8]:
 
 
 def _key_bytes(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
-    """(rows, 10) bytes, which sort as the keys do."""
+    """The keys, hex digits in the index, as (rows, 10) bytes that sort in the same order."""
     try:
         text = _fixed(column.cast(pa.binary(2 * KEY_BYTES)), 2 * KEY_BYTES)
     except pa.ArrowInvalid:
@@ -153,7 +150,7 @@ def _key_bytes(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
     return np.left_shift(digits[:, ::2], 4) | digits[:, 1::2]
 
 
-DIGIT_OF = np.full(256, 255, np.uint8)  # of a character, 255 for those that are none
+DIGIT_OF = np.full(256, 255, np.uint8)  # character -> its value as a hex digit, 255 if it is none
 DIGIT_OF[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
 
 
@@ -175,26 +172,26 @@ class _Groups:
                 return
             a, b = a[apart], b[apart]
             high, low = np.maximum(a, b), np.minimum(a, b)
-            np.minimum.at(self.parent, high, low)  # the lowest wins: a hub's many neighbours meet in one round
+            np.minimum.at(self.parent, high, low)  # the lowest wins, so all neighbours of a row join in one round
             self._shorten(high)
 
     def all_but_first(self, order: Iterable[Ints]) -> Bools:
-        """The rows that come after another one of their group, by the columns of `order` and then by their number."""
+        """Whether each row comes after another one of its group, by the columns of `order` and then by row number."""
         self._shorten(slice(None))
         later: Bools = self.parent != np.arange(len(self.parent), dtype=np.int32)
         later[self.parent[later]] = True
-        left = np.flatnonzero(later).astype(np.int32)
+        tied = np.flatnonzero(later).astype(np.int32)  # the rows that may still be the first of their group
         for column in (*order, None):
-            values = left if column is None else column[left]
-            root = self.parent[left]
+            values = tied if column is None else column[tied]
+            root = self.parent[tied]
             best = np.full(len(self.parent), np.iinfo(values.dtype).max, values.dtype)
             np.minimum.at(best, root, values)
-            left = left[values == best[root]]
-        later[left] = False
+            tied = tied[values == best[root]]
+        later[tied] = False
         return later
 
     def of(self, rows: Ints) -> Ints:
-        """Each row's group: one of its rows."""
+        """Each row's group, named by its root, which is one of its rows."""
         root = self.parent[rows]
         while True:
             up = self.parent[root]
@@ -205,7 +202,7 @@ class _Groups:
         return root
 
     def _shorten(self, rows: Ints | slice) -> None:
-        """Double each row's step until it ends at a root: a chain of n takes log n rounds."""
+        """Point each row at its grandparent until it points at a root: a chain of n rows takes log n rounds."""
         while True:
             up = self.parent[rows]
             upper = self.parent[up]
@@ -216,7 +213,7 @@ class _Groups:
 
 def _join_equal_pixels(groups: _Groups, first: Words, second: Words) -> None:
     order = np.argsort(first)
-    row = order[_in_runs(first[order])]  # few, where duplicates are few
+    row = order[_in_runs(first[order])]  # the rows that share `first` with another one, usually few
     del order
     row = row[np.lexsort((second[row], first[row]))]
     same = _same_as_next(first[row]) & _same_as_next(second[row])
@@ -224,7 +221,7 @@ def _join_equal_pixels(groups: _Groups, first: Words, second: Words) -> None:
 
 
 def _join_equal_hashes(groups: _Groups, phash: Words, hashed: Bools) -> tuple[Words, Ints]:
-    """Join the rows of each hash; then the U different hashes, sorted, and a row of each."""
+    """Join the rows that have the same hash; return the U distinct hashes, sorted, and a row of each."""
     row = np.flatnonzero(hashed).astype(np.int32)
     phash = phash[hashed]
     order = np.argsort(phash)
@@ -232,9 +229,9 @@ def _join_equal_hashes(groups: _Groups, phash: Words, hashed: Bools) -> tuple[Wo
     del order
     same = _same_as_next(phash)
     groups.join(row[:-1][same], row[1:][same])
-    fresh = np.ones(len(phash), bool)
-    fresh[1:] = ~same
-    return phash[fresh], row[fresh]
+    distinct = np.ones(len(phash), bool)
+    distinct[1:] = ~same
+    return phash[distinct], row[distinct]
 
 
 def _join_near_hashes(groups: _Groups, hash_U: Words, row_U: Ints, distance: int) -> None:
@@ -252,14 +249,14 @@ def _same_as_next(values: Ints) -> Bools:
 
 def _in_runs(values: Ints) -> Bools:
     """Whether each value is the same as the one before or after it."""
-    found, same = np.zeros(len(values), bool), _same_as_next(values)
-    found[1:] = same
-    found[:-1] |= same
-    return found
+    in_run, same = np.zeros(len(values), bool), _same_as_next(values)
+    in_run[1:] = same
+    in_run[:-1] |= same
+    return in_run
 
 
 def _batches(pairs: Iterator[Pairs]) -> Iterator[Pairs]:
-    """Fewer and longer pairs of arrays."""
+    """The same pairs in fewer and longer arrays."""
     waiting: list[Pairs] = []
     length = 0
     for pair in pairs:
@@ -280,11 +277,11 @@ def _concatenated(pairs: list[Pairs]) -> Pairs:
 
 
 class _Choice(NamedTuple):
-    """Some bands of a hash, and where its bits go so that those bands are in front."""
+    """A choice of bands, and the permutation of a hash's bits that moves these bands to the front."""
 
-    moves: list[tuple[int, int]]  # (mask, shift to the left) of the bits that move by as much
-    behind: int  # how many bits are behind the front
-    skipped: list[int]  # masks of bands: a pair that agrees in one of these is found by an earlier choice
+    moves: list[tuple[int, int]]  # (mask, shift to the left) of the bits that move by the same distance
+    behind: int  # the number of bits behind the front
+    skipped: list[int]  # masks of bands: an earlier choice finds the pairs that agree in one of these
 
     def moved(self, values: Words) -> Words:
         return _moved(values, self.moves)
@@ -293,37 +290,40 @@ class _Choice(NamedTuple):
         return _moved(values, [(_shifted(mask, shift), -shift) for mask, shift in self.moves])
 
 
-def near_pairs(hashes: Words, distance: int, group_of: GroupOf, front: int = 0, differ: Sequence[int] = ()) -> Found:
-    """Pairs of these different hashes that differ in at most `distance` places: all, save where a crowd is one group.
+def near_pairs(
+    hashes: Words, distance: int, group_of: GroupOf, front: int = 0, differ: Sequence[int] = ()
+) -> Iterator[Pairs]:
+    """The pairs of these distinct hashes that differ in at most `distance` bits, each pair once.
 
-    Those that agree in the first `front` bits, that is, and differ in each mask of `differ`: so the crowds of one
-    choice are searched in turn, for what no earlier choice has found. No pair comes twice.
+    A crowd that is one group already is skipped, as its pairs would change nothing. `front` and `differ` are for the
+    search within crowds: only pairs are found that agree in the first `front` bits and differ within every mask of
+    `differ`; the choices of bands before found the others.
     """
     for choice in _choices(front, distance):
         moved = choice.moved(hashes)
         moved.sort()
         masks = choice.moved(np.array([*differ, *choice.skipped], np.uint64)).tolist()
-        here = partial(_group_before, choice, group_of)
+        group_of_moved = partial(_group_of_moved, choice, group_of)
         crowds: list[Words] = []
-        for part in _parts(moved, choice.behind):
-            few, crowd = _by_crowd(part, choice.behind, masks, here)
+        for block in _blocks(moved, choice.behind):
+            few, crowd = _by_crowd(block, choice.behind, masks, group_of_moved)
             crowds.append(crowd)
-            for a, b in _neighbours(part, few, choice.behind, distance):
-                fresh = _all_differ(a ^ b, masks)
-                yield choice.back(a[fresh]), choice.back(b[fresh])
+            for a, b in _neighbours(block, few, choice.behind, distance):
+                unseen = _all_differ(a ^ b, masks)
+                yield choice.back(a[unseen]), choice.back(b[unseen])
         del moved
         crowd = np.concatenate(crowds) if crowds else hashes[:0]
         if len(crowd):
-            for a, b in near_pairs(crowd, distance, here, HASH_BITS - choice.behind, masks):
+            for a, b in near_pairs(crowd, distance, group_of_moved, HASH_BITS - choice.behind, masks):
                 yield choice.back(a), choice.back(b)
 
 
-def _group_before(choice: _Choice, group_of: GroupOf, moved: Words) -> Ints:
+def _group_of_moved(choice: _Choice, group_of: GroupOf, moved: Words) -> Ints:
     return group_of(choice.back(moved))
 
 
 def _choices(front: int, distance: int) -> Iterator[_Choice]:
-    """Every way to choose the bands, of the bits behind the front, that a pair agrees in."""
+    """Every choice of EQUAL_BANDS among the bands into which the bits behind the front are cut."""
     bits, count = HASH_BITS - front, distance + EQUAL_BANDS
     edges = [bits * n // count for n in range(count + 1)][::-1]
     bands = list(zip(edges[1:], edges[:-1], strict=True))  # (lowest bit, end), from the left
@@ -349,14 +349,13 @@ def _moved(values: Words, moves: list[tuple[int, int]]) -> Words:
     moved = np.zeros_like(values)
     block = 1 << 15  # stays in the cache
     for start in range(0, len(values), block):
-        part = values[start : start + block]
         for mask, shift in moves:
-            moved[start : start + block] |= _shifted(part & np.uint64(mask), shift)
+            moved[start : start + block] |= _shifted(values[start : start + block] & np.uint64(mask), shift)
     return moved
 
 
-def _parts(values: Words, behind: int) -> Iterator[Words]:
-    """Sorted values, a part at a time; those with one front stay together."""
+def _blocks(values: Words, behind: int) -> Iterator[Words]:
+    """Sorted values in blocks; values with the same front stay in one block."""
     start = 0
     while start < len(values):
         last = values[min(start + BLOCK, len(values)) - 1] | np.uint64((1 << behind) - 1)
@@ -366,9 +365,9 @@ def _parts(values: Words, behind: int) -> Iterator[Words]:
 
 
 def _by_crowd(values: Words, behind: int, masks: Sequence[int], group_of: GroupOf) -> tuple[Bools, Words]:
-    """Of sorted values: which are not in a crowd (they share their front with few), and those in crowds worth a search.
+    """For sorted values: which of them share their front with few others, and the values in crowds to be searched.
 
-    A crowd that agrees in one of the masks holds no pair that is wanted; one that is a group by now needs none.
+    A crowd whose values all agree within one of the masks has no pair that is wanted; one that is a group needs none.
     """
     fronts = values >> np.uint64(behind)
     starts = np.flatnonzero(np.concatenate([[True], fronts[1:] != fronts[:-1]]))
@@ -377,38 +376,39 @@ def _by_crowd(values: Words, behind: int, masks: Sequence[int], group_of: GroupO
     crowd = values[~few]
     sizes = sizes[sizes > CROWD]
     if len(crowd):
-        worth = _all_differ(_differing(crowd, sizes), masks)
-        crowd, sizes = crowd[np.repeat(worth, sizes)], sizes[worth]
+        wanted = _all_differ(_differing(crowd, sizes), masks)
+        crowd, sizes = crowd[np.repeat(wanted, sizes)], sizes[wanted]
     if len(crowd):
-        worth = _differing(group_of(crowd), sizes) != 0
-        crowd = crowd[np.repeat(worth, sizes)]
+        wanted = _differing(group_of(crowd), sizes) != 0
+        crowd = crowd[np.repeat(wanted, sizes)]
     return few, crowd
 
 
 def _differing(values: Ints, sizes: Ints) -> Ints:
-    """For runs of these sizes, the bits in which a run's values are not all the same."""
+    """For each run of values, of these sizes, the bits in which its values are not all the same."""
     starts = np.cumsum(sizes) - sizes
     return np.bitwise_or.reduceat(values ^ np.repeat(values[starts], sizes), starts)
 
 
 def _all_differ(differing: Words, masks: Sequence[int]) -> Bools:
-    found = np.ones(len(differing), bool)
+    """Whether each value has a bit within every mask."""
+    differ = np.ones(len(differing), bool)
     for mask in masks:
-        found &= (differing & np.uint64(mask)) != 0
-    return found
+        differ &= (differing & np.uint64(mask)) != 0
+    return differ
 
 
 def _neighbours(values: Words, wanted: Bools, behind: int, distance: int) -> Iterator[Pairs]:
-    """The pairs of sorted values that are close and have one front: each with the next, the next but one, ..."""
+    """The close pairs of sorted values with the same front, by comparing each with the next, the next but one, ..."""
     at = np.flatnonzero(wanted)
     step = 0
     while len(at):
         step += 1
         at = at[: np.searchsorted(at, len(values) - step)]
-        here, there = values[at], values[at + step]
-        differing = here ^ there
-        together = differing < np.uint64(1 << behind)
-        at = at[together]
-        close = together & (np.bitwise_count(differing) <= distance)
+        a, b = values[at], values[at + step]
+        differing = a ^ b
+        same_front = differing < np.uint64(1 << behind)
+        at = at[same_front]
+        close = same_front & (np.bitwise_count(differing) <= distance)
         if close.any():
-            yield here[close], there[close]
+            yield a[close], b[close]

@@ -1,18 +1,18 @@
 """Filter expressions: `width >= 512 and not duplicate and objects in (1, 2)` -> conditions on a table.
 
-A small safe grammar in Python's syntax: column names, numbers, texts, True and False, comparisons (also chained), `in`
-a list of constants, `is None`, `and`, `or`, `not`, and arithmetic (`width / height < 2`). A row without a value in a
-column passes no comparison with it, negated or not; `column is None` finds such rows.
+A filter is written in a small, safe subset of Python: column names, numbers, strings, True and False, comparisons (also
+chained), `in` a list of constants, `is None`, `and`, `or`, `not`, and arithmetic (`width / height < 2`). A row that has
+null in a column passes no comparison with that column, negated or not; `column is None` finds such rows.
 
-Whole numbers are compared as they are, whatever their width. Arithmetic is in floating point, so it never overflows and
-`/` divides into fractions; what is divided by zero has no value.
+Integers are compared exactly, whatever their width. Arithmetic is in floating point, so it never overflows and `/`
+gives fractions; a division by zero gives null.
 """
 
 from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from decimal import Decimal
 from functools import reduce
 from typing import Any, Literal, NamedTuple
@@ -43,7 +43,7 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Mult: operator.mul,
     ast.Div: lambda left, right: left / pc.if_else(right == 0.0, pc.scalar(pa.scalar(None, pa.float64())), right),
 }
-# What to write in place of operators that filters do not have.
+# What to write instead of an operator that filters do not have.
 _INSTEAD: dict[type[ast.AST], str] = {
     ast.BitAnd: "write `and` in place of `&`",
     ast.BitOr: "write `or` in place of `|`",
@@ -56,16 +56,17 @@ _INSTEAD: dict[type[ast.AST], str] = {
 Kind = Literal["whole numbers", "unsigned numbers", "fractions", "text", "True or False"]
 _TYPES: dict[Kind, pa.DataType] = {
     "whole numbers": pa.int64(),
-    "unsigned numbers": pa.decimal128(20, 0),  # of 64 bits; it holds every other whole number, too
+    "unsigned numbers": pa.decimal128(20, 0),  # it holds every uint64 and every int64
     "fractions": pa.float64(),
     "text": pa.string(),
     "True or False": pa.bool_(),
 }
-_NUMBERS: tuple[Kind, ...] = ("whole numbers", "unsigned numbers", "fractions")  # compared as the later one
+_CONSTANTS: dict[type, Kind] = {bool: "True or False", int: "whole numbers", float: "fractions", str: "text"}
+_NUMBERS: tuple[Kind, ...] = ("whole numbers", "unsigned numbers", "fractions")  # two kinds are compared as the later
 
 
 class _Value(NamedTuple):
-    """A column, a constant, or what is computed of them."""
+    """A column, a constant, or the result of arithmetic on them."""
 
     text: str
     kind: Kind
@@ -78,25 +79,25 @@ class _Value(NamedTuple):
         return self.column.cast(_TYPES[kind], safe=False)
 
     def scalar(self, kind: Kind) -> pa.Scalar:
-        make: Callable[[Any], Any] = {"fractions": float, "unsigned numbers": Decimal}.get(kind, lambda value: value)
-        return pa.scalar(make(self.constant), _TYPES[kind])
+        convert: Callable[[Any], Any] = {"fractions": float, "unsigned numbers": Decimal}.get(kind, lambda value: value)
+        return pa.scalar(convert(self.constant), _TYPES[kind])
 
 
-def _kind(of: pa.DataType) -> Kind | None:
-    """None of columns that no filter can ask for."""
-    if pa.types.is_boolean(of):
+def _kind(column_type: pa.DataType) -> Kind | None:
+    """How a filter sees a column of this type; None if filters cannot use it."""
+    if pa.types.is_boolean(column_type):
         return "True or False"
-    if pa.types.is_string(of):
+    if pa.types.is_string(column_type):
         return "text"
-    if pa.types.is_floating(of):
+    if pa.types.is_floating(column_type):
         return "fractions"
-    if pa.types.is_uint64(of):
+    if pa.types.is_uint64(column_type):
         return "unsigned numbers"
-    return "whole numbers" if pa.types.is_integer(of) else None
+    return "whole numbers" if pa.types.is_integer(column_type) else None
 
 
 def _common(values: Sequence[_Value]) -> Kind:
-    """What all of these can be compared as."""
+    """The kind as which all of these values can be compared; an error if there is none."""
     first = values[0]
     for other in values[1:]:
         if other.kind != first.kind and not {first.kind, other.kind} <= set(_NUMBERS):
@@ -119,25 +120,25 @@ def columns_in(text: str) -> set[str]:
 
 
 def parse_filter(text: str, schema: pa.Schema) -> list[Condition]:
-    """The filter's conditions, all of which a row must pass; names and types are checked against the schema."""
+    """The filter's conditions, all of which a row must pass; names and types are checked against the schema.
+
+    `width >= 512 and not duplicate` has two: `width >= 512` and `not duplicate`.
+    """
     if not text.strip():
         return []
-    whole = _parsed(text)
-    parts = whole.values if isinstance(whole, ast.BoolOp) and isinstance(whole.op, ast.And) else [whole]
-    reader = _Reader(schema)
-    conditions = []
-    for part in parts:
-        try:
-            condition = Condition(ast.unparse(part), reader.condition(part))
-        except (RecursionError, OverflowError, pa.ArrowException) as error:
-            raise SettingsError(f"the filter `{text[:200]}` cannot be computed ({error})", remedy=EXAMPLE) from None
-        conditions.append(condition)
+    root = _parsed(text)
+    nodes = root.values if isinstance(root, ast.BoolOp) and isinstance(root.op, ast.And) else [root]
+    compiler = _Compiler(schema)
+    try:
+        conditions = [Condition(ast.unparse(node), compiler.condition(node)) for node in nodes]
+    except (RecursionError, OverflowError, pa.ArrowException) as error:
+        raise SettingsError(f"the filter `{text[:200]}` cannot be computed ({error})", remedy=EXAMPLE) from None
     masks(schema.empty_table(), conditions)
     return conditions
 
 
 def masks(table: pa.Table, conditions: Sequence[Condition]) -> list[npt.NDArray[np.bool_]]:
-    """Which rows pass each of the conditions, each taken alone; a condition without an answer is not passed."""
+    """For each condition, which rows pass it; a row for which it is null does not."""
     try:
         return _computed(table, conditions)
     except (pa.ArrowException, OverflowError) as error:
@@ -151,14 +152,14 @@ def masks(table: pa.Table, conditions: Sequence[Condition]) -> list[npt.NDArray[
 
 
 def _computed(table: pa.Table, conditions: Sequence[Condition]) -> list[npt.NDArray[np.bool_]]:
-    """All in one pass, and in one thread, which keeps the rows in order."""
+    """The masks in one pass over the table, on one thread, which keeps the rows in order."""
     if not conditions:
         return []
     names = [str(number) for number in range(len(conditions))]
-    wanted = acero.ProjectNodeOptions([condition.expression for condition in conditions], names)
+    options = acero.ProjectNodeOptions([condition.expression for condition in conditions], names)
     source = acero.Declaration("table_source", acero.TableSourceNodeOptions(table))
-    found = acero.Declaration("project", wanted, [source]).to_table(use_threads=False)
-    return [pc.fill_null(found[name], False).to_numpy() for name in names]
+    results = acero.Declaration("project", options, [source]).to_table(use_threads=False)
+    return [pc.fill_null(results[name], False).to_numpy() for name in names]
 
 
 def _parsed(text: str) -> ast.expr:
@@ -173,7 +174,7 @@ def _short(node: ast.expr) -> str:
 
 
 def _instead(node: ast.expr) -> str:
-    """What helps where an expression has something that filters have not."""
+    """The remedy for an expression that filters do not have."""
     if isinstance(node, ast.Call):
         return f"filters call no functions; {EXAMPLE}"
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -181,7 +182,15 @@ def _instead(node: ast.expr) -> str:
     return _INSTEAD.get(type(node.op), EXAMPLE) if isinstance(node, ast.BinOp | ast.UnaryOp) else EXAMPLE
 
 
-class _Reader:
+def suggestion(name: str, known: Collection[str], label: str) -> str:
+    """The remedy for an unknown name: the nearest one that is known, or else all of them, after the label."""
+    near = nearest(name, known)
+    return f"did you mean `{near}`?" if near else f"{label}: {', '.join(sorted(known))}"
+
+
+class _Compiler:
+    """Compiles Python's syntax tree into Arrow expressions on the columns of a schema."""
+
     def __init__(self, schema: pa.Schema) -> None:
         self.kinds = {field.name: kind for field in schema if (kind := _kind(field.type)) is not None}
 
@@ -205,30 +214,30 @@ class _Reader:
             if not isinstance(right, ast.Constant) or right.value is not None:
                 raise SettingsError("`is` is for None alone", remedy="write `is None`, or use == to compare values")
             value = self.value(left)
-            found = value.expression(value.kind)
-            return found.is_null() if isinstance(op, ast.Is) else found.is_valid()
+            expression = value.expression(value.kind)
+            return expression.is_null() if isinstance(op, ast.Is) else expression.is_valid()
         if isinstance(op, ast.In | ast.NotIn):
             if not isinstance(right, ast.Tuple | ast.List | ast.Set):
                 raise SettingsError(f"`in {_short(right)}` is not a list", remedy=EXAMPLE)
-            return self.among(self.value(left), [self.constant(part) for part in right.elts], isinstance(op, ast.In))
+            contained = self.membership(self.value(left), [self.constant(node) for node in right.elts])
+            return contained if isinstance(op, ast.In) else ~contained
         both = self.value(left), self.value(right)
         kind = _common(both)
         return _COMPARE[type(op)](*(value.expression(kind) for value in both))
 
-    def among(self, value: _Value, constants: list[_Value], inside: bool) -> pc.Expression:
+    def membership(self, value: _Value, constants: list[_Value]) -> pc.Expression:
         kind = _common([value, *constants])
-        found = value.expression(kind)
-        among = pa.array([constant.scalar(kind).as_py() for constant in constants], _TYPES[kind])
-        # isin says False of a missing value, which `not` would turn into True.
-        known = pc.if_else(found.is_valid(), found.isin(among), pc.scalar(pa.scalar(None, pa.bool_())))
-        return known if inside else ~known
+        expression = value.expression(kind)
+        members = pa.array([constant.scalar(kind).as_py() for constant in constants], _TYPES[kind])
+        # isin gives False for null, which `not` would turn into True.
+        return pc.if_else(expression.is_valid(), expression.isin(members), pc.scalar(pa.scalar(None, pa.bool_())))
 
     def value(self, node: ast.expr) -> _Value:
         match node:
             case ast.Name():
-                return _Value(node.id, self.kinds[self.known(node.id)], column=pc.field(node.id))
+                return _Value(node.id, self.kind_of(node.id), column=pc.field(node.id))
             case ast.BinOp() if type(node.op) in _ARITHMETIC:
-                numbers = [self.number(part) for part in (node.left, node.right)]
+                numbers = self.number(node.left), self.number(node.right)
                 return _Value(_short(node), "fractions", column=_ARITHMETIC[type(node.op)](*numbers))
         return self.constant(node)
 
@@ -242,24 +251,16 @@ class _Reader:
 
     def constant(self, node: ast.expr) -> _Value:
         match node:
-            case ast.Constant(value=bool() as value):
-                return _Value(_short(node), "True or False", constant=value)
-            case ast.Constant(value=int() as value):
-                return _Value(_short(node), "whole numbers", constant=value)
-            case ast.Constant(value=float() as value):
-                return _Value(_short(node), "fractions", constant=value)
-            case ast.Constant(value=str() as value):
-                return _Value(_short(node), "text", constant=value)
+            case ast.Constant(value=value) if type(value) in _CONSTANTS:
+                return _Value(_short(node), _CONSTANTS[type(value)], constant=value)
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
                 return self.constant(ast.Constant(-value))
         raise SettingsError(f"`{_short(node)}` has no place in a filter", remedy=_instead(node))
 
-    def known(self, name: str) -> str:
+    def kind_of(self, name: str) -> Kind:
         if name not in self.kinds:
-            near = nearest(name, self.kinds)
-            known = ", ".join(sorted(self.kinds))
             raise SettingsError(
                 f"the filter names `{name}`, which is no column of these shards",
-                remedy=f"did you mean `{near}`?" if near else f"columns: {known}",
+                remedy=suggestion(name, self.kinds, "columns"),
             )
-        return name
+        return self.kinds[name]

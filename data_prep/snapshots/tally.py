@@ -1,4 +1,4 @@
-"""How many rows each step of a snapshot leaves, by source and by shard, and what to do where it leaves none."""
+"""Counts of the rows that each step of a snapshot leaves, by source and by shard, and the error if none is left."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pyarrow as pa
 
 from data_prep.rejections import counted, remedy
 from data_prep.snapshots.captions import Ints, rules_of
+from data_prep.snapshots.filters import suggestion
 from data_prep.snapshots.settings import SnapshotSettings
-from infra.config import nearest
 from infra.errors import DataError, SettingsError
 from infra.shards import parquet_bytes
 
-# The steps that rows are counted after, besides the filter's conditions, and what helps where one takes all of them.
+# The steps after which rows are counted, besides the filter's conditions, and the remedy if a step leaves no row.
 ACCEPTED, REMEMBERED, MIXED = "accepted", "not forgotten", "has a caption of the mix"
 WEIGHTED, HELD_OUT = "as often as its source weighs", "not held out"
 REMEDIES = {
@@ -39,18 +39,18 @@ BY_SHARD = pa.schema(
 
 
 class Part(NamedTuple):
-    """What a snapshot takes of one shard, and how it came to it."""
+    """The rows that a snapshot selects from one shard, and the counts of each step."""
 
     training: pa.RecordBatch
     held_out: pa.RecordBatch
     by_source: dict[str, list[int]]  # source -> rows left after each step
-    by_shard: list[dict[str, Any]]  # see BY_SHARD
-    kinds: set[str]
-    shares: dict[str, float]  # of each caption rule in what training draws, times the rows
+    by_shard: list[dict[str, Any]]  # rows of BY_SHARD
+    kinds: set[str]  # of the shard's captions
+    shares: dict[str, float]  # caption rule -> the sum of its weights over all rows of `training`
 
 
 class Tally:
-    """The counts of all parts together."""
+    """The sums of the counts of all parts."""
 
     def __init__(self, steps: list[str]) -> None:
         self.steps = steps
@@ -84,30 +84,30 @@ class Tally:
         return {label: round(share / total, 6) for label, share in sorted(self._shares.items())} if total else {}
 
     def check(self, settings: SnapshotSettings, rejected: Counter[str]) -> None:
+        """Raise an error if no row is left for training, or if no caption has a kind that the mix names."""
         counts = self.counts()
         before = counts[self.steps.index(MIXED) - 1][1]
         for rule in rules_of(settings.captions):
             if before and rule.kind is not None and rule.kind not in self._kinds:
-                near = nearest(rule.kind, self._kinds)
                 raise SettingsError(
                     f"no sample has a caption of the kind `{rule.kind}`",
-                    remedy=f"did you mean `{near}`?" if near else f"kinds: {', '.join(sorted(self._kinds))}",
+                    remedy=suggestion(rule.kind, self._kinds, "kinds"),
                 )
         if not self._training:
             raise self._nothing_left(counts, rejected)
 
     def _nothing_left(self, counts: list[tuple[str, int]], rejected: Counter[str]) -> DataError:
         """An error that names the step after which training has no sample."""
-        chosen = dict(counts)[MIXED]
-        if chosen and chosen == self._held_out:
+        selected = dict(counts)[MIXED]
+        if selected and selected == self._held_out:
             counts = [*counts, (HELD_OUT, 0)]
-        elif chosen:
+        elif selected:
             counts = [*counts[:-1], (WEIGHTED, 0)]
         step = next(label for label, count in counts if not count)
         if step == ACCEPTED and rejected:
             return DataError(f"no image was accepted at this size: {counted(rejected)}", remedy=remedy(rejected))
-        said = ", ".join(f"{label}: {count:,}" for label, count in counts)
+        steps = ", ".join(f"{label}: {count:,}" for label, count in counts)
         return DataError(
-            f"no sample is left for training after `{step}` ({said})",
+            f"no sample is left for training after `{step}` ({steps})",
             remedy=REMEDIES.get(step, "loosen that condition of the filter, or leave it out"),
         )

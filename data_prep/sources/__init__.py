@@ -4,20 +4,20 @@ A kind of source is a class in a file of its own (`base` says what it must do):
 
     table_folder, url_list, parquet_images    on `tables`: a row is an item
     text_folder, imagenet                     on `listings`: a file is an item
-    webdataset, sa1b                          on `tars`: a sample in a tar is an item; sa1b's words stand in a table
+    webdataset, sa1b                          on `tars`: a sample in a tar is an item; sa1b's captions are in tables
 
-Behind these: `lines` reads tables of text and `convert` turns them into Parquet, `parquet` reads that, `named` and
-`looked` tell whether files are what they were, `tars` and `tarwalk` read tars, `unpacked` unpacks them.
+Behind these: `lines` reads CSV and JSON tables, `convert` writes them as Parquet and `parquet` reads that; `checksums`
+and `named` find files that were replaced; `tars` and `tarwalk` read tars, and `unpacked` unpacks compressed ones.
 
-A key is made of what an item is: its URL, its name in the folder or tar, or its bytes where a table holds them. Where
-there is none of these it is its place, which nothing else is called. So neither rows that come before it nor another
-name for its table move it, and a picture that is named in two pieces has one key in both: whoever forgets it forgets
-all of them. Within a piece keys are distinct, as members of a tar must be: one that comes again gets a key of its own,
-which begins as the first does and stays on its side of the held-out split.
+An item's key is a hash of what identifies the image: its URL, its name in the folder or tar or, where a table holds the
+images themselves, its bytes. An item without any of these is identified by its table and row. So inserting rows or
+renaming a table does not change the keys of identified items, and an image that appears in two ranges has the same key
+in both: forgetting that key forgets every copy. Within one range, which becomes the members of one tar, keys must
+differ: a repeated image gets a key of its own with the first one's leading digits, which decide the held-out split.
 
-Everything is read in a stream, and everything comes from strangers: a name never leads out of its folder, a caption is
-text of bounded length, and what cannot be read is an item with a cause, never an exception and never left out. Only a
-table that is no table at all is an error.
+Everything is streamed, and no input is trusted: a name never leads out of its folder, a caption is text of bounded
+length, and an input that cannot be read becomes an item with a cause; it is neither skipped nor an exception. Only a
+file that is not a table at all is an error.
 """
 
 from __future__ import annotations

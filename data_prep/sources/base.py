@@ -1,7 +1,7 @@
-"""What a source is: a corpus as its owner has it, which becomes one stream of raw items.
+"""The interface of a source: a corpus in its owner's format, which is read as one stream of raw items.
 
-A kind of source is a settings class in a file of its own, with a `kind`. It tells what it is made of, cuts that into
-pieces, each the work of one task, and reads a piece. What several kinds share stands in `tables`, `listings`, `tars`.
+A kind of source is a settings class in a file of its own, with a `kind`. It lists its inputs, cuts them into ranges
+(each is read by one task), and reads a range. Code that several kinds share is in `tables`, `listings` and `tars`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from infra.errors import SettingsError
 from infra.shards import INDEX_SCHEMA, SPLIT_DIGITS, sample_key
 from infra.store import Store
 
-# What a corpus means as a picture, also of kinds that nobody here can read: those are refused, and counted.
+# Suffixes of images. Those that cannot be decoded here are in it too, so that such files are refused and counted.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jfif", ".jpe", ".mpo", ".apng"),
     *(".dib", ".avifs", ".heic", ".heif", ".heics", ".heifs", ".hif", ".jxl", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf"),
     *(".jpx", ".jpm", ".svg", ".svgz", ".psd", ".psb", ".tga", ".ico", ".pcx", ".pbm", ".pgm", ".ppm", ".pnm", ".qoi"),
     *(".exr", ".jxr", ".wdp"),
 )
-# What people have their data in and no source reads, and what to do about it.
+# Formats that users have and no source reads, with what to do about each.
 FOREIGN = {
     ".mds": "MosaicML's MDS is read by its own library alone: let `streaming.StreamingDataset(local=FOLDER, "
     "batch_size=1)` give each sample to `webdataset.ShardWriter.write` as {'__key__': ..., 'png': ..., 'txt': ...}, "
@@ -47,8 +47,8 @@ FOREIGN = {
     ".npz": "write it as tars or Parquet",
     ".pkl": "write it as tars or Parquet: a pickle runs whatever it likes",
 }
-ROW = "pixnerd_row"  # in a table of selected rows: which row of the input each one is
-DAMAGE = "pixnerd_damage"  # in a table that was turned into Parquet: why there is nothing in the row
+ROW = "pixnerd_row"  # the column of a table of selected rows that holds each row's number in the input
+DAMAGE = "pixnerd_damage"  # the column of a converted table that says why a row could not be read, else null
 
 SourceName = Annotated[
     str,
@@ -62,11 +62,11 @@ class Input(NamedTuple):
     name: str
     size: int
     sha256: str  # identity of the content
-    table: str = ""  # where a listing was put in the store: no part of the identity
+    table: str = ""  # the key of a stored listing; not part of the identity
 
 
 class Rows(NamedTuple):
-    """A planned shard's part of an input: rows of a table, or of a listing."""
+    """The part of an input that one planned shard is made of: rows of a table, or of a listing."""
 
     input: str
     table: str
@@ -76,10 +76,10 @@ class Rows(NamedTuple):
 
 
 class Bytes(NamedTuple):
-    """A planned shard's part of a tar: the samples whose first header starts in [first, first + size)."""
+    """The part of a tar that one planned shard is made of: samples whose first header is in [first, first + size)."""
 
     input: str
-    table: str  # of captions for them, where the tar does not hold them
+    table: str  # the table of their captions, where these are not in the tar
     in_store: bool
     first: int
     size: int
@@ -89,35 +89,35 @@ Range = Rows | Bytes
 
 
 class Url(str):
-    """An image that must be downloaded first; as it will be asked for, however the corpus spells it."""
+    """The address of an image that must be downloaded first, normalised to the form in which it is requested."""
 
     __slots__ = ()
 
 
 class Keys:
-    """The keys of items that stand together, no two of which are equal.
+    """Makes the keys of one shard's items distinct.
 
-    What comes again gets a key of its own by how often it has come, which begins as the first one does: the first
-    digits decide whether a sample is held out, so one picture is never on both sides.
+    A repeated key is replaced by one made of it and of the number of times that it has come. The first digits stay:
+    they decide whether a sample is held out, so that copies of an image are never on both sides of the split.
     """
 
     def __init__(self) -> None:
         self._times = Counter[str]()
 
     def distinct(self, key: str) -> str:
-        found, times = key, self._times[key]
-        while found in self._times:
-            found = key[:SPLIT_DIGITS] + sample_key(key, str(times))[SPLIT_DIGITS:]
+        unused, times = key, self._times[key]
+        while unused in self._times:
+            unused = key[:SPLIT_DIGITS] + sample_key(key, str(times))[SPLIT_DIGITS:]
             times += 1
-        self._times[found] = 1
+        self._times[unused] = 1
         self._times[key] = max(1, times)
-        return found
+        return unused
 
 
 class RawItem(NamedTuple):
-    row: int  # in the input: of a tar, the sample's place in the whole tar
+    row: int  # its number in the input; in a tar, that of the sample, counted from the tar's start
     key: str
-    name: str  # for people: what the corpus calls it
+    name: str  # what the corpus calls it, to be shown to people
     image: bytes | Url | Rejection
     captions: list[dict[str, str]]  # {"kind", "text"}
     licence: str
@@ -126,10 +126,10 @@ class RawItem(NamedTuple):
 
 
 class Source(Settings):
-    """A corpus as its owner has it."""
+    """A corpus in its owner's format."""
 
-    name: SourceName  # a sample's key and its `source` column come from it
-    # Where the bytes lie is no part of what they are: the inputs' hashes are. A corpus may be moved.
+    name: SourceName  # it is hashed into a sample's key and stored in its `source` column
+    # Operational, since a corpus may be moved: inputs are identified by their hashes.
     url: str = operational(description="a folder, or a store URL such as s3://bucket/prefix")
     licence: str = ""
     origin: str = Field("", description="where the corpus comes from: the URL of its page, its name")
@@ -137,55 +137,55 @@ class Source(Settings):
     max_caption: int = Field(20_000, ge=1, description="inputs with a longer caption are refused (characters)")
 
     kind: str
-    joins_tables: ClassVar[bool] = False  # some inputs have no items of their own: they say something of other inputs'
+    joins_tables: ClassVar[bool] = False  # some inputs have no items of their own but captions for other inputs' items
 
     @abstractmethod
     def inputs(self, store: Store | None = None, planned: Sequence[Range] = ()) -> list[Input]:
-        """Every input and its identity. A folder's listing goes to the store; without one, identities are all there is.
+        """Every input and its identity. With a store, the listings of a folder are written to it as well.
 
-        `planned` are the pieces of an earlier plan: a folder that has only grown is its old listings and one of the
-        rest.
+        `planned` are the ranges of an earlier plan: of a folder that has only grown, the listings in them are kept and
+        the new files are listed apart.
         """
 
     @abstractmethod
-    def ranges(self, store: Store, found: Input, rows: int) -> Iterator[Range]:
-        """The input in pieces of about `rows` items that cover it once, in order.
+    def ranges(self, store: Store, entry: Input, rows: int) -> Iterator[Range]:
+        """Cut an input into ranges of about `rows` items that cover it once, in order.
 
-        Tables that are not Parquet are written to the store as such. An input may have no items of its own (captions
-        for other inputs); then there are no pieces.
+        A table that is not Parquet is written to the store as Parquet first. An input without items of its own
+        (captions for other inputs) has no ranges.
         """
 
     @abstractmethod
     def read(self, store: Store, part: Range) -> Iterator[RawItem]:
-        """Every input of the piece, in order, each an item whatever became of it; two may have one key."""
+        """Every item of the range in order, also those that cannot be read; two may have the same key."""
 
     def items(self, store: Store, part: Range) -> Iterator[RawItem]:
-        """The same, with a key of its own for each."""
+        """As `read`, with distinct keys."""
         keys = Keys()
         for item in self.read(store, part):
             yield item._replace(key=keys.distinct(item.key))
 
     def kept_columns(self) -> dict[str, pa.DataType | None]:
-        """The columns that it adds to the index, as far as its settings tell: a table's types are in the table."""
+        """The columns that it adds to the index; a type is None where only the table knows it."""
         return {}
 
     def kept_fields(self, store: Store, part: Range) -> list[pa.Field]:
-        """The same, in their order in the index, once a piece can be looked at."""
+        """The same columns in their order in the index, with the types that a range's table gives them."""
         return [pa.field(name, kind) for name, kind in self.kept_columns().items()]
 
 
 class UrlSource(Source):
-    """A source whose items are addresses: what they lead to is downloaded before shards are made of it."""
+    """A source whose items are URLs: the images are downloaded before shards are made of them."""
 
-    image: str  # the column of addresses
+    image: str  # the column of URLs
 
     @abstractmethod
     def urls(self, store: Store, part: Range) -> Iterator[tuple[int, str | Rejection]]:
-        """A piece's addresses with their rows, read from their column alone."""
+        """The URLs of a range with their row numbers; no other column is read."""
 
 
 def check_kept(name: str) -> None:
-    """A kept column stands in the index beside the index's own."""
+    """Refuse the name of a kept column that the index uses for a column of its own."""
     if name in INDEX_SCHEMA.names or name in (ROW, DAMAGE):
         raise SettingsError(
             f"the index has its own column `{name}`", remedy="keep the corpus's under another name, or not at all"
@@ -201,6 +201,6 @@ def missing_column(table: str, column: str, known: list[str]) -> SettingsError:
 
 
 def foreign(name: str) -> str:
-    """What to do about a file of a kind that no source reads, if it is a known one."""
+    """What to do about a file whose format no source reads, by its suffix; empty for formats not in FOREIGN."""
     plain = name.lower().removesuffix(".zstd").removesuffix(".zst").removesuffix(".gz")
-    return next((what for suffix, what in FOREIGN.items() if plain.endswith(suffix)), "")
+    return next((remedy for suffix, remedy in FOREIGN.items() if plain.endswith(suffix)), "")

@@ -1,4 +1,4 @@
-"""Values within values, as JSON and Parquet nest them: `turns.1.value`, `captions.short`, `sentences.raw`."""
+"""Paths into nested values of JSON and Parquet: `turns.1.value`, `captions.short`, `sentences.raw`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 import pyarrow as pa
 
-_PLACE = re.compile("[0-9]{1,6}")
+_INDEX = re.compile("[0-9]{1,6}")  # of an element of a list
 
 
 def field(value: Any, path: str) -> Any:
-    """Fields of objects by their names and places in lists by their numbers; None where there is nothing.
+    """The value that a path leads to, by the names of an object's fields and the indices of a list; None without one.
 
-    A list whose places are not named is gone through: then it is a list of what its elements have.
+    A path that names no index of a list leads to the list of what it leads to in each element: of
+    {"sentences": [{"raw": "a"}, {"raw": "b"}]}, `sentences.1.raw` is "b" and `sentences.raw` is ["a", "b"].
     """
     if isinstance(value, dict) and path in value:
         return value[path]
@@ -24,43 +25,43 @@ def field(value: Any, path: str) -> Any:
 def _within(value: Any, path: list[str]) -> Any:
     if not path or value is None:
         return value
-    here, *rest = path
+    step, *rest = path
     if isinstance(value, dict):
-        return _within(value.get(here), rest)
+        return _within(value.get(step), rest)
     if not isinstance(value, list):
         return None
-    if _PLACE.fullmatch(here):
-        return _within(value[int(here)], rest) if int(here) < len(value) else None
-    found = [_within(element, path) for element in value]
-    return [one for each in found if each is not None for one in (each if isinstance(each, list) else [each])]
+    if _INDEX.fullmatch(step):
+        return _within(value[int(step)], rest) if int(step) < len(value) else None
+    inner = [_within(element, path) for element in value]
+    return [leaf for one in inner if one is not None for leaf in (one if isinstance(one, list) else [one])]
 
 
 def top(names: list[str], path: str) -> str:
-    """The column that a path begins with: the longest name that is one; empty if there is none."""
+    """The column that a path begins with: the longest of these names, which may hold dots; empty if there is none."""
     parts = path.split(".")
     starts = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
     return next((start for start in starts if start in names), "")
 
 
 def kind_of(schema: pa.Schema, path: str) -> pa.DataType | None:
-    """The type of what a path leads to; None where it leads nowhere."""
+    """The type of the values that a path leads to; None where it leads nowhere."""
     start = top(schema.names, path)
     if not start:
         return None
     kind, is_many = schema.field(start).type, False
-    for part in filter(None, path[len(start) :].split(".")):
-        if is_list(kind) and _PLACE.fullmatch(part):
+    for step in filter(None, path[len(start) :].split(".")):
+        if is_list(kind) and _INDEX.fullmatch(step):
             kind = kind.value_type
             continue
         kind, is_many = element(kind), is_many or is_list(kind)
-        if not pa.types.is_struct(kind) or kind.get_field_index(part) < 0:
+        if not pa.types.is_struct(kind) or kind.get_field_index(step) < 0:
             return None
-        kind = kind.field(part).type
+        kind = kind.field(step).type
     return pa.list_(kind) if is_many and not is_list(kind) else kind
 
 
 def element(kind: pa.DataType) -> pa.DataType:
-    """What the lists of a type are lists of."""
+    """The type of the elements of a list type, or of lists in it; any other type itself."""
     return element(kind.value_type) if is_list(kind) else kind
 
 
@@ -69,6 +70,7 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def is_odd_list(kind: pa.DataType) -> bool:
+    """Whether it is one of the list types that Arrow does not read back from Parquet as they were."""
     types = pa.types
     return bool(types.is_fixed_size_list(kind) or types.is_list_view(kind) or types.is_large_list_view(kind))
 
@@ -82,7 +84,7 @@ def has_odd_lists(kind: pa.DataType) -> bool:
 
 
 def leaves(kind: pa.DataType, name: str) -> Iterator[tuple[str, pa.DataType]]:
-    """The paths to all that is in a column, and the types of what they lead to, lists of it as well."""
+    """The path to each field without fields of its own in a column, and the type of the value it leads to."""
     inner = element(kind)
     if not pa.types.is_struct(inner):
         yield name, kind
@@ -92,20 +94,22 @@ def leaves(kind: pa.DataType, name: str) -> Iterator[tuple[str, pa.DataType]]:
 
 
 def listed(value: Any, depth: int = 3) -> list[Any]:
-    """All that is in a value: of an object or a list what it holds, down to where nobody nests texts."""
+    """The values in an object or a list, and in those nested in it to a depth of three; any other value alone."""
     if not depth or not isinstance(value, dict | list):
         return [value]
-    held = value.values() if isinstance(value, dict) else value
-    return [found for one in held for found in listed(one, depth - 1)]
+    elements = value.values() if isinstance(value, dict) else value
+    return [leaf for element in elements for leaf in listed(element, depth - 1)]
 
 
 def flat(row: Mapping[str, Any], depth: int = 3) -> dict[str, Any]:
-    """A row with the fields of its objects, and of lists of objects, by their paths."""
-    found: dict[str, Any] = {}
+    """A row in which the fields of nested objects, and of lists of objects, are columns named by their paths."""
+    columns: dict[str, Any] = {}
     for name, value in row.items():
-        example = next((one for one in value if one is not None), None) if isinstance(value, list) else value
+        example = (
+            next((element for element in value if element is not None), None) if isinstance(value, list) else value
+        )
         if depth and isinstance(example, dict):
-            found |= flat({f"{name}.{inner}": field(value, inner) for inner in example}, depth - 1)
+            columns |= flat({f"{name}.{inner}": field(value, inner) for inner in example}, depth - 1)
         else:
-            found[name] = value
-    return found
+            columns[name] = value
+    return columns

@@ -1,4 +1,4 @@
-"""A folder of class folders."""
+"""Images in a folder for each class, as ImageNet has them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from infra.config import operational
 from infra.errors import SettingsError
 
 LABEL = pa.field("label", pa.int32())
-MOST_CLASSES = 16 << 20  # bytes of a file of class names
+MOST_CLASSES = 16 << 20  # bytes that are read of a file of class names
 
 
 class ImageNet(Listings):
@@ -29,16 +29,16 @@ class ImageNet(Listings):
     """
 
     kind: Literal["imagenet"]
-    # No setting that changes results: the names themselves are part of the listing's identity.
+    # Operational: the class names are part of the listing's identity, wherever they were read.
     classes: str | None = operational(None, description="the file of class names: in the folder, a path, or a URL")
     template: str = Field("a photo of a {name}", description="{name}: the first of a class's names; {names}: all")
 
     @field_validator("template")
     @classmethod
-    def _has_a_place(cls, given: str) -> str:
-        if "{name}" not in given and "{names}" not in given:
+    def _has_a_place(cls, template: str) -> str:
+        if "{name}" not in template and "{names}" not in template:
             raise ValueError("a template has a {name} or {names} where the class's name goes")
-        return given
+        return template
 
     def kept_columns(self) -> dict[str, pa.DataType | None]:
         return {LABEL.name: LABEL.type}
@@ -56,8 +56,8 @@ class ImageNet(Listings):
         if row.classes is None:
             return Rejection(Cause.NO_CAPTION, "in no class folder")
         first = row.classes.partition(",")[0].strip()
-        said = self.template.replace("{names}", row.classes).replace("{name}", first)
-        return words.captions([("caption", said)], self.max_caption) or Rejection(Cause.NO_CAPTION)
+        caption = self.template.replace("{names}", row.classes).replace("{name}", first)
+        return words.captions([("caption", caption)], self.max_caption) or Rejection(Cause.NO_CAPTION)
 
     def _classes(self, folder: Folder) -> dict[str, tuple[int, str]]:
         """Each class folder's label and names."""
@@ -69,18 +69,19 @@ class ImageNet(Listings):
         return {name: (label, named[name]) for label, name in enumerate(folders)}
 
 
-def _class_lines(where: str, folder: Folder) -> list[str]:
-    if "://" in where or where.startswith("/"):
-        place, _, where = where.rpartition("/")
-        folder = open_folder(place or "/")
-    with folder.open(where) as file:
+def _class_lines(path: str, folder: Folder) -> list[str]:
+    if "://" in path or path.startswith("/"):
+        parent, _, path = path.rpartition("/")
+        folder = open_folder(parent or "/")
+    with folder.open(path) as file:
         text = words.text(file.read(MOST_CLASSES))
     if text is None:
-        raise SettingsError(f"{where} is not UTF-8", remedy="name a text file of class names")
+        raise SettingsError(f"{path} is not UTF-8", remedy="name a text file of class names")
     return [line.strip() for line in text.removeprefix(words.MARK).splitlines() if line.strip()]
 
 
 def _class_names(lines: Sequence[str], folders: Sequence[str]) -> dict[str, str]:
+    """The class name of each folder, from lines that begin with a folder's name or, else, one line for each folder."""
     named = {parts[0]: parts[1] for line in lines if len(parts := line.split(maxsplit=1)) == 2}
     if unnamed := [name for name in folders if name not in named]:
         if len(lines) == len(folders):

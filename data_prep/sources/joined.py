@@ -1,8 +1,8 @@
-"""Tables of captions -> one table by image id, however they were ordered, in bounded memory; and looking one up in it.
+"""Tables of captions -> one table sorted by image id, in bounded memory; and looking up an image's row in it.
 
-The rows are sorted by a number made of the id: the ids are read first and cut into ranges of equal size, then every row
-goes to the file of its range, and each file is sorted by itself. A row group of the result holds neighbours, and the
-file says with which number each begins.
+It is an external bucket sort by a number made of the id. The ids are read first, to cut their numbers into ranges with
+equally many rows; then every row is written to the file of its range, and each file is sorted in memory. The result's
+metadata hold the first number of each row group, so that a look-up reads one or two row groups.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from infra.store import Store
 
 BATCH = 4096  # rows
 GROUP = 4096  # rows of a row group, the least that a look-up reads
-PILES, PILE = 128, 50_000  # at most so many files, with at least so many rows each
-HELD = 8  # row groups in memory
+PILES, PILE = 128, 50_000  # the most files that the rows are sorted into, and the fewest rows of each
+HELD = 8  # row groups that a look-up keeps in memory
 
 NUMBER, ID = "pixnerd_number", "pixnerd_id"
-FIRSTS = b"firsts"
+FIRSTS = b"firsts"  # the metadata key of the first number of each row group
 
 _log = logging.getLogger(__name__)
 
@@ -50,19 +50,19 @@ _DIGITS = re.compile(r"(?:sa_)?0*([0-9]{1,18})")
 
 
 def identity(value: Any) -> str | None:
-    """What an id comes to, as a number or as the name of a file: 223750, sa_223750 and x/sa_223750.jpg are one."""
+    """The form in which ids are compared: 223750, sa_223750 and x/sa_223750.jpg are all 223750. None for no id."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    found = str(value) if isinstance(value, int) else words.text(value)
-    if not found or len(found) > words.LONGEST_NAME:
+    text = str(value) if isinstance(value, int) else words.text(value)
+    if not text or len(text) > words.LONGEST_NAME:
         return None
-    stem = found.strip().rpartition("/")[2].partition(".")[0]
+    stem = text.strip().rpartition("/")[2].partition(".")[0]
     match = _DIGITS.fullmatch(stem)
     return match[1] if match else stem or None
 
 
 def _number(name: str | None) -> int:
-    """Numbers keep their order, so that the images of a tar, numbered in a row, lie side by side."""
+    """The sort key of an id. Numeric ids keep their order, so that the images of a tar are often neighbours."""
     if name is None:
         return 2**64 - 1
     if name.isascii() and name.isdigit() and len(name) <= 18:
@@ -71,41 +71,41 @@ def _number(name: str | None) -> int:
 
 
 def join(store: Store, source: str, folder: Folder, names: Sequence[str], columns: Columns) -> str:
-    """The key of the join; made once in a process for the same tables, as every tar of a corpus asks for it."""
+    """The store key of the joined table. The last one is remembered, since every tar of a corpus asks for it."""
     prints = [fingerprint(folder, name) for name in names]
-    asked = json.dumps([store.url, source, names, prints, columns])
-    if asked not in _made:
+    request = json.dumps([store.url, source, names, prints, columns])
+    if request not in _last_joined:
         opened = [_opened(store, source, folder, name, columns) for name in names]
         tables = [table for table in opened if table is not None]
-        _made.clear()
-        _made[asked] = _join(store, source, tables, columns)
-    return _made[asked]
+        _last_joined.clear()
+        _last_joined[request] = _join(store, source, tables, columns)
+    return _last_joined[request]
 
 
-_made: dict[str, str] = {}
+_last_joined: dict[str, str] = {}
 
 
 class _Table(NamedTuple):
     name: str
-    folder: Folder  # it lies in the corpus, or, converted, in the store
+    folder: Folder  # the corpus's or, of a converted table, the store
     schema: pa.Schema
-    is_ours: bool
+    is_converted: bool
 
 
 def _opened(store: Store, source: str, folder: Folder, title: str, columns: Columns) -> _Table | None:
     """None for a table without rows."""
-    name, is_ours = title, not is_parquet(title)
-    if is_ours:
-        made = converted(store, source, folder, name, columns)
-        if made is None:
+    name, is_converted = title, not is_parquet(title)
+    if is_converted:
+        stored = converted(store, source, folder, name, columns)
+        if stored is None:
             return None
-        name, folder = made[0].key, StoreFolder(store)
+        name, folder = stored[0].key, StoreFolder(store)
     with parquet.opened(folder.open(name), name) as file:
         schema = file.schema_arrow
         if not file.metadata.num_rows:
             return None
     check_columns(columns, title, schema)
-    return _Table(name, folder, schema, is_ours)
+    return _Table(name, folder, schema, is_converted)
 
 
 def _join(store: Store, source: str, tables: Sequence[_Table], columns: Columns) -> str:
@@ -114,11 +114,11 @@ def _join(store: Store, source: str, tables: Sequence[_Table], columns: Columns)
     for batch in _batches(tables, columns.subject):
         numbers.extend(_number(identity(value)) for value in parquet.values(batch, columns.subject[0]))
     ordered = np.sort(np.frombuffer(numbers, np.uint64))
-    starts = np.unique(ordered[:: max(PILE, -(-len(ordered) // PILES))])  # equal ids are never parted
-    with TemporaryDirectory() as place:
-        piles = [Path(place, f"{number}") for number in range(len(starts))]
+    starts = np.unique(ordered[:: max(PILE, -(-len(ordered) // PILES))])  # equal ids stay in one file
+    with TemporaryDirectory() as scratch:
+        piles = [Path(scratch, f"{number}") for number in range(len(starts))]
         _pile_up(_batches(tables, columns.names), columns, schema, starts, piles)
-        joined = Path(place, "joined.parquet")
+        joined = Path(scratch, "joined.parquet")
         _write_sorted(piles, schema, joined)
         return put_data(store, layout.TABLES.at(), f"{source}.parquet", joined).key
 
@@ -155,14 +155,13 @@ def _write_sorted(piles: Sequence[Path], schema: pa.Schema, path: Path) -> None:
 
 
 def _schema(tables: Sequence[_Table], columns: Columns) -> pa.Schema:
-    """One schema for all tables: texts as bytes, captions as lists of them, kept columns as the index has them."""
+    """The joined schema: texts as bytes, captions as lists of bytes, kept columns with the types of the index."""
     fields = [pa.field(NUMBER, pa.uint64()), pa.field(ID, pa.string())]
     fields += [pa.field(name, pa.binary()) for name in columns.texts]
     fields += [pa.field(name, pa.list_(pa.binary())) for name in columns.captions]
     for name in columns.kept:
         kinds = {str(kind): kind for kind in (parquet.plain_type(kind_of(table.schema, name)) for table in tables)}
-        if len(kinds) > 1:
-            kinds.pop(str(pa.null()), None)
+        kinds.pop(str(pa.null()), None)  # it fits every other type
         if len(kinds) > 1:
             raise SettingsError(
                 f"the column `{name}` is {' in one table and '.join(sorted(kinds))} in another",
@@ -175,7 +174,7 @@ def _schema(tables: Sequence[_Table], columns: Columns) -> pa.Schema:
 def _batches(tables: Sequence[_Table], columns: Sequence[str]) -> Iterator[pa.Table]:
     for table in tables:
         with parquet.opened(table.folder.open(table.name), table.name) as file:
-            for batch in parquet.batches(file, table.name, columns, BATCH, whole=table.is_ours):
+            for batch in parquet.batches(file, table.name, columns, BATCH, whole=table.is_converted):
                 if isinstance(batch, parquet.Lost):
                     _log.warning("%s: %d rows of captions are lost (%s)", table.name, batch.rows, batch.why.detail)
                 else:
@@ -192,21 +191,21 @@ def _uniform(
 
 
 def _column(batch: pa.Table, column: pa.Field) -> pa.ChunkedArray | pa.Array:
-    """As it is; texts as lists of one, and what nests deeper as lists of all that is in it."""
+    """A batch's column; of captions, a list in every row: of one text, or of all values that are nested in it."""
     name = column.name
     is_captions = column.type == pa.list_(pa.binary())
     if name not in batch.column_names or pa.types.is_struct(element(batch.schema.field(name).type)):
-        found = parquet.values(batch, name)
-        return pa.array([None if value is None else listed(value) for value in found] if is_captions else found)
+        values = parquet.values(batch, name)
+        return pa.array([None if value is None else listed(value) for value in values] if is_captions else values)
     plain = parquet.unchecked(batch.select([name])).column(0)
     if not is_captions or is_list(plain.type):
         return plain
-    values = plain.cast(pa.binary()).combine_chunks()
-    return pa.ListArray.from_arrays(pa.array(range(len(values) + 1), pa.int32()), values)
+    texts = plain.cast(pa.binary()).combine_chunks()
+    return pa.ListArray.from_arrays(pa.array(range(len(texts) + 1), pa.int32()), texts)
 
 
 class Captions:
-    """The join, to look up in. Neighbours are in memory already."""
+    """The joined table, opened for look-ups. Recent row groups stay in memory, which neighbours are found in."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._name = name
@@ -226,9 +225,9 @@ class Captions:
             if 0 <= group < len(self._firsts):
                 table = self._group(group)
                 place = int(np.searchsorted(table[NUMBER].to_numpy(), np.uint64(number)))
-                found = table.slice(place, 1).to_pylist()
-                if found and words.text(found[0][ID]) == name:
-                    return dict(found[0])
+                rows: list[dict[str, Any]] = table.slice(place, 1).to_pylist()
+                if rows and words.text(rows[0][ID]) == name:
+                    return rows[0]
         return None
 
     def _group(self, number: int) -> pa.Table:

@@ -1,11 +1,11 @@
-"""Tables of text, row by row: JSON lines, arrays of JSON, CSV and TSV, packed or plain.
+"""CSV, TSV, JSON lines and JSON arrays, compressed or plain, read row by row.
 
-The rows are read by Python's own readers: pyarrow's JSON reader takes the process with it on deeply nested values,
-and gives up a whole table for one damaged line. Here such a line is a rejection in its place, so that it is counted.
+Python's own parsers are used: pyarrow's JSON reader crashes the process on deeply nested values, and both of its
+readers give up a whole table for one damaged line. Here a damaged line is a rejection in its place, so it is counted.
 
-A record of a CSV may span lines, where a quoted field does. One that gets longer than a line may be, that never ends,
-or that is not as CSV is written, is none: its lines are read one by one, so that a quote which nobody closes takes no
-row with it. The line at which it goes wrong begins anew.
+A CSV record may span lines, since a quoted field may. A quote that is never closed would take all rows behind it into
+its field. So lines are joined into a record only if strict CSV with the right number of fields comes of it before
+LONGEST_LINE; if not, they are read as a record each, and the line at which it went wrong may begin another one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import Any, BinaryIO
 
 from data_prep.rejections import Cause, Rejection
@@ -26,7 +27,7 @@ from infra.errors import DataError, SettingsError
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 SUFFIXES = (".parquet", *(kind + packing for packing in ("", *PACKINGS) for kind in KINDS))
-LONGEST_LINE = 4 << 20  # characters, also of a record of several lines; of a longer line nothing is kept
+LONGEST_LINE = 4 << 20  # characters of a line, or of a record of several lines; a longer line is rejected
 
 Line = dict[str, Any] | Rejection
 
@@ -36,7 +37,7 @@ def is_parquet(name: str) -> bool:
 
 
 def lines(folder: Folder, name: str, header: Sequence[str] = ()) -> Iterator[Line]:
-    """The rows. Where a packed table breaks off, the row that it breaks off in and all that follow are one."""
+    """The rows. If a compressed table breaks off, the row in which it does and all behind it are one rejection."""
     kind = kind_of(name)
     if kind not in KINDS:
         raise SettingsError(f"{name} is no table", remedy=foreign(name) or "name a file that ends in " + _ENDS)
@@ -57,20 +58,20 @@ def lines(folder: Folder, name: str, header: Sequence[str] = ()) -> Iterator[Lin
 
 
 def is_array(folder: Folder, name: str) -> bool:
-    """Whether a .json may be a table: most are not, but say something of a picture or a folder."""
+    """Whether a .json file holds an array, so that it may be a table; most hold metadata of an image or a folder."""
     with folder.open(name, 1 << 16) as opened:
         file = Unpacked(opened, packing_of(name), name) if packing_of(name) else opened
         return file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def ending_of(name: str) -> str:
-    """The suffixes of a table, as they are written."""
+    """The suffixes of a table in the case they are written in: `.csv.GZ`."""
     length = len(kind_of(name) + packing_of(name))
     return name[len(name) - length :]
 
 
 def kind_of(name: str) -> str:
-    """The suffix that says how a table is written, whether it is packed or not; empty for what is no table."""
+    """A table's suffix without that of its compression: `.csv` for t.csv.gz; empty for what is not a table."""
     plain = name.lower().removesuffix(packing_of(name))
     return next((kind for kind in (*KINDS, ".parquet") if plain.endswith(kind)), "")
 
@@ -99,7 +100,8 @@ _TOO_LONG = f"longer than {LONGEST_LINE:,} characters"
 def _json_lines(file: BinaryIO, first: bytes = b"") -> Iterator[Line]:
     while line := first + file.readline(LONGEST_LINE):
         if len(line) >= LONGEST_LINE and not line.endswith(b"\n"):
-            _skip_line(file)
+            while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+                pass
             yield _damaged(_TOO_LONG)
         elif line.strip():
             yield _json_row(line)
@@ -108,19 +110,14 @@ def _json_lines(file: BinaryIO, first: bytes = b"") -> Iterator[Line]:
 
 def _json_row(text: bytes) -> Line:
     try:
-        found = json.loads(text.decode("utf-8-sig", "surrogateescape"))
+        row = json.loads(text.decode("utf-8-sig", "surrogateescape"))
     except (ValueError, RecursionError):
         return _damaged("not JSON, or too deep")
-    return found if isinstance(found, dict) else _damaged("JSON, but no object")
-
-
-def _skip_line(file: BinaryIO) -> None:
-    while (line := file.readline(LONGEST_LINE)) and not line.endswith(b"\n"):
-        pass
+    return row if isinstance(row, dict) else _damaged("JSON, but no object")
 
 
 def _json_rows(file: BinaryIO, name: str) -> Iterator[Line]:
-    """An array of objects, or lines of them, which some call .json too."""
+    """The rows of a .json file: an array of objects or, as some write it, an object in each line."""
     start = b""
     while not start.strip(b"\xef\xbb\xbf \t\r\n") and (byte := file.read(1)):
         start += byte if byte.strip() else b""
@@ -148,13 +145,13 @@ def _json_rows(file: BinaryIO, name: str) -> Iterator[Line]:
 
 def _csv_lines(file: BinaryIO, name: str, comma: str = ",", header: Sequence[str] = ()) -> Iterator[Line]:
     csv.field_size_limit(LONGEST_LINE)
-    found = _Records(file, comma)
-    names = header or next((row for row in found.rows() if row != []), [])
+    text = _text_lines(file)
+    names = header or next((row for row in _csv_records(text, comma) if row != []), [])
     if isinstance(names, Rejection):
         raise DataError(f"{name} is not a readable table (no header)", remedy="its first line names the columns")
     if len(set(names)) < len(names):
         raise DataError(f"{name} is not a readable table (two columns have one name)", remedy="rename one")
-    for row in found.rows(len(names)):
+    for row in _csv_records(text, comma, len(names)):
         if isinstance(row, Rejection):
             yield row
         elif row == [] and len(names) == 1:
@@ -168,95 +165,56 @@ def _csv_lines(file: BinaryIO, name: str, comma: str = ",", header: Sequence[str
 _NOT_CSV = "not as CSV is written, or with a quote that nobody closes"
 
 
-class _Records:
-    """Rows of fields; [] for an empty line."""
-
-    def __init__(self, file: BinaryIO, comma: str) -> None:
-        self._lines, self._comma = _TextLines(file), comma
-
-    def rows(self, fields: int | None = None) -> Iterator[list[str] | Rejection]:
-        """`fields` are those of a record, once that is known."""
-        for line in self._lines:
-            row, is_open = self._row(line)
-            if line is not None and is_open:
-                yield from self._spanning(line, fields)
-            else:
-                yield row
-
-    def _spanning(self, first: str, fields: int | None) -> Iterator[list[str] | Rejection]:
-        """What begins with a line that ends within quotes: a record of several lines, or these one by one."""
-        held, cut_off = [first], False
-
-        def following() -> Iterator[str]:
-            nonlocal cut_off
-            yield first
-            size = len(first)
-            for line in self._lines:
-                size += len(line or "")
-                if line is None or size > LONGEST_LINE:
-                    self._lines.give_back(line)
-                    break
-                held.append(line)
-                yield line
-            cut_off = True
-
+def _csv_records(text: Iterator[str | None], comma: str, fields: int | None = None) -> Iterator[list[str] | Rejection]:
+    """The fields of each record, [] for an empty line. A record of several lines must have `fields`, if given."""
+    again: str | None = ""  # the line at which the last record went wrong
+    while (first := again or next(text, "")) != "":
+        held, again, row = [first], "", None
         with suppress(csv.Error):
-            row = next(csv.reader(following(), strict=True, delimiter=self._comma))
-            if fields is None or len(row) == fields:
-                yield row
-                return
-        if len(held) > 1 and not cut_off:
-            self._lines.give_back(held.pop())
-        for line in held:
-            row_alone, is_open = self._row(line)
-            yield _damaged(_NOT_CSV) if is_open else row_alone
-
-    def _row(self, line: str | None) -> tuple[list[str] | Rejection, bool]:
-        """A line's fields, and whether it ends within quotes."""
-        if line is None:
-            return _damaged(_TOO_LONG), False
-        is_open = False
-
-        def alone(line: str) -> Iterator[str]:
-            nonlocal is_open
-            yield line
-            is_open = True  # the reader has asked for another line
-
-        try:
-            return next(csv.reader(alone(line) if '"' in line else [line], delimiter=self._comma)), is_open
-        except csv.Error:
-            return _damaged(_NOT_CSV), False
+            row = next(csv.reader(_following(held, text), strict=True, delimiter=comma), None)
+        if row is not None and (len(held) == 1 or fields is None or len(row) == fields):
+            yield row
+            continue
+        if len(held) > 1 and held[-1] is not None:
+            again = held.pop()
+        yield from (_lone_record(line, comma) for line in held)
 
 
-class _TextLines:
-    """The lines with their ends, whichever those are; None for each that is too long. One can be given back."""
+def _following(held: list[str | None], text: Iterator[str | None]) -> Iterator[str]:
+    """The held line, and as many of those behind it as the parser asks for, which are then held too."""
+    size = 0
+    for line in chain(held[:1], text):
+        if size:
+            held.append(line)
+        size += len(line or "")
+        if line is None or size > LONGEST_LINE:
+            return
+        yield line
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-        self._last = ""
-        self._back: list[str | None] = []
 
-    def __iter__(self) -> Iterator[str | None]:
-        return self
+def _lone_record(line: str | None, comma: str) -> list[str] | Rejection:
+    """The fields of a line by itself. Quotes within a field are accepted, but a quoted field must end."""
+    if line is None:
+        return _damaged(_TOO_LONG)
+    reader = csv.reader([line, ""], delimiter=comma)
+    with suppress(csv.Error):
+        row = next(reader)
+        if reader.line_num == 1:  # it did not ask for another line to close a quote
+            return row
+    return _damaged(_NOT_CSV)
 
-    def __next__(self) -> str | None:
-        if self._back:
-            return self._back.pop()
-        cut_end = self._last.endswith("\r")
-        line = self._read()
-        if line == "\n" and cut_end:  # the limit has come between the halves of a line's end
-            line = self._read()
-        if not line:
-            raise StopIteration
-        if len(line) < LONGEST_LINE or line.endswith(("\n", "\r")):
-            return line
-        while line and not line.endswith(("\n", "\r")):
-            line = self._read()
-        return None
 
-    def give_back(self, line: str | None) -> None:
-        self._back.append(line)
-
-    def _read(self) -> str:
-        self._last = self._file.readline(LONGEST_LINE)
-        return self._last
+def _text_lines(file: BinaryIO) -> Iterator[str | None]:
+    """Each line with its end, be it \\n, \\r or both; None for each that is longer than LONGEST_LINE."""
+    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+    last, too_long = "", False
+    while part := text.readline(LONGEST_LINE):
+        is_rest_of_end, last = part == "\n" and last.endswith("\r"), part  # the limit fell between \\r and \\n
+        if is_rest_of_end:
+            continue
+        is_end = len(part) < LONGEST_LINE or part.endswith(("\n", "\r"))
+        if is_end:
+            yield None if too_long else part
+        too_long = not is_end
+    if too_long:
+        yield None

@@ -1,4 +1,4 @@
-"""Listings of folders, as they are stored and as they are now: sorted by name, and never in memory as a whole."""
+"""Listings of a folder's images, stored ones and the current one: sorted by name, and read in a stream."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import heappop, heappush
-from itertools import count, islice
+from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,20 +21,20 @@ from infra import layout
 from infra.records import put_data
 from infra.store import Store
 
-LISTING = "listing"  # the name of these inputs: what is in them tells them apart
-LISTED = 1 << 16  # images of a listing
+LISTING = "listing"  # the name of every such input; their hashes differ
+LISTED = 1 << 16  # the most images of one listing
 
 
 class Listed(NamedTuple):
-    """An image of the folder."""
+    """A row of a listing: an image of the folder."""
 
     name: str
     size: int
     refused: str | None  # the cause for which it may not be read
-    text: bytes | None  # a hash of the words beside it: others of the same length are easily written
+    text: bytes | None  # a hash of the caption file, since an edited caption often has the same size
     label: int | None
     classes: str | None  # its class's names
-    others: bytes | None = None  # of a listing made since images were replaced by others of their sizes: a hash of them
+    others: bytes | None = None  # a hash of the images that had been replaced by others of the same size, if any had
 
 
 SCHEMA = pa.schema(
@@ -52,10 +52,10 @@ STAMPED = SCHEMA.append(pa.field("stamp", pa.int64()))
 
 
 class Whole:
-    """All that the folder holds now, with stamps, on disk."""
+    """The current listing of the folder with the files' stamps, in Parquet files in a scratch folder."""
 
-    def __init__(self, place: Path) -> None:
-        self._place = place
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
         self._parts: list[Path] = []
         self._firsts: list[str] = []  # the first name in each part
         self._writer: RowWriter | None = None
@@ -63,7 +63,7 @@ class Whole:
     def add(self, row: Listed, stamp: int) -> None:
         if self._writer is None or self._writer.rows == LISTED:
             self.close()
-            self._parts.append(self._place / f"{len(self._parts)}.parquet")
+            self._parts.append(self._scratch / f"{len(self._parts)}.parquet")
             self._firsts.append(row.name)
             self._writer = RowWriter(self._parts[-1], STAMPED)
         self._writer.add([*row, stamp])
@@ -74,14 +74,14 @@ class Whole:
             self._writer = None
 
     def rows(self, start: str = "") -> Iterator[tuple[Listed, int]]:
-        """Those from this name on, after some before it."""
+        """The rows from this name on; some with smaller names may come before them."""
         for path in self._parts[max(0, bisect_left(self._firsts, start) - 1) :]:
             for *row, stamp in _rows(path.open("rb"), str(path), STAMPED):
                 yield Listed(*row), stamp
 
 
 class Stored:
-    """A listing that was planned; what it is and which names it goes from and to is known once it was read through."""
+    """A listing of an earlier plan. Its identity and its first and last names are known once it was read to the end."""
 
     def __init__(self, store: Store, key: str) -> None:
         self.key, self._store = key, store
@@ -89,31 +89,25 @@ class Stored:
         self._identity = _Identity()
 
     def __iter__(self) -> Iterator[Listed]:
-        identity, last = _Identity(), ""
+        identity, row = _Identity(), None
         for values in _rows(StoreFolder(self._store).open(self.key), self.key, SCHEMA):
             row = Listed(*values)
             self.first = row.name if not identity.rows else self.first
             identity.add(row)
-            last = row.name
             yield row
-        self.last, self._identity = last, identity
+        self.last, self._identity = row.name if row else "", identity
 
     def input(self) -> Input:
         return self._identity.input(self.key)
 
     def meets(self, others: Iterable[Stored]) -> bool:
-        """Whether an image stands in two of them, or twice in this one."""
+        """Whether an image is in this listing twice, or in it and in one of the others."""
         near = [other for other in others if other.first <= self.last and self.first <= other.last]
-        last = None
-        for row in merged([self, *near]):
-            if row.name == last:
-                return True
-            last = row.name
-        return False
+        return any(row.name == following.name for row, following in pairwise(merged([self, *near])))
 
 
 def merged(listings: Iterable[Stored]) -> Iterator[Listed]:
-    """All rows in order. A listing is opened where its names begin, as there may be many."""
+    """All rows in order of name. A listing is opened only when its first name is reached, as there may be many."""
     waiting = deque(sorted(listings, key=lambda listing: listing.first))
     order = count()
     heap: list[tuple[str, int, Listed, Iterator[Listed]]] = []
@@ -131,10 +125,10 @@ def merged(listings: Iterable[Stored]) -> Iterator[Listed]:
             push(rows)
 
 
-def put(source: str, store: Store | None, place: Path, rows: Iterator[Listed]) -> Iterator[Input]:
-    """The rows in listings of their own; one without rows where there is none."""
+def put(source: str, store: Store | None, scratch: Path, rows: Iterator[Listed]) -> Iterator[Input]:
+    """Store the rows as listings of at most LISTED rows; without any rows, give one empty input."""
     for number in count():
-        with RowWriter(path := place / "listing.parquet", SCHEMA) as writer:
+        with RowWriter(path := scratch / "listing.parquet", SCHEMA) as writer:
             identity = _Identity()
             for row in islice(rows, LISTED):
                 writer.add(row)
@@ -147,7 +141,7 @@ def put(source: str, store: Store | None, place: Path, rows: Iterator[Listed]) -
 
 
 class _Identity:
-    """What a listing is, whoever wrote it to what file."""
+    """The identity of a listing: a hash of its rows, and not of the Parquet file, whose bytes depend on its writer."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -155,8 +149,8 @@ class _Identity:
 
     def add(self, row: Listed) -> None:
         self.rows += 1
-        told = row if row.others else row[:-1]  # as it was told when there was no such column
-        self._sha256.update("\0".join(map(str, told)).encode() + b"\n")
+        values = row if row.others else row[:-1]  # the hash stays what it was before this column existed
+        self._sha256.update("\0".join(map(str, values)).encode() + b"\n")
 
     def input(self, table: str) -> Input:
         return Input(LISTING, self.rows, self._sha256.hexdigest(), table)
@@ -164,7 +158,7 @@ class _Identity:
 
 def _rows(file: BinaryIO, name: str, schema: pa.Schema) -> Iterator[Sequence[Any]]:
     with parquet.opened(file, name) as listing:
-        there = listing.schema_arrow.names  # one of an earlier version has fewer columns
-        names = [column for column in schema.names if column in there]
+        stored = listing.schema_arrow.names  # an earlier version wrote fewer columns
+        names = [column for column in schema.names if column in stored]
         for batch in listing.iter_batches(parquet.BATCH, columns=names, use_threads=False):
             yield from zip(*(batch.column(column).to_pylist() for column in names), strict=True)

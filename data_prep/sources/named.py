@@ -1,6 +1,6 @@
-"""The images that a table's rows name: which of them are there, and whether they are what they were.
+"""The identity of a table whose rows name images of a folder: it covers the images' sizes and later replacements.
 
-A folder's files are held as columns, by hash of the name: 24 bytes a file, however long its name is.
+A folder's files are held as columns, sorted by a hash of the name: 24 bytes a file, however long its name is.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from data_prep.sources import looked, words
+from data_prep.sources import checksums, words
 from data_prep.sources.base import Input
 from data_prep.sources.folders import Folder, fingerprint
+from infra.config import digest
 from infra.store import Store
 
 Names = Sequence[bytes | None]
-Seen = tuple[Store, str] | None  # the store and the place of what was seen; without one nobody is asked
+Recorded = tuple[Store, str] | None  # the store and the corpus id of recorded checksums; None: they are not compared
 _log = logging.getLogger(__name__)
 
 
@@ -32,19 +33,19 @@ class Sizes:
             hashes.append(_hash(file.name.encode(errors="surrogateescape")))
             sizes.append(file.size)
             stamps.append(file.stamp)
-        found = np.frombuffer(hashes, np.uint64)
-        order = np.argsort(found, kind="stable")
-        self._hashes = found[order]
+        unsorted = np.frombuffer(hashes, np.uint64)
+        order = np.argsort(unsorted, kind="stable")
+        self._hashes = unsorted[order]
         self._sizes, self._stamps = (np.frombuffer(column, np.int64)[order] for column in (sizes, stamps))
 
-    def of(self, names: Names) -> tuple[looked.Column, looked.Column]:
+    def of(self, names: Names) -> tuple[checksums.Column, checksums.Column]:
         """The size and stamp of each, -1 and 0 where there is no such file."""
         if not len(self._hashes):
             return np.full(len(names), -1, np.int64), np.zeros(len(names), np.int64)
         wanted = np.array([_hash(_normal(name or b"")) for name in names], np.uint64)
         near = np.minimum(np.searchsorted(self._hashes, wanted), len(self._hashes) - 1)
-        is_there = self._hashes[near] == wanted
-        return np.where(is_there, self._sizes[near], -1), np.where(is_there, self._stamps[near], 0)
+        exists = self._hashes[near] == wanted
+        return np.where(exists, self._sizes[near], -1), np.where(exists, self._stamps[near], 0)
 
 
 def _hash(name: bytes) -> int:
@@ -55,26 +56,26 @@ def _normal(name: bytes) -> bytes:
     return posixpath.normpath(name) if b"./" in name or b"//" in name else name
 
 
-def place(source: str, folder: Folder, table: str) -> str:
-    """Where what tasks saw of a table's images lies."""
-    return looked.place("table", source, table, fingerprint(folder, table))
+def corpus_id(source: str, folder: Folder, table: str) -> str:
+    """The id under which the checksums of a table's images are recorded."""
+    return digest(("table", source, table, fingerprint(folder, table)))
 
 
 def with_images(
-    table: Input, names: Callable[[], Iterator[Names]], sizes: Sizes, folder: Folder, limit: int, seen: Seen
+    table: Input, names: Callable[[], Iterator[Names]], sizes: Sizes, folder: Folder, limit: int, recorded: Recorded
 ) -> Input:
-    """The table with the sizes of its rows' images as a part of its identity, and with what has replaced them."""
+    """The table with an identity that covers the sizes of its rows' images, and the images that replaced others."""
 
-    def rows() -> Iterator[looked.Files]:
-        for here in names():
-            yield looked.Files([words.text(name) for name in here], *sizes.of(here))
+    def rows() -> Iterator[checksums.Files]:
+        for batch in names():
+            yield checksums.Files([words.text(name) for name in batch], *sizes.of(batch))
 
     sha256 = hashlib.sha256(bytes.fromhex(table.sha256))
     for files in rows():
         sha256.update(files.sizes.astype("<i8").tobytes())
     others = 0
-    if seen is not None:
-        for row, content in looked.replaced(*seen, folder, limit, rows):
+    if recorded is not None:
+        for row, content in checksums.replaced(*recorded, folder, limit, rows):
             sha256.update(b"%d %s\n" % (row, content))
             others += 1
     if others:

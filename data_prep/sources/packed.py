@@ -1,7 +1,7 @@
-"""Packed files, unpacked in a stream: what a byte stands for is known once everything before it has been read.
+"""Files compressed with gzip, bzip2 or zstd, decompressed in a stream.
 
-Nothing of theirs is trusted. Where the packing is damaged or breaks off, the stream ends and says so; so it does where
-it comes to far more bytes than any honest file does, before a disk or a day is filled with zeros.
+They are not trusted. If the compressed data are damaged or cut off, the stream ends and `broken` says why; so it does
+if they come to far more bytes than honest data do, before a bomb of zeros fills the disk or takes a day.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from infra.errors import DataError
 
 PACKINGS = (".gz", ".bz2", ".zst")
 MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\x28\xb5\x2f\xfd": ".zst"}
-# So many bytes may come of a packed one, and these in any case: texts and pictures are far from it, a bomb far beyond.
+# A compressed byte may come to MOST_TIMES bytes, or the file to IN_ANY_CASE: text and images stay far below it.
 MOST_TIMES, IN_ANY_CASE = 100, 256 << 20
-PIECE = 1 << 14  # bytes that are asked for at once: so many are lost with the damage behind them, at most
+PIECE = 1 << 14  # bytes decompressed at once: at most so many before a damaged place are lost with it
 
 _DAMAGE = (EOFError, zlib.error, ValueError, OSError, pa.ArrowException)
 
 
 def packing_of(name: str) -> str:
-    """By the name; empty if there is none."""
+    """The suffix of the compression that a name ends with; empty without one."""
     return next((packing for packing in PACKINGS if name.lower().endswith(packing)), "")
 
 
 def packing_in(head: bytes) -> str:
-    """By the first bytes."""
+    """The suffix of the compression that a file's first bytes show; empty without one."""
     return next((packing for magic, packing in MAGIC.items() if head.startswith(magic)), "")
 
 
 class Unpacked(io.RawIOBase):
-    """The bytes in a packed file, from its start."""
+    """The decompressed bytes of a file."""
 
     def __init__(self, file: BinaryIO, packing: str, name: str) -> None:
-        self.broken = ""  # why there is no more of it, unless it has come to its end
+        self.broken = ""  # why it ended before the end of the data
         self.last = b""  # the last byte that was read
         self.size = 0
         self._packed, self._name = file, name
@@ -71,7 +71,7 @@ class Unpacked(io.RawIOBase):
 
     @property
     def times(self) -> float:
-        """How many bytes came of a packed one so far."""
+        """Decompressed bytes for each compressed byte so far."""
         return self.size / max(1, self._packed.tell())
 
 

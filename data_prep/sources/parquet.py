@@ -1,8 +1,7 @@
 """Parquet tables read and written in a stream: a few rows at a time, whatever the size of the table.
 
-Of a stranger's table a damaged page costs the rows that are lost with it, which is the rest of its row group: they are
-counted, and what stands before and behind is read. A table of our own store carries its hash in its name, and damage in
-it is damage to the store: an error, and nobody's rejection.
+A damaged page in a corpus's table costs the rest of its row group: these rows are counted as rejected, and all others
+are read. A table in the store has its hash in its name; damage to it is damage to the store, and so an error.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from infra.store import Store
 
 BATCH = 64  # rows: a caption may be megabytes
 BUFFER = 1 << 20  # bytes of a column that are read at once
-GROUP_ROWS, GROUP_BYTES = 1 << 16, 64 << 20  # of a row group that is written
+GROUP_ROWS, GROUP_BYTES = 1 << 16, 64 << 20  # at which a row group is written
 
 Row = dict[str, Any] | Rejection
 
@@ -48,14 +47,14 @@ def open_rows(source: Source, store: Store, part: Range) -> BinaryIO:
 @contextmanager
 def opened(file: BinaryIO, name: str) -> Iterator[pq.ParquetFile]:
     with file, readable(name):
-        found = pq.ParquetFile(file, buffer_size=BUFFER)
-        yield _plainly(file) if any(has_odd_lists(column.type) for column in found.schema_arrow) else found
+        table = pq.ParquetFile(file, buffer_size=BUFFER)
+        yield _without_arrow_types(file) if any(has_odd_lists(column.type) for column in table.schema_arrow) else table
 
 
-def _plainly(file: BinaryIO) -> pq.ParquetFile:
-    """A table without the types that Arrow notes beside Parquet's own, by the name of that note in the footer.
+def _without_arrow_types(file: BinaryIO) -> pq.ParquetFile:
+    """A table opened with Parquet's own types alone: the footer's entry with Arrow's types is renamed, so not found.
 
-    Arrow cannot read lists of a fixed length in which one is missing, and makes wrong lists of views.
+    Arrow fails to read a fixed-size list column that has nulls, and reads list views wrongly.
     """
     end = file.seek(0, io.SEEK_END)
     file.seek(end - 8)
@@ -69,6 +68,7 @@ def _plainly(file: BinaryIO) -> pq.ParquetFile:
 
 @contextmanager
 def readable(name: str) -> Iterator[None]:
+    """Tell Arrow's errors in this block as a DataError about the table."""
     try:
         yield
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
@@ -80,7 +80,7 @@ def readable(name: str) -> Iterator[None]:
 
 
 def _check_disk(error: BaseException, name: str) -> None:
-    """Arrow's own errors have no number; with one, it is the disk that failed, and says nothing of the table."""
+    """Raise a DataError if the disk failed, which says nothing of the table: Arrow's own errors have no errno."""
     if isinstance(error, OSError) and error.errno is not None:
         raise DataError(
             f"{name} cannot be read ({error.strerror})", remedy="check the disk that it lies on, and run again"
@@ -90,20 +90,19 @@ def _check_disk(error: BaseException, name: str) -> None:
 def rows(
     source: Source, store: Store, part: Rows, columns: Sequence[str], batch: int = BATCH
 ) -> Iterator[tuple[int, Row]]:
-    """The planned rows with their numbers in the input; texts as bytes, since nobody has checked them."""
+    """The rows of a range with their numbers in the input; texts are bytes, since they may not be UTF-8."""
     with opened(open_rows(source, store, part), part.table) as file:
-        there = file.schema_arrow.names
-        ours = [name for name in (ROW, DAMAGE) if part.in_store and name in there]
+        ours = [name for name in (ROW, DAMAGE) if part.in_store and name in file.schema_arrow.names]
         number = part.first
-        for found in batches(file, part.table, [*columns, *ours], batch, part.first, part.rows, whole=part.in_store):
-            if isinstance(found, Lost):
-                yield from ((number + place, found.why) for place in range(found.rows))
-                number += found.rows
+        for rows in batches(file, part.table, [*columns, *ours], batch, part.first, part.rows, whole=part.in_store):
+            if isinstance(rows, Lost):
+                yield from ((number + offset, rows.why) for offset in range(rows.rows))
+                number += rows.rows
                 continue
-            for row in unchecked(found).to_pylist():
-                own = row.pop(ROW) if ROW in ours else number
+            for row in unchecked(rows).to_pylist():
+                row_in_input = row.pop(ROW) if ROW in ours else number
                 damage = row.pop(DAMAGE) if DAMAGE in ours else None
-                yield own, row if damage is None else Rejection(Cause.BAD_ROW, damage.decode())
+                yield row_in_input, row if damage is None else Rejection(Cause.BAD_ROW, damage.decode())
                 number += 1
     if number != part.first + part.rows:
         raise DataError(f"{part.table} has become shorter since it was planned", remedy="run prepare again")
@@ -119,7 +118,7 @@ def batches(
     *,
     whole: bool = False,
 ) -> Iterator[pa.Table | Lost]:
-    """Rows first to first + rows with the columns that these paths begin with, in order; `whole` bears no damage."""
+    """Rows [first, first + rows) of the columns that these paths lead into; with `whole`, damage is an error."""
     wanted = list(dict.fromkeys(_stored(file.schema_arrow, column) for column in columns))
     begin, end = first, file.metadata.num_rows if rows is None else first + rows
     at = 0
@@ -132,30 +131,33 @@ def batches(
 
 
 def filled(file: pq.ParquetFile, name: str, batch: int, *, whole: bool = False) -> Iterator[pa.Table]:
-    """Every row with all its columns, and with DAMAGE as `convert` writes it: what is lost are rows of nothing."""
+    """All rows and columns, with a DAMAGE column as `convert` writes it; rows that cannot be read are nulls."""
     schema = file.schema_arrow
-    for found in batches(file, name, schema.names, batch, whole=whole):
-        if isinstance(found, Lost):
-            nothing = [pa.nulls(found.rows, column.type) for column in schema]
-            why = pa.array([found.why.detail] * found.rows, pa.string())
-            yield pa.table([*nothing, why], schema=schema.append(pa.field(DAMAGE, pa.string())))
+    for rows in batches(file, name, schema.names, batch, whole=whole):
+        if isinstance(rows, Lost):
+            nulls = [pa.nulls(rows.rows, column.type) for column in schema]
+            why = pa.array([rows.why.detail] * rows.rows, pa.string())
+            yield pa.table([*nulls, why], schema=schema.append(pa.field(DAMAGE, pa.string())))
         elif DAMAGE in schema.names:
-            yield found
+            yield rows
         else:
-            yield found.append_column(DAMAGE, pa.nulls(found.num_rows, pa.string()))
+            yield rows.append_column(DAMAGE, pa.nulls(rows.num_rows, pa.string()))
 
 
 def _stored(schema: pa.Schema, path: str) -> str:
-    """What is read for a path: of a struct no more than the field. Within lists only their writer knows its name."""
-    start = at = top(schema.names, path)
+    """The longest leading part of a path that can be read by itself: fields of structs, but not of lists.
+
+    Parquet's name for the elements of a list differs with the writer, so a list is read as a whole.
+    """
+    start = stored = top(schema.names, path)
     if not start:
         return path
     kind = schema.field(start).type
-    for part in filter(None, path[len(start) :].split(".")):
-        if not pa.types.is_struct(kind) or kind.get_field_index(part) < 0:
+    for name in filter(None, path[len(start) :].split(".")):
+        if not pa.types.is_struct(kind) or kind.get_field_index(name) < 0:
             return start
-        kind, at = kind.field(part).type, f"{at}.{part}"
-    return at
+        kind, stored = kind.field(name).type, f"{stored}.{name}"
+    return stored
 
 
 class _Group(NamedTuple):
@@ -168,13 +170,13 @@ class _Group(NamedTuple):
     def rows(self, low: int, high: int, batch: int) -> Iterator[pa.Table | Lost]:
         """Rows low to high of the group. Reading begins at its start, and ends at the first damage.
 
-        Just where that is does not depend on who reads, and how many rows at a time.
+        The first row that is lost does not depend on `low`, `high` and `batch`, so all readers lose the same rows.
         """
         at = 0
-        found = self.file.iter_batches(batch, [self.number], self.columns, use_threads=False)
+        tables = self.file.iter_batches(batch, [self.number], self.columns, use_threads=False)
         while at < high:
             try:
-                table = pa.Table.from_batches([next(found)])
+                table = pa.Table.from_batches([next(tables)])
             except StopIteration:  # its page holds fewer rows than the table says
                 yield Lost(high - max(at, low), self.number)
                 return
@@ -184,32 +186,33 @@ class _Group(NamedTuple):
                 _check_disk(error, self.name)
                 yield from self._around(max(at, low), high, batch, at + batch)
                 return
-            part = table.slice(max(0, low - at), max(0, min(high, at + table.num_rows) - max(low, at)))
+            wanted = table.slice(max(0, low - at), max(0, min(high, at + table.num_rows) - max(low, at)))
             at += table.num_rows
-            if part.num_rows:
-                yield part
+            if wanted.num_rows:
+                yield wanted
 
     def _around(self, low: int, high: int, batch: int, damaged: int) -> Iterator[pa.Table | Lost]:
-        """Rows low to high where a batch that ends at `damaged` could not be read: some of it may be, row by row."""
+        """Rows low to high, of which a batch that ends at `damaged` could not be read: smaller batches may be."""
         end = max(low, min(high, damaged)) if batch > 1 else low
         lost = high - end
-        for found in self.rows(low, end, max(1, batch // 8)) if low < end else ():
-            if isinstance(found, Lost):
-                lost += found.rows
+        for rows in self.rows(low, end, max(1, batch // 8)) if low < end else ():
+            if isinstance(rows, Lost):
+                lost += rows.rows
             else:
-                yield found
+                yield rows
         if lost:
             yield Lost(lost, self.number)
 
 
 def kept_fields(source: Source, store: Store, part: Range, names: Sequence[str]) -> list[pa.Field]:
+    """These columns as fields of the index, with the types that a range's table gives them."""
     with opened(open_rows(source, store, part), part.table) as file:
         schema = file.schema_arrow
     return [pa.field(name, plain_type(kind_of(schema, name))) for name in names]
 
 
 def unchecked(table: pa.Table) -> pa.Table:
-    """Texts as bytes, however deep: a table may call them UTF-8 without their being so."""
+    """Texts as bytes, however deeply nested: what a table declares as UTF-8 need not be."""
     return table.cast(pa.schema([pa.field(column.name, _as_bytes(column.type)) for column in table.schema]))
 
 
@@ -226,14 +229,14 @@ def _as_bytes(kind: pa.DataType) -> pa.DataType:
 
 
 def values(table: pa.Table, path: str) -> list[Any]:
-    """What a path leads to, of each row."""
+    """The value that a path leads to in each row."""
     start = top(table.column_names, path)
-    found = unchecked(table.select([start])).column(0).to_pylist()
-    return found if start == path else [field({start: value}, path) for value in found]
+    column = unchecked(table.select([start])).column(0).to_pylist()
+    return column if start == path else [field({start: value}, path) for value in column]
 
 
 class RowWriter:
-    """Rows into a file, no more than one row group of which is in memory, as columns."""
+    """Writes rows to a Parquet file; it holds at most one row group in memory, as columns."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.rows = 0
@@ -277,7 +280,7 @@ class RowWriter:
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType | None:
-    """The index's type for a column of this type; None for those that it does not take."""
+    """The type with which the index stores a column of this type; None if it does not store such columns."""
     types = pa.types
     if types.is_dictionary(kind):
         return plain_type(kind.value_type)
@@ -286,7 +289,7 @@ def plain_type(kind: pa.DataType) -> pa.DataType | None:
     if is_list(kind):
         inner = plain_type(kind.value_type)
         return None if inner is None else pa.list_(inner)
-    # A column without a single value: null goes with whatever type other tables have for it.
+    # A column without values has the type null, which fits whatever type it has in other tables.
     known = types.is_null(kind) or types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)
     return kind if known else None
 

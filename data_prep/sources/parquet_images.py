@@ -1,4 +1,4 @@
-"""Parquet tables that hold pictures in a column."""
+"""Parquet tables that hold the images in a column."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from infra.errors import SettingsError
 class ParquetImages(PictureTables):
     """Images in a column of Parquet tables: plain bytes, or the {bytes, path} pairs that Hugging Face writes.
 
-    Of such a table no more is in memory than a few rows' images and the pages of the file that they lie in.
+    No more of a table is in memory than the images of a few rows and the pages that they are in.
     """
 
     kind: Literal["parquet_images"]
     image: str = Field("image", description="the column of images")
-    # Where these lie is no part of what they are either: a key is made of a picture's bytes.
+    # Operational, since a key is a hash of the image's bytes, wherever these are read from.
     files: str | None = operational(
         None, description="the folder of the pictures of which a row holds the path alone, and no bytes"
     )
@@ -45,7 +45,7 @@ class ParquetImages(PictureTables):
         return Input(name, *fingerprint(folder, name))
 
     def beside(self, folder: Folder) -> Beside | None:
-        """Absolute paths count from where the folder of pictures lies."""
+        """Absolute paths must lead into the folder `files`."""
         if self.files is None:
             return None
         root = os.path.abspath(self.files.removeprefix("file://"))
@@ -70,7 +70,7 @@ class ParquetImages(PictureTables):
             value, path = value["bytes"], words.text(value.get("path"))
         name = path or place
         if value is None and path and self.files is not None:
-            value = reading.look(number, path)
+            value = reading.read(number, path)
             if isinstance(value, Rejection):
                 return Picture(name, None, value)
         if value is None:

@@ -1,4 +1,4 @@
-"""Many small objects, and large tables, read so that memory holds a little of them at a time."""
+"""Reading many objects concurrently, and a column of a large table, in bounded memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from infra.store import Store
 T = TypeVar("T")
 R = TypeVar("R")
 
-READERS = 8  # requests under way at once: indexes wait for the store, and tables are worked on outside of Python's lock
+READERS = 8  # threads: they wait for the store, or decode tables without holding the GIL
 
 
 def in_order(work: Callable[[T], R], items: Iterable[T], threads: int = READERS) -> Iterator[R]:
-    """`work` of each item, in the order of the items, whoever is done first; few are done ahead of need."""
+    """The result of `work` on each item, in the order of the items. At most two results a thread are made ahead."""
     with ThreadPoolExecutor(threads, thread_name_prefix="in-order") as pool:
         ahead: deque[Future[R]] = deque()
         try:

@@ -1,7 +1,7 @@
-"""SA-1B and what is made like it: tars of images, with captions that come from a table by the image's id.
+"""SA-1B and corpora like it: tars of images, whose captions are in tables by image id.
 
-The caption tables are inputs of their own without samples; what is planned for a tar names the captions' join: all
-their rows by id, in the store. A task reads from it the few row groups that its tar's ids fall into.
+The caption tables are inputs without items. They are joined into one table in the store, sorted by id, which the ranges
+of a tar name; a task reads from it only the few row groups that hold its images' ids.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import ClassVar, Literal
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from data_prep.rejections import Cause, Rejection
 from data_prep.sources import parquet, tables, tars, words
 from data_prep.sources.base import Bytes, Input, Range, RawItem
 from data_prep.sources.convert import Columns
@@ -43,17 +42,17 @@ class Sa1b(tars.Tars):
 
     def inputs(self, store: Store | None = None, planned: Sequence[Range] = ()) -> list[Input]:
         folder = open_folder(self.url)
-        found = [tables.measured(folder, name) for name in matching(folder, self.tables, "tables")]
-        return [*found, *super().inputs()]
+        captions = [tables.measured(folder, name) for name in matching(folder, self.tables, "tables")]
+        return [*captions, *super().inputs()]
 
-    def ranges(self, store: Store, found: Input, rows: int) -> Iterator[Range]:
+    def ranges(self, store: Store, entry: Input, rows: int) -> Iterator[Range]:
         folder = open_folder(self.url)
         names = matching(folder, self.tables, "tables")
-        if found.name in names:
+        if entry.name in names:
             return
         table = join(store, self.name, folder, names, self.columns())
-        for first, size in self.pieces(store, found, rows):
-            yield Bytes(found.name, table, True, first, size)
+        for first, size in self.pieces(store, entry, rows):
+            yield Bytes(entry.name, table, True, first, size)
 
     def kept_columns(self) -> dict[str, pa.DataType | None]:
         return dict.fromkeys(self.keep)
@@ -64,23 +63,21 @@ class Sa1b(tars.Tars):
     def read(self, store: Store, part: Range) -> Iterator[RawItem]:
         assert isinstance(part, Bytes)
         with tars.opened(self, store, part) as file, parquet.open_rows(self, store, part) as table:
-            said = Captions(table, part.table)
-            for found in tars.found(self, part, file, ()):
-                yield _item(self, said, found)
+            captions = Captions(table, part.table)
+            for tar_item in tars.items(self, part, file, ()):
+                yield _item(self, captions, tar_item)
 
 
-def _item(source: Sa1b, said: Captions, found: tars.Found) -> RawItem:
-    row = said.of(found.sample.base) or {}
-    captions = words.captions([(kind, row.get(kind)) for kind in source.captions], source.max_caption)
-    image = found.image
-    if not isinstance(image, Rejection):
-        image = captions if isinstance(captions, Rejection) else image if captions else Rejection(Cause.NO_CAPTION)
+def _item(source: Sa1b, table: Captions, tar_item: tars.TarItem) -> RawItem:
+    row = table.of(tar_item.sample.base) or {}
+    texts = words.captions([(kind, row.get(kind)) for kind in source.captions], source.max_caption)
+    image, captions = words.image_and_captions(tar_item.image, texts, required=True)
     return RawItem(
-        row=found.row,
-        key=found.key,
-        name=found.shown,
+        row=tar_item.row,
+        key=tar_item.key,
+        name=tar_item.shown,
         image=image,
-        captions=[] if isinstance(captions, Rejection) else captions,
+        captions=captions,
         licence=words.or_else(row.get(source.licence_column or ""), source.licence),
         origin=words.or_else(row.get(source.origin_column or ""), source.origin),
         kept={column: words.kept(row.get(column)) for column in source.keep},

@@ -1,4 +1,4 @@
-"""A folder of pictures, and tables in it whose rows name them."""
+"""A folder of images with tables whose rows name them."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Corpora that tables describe: images in a folder beside them, on the web, or in the tables themselves.
+"""Corpora whose items are the rows of tables: the images are in a folder, on the web, or in the tables themselves.
 
-A table's identity is the sha256 of its file. Where its rows name images of the folder, the sizes of those images count
-too, so that an image that comes, goes or changes its size is noticed, and no other table's images are; and so does what
-has become of images that were replaced by others of the same size (`looked`). A Parquet that holds images may be as
-large as the corpus: of it the head and the tail count, which holds the place and the length of all its columns. Tables
-of text are turned into Parquet when they are planned.
+A table is identified by the sha256 of its file. If its rows name images of a folder, it covers the sizes of these
+images too, so that one that is added, removed or changes its size is noticed, and so are images that were replaced by
+others of the same size (see `checksums`). A Parquet that holds the images may be as large as the corpus: it is
+identified by its size, head and tail, which holds the offsets and lengths of all columns. CSV and JSON tables are
+converted to Parquet when they are planned.
 
-A column is named as it is called, or by a path into what it holds: `captions.short`, `sentences.raw`.
+A setting names a column by its name or by a path into its values: `captions.short`, `sentences.raw`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any, ClassVar, NamedTuple
 import pyarrow as pa
 from pydantic import Field
 
-from data_prep.rejections import Cause, Rejection
-from data_prep.sources import fields, looked, named, parquet, words
+from data_prep.rejections import Rejection
+from data_prep.sources import checksums, fields, named, parquet, words
 from data_prep.sources.base import Input, Range, RawItem, Rows, Source, Url, check_kept, foreign, missing_column
 from data_prep.sources.convert import Columns, converted
 from data_prep.sources.folders import Folder, matching, open_folder
@@ -32,31 +32,31 @@ from infra.errors import SettingsError
 from infra.shards import sample_key
 from infra.store import Store
 
-READERS = 8  # files measured at once
-NAME_BATCH = 10_000
+READERS = 8  # tables hashed at once
+NAME_BATCH = 10_000  # rows of which only the image's name is read
 
 
 class Picture(NamedTuple):
-    """What a row says of its picture."""
+    """A row's image."""
 
     name: str
-    identity: str | None  # what tells it from all others, wherever a row names it; never with a NUL in front
-    image: bytes | Url | Rejection | None  # None: to be read by its name
+    identity: str | None  # a path, URL or hash, the same in every row with this image; None: the row itself
+    image: bytes | Url | Rejection | None  # None: it must be read by its name
 
 
 class Beside(NamedTuple):
-    """The folder of the pictures that rows name, the column that names them, and what is cut off in front."""
+    """The folder that holds a table's images."""
 
     folder: Folder
-    column: str
-    root: str = ""
+    column: str  # the path of the column that names them
+    root: str = ""  # removed from the front of absolute names
 
     def inside(self, name: str) -> str:
         return name.removeprefix(f"{self.root}/") if self.root else name
 
 
 class Tables(Source):
-    # Which inputs there are is told by the inputs themselves: another one extends a plan and makes no other.
+    # Operational, since a plan records its inputs: another table extends the plan and makes no other one.
     tables: list[str] = operational(min_length=1, description="paths in the folder, or patterns such as data/*.parquet")
     image: str
     captions: list[str] = Field(
@@ -69,51 +69,51 @@ class Tables(Source):
     header: list[str] = Field([], description="the columns of CSV and TSV whose first line does not name them")
 
     batch: ClassVar[int] = parquet.BATCH  # rows in memory at once
-    parquet_only: ClassVar[bool] = False  # its rows hold what no table of text can hold
+    parquet_only: ClassVar[bool] = False  # its rows hold bytes, which CSV and JSON cannot
 
     @abstractmethod
     def picture(self, number: int, row: dict[str, Any], place: str, reading: Reading) -> Picture:
-        """What a row says of its picture; `place` is what a row is called that gives it no name."""
+        """A row's image; one without a name is called `place`."""
 
     @abstractmethod
     def origin_of(self, row: dict[str, Any], name: str) -> str:
-        """Where a row's picture comes from."""
+        """Where a row's image comes from."""
 
     def texts(self) -> list[str]:
-        """The columns that hold a text each."""
+        """The columns whose values are one text each."""
         return [self.image, *([self.licence_column] if self.licence_column else [])]
 
     def beside(self, folder: Folder) -> Beside | None:
-        """Where the pictures lie that rows name; None where a table holds all that there is."""
+        """The folder of the images that rows name; None if they are in the tables or on the web."""
         return None
 
     def columns(self) -> Columns:
-        """All that is read of a table."""
+        """All columns that are read."""
         return Columns([], self.texts(), self.captions, self.keep)
 
     def check(self, name: str, schema: pa.Schema) -> None:
-        """Refuse a table that has not what is read of it."""
+        """Refuse a table without the columns that are read, or with other types than they must have."""
         check_columns(self.columns(), name, schema)
 
     def identity(self, folder: Folder, name: str) -> Input:
-        """The table by what it holds."""
+        """The table with its identity, which does not cover images that it names."""
         return measured(folder, name)
 
     def inputs(self, store: Store | None = None, planned: Sequence[Range] = ()) -> list[Input]:
         folder = open_folder(self.url)
         names = matching(folder, self.tables, "tables")
         for name in names:
-            if not kind_of(name) and (what := foreign(name)):
-                raise SettingsError(f"{name} is no table", remedy=what)
+            if not kind_of(name) and (remedy := foreign(name)):
+                raise SettingsError(f"{name} is no table", remedy=remedy)
             if self.header and kind_of(name) not in (".csv", ".tsv"):
                 raise SettingsError(
                     f"{name} names its columns itself", remedy="leave `header` out, or make another source of it"
                 )
         with ThreadPoolExecutor(READERS) as pool:
-            found = list(pool.map(lambda name: self.identity(folder, name), names))
+            tables = list(pool.map(lambda name: self.identity(folder, name), names))
         beside = self.beside(folder)
         if beside is None:
-            return found
+            return tables
         sizes = named.Sizes(beside.folder)
         return [
             named.with_images(
@@ -122,13 +122,13 @@ class Tables(Source):
                 sizes,
                 beside.folder,
                 self.max_bytes,
-                (store, named.place(self.name, folder, table.name)) if store else None,
+                (store, named.corpus_id(self.name, folder, table.name)) if store else None,
             )
-            for table in found
+            for table in tables
         ]
 
-    def ranges(self, store: Store, found: Input, rows: int) -> Iterator[Range]:
-        folder, name = open_folder(self.url), found.name
+    def ranges(self, store: Store, entry: Input, rows: int) -> Iterator[Range]:
+        folder, name = open_folder(self.url), entry.name
         if is_parquet(name):
             with parquet.opened(folder.open(name), name) as file:
                 if not file.metadata.num_rows:
@@ -141,14 +141,13 @@ class Tables(Source):
                 raise SettingsError(f"{name} is no Parquet file", remedy="name tables that end in .parquet")
             for column in self.keep:
                 check_kept(column)
-            made = converted(store, self.name, folder, name, self.columns(), self.header)
-            if made is None:
+            stored = converted(store, self.name, folder, name, self.columns(), self.header)
+            if stored is None:
                 return
-            where, count = made
-            groups, table, in_store = [count], where.key, True
+            groups, table, in_store = [stored[1]], stored[0].key, True
             with parquet.opened(parquet.open_rows(self, store, Rows(name, table, True, 0, 0)), table) as file:
                 self.check(name, file.schema_arrow)
-        # A row group with images is read from its beginning, so cuts between groups are cheapest.
+        # A row group is read from its start, which costs much if it holds images: ranges begin with one where they can.
         for first, count in cuts(groups if self.parquet_only else [sum(groups)], rows):
             yield Rows(name, table, in_store, first, count)
 
@@ -163,11 +162,11 @@ class Tables(Source):
         reading = Reading(self, store, part)
         for number, row in parquet.rows(self, store, part, self.columns().names, self.batch):
             yield reading.lost(number, row) if isinstance(row, Rejection) else reading.item(number, row)
-        reading.looks.put()
+        reading.files.write()
 
 
 class PictureTables(Tables):
-    """Tables of pictures that are there already."""
+    """Tables whose images are in the corpus: nothing is downloaded."""
 
     origin_column: str | None = None
 
@@ -179,21 +178,22 @@ class PictureTables(Tables):
 
 
 class Reading:
-    """A piece of a table while it is read."""
+    """Makes items of the rows of one range."""
 
     def __init__(self, source: Tables, store: Store, part: Rows) -> None:
         self.source, self.table = source, part.input
         folder = open_folder(source.url)
         self.beside = source.beside(folder)
-        self.looks = looked.Looks(store, named.place(source.name, folder, part.input) if self.beside else "", part)
+        corpus = named.corpus_id(source.name, folder, part.input) if self.beside else ""
+        self.files = checksums.Recorder(store, corpus, part)
 
-    def look(self, number: int, name: str) -> bytes | Rejection:
-        """The picture that a row names."""
+    def read(self, number: int, name: str) -> bytes | Rejection:
+        """The image file that a row names."""
         assert self.beside is not None
-        return self.looks.read(self.beside.folder, number, self.beside.inside(name), self.source.max_bytes)
+        return self.files.read(self.beside.folder, number, self.beside.inside(name), self.source.max_bytes)
 
     def lost(self, number: int, why: Rejection) -> RawItem:
-        """A row of which nobody knows what stood in it."""
+        """The item of a row that cannot be read."""
         source, place = self.source, f"{self.table}#{number}"
         key = sample_key(source.name, f"\0{place}")
         kept = dict.fromkeys(source.keep)
@@ -201,23 +201,19 @@ class Reading:
 
     def item(self, number: int, row: dict[str, Any]) -> RawItem:
         source, place = self.source, f"{self.table}#{number}"
-        said = [(kind, fields.listed(fields.field(row, kind))) for kind in source.captions]
-        captions = words.captions(said, source.max_caption)
+        values = [(kind, fields.listed(fields.field(row, kind))) for kind in source.captions]
+        texts = words.captions(values, source.max_caption)
         name, identity, image = source.picture(number, row, place, self)
-        if not isinstance(image, Rejection):
-            if isinstance(captions, Rejection):
-                image = captions
-            elif source.captions and not captions:
-                image = Rejection(Cause.NO_CAPTION)
-            elif image is None:
-                image = self.look(number, name)
+        image, captions = words.image_and_captions(image, texts, required=bool(source.captions))
+        if image is None:
+            image = self.read(number, name)
         licence = fields.field(row, source.licence_column) if source.licence_column else None
         return RawItem(
             row=number,
             key=sample_key(source.name, identity or f"\0{place}"),
             name=words.shown(name),
             image=image,
-            captions=[] if isinstance(captions, Rejection) else captions,
+            captions=captions,
             licence=words.or_else(licence, source.licence),
             origin=source.origin_of(row, name),
             kept={column: words.kept(fields.field(row, column)) for column in source.keep},
@@ -225,23 +221,26 @@ class Reading:
 
 
 def plain_name(name: str) -> str | None:
-    """No URL and no file begins with a NUL; who writes one means a place, to be taken for another row."""
+    """A name as an image's identity, if it can be one. A NUL in front is refused, as it marks the identity of a row."""
     return name if name and not name.startswith("\0") else None
 
 
 def cuts(groups: Sequence[int], rows: int) -> Iterator[tuple[int, int]]:
-    """Small groups are joined up to `rows`, large ones are cut into pieces of `rows`."""
-    first, held = 0, 0
+    """The first row and the length of each range: small row groups are joined up to `rows`, large ones cut.
+
+    `cuts([3, 4, 25], 10)` gives (0, 7), (7, 10), (17, 10), (27, 5).
+    """
+    first, length = 0, 0
     for count in groups:
-        if held and held + count > rows:
-            yield first, held
-            first, held = first + held, 0
-        held += count
-        while held >= rows:
+        if length and length + count > rows:
+            yield first, length
+            first, length = first + length, 0
+        length += count
+        while length >= rows:
             yield first, rows
-            first, held = first + rows, held - rows
-    if held:
-        yield first, held
+            first, length = first + rows, length - rows
+    if length:
+        yield first, length
 
 
 def check_columns(columns: Columns, name: str, schema: pa.Schema) -> None:
@@ -252,8 +251,8 @@ def check_columns(columns: Columns, name: str, schema: pa.Schema) -> None:
         if schema.names.count(start) > 1:
             raise SettingsError(f"{name} has two columns `{start}`", remedy="rename one of them")
         if fields.kind_of(schema, column) is None:
-            there = [leaf for leaf, _ in fields.leaves(schema.field(start).type, start)]
-            raise missing_column(name, column, there)
+            leaves = [leaf for leaf, _ in fields.leaves(schema.field(start).type, start)]
+            raise missing_column(name, column, leaves)
     for column in [*columns.texts, *columns.captions]:
         kind = fields.kind_of(schema, column)
         inner = fields.element(kind) if column in columns.captions else kind
@@ -271,10 +270,10 @@ def check_columns(columns: Columns, name: str, schema: pa.Schema) -> None:
 
 
 def _check_texts(name: str, column: str, kind: pa.DataType) -> None:
-    """A struct may be named whole if all that is in it is text."""
-    there = list(fields.leaves(kind, column))
-    if not all(parquet.is_text(fields.element(inner)) for _, inner in there):
-        texts = [leaf for leaf, inner in there if parquet.is_text(fields.element(inner))]
+    """A struct may be a caption column only if all of its fields are texts."""
+    leaves = [(leaf, parquet.is_text(fields.element(inner))) for leaf, inner in fields.leaves(kind, column)]
+    if not all(is_text for _, is_text in leaves):
+        texts = [leaf for leaf, is_text in leaves if is_text]
         raise SettingsError(
             f"column `{column}` of {name} is {kind}, not text alone",
             remedy=f"name what is text in it: {', '.join(texts) or 'nothing is'}",
@@ -288,7 +287,7 @@ def measured(folder: Folder, name: str) -> Input:
 
 
 def _image_names(source: Tables, folder: Folder, table: str, beside: Beside) -> Iterator[list[bytes | None]]:
-    """What the rows name, batch by batch; None for those that name nothing, or that cannot be read."""
+    """The image names of all rows, batch by batch; None for a row without one, or that cannot be read."""
     if not is_parquet(table):
         yield from _names_in_lines(source, folder, table)
         return
@@ -309,11 +308,11 @@ def _inside(beside: Beside, name: bytes) -> bytes:
 
 
 def _names_in_lines(source: Tables, folder: Folder, table: str) -> Iterator[list[bytes | None]]:
-    held: list[bytes | None] = []
+    names: list[bytes | None] = []
     for line in lines(folder, table, source.header):
         value = None if isinstance(line, Rejection) else fields.field(line, source.image)
-        held.append(value.encode(errors="surrogatepass") if isinstance(value, str) else None)
-        if len(held) == NAME_BATCH:
-            yield held
-            held = []
-    yield held
+        names.append(value.encode(errors="surrogatepass") if isinstance(value, str) else None)
+        if len(names) == NAME_BATCH:
+            yield names
+            names = []
+    yield names

@@ -1,17 +1,17 @@
-"""Corpora of tars, as hubs ship them: an image and its sidecars are neighbours under one name.
+"""Corpora of tars as dataset hubs ship them: an image and its sidecars are consecutive members with one base name.
 
-Which members make a sample is the webdataset package's rule: neighbours whose names are equal up to the first dot of
-the file's name; what follows that dot is the extension, in any case. A sample's image is the member whose extension
-comes first in `images`. Where none is exact, `photo.v2.jpg` and `photo.v2.txt` are an image and its caption, called
-photo.v2. What stands beside an image under other extensions (masks, classes) is part of the sample and left alone.
+Members are grouped into samples as the webdataset package does it: consecutive members whose names are equal up to the
+first dot of the file's name; the rest is the extension, in any case. A sample's image is the member whose extension
+comes first in `images`. If none has exactly such an extension, `photo.v2.jpg` and `photo.v2.txt` are an image and its
+caption, called photo.v2. Members with other extensions (masks, classes) belong to the sample and are not read.
 
-Every sample with an image ends as an item, also where the image is refused, and so does every file that looks like an
-image and belongs to no sample; captions without an image and other files (README) are no inputs. If the archive breaks
-off, what stands before is read and the rest is one item.
+Every sample with an image becomes an item, also if the image is refused, and so does every file that has an image's
+suffix and belongs to no sample. Captions without an image and other files (README) are not inputs. If the archive
+breaks off, the samples before that place are read, and the rest is one refused item.
 
-A tar's identity is its name, its size, and a hash of its first and last 64 KiB: corpora of 10 TB are not read to be
-planned. A range is a range of bytes, cut by the mean size of the first samples; its samples are those that begin in it.
-So a packed tar is refused, or, where the settings say so, read from the store that it was unpacked to.
+A tar is identified by its name, its size, and a hash of its first and last 64 KiB, so that 10 TB are not read to plan.
+A range is a range of bytes, whose length follows from the mean size of the first samples; its samples are those that
+begin in it. That needs random access: a compressed tar is refused or, with `unpack`, first unpacked into the store.
 """
 
 from __future__ import annotations
@@ -36,46 +36,46 @@ from infra.shards import sample_key
 from infra.store import Store
 
 READERS = 16  # tars fingerprinted at once
-PLANNING = 512 << 10  # bytes asked for at once to measure the first samples
+PLANNING = 512 << 10  # bytes of a read when the first samples are measured
 MEASURED, MEASURED_BYTES = 64, 2 << 20  # samples, and bytes of the tar, that are enough to know their mean size
-READING = 8 << 20  # bytes asked for at once: in a store, skipping less costs more time than reading it
-MOST_MEMBERS = 100  # images and sidecars of one sample; what follows is another sample
-MOST_HELD = 16 << 20  # bytes of a sample that are read in passing; larger members are read when they are wanted
+READING = 8 << 20  # bytes of a read: in a store, another request takes longer than reading over so many
+MOST_MEMBERS = 100  # images and sidecars of one sample; further ones begin another sample
+MOST_HELD = 16 << 20  # bytes of a sample that are read while the tar is walked; the rest is read when it is needed
 
 IMAGE_EXTENSIONS = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 
 
 class Tars(Source):
-    # Which inputs there are is told by the inputs themselves: another one extends a plan and makes no other.
+    # Operational, since a plan records its inputs: another tar extends the plan and makes no other one.
     tars: list[str] = operational(["*.tar"], min_length=1, description="paths in the folder, or patterns")
     images: list[str] = Field(
         list(IMAGE_EXTENSIONS), min_length=1, description="extensions of the image, the likeliest first"
     )
-    # An unpacked tar is told as another input than the packed one was.
+    # Operational, since an unpacked tar has another identity than the packed one.
     unpack: bool = operational(False, description="tars packed with gzip, bzip2 or zstd are unpacked into the store")
 
     def inputs(self, store: Store | None = None, planned: Sequence[Range] = ()) -> list[Input]:
         folder = open_folder(self.url)
         names = matching(folder, self.tars, "tars")
         for name in names:
-            if what := foreign(name):
-                raise SettingsError(f"{name} is no tar", remedy=what)
+            if remedy := foreign(name):
+                raise SettingsError(f"{name} is no tar", remedy=remedy)
 
-        def known(name: str) -> Input:
-            found = Input(name, *fingerprint(folder, name))
-            return unpacked.identity(found) if self.unpack and unpacked.packing(folder, name) else found
+        def identified(name: str) -> Input:
+            tar = Input(name, *fingerprint(folder, name))
+            return unpacked.identity(tar) if self.unpack and unpacked.packing(folder, name) else tar
 
         with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(known, names))
+            return list(pool.map(identified, names))
 
-    def pieces(self, store: Store, found: Input, rows: int) -> Iterator[tuple[int, int]]:
-        """Equal pieces of about `rows` samples, the first byte and the bytes of each."""
-        folder, size = open_folder(self.url), found.size
-        if self.unpack and unpacked.packing(folder, found.name):
-            size = unpacked.unpack(store, self.name, folder, found.name)
-        with _file(self, store, found.name, PLANNING) as file:
+    def pieces(self, store: Store, tar: Input, rows: int) -> Iterator[tuple[int, int]]:
+        """The first byte and the length of each of equal pieces with about `rows` samples."""
+        folder, size = open_folder(self.url), tar.size
+        if self.unpack and unpacked.packing(folder, tar.name):
+            size = unpacked.unpack(store, self.name, folder, tar.name)
+        with _file(self, store, tar.name, PLANNING) as file:
             mean = _mean_bytes(self, file)
-        size = max(1, size)  # an empty file is an input too, and refused
+        size = max(1, size)  # an empty tar has a range, too, whose item is refused
         pieces = max(1, round(size / (rows * mean))) if mean else 1
         for number in range(min(pieces, size)):
             first = size * number // pieces
@@ -83,7 +83,7 @@ class Tars(Source):
 
 
 def _mean_bytes(source: Tars, file: BinaryIO) -> float:
-    """Of the first samples; 0 if there are none."""
+    """The mean size of the first samples; 0 if there are none."""
     count, last = 0, 0
     for sample in samples(file, source.images, (), range(0)):
         if isinstance(sample, Broken):
@@ -100,26 +100,26 @@ def _mean_bytes(source: Tars, file: BinaryIO) -> float:
 
 @dataclass
 class Sample:
-    """Neighbours of one name, an image among them."""
+    """Consecutive members with one base name, an image among them."""
 
-    first: int  # where its first header is
+    first: int  # the offset of its first header
     base: str
     members: dict[str, Member] = field(default_factory=dict)  # by extension; images and sidecars only
-    strays: list[Member] = field(default_factory=list)  # met on the way: files like images, without a name to group by
-    data: dict[str, bytes] = field(default_factory=dict)  # what was read in passing
+    strays: list[Member] = field(default_factory=list)  # files between them that look like images and have no base name
+    data: dict[str, bytes] = field(default_factory=dict)  # by extension; what was read while the tar was walked
 
 
 class Picture(NamedTuple):
-    """One image of a sample, and how its sidecars' extensions begin."""
+    """One image of a sample."""
 
     name: str
-    found: Member | Rejection
+    member: Member | Rejection
     extension: str
-    prefix: str
+    prefix: str  # of its sidecars' extensions: `v2.` of photo.v2.txt
 
 
 def samples(file: BinaryIO, images: Sequence[str], sidecars: Sequence[str], wanted: range) -> Iterator[Sample | Broken]:
-    """The samples of the whole tar, in order; of those that begin in `wanted`, the data that can be held."""
+    """The samples of the whole tar, in order; of those that begin in `wanted`, data are read up to MOST_HELD."""
     of_interest = {extension.rpartition(".")[2] for extension in (*IMAGE_EXTENSIONS, *images, *sidecars)}
     sample = None
     for member in members(file):
@@ -143,8 +143,8 @@ def samples(file: BinaryIO, images: Sequence[str], sidecars: Sequence[str], want
 
 
 def split_name(name: str) -> tuple[str, str] | tuple[None, str]:
-    """The part before and behind the first dot; (None, "") for files that belong to no sample."""
-    from webdataset.tariterators import base_plus_ext  # brings torch along, which planning a table can do without
+    """The base name and extension: ("a/photo", "v2.jpg") of a/photo.v2.JPG; (None, "") if it belongs to no sample."""
+    from webdataset.tariterators import base_plus_ext  # it imports torch, which planning tables does not need
 
     last = name.rpartition("/")[2]
     if last.startswith(".") or "." not in last or len(name) > words.LONGEST_NAME:
@@ -158,13 +158,14 @@ def _is_full(sample: Sample, extension: str) -> bool:
 
 
 def _read_in_passing(file: BinaryIO, sample: Sample, extension: str, member: Member) -> None:
-    """So that nothing is read twice. One image and its sidecars are held, whatever else the sample is made of."""
+    """Hold a member's data, so that a walk reads forwards only. MOST_HELD bounds the memory of a sample."""
     if member.size <= MOST_HELD - sum(map(len, sample.data.values())):
         file.seek(member.data)
         sample.data[extension] = file.read(member.size)
 
 
 def _complete(sample: Sample | None, images: Sequence[str]) -> Iterator[Sample]:
+    """The sample, if it has an image."""
     if sample and (sample.strays or any(_like_image(extension, images) for extension in sample.members)):
         yield sample
 
@@ -174,7 +175,7 @@ def _like_image(extension: str, images: Sequence[str]) -> bool:
 
 
 def pictures(sample: Sample, images: Sequence[str]) -> Iterator[Picture]:
-    """The images of a sample that end as items: nearly always one."""
+    """The images of a sample that become items: nearly always one."""
     exact = next((extension for extension in images if extension in sample.members), None)
     compound = [extension for extension in sample.members if extension.rpartition(".")[2] in images]
     if exact:
@@ -190,6 +191,7 @@ def pictures(sample: Sample, images: Sequence[str]) -> Iterator[Picture]:
 
 
 def content(file: BinaryIO, sample: Sample, extension: str, limit: int) -> bytes | Rejection:
+    """The data of a sample's member; one of more than `limit` bytes is refused."""
     member = sample.members[extension]
     if refused := _refusal(member):
         return refused
@@ -215,8 +217,8 @@ def _refusal(member: Member) -> Rejection | None:
 # Items
 
 
-class Found(NamedTuple):
-    """A picture of the tar, before its words are read; or, with an empty sample, the rest that cannot be read."""
+class TarItem(NamedTuple):
+    """An image of a tar without its captions or, with an empty sample, the rest of a tar that cannot be read."""
 
     row: int
     key: str
@@ -228,7 +230,7 @@ class Found(NamedTuple):
 
 @contextmanager
 def opened(source: Tars, store: Store, part: Range) -> Iterator[BinaryIO]:
-    """The tar, to read a range of. That its disk fails is no fault of an item, and says nothing of other files."""
+    """The tar, to read a range of. If its disk fails that is an error, and not a rejection of the item being read."""
     try:
         with _file(source, store, part.input, READING) as file:
             yield file
@@ -240,15 +242,15 @@ def opened(source: Tars, store: Store, part: Range) -> Iterator[BinaryIO]:
 
 
 def _file(source: Tars, store: Store, name: str, buffer: int) -> AbstractContextManager[BinaryIO]:
-    """The tar, or what it was unpacked to."""
+    """The tar or, if it is compressed, the one that it was unpacked to."""
     folder = open_folder(source.url)
     if source.unpack and unpacked.packing(folder, name):
         return unpacked.opened(store, folder, name, buffer)
     return folder.open(name, buffer)
 
 
-def found(source: Tars, part: Bytes, file: BinaryIO, sidecars: Sequence[str]) -> Iterator[Found]:
-    """The samples of a range, in order, and the rest of an archive that breaks off in it."""
+def items(source: Tars, part: Bytes, file: BinaryIO, sidecars: Sequence[str]) -> Iterator[TarItem]:
+    """The images of a range, in order, and one item for the rest of an archive that breaks off in it."""
     if part.first + part.size > max(1, file.seek(0, io.SEEK_END)):
         raise DataError(f"{part.input} has become shorter since it was planned", remedy="run prepare again")
     row, wanted, keys = 0, range(part.first, part.first + part.size), Keys()
@@ -258,17 +260,16 @@ def found(source: Tars, part: Bytes, file: BinaryIO, sidecars: Sequence[str]) ->
         if isinstance(sample, Broken):
             if sample.first in wanted:
                 key = sample_key(source.name, f"{part.input}\0{row}")
-                yield Found(row, key, words.shown(part.input), sample.why, Sample(sample.first, ""))
+                yield TarItem(row, key, words.shown(part.input), sample.why, Sample(sample.first, ""))
             return
         for picture in pictures(sample, source.images):
-            # By the name in the tar; one that comes again is counted from the tar's start, wherever a range begins.
+            # A key is made of the name in the tar. Repeated names are counted from the tar's start, whatever the range.
             key = keys.distinct(sample_key(source.name, f"{part.input}/{text_of(picture.name)}"))
             if sample.first in wanted:
-                if isinstance(picture.found, Rejection):
-                    image: bytes | Rejection = picture.found
-                else:
+                image: Member | bytes | Rejection = picture.member
+                if isinstance(image, Member):
                     image = content(file, sample, picture.extension, source.max_bytes)
-                yield Found(row, key, _shown(part.input, picture), image, sample, picture.prefix)
+                yield TarItem(row, key, _shown(part.input, picture), image, sample, picture.prefix)
             row += 1
 
 

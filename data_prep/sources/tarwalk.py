@@ -1,9 +1,9 @@
-"""A tar that a stranger made, walked from header to header: names, places and what is wrong with a member.
+"""Walks an untrusted tar from header to header: the members' names, offsets and sizes, and what is wrong with them.
 
-Nothing is extracted and no member's data is read here, so a walk costs headers alone. A tar is always walked from its
-start: whoever begins in the middle would have to guess where a header is, and a tar within a tar is full of wrong ones.
-One header is parsed by the standard library; what surrounds it (pax and GNU headers, of any number and size) is read
-here, since the library reads such a header whole, however large it says it is, and calls itself for each.
+Nothing is extracted and no member's data are read, so a walk reads headers only. It always begins at the tar's start:
+in the middle a header would have to be guessed, and a tar within the tar is full of wrong ones. The standard library
+parses a member's header. The pax and GNU headers before it are read here, since the library reads each of them whole,
+however large it claims to be, and recurses for each.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from data_prep.rejections import Cause, Rejection
+from data_prep.sources.words import shown
 
 BLOCK = tarfile.BLOCKSIZE
-MOST_HEADER = 1 << 20  # bytes that stand before a member's data: long names, pax records, maps of sparse files
-LOOK_BEHIND = 64 << 10  # bytes behind the end of an archive that must be zeros
+MOST_HEADER = 1 << 20  # bytes of all headers of one member: long names, pax records, maps of sparse files
+TRAILER = 64 << 10  # bytes behind the end of an archive that are checked to be zeros
 
-# What lies under the name of a tar and is none, by its first bytes, and what to do about it.
+# Files that are named like a tar and are something else, by their first bytes, with what to do about each.
 _UNPACK = "set the source's `unpack`, as a tar is read from any place"
 _OTHERS = {
     b"\x1f\x8b": f"packed with gzip: {_UNPACK}",
@@ -51,9 +52,9 @@ _KINDS = {
 class Member(NamedTuple):
     offset: int  # of its first header
     name: str  # bytes that are no UTF-8 as surrogates
-    data: int  # where its bytes begin
+    data: int  # the offset of its data
     size: int
-    odd: str  # what it is instead of a plain file
+    odd: str  # what it is instead of a plain file; empty for a plain file
 
 
 class Broken(NamedTuple):
@@ -70,27 +71,28 @@ class _Damaged(Exception):
 
 
 def members(file: BinaryIO) -> Iterator[Member | Broken]:
-    """Every member but folders, then what is left where the archive breaks off."""
+    """Every member but folders and, if the archive breaks off, where and why."""
     size = file.seek(0, io.SEEK_END)
     at = 0
     while True:
         try:
-            found = _member(file, at, size)
+            walked = _member(file, at, size)
         except _Damaged as error:
-            yield Broken(at, _other(file, at) or error.why)
+            yield Broken(at, _other_format(file, at) or error.why)
             return
-        if found is None:
+        if walked is None:
             break
-        member, folder, at = found
-        if not folder:
+        member, is_folder, at = walked
+        if not is_folder:
             yield member
-    if at < size and any(_read(file, at, LOOK_BEHIND)):
+    if at < size and any(_read(file, at, TRAILER)):
         yield Broken(at, Rejection(Cause.CORRUPT, "more behind the end of the archive"))
     elif not size:
         yield Broken(0, Rejection(Cause.EMPTY))
 
 
-def _other(file: BinaryIO, at: int) -> Rejection | None:
+def _other_format(file: BinaryIO, at: int) -> Rejection | None:
+    """Why the file is refused if its first bytes, at which the walk failed, are those of another format."""
     head = _read(file, 0, BLOCK) if at == 0 else b""
     what = next((what for magic, what in _OTHERS.items() if head.startswith(magic)), None)
     return Rejection(Cause.UNKNOWN_FORMAT, what) if what else None
@@ -102,7 +104,7 @@ def _read(file: BinaryIO, at: int, count: int) -> bytes:
 
 
 def _member(file: BinaryIO, start: int, size: int) -> tuple[Member, bool, int] | None:
-    """The member whose headers begin here, whether it is a folder, and where the next one begins."""
+    """The member whose headers begin at `start`, whether it is a folder, and where the next one's begin."""
     at, long_name, pax = start, None, dict[bytes, bytes]()
     while True:
         if at - start > MOST_HEADER:
@@ -121,10 +123,10 @@ def _member(file: BinaryIO, start: int, size: int) -> tuple[Member, bool, int] |
         if info.type == tarfile.GNUTYPE_LONGNAME:
             long_name = data.partition(b"\0")[0]
         elif info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-            pax |= _pax_records(data)  # global ones are comments, whatever they claim
+            pax |= _pax_records(data)  # those of global headers are not used
     if info.type == tarfile.GNUTYPE_SPARSE:
-        at = _behind_map(file, block, at, start)
-    return _finished(info, start, at, size, long_name, pax)
+        at = _after_sparse_map(file, block, at, start)
+    return _with_long_headers(info, start, at, size, long_name, pax)
 
 
 def _parsed(block: bytes) -> tarfile.TarInfo:
@@ -139,9 +141,10 @@ def _parsed(block: bytes) -> tarfile.TarInfo:
     return info
 
 
-def _finished(
+def _with_long_headers(
     info: tarfile.TarInfo, start: int, at: int, size: int, long_name: bytes | None, pax: dict[bytes, bytes]
 ) -> tuple[Member, bool, int]:
+    """The member of a parsed header, with the name and size that GNU and pax headers before it give it."""
     name = info.name
     if (whole := pax.get(b"path", long_name)) is not None:
         name = whole.decode("utf-8", "surrogateescape")
@@ -156,12 +159,8 @@ def _finished(
     # Links, devices and folders have no data, whatever size they declare.
     stored = length if info.isreg() or info.type not in tarfile.SUPPORTED_TYPES else 0
     if at + stored > size:
-        raise _Damaged(f"{_shown(name)}: {stored} bytes that reach past the end", Cause.TRUNCATED)
+        raise _Damaged(f"{shown(name[:200])}: {stored} bytes that reach past the end", Cause.TRUNCATED)
     return Member(start, name, at, stored, odd), info.isdir(), at + _padded(stored)
-
-
-def _shown(name: str) -> str:
-    return name[:200].encode(errors="backslashreplace").decode()
 
 
 def _padded(size: int) -> int:
@@ -181,20 +180,20 @@ _RECORD = re.compile(rb"([0-9]{1,7}) ([^=\n]{1,1000})=")
 
 def _pax_records(data: bytes) -> dict[bytes, bytes]:
     """`30 path=name\\n`: the length of the whole record, a key and a value."""
-    found: dict[bytes, bytes] = {}
+    records: dict[bytes, bytes] = {}
     at = 0
     while at < len(data) and data[at]:
         match = _RECORD.match(data, at)
         end = at + int(match[1]) if match else 0
         if not match or not match.end() < end <= len(data) or data[end - 1] != ord("\n"):
             raise _Damaged("a pax header that cannot be read")
-        found[match[2]] = data[match.end() : end - 1]
+        records[match[2]] = data[match.end() : end - 1]
         at = end
-    return found
+    return records
 
 
-def _behind_map(file: BinaryIO, block: bytes, at: int, start: int) -> int:
-    """The old GNU format goes on with blocks of its map of holes."""
+def _after_sparse_map(file: BinaryIO, block: bytes, at: int, start: int) -> int:
+    """The offset behind the further blocks of a sparse file's map of holes, in the old GNU format."""
     more = block[482]
     while more:
         if at - start > MOST_HEADER:

@@ -1,4 +1,4 @@
-"""A folder of pictures, each with its caption in a text beside it."""
+"""A folder of images, each with its caption in a text file beside it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class TextFolder(Listings):
         for name, size, refused, stamp in images(folder):
             text = None
             if self.caption_suffix and not refused:
-                beside = self._read_beside(folder, name)
-                said = beside if isinstance(beside, bytes) else beside.cause.encode()
-                text = hashlib.blake2b(said, digest_size=16).digest()
+                caption = self._read_beside(folder, name)
+                content = caption if isinstance(caption, bytes) else caption.cause.encode()
+                text = hashlib.blake2b(content, digest_size=16).digest()
             yield Listed(name, size, refused and refused.value, text, None, None), stamp
 
     def captions_of(self, folder: Folder, row: Listed) -> list[dict[str, str]] | Rejection:
@@ -44,9 +44,10 @@ class TextFolder(Listings):
         return words.captions([("caption", data)], self.max_caption) or Rejection(Cause.NO_CAPTION)
 
     def _read_beside(self, folder: Folder, name: str) -> bytes | Rejection:
-        """The text by its suffix as it is set, or else in upper case: beside 5.JPG stands 5.TXT."""
-        found: bytes | Rejection = Rejection(Cause.MISSING)
+        """The text file beside an image, with the suffix as it is set or else in upper case: 5.TXT beside 5.JPG."""
+        data: bytes | Rejection = Rejection(Cause.MISSING)
         for suffix in (self.caption_suffix, self.caption_suffix.upper()):
-            if isinstance(found, Rejection) and found.cause is Cause.MISSING:
-                found = folder.read(str(PurePosixPath(name).with_suffix(suffix)), 4 * self.max_caption)
-        return found
+            data = folder.read(str(PurePosixPath(name).with_suffix(suffix)), 4 * self.max_caption)
+            if not (isinstance(data, Rejection) and data.cause is Cause.MISSING):
+                break
+        return data

@@ -1,10 +1,10 @@
-"""Packed tars, unpacked once into the store: a tar is read from any place, and a packed one only from its start.
+"""Compressed tars, unpacked once into the store: ranges of a tar need random access, which a compressed one has not.
 
-    unpacked/<what it is>.json             says which tar came of it
-    data/unpacked/<source>-<sha256>.tar    that tar
+    unpacked/<fingerprint>.json            names the unpacked tar; the fingerprint is that of the packed one
+    data/unpacked/<source>-<sha256>.tar    the unpacked tar
 
-What it is: its size, head and tail, as of every tar. The plan knows it as another input than the packed one, so that
-whoever sets `unpack` later gets its samples, and only its.
+In a plan it has another identity than the packed tar, which was refused as a whole. So if `unpack` is set later, only
+the samples of such tars are added.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from infra.store import Store, spool_path
 
 class UnpackedRecord(Record):
     tar: DataObject
-    broken: str  # why it is not the whole
+    broken: str  # why the tar is not complete; empty if it is
 
 
 def packing(folder: Folder, name: str) -> str:
-    """By what lies there, whatever it is called; empty for a plain tar."""
+    """The compression of a tar by its first bytes, whatever its name; empty for a plain tar."""
     with folder.open(name, BLOCK) as file:
         return packing_in(file.read(BLOCK))
 
 
-def identity(found: Input) -> Input:
-    """Of a tar that is unpacked, instead of the packed one's."""
-    return found._replace(sha256=hashlib.sha256(f"unpacked {found.sha256}".encode()).hexdigest())
+def identity(packed: Input) -> Input:
+    """The input with the identity of the unpacked tar instead of the packed one's."""
+    return packed._replace(sha256=hashlib.sha256(f"unpacked {packed.sha256}".encode()).hexdigest())
 
 
 def unpack(store: Store, source: str, folder: Folder, name: str) -> int:
-    """Unpack a tar unless it was; its size."""
+    """Unpack a tar if that was not done before; returns the size of the unpacked one."""
     key = _key(folder, name)
     if store.exists(key):
-        found = read_record(store, key, UnpackedRecord)
-        if store.size(found.tar.key) == found.tar.size:
-            return found.tar.size
+        tar = read_record(store, key, UnpackedRecord).tar
+        if store.size(tar.key) == tar.size:
+            return tar.size
     with folder.open(name, BUFFER) as file, store.spool() as spool:
         stream = Unpacked(file, packing(folder, name), name)
         sha256 = _copy(stream, spool)
@@ -58,7 +58,7 @@ def unpack(store: Store, source: str, folder: Folder, name: str) -> int:
 
 
 def _copy(stream: Unpacked, spool: BinaryIO) -> str:
-    """What comes of the stream. Where it breaks off between two members, half a header says so to whoever walks it."""
+    """Copy the stream; returns the sha256. If it breaks off between members, a byte is added that is read as damage."""
     sha256 = hashlib.sha256()
     blocks = io.BufferedReader(stream, BUFFER)
     while data := blocks.read(BUFFER):
@@ -75,7 +75,7 @@ def _copy(stream: Unpacked, spool: BinaryIO) -> str:
 
 @contextmanager
 def opened(store: Store, folder: Folder, name: str, buffer: int) -> Iterator[BinaryIO]:
-    """The tar that came of a packed one."""
+    """The unpacked tar of a packed one."""
     key = _key(folder, name)
     if not store.exists(key):
         raise DataError(f"{name} has changed since it was planned", remedy="run prepare again")

@@ -1,4 +1,4 @@
-"""Tables of addresses of pictures."""
+"""Tables of the URLs of images."""
 
 from __future__ import annotations
 
@@ -39,5 +39,5 @@ def _url(value: bytes | str | None) -> Url | Rejection:
     name = words.text(value)
     if not name or not name.strip():
         return Rejection(Cause.BAD_URL, "empty or not UTF-8")
-    found = http_url(name.strip())
-    return found if isinstance(found, Rejection) else Url(found.text)
+    url = http_url(name.strip())
+    return url if isinstance(url, Rejection) else Url(url.text)

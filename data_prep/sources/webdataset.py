@@ -1,4 +1,4 @@
-"""Tars in which each image stands beside its captions, in texts or in the fields of a JSON."""
+"""Tars in the webdataset format: beside each image, captions in text files or in fields of a JSON file."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class WebDataset(tars.Tars):
 
     @field_validator("keep")
     @classmethod
-    def _free_names(cls, given: dict[str, Kept]) -> dict[str, Kept]:
-        for name in given:
+    def _free_names(cls, keep: dict[str, Kept]) -> dict[str, Kept]:
+        for name in keep:
             try:
                 check_kept(name)
             except SettingsError as error:
                 raise Refused(error.message, remedy="keep it as another, and say in `fields` what it is") from None
-        return given
+        return keep
 
     @model_validator(mode="after")
     def _known_fields(self) -> WebDataset:
@@ -61,14 +61,14 @@ class WebDataset(tars.Tars):
         return self
 
     def sidecars(self) -> list[str]:
-        """The extensions that are read."""
+        """The extensions of members that are read beside the image."""
         fields = [*self.keep, *filter(None, (self.licence_field, self.origin_field))]
         extensions = [caption.partition(".")[0] for caption in self.captions] + [self.json_extension] * bool(fields)
         return list(dict.fromkeys(extensions))
 
-    def ranges(self, store: Store, found: Input, rows: int) -> Iterator[Range]:
-        for first, size in self.pieces(store, found, rows):
-            yield Bytes(found.name, found.name, False, first, size)
+    def ranges(self, store: Store, entry: Input, rows: int) -> Iterator[Range]:
+        for first, size in self.pieces(store, entry, rows):
+            yield Bytes(entry.name, entry.name, False, first, size)
 
     def kept_columns(self) -> dict[str, pa.DataType | None]:
         return {name: _TYPES[kind] for name, kind in self.keep.items()}
@@ -76,28 +76,23 @@ class WebDataset(tars.Tars):
     def read(self, store: Store, part: Range) -> Iterator[RawItem]:
         assert isinstance(part, Bytes)
         with tars.opened(self, store, part) as file:
-            for found in tars.found(self, part, file, self.sidecars()):
-                yield _item(self, file, found)
+            for tar_item in tars.items(self, part, file, self.sidecars()):
+                yield _item(self, file, tar_item)
 
 
-def _item(source: WebDataset, file: BinaryIO, found: tars.Found) -> RawItem:
-    said = _metadata(source, file, found)
-    fields = {} if isinstance(said, Rejection) else said
-    captions = said if isinstance(said, Rejection) else _captions(source, file, found, said)
-    image = found.image
-    if not isinstance(image, Rejection):
-        if isinstance(captions, Rejection):
-            image = captions
-        elif source.captions and not captions:
-            image = Rejection(Cause.NO_CAPTION)
+def _item(source: WebDataset, file: BinaryIO, tar_item: tars.TarItem) -> RawItem:
+    metadata = _metadata(source, file, tar_item)
+    fields = {} if isinstance(metadata, Rejection) else metadata
+    texts = metadata if isinstance(metadata, Rejection) else _captions(source, file, tar_item, metadata)
+    image, captions = words.image_and_captions(tar_item.image, texts, required=bool(source.captions))
     licence = field(fields, source.licence_field) if source.licence_field else None
     origin = field(fields, source.origin_field) if source.origin_field else None
     return RawItem(
-        row=found.row,
-        key=found.key,
-        name=found.shown,
+        row=tar_item.row,
+        key=tar_item.key,
+        name=tar_item.shown,
         image=image,
-        captions=[] if isinstance(captions, Rejection) else captions,
+        captions=captions,
         licence=words.or_else(licence, source.licence),
         origin=words.or_else(origin, source.origin),
         kept={name: _typed(field(fields, source.fields.get(name, name)), kind) for name, kind in source.keep.items()},
@@ -105,7 +100,7 @@ def _item(source: WebDataset, file: BinaryIO, found: tars.Found) -> RawItem:
 
 
 def _captions(
-    source: WebDataset, file: BinaryIO, found: tars.Found, fields: dict[str, Any]
+    source: WebDataset, file: BinaryIO, tar_item: tars.TarItem, fields: dict[str, Any]
 ) -> list[dict[str, str]] | Rejection:
     values: list[tuple[str, Any]] = []
     for caption in source.captions:
@@ -113,25 +108,26 @@ def _captions(
         if dot:
             values.append((path, field(fields, path)))
             continue
-        data = _beside(file, found, extension, 4 * source.max_caption)
+        data = _sidecar(file, tar_item, extension, 4 * source.max_caption)
         if isinstance(data, Rejection):
             return Rejection(Cause.BAD_CAPTION, f".{extension}: {data.cause}")
         values.append((extension, data))
     return words.captions(values, source.max_caption)
 
 
-def _beside(file: BinaryIO, found: tars.Found, extension: str, limit: int) -> bytes | Rejection | None:
-    for name in (found.prefix + extension, extension):
-        if name in found.sample.members:
-            return tars.content(file, found.sample, name, limit)
+def _sidecar(file: BinaryIO, tar_item: tars.TarItem, extension: str, limit: int) -> bytes | Rejection | None:
+    """The member with this extension: of photo.v2.jpg, photo.v2.txt or else photo.txt."""
+    for name in (tar_item.prefix + extension, extension):
+        if name in tar_item.sample.members:
+            return tars.content(file, tar_item.sample, name, limit)
     return None
 
 
-def _metadata(source: WebDataset, file: BinaryIO, found: tars.Found) -> dict[str, Any] | Rejection:
-    """The JSON beside the image; empty where none is there or wanted."""
+def _metadata(source: WebDataset, file: BinaryIO, tar_item: tars.TarItem) -> dict[str, Any] | Rejection:
+    """The JSON beside the image; empty if there is none or no setting names a field of it."""
     if source.json_extension not in source.sidecars():
         return {}
-    data = _beside(file, found, source.json_extension, MOST_JSON)
+    data = _sidecar(file, tar_item, source.json_extension, MOST_JSON)
     if data is None:
         return {}
     if isinstance(data, Rejection):
@@ -146,6 +142,7 @@ def _metadata(source: WebDataset, file: BinaryIO, found: tars.Found) -> dict[str
 
 
 def _typed(value: Any, kind: Kept) -> Any:
+    """A field of the JSON as a value of its column's type; None if it is of another type."""
     if kind == "bool":
         return value if isinstance(value, bool) else None
     if kind == "text":

@@ -1,23 +1,25 @@
-"""Strangers' words: captions, licences and kept values as text of bounded length, or what is wrong with them."""
+"""Text from a corpus, which is not trusted: captions, licences, names and kept values, checked and bounded."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from data_prep.rejections import Cause, Rejection
 
-LONGEST_NAME = 8192  # characters of a name or an origin that the index takes; a URL has up to 8000
+Image = TypeVar("Image")  # bytes, or what they will be read from
 
-MARK = "\ufeff"  # of the byte order: how some editors begin a file, and no part of what it says
+LONGEST_NAME = 8192  # characters of a name or an origin in the index; a URL has up to 8000
+
+MARK = "\ufeff"  # the byte order mark, with which some editors begin a file; not a part of its text
 
 # Control characters except for tab and line ends, and the halves of surrogate pairs.
 _BAD = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def text(value: bytes | str | None) -> str | None:
-    """UTF-8 or nothing: Parquet's strings are bytes that nobody has checked."""
+    """Bytes decoded as UTF-8; None if they are not. (The strings of a Parquet file are read as unchecked bytes.)"""
     if value is None or isinstance(value, str):
         return value
     try:
@@ -27,48 +29,61 @@ def text(value: bytes | str | None) -> str | None:
 
 
 def captions(values: Iterable[tuple[str, Any]], longest: int) -> list[dict[str, str]] | Rejection:
-    """The texts of each kind, stripped, empty ones dropped; or what is wrong with one of them."""
-    kept = []
+    """The texts of each kind, stripped, without empty ones; or the rejection of the first that is not allowed."""
+    texts = []
     for kind, value in values:
-        for given in value if isinstance(value, list) else [value]:
-            found = _caption(given, longest)
-            if isinstance(found, Rejection):
-                return found._replace(detail=f"{kind}: {found.detail}")
-            if found:
-                kept.append({"kind": kind, "text": found})
-    return kept
+        for element in value if isinstance(value, list) else [value]:
+            caption = _caption(element, longest)
+            if isinstance(caption, Rejection):
+                return caption._replace(detail=f"{kind}: {caption.detail}")
+            if caption:
+                texts.append({"kind": kind, "text": caption})
+    return texts
 
 
-def _caption(given: Any, longest: int) -> str | Rejection:
-    if given is None:
+def _caption(value: Any, longest: int) -> str | Rejection:
+    if value is None:
         return ""
-    if not isinstance(given, str | bytes):
-        return Rejection(Cause.BAD_CAPTION, f"{type(given).__name__}, not text")
-    found = text(given)
-    if found is None:
+    if not isinstance(value, str | bytes):
+        return Rejection(Cause.BAD_CAPTION, f"{type(value).__name__}, not text")
+    caption = text(value)
+    if caption is None:
         return Rejection(Cause.BAD_CAPTION, "not UTF-8")
-    found = found.removeprefix(MARK).strip()
-    if len(found) > longest:
-        return Rejection(Cause.BAD_CAPTION, f"{len(found)} characters")
-    if bad := _BAD.search(found):
+    caption = caption.removeprefix(MARK).strip()
+    if len(caption) > longest:
+        return Rejection(Cause.BAD_CAPTION, f"{len(caption)} characters")
+    if bad := _BAD.search(caption):
         return Rejection(Cause.BAD_CAPTION, f"control character U+{ord(bad[0]):04X}")
-    return found
+    return caption
+
+
+def image_and_captions(
+    image: Image, captions: list[dict[str, str]] | Rejection, *, required: bool
+) -> tuple[Image | Rejection, list[dict[str, str]]]:
+    """An item's image and captions. What is wrong with the captions refuses the image, unless it is refused already."""
+    texts = [] if isinstance(captions, Rejection) else captions
+    if isinstance(image, Rejection) or texts:
+        return image, texts
+    if isinstance(captions, Rejection):
+        return captions, texts
+    return Rejection(Cause.NO_CAPTION) if required else image, texts
 
 
 def or_else(value: Any, default: str) -> str:
-    """A row's own licence or origin, if it has one that can be shown."""
-    found = text(value) if isinstance(value, str | bytes) else None
-    return shown(found.strip()) if found and found.strip() else default
+    """A row's own licence or origin if it has one, or else the source's."""
+    own = (text(value) or "").strip() if isinstance(value, str | bytes) else ""
+    return shown(own) if own else default
 
 
 def shown(name: str) -> str:
-    """A name as the index takes it, whatever it is made of."""
+    """A name as the index stores it: cut to LONGEST_NAME, and surrogates escaped."""
     return name[:LONGEST_NAME].encode(errors="backslashreplace").decode()
 
 
 def kept(value: Any) -> Any:
+    """A value of a kept column as the index stores it: text that is valid UTF-8, also in lists."""
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     if isinstance(value, str):
         return value.encode(errors="replace").decode()
-    return [kept(part) for part in value] if isinstance(value, list) else value
+    return [kept(element) for element in value] if isinstance(value, list) else value

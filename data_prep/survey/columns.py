@@ -1,9 +1,9 @@
-"""Which of a table's columns is what: told by some rows, since nobody names columns alike."""
+"""Which columns of a table are captions, URLs or names of files, by their names and by the values of some rows."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from data_prep.rejections import Rejection
@@ -14,71 +14,73 @@ from data_prep.web.addresses import http_url
 Rows = Sequence[Mapping[str, Any]]
 
 MOSTLY = 0.8  # the share of a column's values that must be what the column is taken for
-_SAYS = re.compile(
+_CAPTION = re.compile(
     r"(^|_|\.)(re)?(captions?|texts?|txt|prompts?|descriptions?|desc|titles?|alt|sentences?|llava|blip2?|cogvlm|words)"
     r"(_|\.|\d|$)",
     re.IGNORECASE,
 )
-_SEPARATE = re.compile(r"(?<=[a-z])(?=[A-Z])|[-\s]")  # altText and alt-text are alt_text
+_SEPARATOR = re.compile(r"(?<=[a-z])(?=[A-Z])|[-\s]")  # altText and alt-text are read as alt_text
 _NO_CAPTION = re.compile(
     r"(^|_)(licen[cs]e|credit|author|photographer|hash|md5|sha\d*|id|uid|key|path|file)(_|$)", re.I
 )
 _URLS = re.compile(r"(^|_)(image|img|picture|photo|media)?_?(url|uri|link|src|href)s?(_|$)", re.IGNORECASE)
-_FEWEST_WORDS = 3.0  # on average, of a column that is called like nothing in particular
+_FEWEST_WORDS = 3.0  # on average, of a column whose name does not tell that it has captions
 
 
 class Captions(NamedTuple):
     chosen: list[str]
-    others: list[str]  # texts as well, perhaps captions
+    others: list[str]  # further columns of text that may be captions, too
 
 
 def captions_of(rows: Rows, names: Sequence[str]) -> Captions:
-    """The columns that say what is in the picture: by their names, or else the one that says most."""
-    told = {name: said for name in names if (said := _mean_words(rows, name)) is not None}
-    called = [name for name in told if _is_called(name, told[name]) and not _NO_CAPTION.search(_plain(name))]
-    if called:
-        return Captions(called, [name for name in told if name not in called and told[name] >= _FEWEST_WORDS])
-    wordy = sorted((name for name in told if told[name] >= _FEWEST_WORDS), key=lambda name: -told[name])
+    """The columns of captions: those whose names tell it, or else the one with the longest texts."""
+    lengths = {name: length for name in names if (length := _mean_words(rows, name)) is not None}
+    named = [name for name in lengths if _tells_captions(name, lengths[name]) and not _NO_CAPTION.search(_plain(name))]
+    if named:
+        return Captions(named, [name for name in lengths if name not in named and lengths[name] >= _FEWEST_WORDS])
+    wordy = sorted((name for name in lengths if lengths[name] >= _FEWEST_WORDS), key=lambda name: -lengths[name])
     wordy = [name for name in wordy if not _NO_CAPTION.search(_plain(name))]
     return Captions(wordy[:1], wordy[1:])
 
 
-def _is_called(name: str, words: float) -> bool:
-    """Of what is within a column, it may say less than the column that it is in: sentences.tokens."""
-    return bool(_SAYS.search(_plain(name)) and (words >= _FEWEST_WORDS or _SAYS.search(_plain(name).split(".")[-1])))
+def _tells_captions(name: str, length: float) -> bool:
+    """Whether the name tells of captions. A short field of a struct, as in `sentences.tokens`, must tell it itself."""
+    plain = _plain(name)
+    return bool(_CAPTION.search(plain) and (length >= _FEWEST_WORDS or _CAPTION.search(plain.split(".")[-1])))
 
 
 def _plain(name: str) -> str:
-    return _SEPARATE.sub("_", name)
+    return _SEPARATOR.sub("_", name)
 
 
-def texts_of(value: Any) -> list[str]:
-    """A cell as texts: one, or the texts of a list."""
-    values = value if isinstance(value, list) else [value]
-    found = [words.text(one) for one in values if isinstance(one, str | bytes)]
-    return [text.strip() for text in found if text and text.strip()]
+def texts_in(rows: Rows, *columns: str) -> list[str]:
+    """The texts of these columns, row by row; a cell is a text or a list of texts."""
+    cells = (row.get(column) for row in rows for column in columns)
+    values = (value for cell in cells for value in (cell if isinstance(cell, list) else [cell]))
+    texts = (words.text(value) for value in values if isinstance(value, str | bytes))
+    return [text.strip() for text in texts if text and text.strip()]
 
 
 def _mean_words(rows: Rows, name: str) -> float | None:
-    """None for a column that is no text: numbers, dates, addresses, names of files, or next to nothing."""
-    said = [text for row in rows for text in texts_of(row.get(name))]
-    if len(said) < 0.2 * len(rows) or not said:
+    """The mean length of a column's texts; None if it is mostly numbers, dates, URLs, names of files, or empty."""
+    texts = texts_in(rows, name)
+    if len(texts) < 0.2 * len(rows) or not texts:
         return None
-    if _share(said, _is_address) > 1 - MOSTLY or _share(said, _is_file) > MOSTLY or _share(said, _is_number) > MOSTLY:
+    if _share(texts, _is_url) > 1 - MOSTLY or _share(texts, _is_file) > MOSTLY or _share(texts, _is_number) > MOSTLY:
         return None
-    return sum(len(text.split()) for text in said) / len(said)
+    return sum(len(text.split()) for text in texts) / len(texts)
 
 
-def _share(said: Sequence[str], what: Any) -> float:
-    return sum(map(bool, map(what, said))) / max(1, len(said))
+def _share(texts: Sequence[str], condition: Callable[[str], bool]) -> float:
+    return sum(map(condition, texts)) / max(1, len(texts))
 
 
 def is_header(names: Sequence[str]) -> bool:
-    """Whether a table's first line may be the names of its columns, and not a row."""
-    return not any(_is_address(name) or _is_file(name) for name in names)
+    """Whether a table's first line can be the names of its columns and not a row of values."""
+    return not any(_is_url(name) or _is_file(name) for name in names)
 
 
-def _is_address(text: str) -> bool:
+def _is_url(text: str) -> bool:
     return "://" in text and not isinstance(http_url(text), Rejection)
 
 
@@ -91,20 +93,16 @@ def _is_number(text: str) -> bool:
 
 
 def urls_in(rows: Rows, names: Sequence[str]) -> list[str]:
-    """The columns of addresses, the likeliest to be pictures' first."""
-    found = []
+    """The columns of URLs, the one that most likely leads to pictures first."""
+    scores = {}
     for name in names:
-        said = [text for row in rows for text in texts_of(row.get(name))]
-        if said and len(said) >= 0.5 * len(rows) and _share(said, _is_address) >= MOSTLY:
-            ends = _share(said, lambda text: text.lower().partition("?")[0].endswith(IMAGE_SUFFIXES))
-            found.append((name, ends + bool(_URLS.search(_plain(name)))))
-    return [name for name, _ in sorted(found, key=lambda pair: -pair[1])]
+        texts = texts_in(rows, name)
+        if texts and len(texts) >= 0.5 * len(rows) and _share(texts, _is_url) >= MOSTLY:
+            suffixed = _share(texts, lambda text: text.lower().partition("?")[0].endswith(IMAGE_SUFFIXES))
+            scores[name] = suffixed + bool(_URLS.search(_plain(name)))
+    return sorted(scores, key=lambda name: -scores[name])
 
 
 def files_in(rows: Rows, names: Sequence[str]) -> list[str]:
     """The columns that look like names of pictures."""
-    return [
-        name
-        for name in names
-        if (said := [text for row in rows for text in texts_of(row.get(name))]) and _share(said, _is_file) >= MOSTLY
-    ]
+    return [name for name in names if _share(texts_in(rows, name), _is_file) >= MOSTLY]

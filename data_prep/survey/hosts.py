@@ -1,4 +1,4 @@
-"""Where the URLs of a list lead: to the world, or into a network of one's own, where downloads must be let in."""
+"""Whether the hosts of a list of URLs are public or in a private network, which downloads must be allowed to enter."""
 
 from __future__ import annotations
 
@@ -13,42 +13,41 @@ from data_prep.rejections import Rejection
 from data_prep.web.addresses import Lookup, http_url, is_public, look_up, opening
 
 MOST = 8  # hosts that are looked up
-SECONDS = 3.0  # for all of them
+SECONDS = 3.0  # to wait for each of them
 
 
 class Hosts(NamedTuple):
     private: list[str]
     public: list[str]
-    unknown: list[str]  # without an address, as far as this machine can tell
-    fetch: dict[str, Any]  # settings of downloads that open the private ones; empty where none should
+    unknown: list[str]  # that this machine cannot resolve
+    fetch: dict[str, Any]  # settings of downloads that allow the private hosts; empty if there is none to allow
 
 
 def hosts_of(urls: Sequence[str], lookup: Lookup = look_up) -> Hosts:
-    """The hosts that are named most often. Nothing is connected to."""
-    parsed = [found.host for found in map(http_url, urls) if not isinstance(found, Rejection)]
-    names = [name for name, _ in Counter(parsed).most_common(MOST)]
-    answers = {name: _asked(name, lookup) for name in names}
-    found = Hosts([], [], [], {})
-    inside: list[str] = []
-    for name, answer in answers.items():
+    """The hosts that the URLs name most often, looked up by DNS alone: nothing is connected to."""
+    parsed = [url.host for url in map(http_url, urls) if not isinstance(url, Rejection)]
+    lookups = {name: _in_thread(name, lookup) for name, _ in Counter(parsed).most_common(MOST)}
+    hosts = Hosts([], [], [], {})
+    all_addresses: list[str] = []
+    for name, pending in lookups.items():
         addresses: list[str] = []
         with suppress(OSError, ValueError, TimeoutError):
-            addresses = answer.result(SECONDS)
-        where = found.unknown if not addresses else found.public if all(map(is_public, addresses)) else found.private
-        where.append(name)
-        inside += addresses
-    return found._replace(fetch=opening(inside))
+            addresses = pending.result(SECONDS)
+        kind = hosts.unknown if not addresses else hosts.public if all(map(is_public, addresses)) else hosts.private
+        kind.append(name)
+        all_addresses += addresses
+    return hosts._replace(fetch=opening(all_addresses))
 
 
-def _asked(name: str, lookup: Lookup) -> Future[list[str]]:
-    """In a thread of its own, for which nobody waits longer than he likes."""
-    answer: Future[list[str]] = Future()
+def _in_thread(name: str, lookup: Lookup) -> Future[list[str]]:
+    """The lookup in a daemon thread: it takes no timeout, and must not keep the process from ending."""
+    future: Future[list[str]] = Future()
 
-    def ask() -> None:
+    def run() -> None:
         try:
-            answer.set_result(lookup(name))
-        except Exception as error:  # noqa: BLE001 - it is raised where the answer is waited for
-            answer.set_exception(error)
+            future.set_result(lookup(name))
+        except Exception as error:  # noqa: BLE001 - it is raised by future.result()
+            future.set_exception(error)
 
-    Thread(target=ask, name="dns", daemon=True).start()
-    return answer
+    Thread(target=run, name="dns", daemon=True).start()
+    return future

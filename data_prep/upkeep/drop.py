@@ -1,12 +1,14 @@
-"""What must go before damaged things can be made again: all that says that they, or what came of them, are there.
+"""Deleting what keeps damaged things from being made again: damaged objects, and records that say that work is done.
 
-    damaged data  ->  what was made of damaged shards, and what is damaged of it  ->  the shards' records
-                  ->  what says that all is done
+    damaged data  ->  records of scores and snapshots that are damaged, or were made of damaged shards
+                  ->  the shards' records  ->  summaries and stages that say that all is prepared
 
-In this order, and of scores and snapshots what says that they are done before their records: whoever is killed on the
-way is told by another `verify` what is left to do. Data go whoever names them, as nobody can use them; an object that
-has the hash in its name stays. A shard that is made again has other bytes if its decoders have changed since, so its
-scores go, and the snapshots that list its images: they are made again, too, and are the very same if the shard is.
+Things are deleted in this order, and the records that call scores or a snapshot done before the records of these. So
+after a kill on the way, another `verify` finds what is left to do. A damaged object is deleted whatever names it, as it
+is of no use; an object whose bytes have the hash in its name stays.
+
+A shard that is made again has other bytes if its decoders have changed. So its scores, and snapshots that list its
+images, are made again too; they come out the same if the shard does.
 """
 
 from __future__ import annotations
@@ -34,25 +36,26 @@ from infra.shards import data_name, shard_number, shard_prefix
 from infra.store import Store
 
 
-def drop(store: Store, plan: str, found: Verified) -> list[str]:
-    """Delete what is in the way of making a plan's damaged shards, scores and snapshots again; its keys."""
+def drop(store: Store, plan: str, verified: Verified) -> list[str]:
+    """Delete what keeps a plan's damaged shards, scores and snapshots from being made again; return its keys."""
     numbers = defaultdict[str, set[int]](set)
-    for key in found.again:
+    for key in verified.again:
         parts = layout.SHARD.parts(key)
         numbers[parts["size"]].add(parts["number"])
-    scores = [*found.scores_again, *_scores_of(store, plan, numbers)]
-    snapshots = [*found.snapshots_again, *_snapshots_of(store, plan, numbers)]
-    keys = [*found.objects, *_scored(store, scores), *_listed(store, snapshots), *found.records]
-    if found.again:
+    scores = [*verified.scores_again, *_scores_of(store, plan, numbers)]
+    snapshots = [*verified.snapshots_again, *_snapshots_of(store, plan, numbers)]
+    done = [*_with_summaries(store, scores), *_with_stages(store, snapshots)]
+    keys = [*verified.objects, *done, *verified.records]
+    if verified.again:
         keys += layout.PREPARED.keys(store, plan=plan)
         keys += _stages(store, PrepareSummary, plan=plan)
     return _deleted(store, keys)
 
 
-def drop_shared(store: Store, found: Shared) -> list[str]:
-    """The same for what belongs to no plan alone. What was downloaded comes again where it is needed."""
-    keys = _deleted(store, [*found.objects, *_listed(store, found.snapshots_again), *found.records])
-    for key in found.tars_again:
+def drop_shared(store: Store, shared: Shared) -> list[str]:
+    """The same for what belongs to no single plan. Originals are downloaded again where they are needed."""
+    keys = _deleted(store, [*shared.objects, *_with_stages(store, shared.snapshots_again), *shared.records])
+    for key in shared.tars_again:
         originals.mark_dropped(store, read_record(store, key, BatchRecord))
     return keys
 
@@ -65,22 +68,22 @@ def _deleted(store: Store, keys: Iterable[str]) -> list[str]:
 
 
 def _scores_of(store: Store, plan: str, shards: Mapping[str, Collection[int]]) -> Iterator[str]:
-    """The records of the scores of these shards, by their sizes."""
+    """The keys of all records of scores of these shards, which are given by size."""
     for size, numbers in shards.items():
         yield from (key for key in layout.SCORE.keys(store, plan=plan, size=size) if shard_number(key) in numbers)
 
 
-def _scored(store: Store, records: Collection[str]) -> Iterator[str]:
-    """These records of scores, and before them all that says that their scorers are done."""
-    found = (layout.SCORE.parse(key) or layout.SCORED.parse(key) or {} for key in records)
-    for plan, size, scorer in dict.fromkeys((parts["plan"], parts["size"], parts["scorer"]) for parts in found):
+def _with_summaries(store: Store, records: Collection[str]) -> Iterator[str]:
+    """These records of scores, and before them the summaries and stages that say that their scorers are done."""
+    parsed = (layout.SCORE.parse(key) or layout.SCORED.parse(key) or {} for key in records)
+    for plan, size, scorer in dict.fromkeys((parts["plan"], parts["size"], parts["scorer"]) for parts in parsed):
         yield from layout.SCORED.keys(store, plan=plan, size=size, scorer=scorer)
         yield from _stages(store, ScoreSummary, plan=plan, size=size, scorer=scorer)
     yield from filter(store.exists, records)
 
 
 def _snapshots_of(store: Store, plan: str, shards: Mapping[str, Collection[int]]) -> Iterator[str]:
-    """The records of the snapshots that list images of these shards."""
+    """The keys of the records of snapshots that list images of these shards."""
     tars = {
         shard_prefix(plan, size): tuple(data_name(size, number) for number in numbers)
         for size, numbers in shards.items()
@@ -88,7 +91,7 @@ def _snapshots_of(store: Store, plan: str, shards: Mapping[str, Collection[int]]
     for key in layout.SNAPSHOT.keys(store) if tars else ():
         try:
             record = read_record(store, key, SnapshotRecord)
-        except RecordError:  # of no use to anybody, and told of apart
+        except RecordError:  # `verify_shared` reports it
             continue
         names = tars.get(record.shards, ())
         if names and any(_lists(store, part, names) for part in (record.selection, record.held_out)):
@@ -96,25 +99,25 @@ def _snapshots_of(store: Store, plan: str, shards: Mapping[str, Collection[int]]
 
 
 def _lists(store: Store, selection: DataObject, tars: tuple[str, ...]) -> bool:
-    """Whether it lists images of these tars, which are told by how their names begin."""
+    """Whether it lists images of tars whose keys begin so."""
     try:
         return any(
             name.startswith(tars) for part in column(store, selection, "tar") for name in part.unique().to_pylist()
         )
-    except (DataError, NotFound, SettingsError):  # damaged or gone: of no use to anybody as it is
+    except (DataError, NotFound, SettingsError):  # damaged or gone, so that it must be made again in any case
         return True
 
 
-def _listed(store: Store, records: Collection[str]) -> Iterator[str]:
-    """These records of snapshots, and before them the stages that say that they are there."""
+def _with_stages(store: Store, records: Collection[str]) -> Iterator[str]:
+    """These records of snapshots, and before them the records of the stages that made them."""
     for key in records:
         yield from _stages(store, SnapshotOutput, record=key)
     yield from filter(store.exists, records)
 
 
-def _stages(store: Store, output: type[Output], **facts: str) -> Iterator[str]:
-    """The records of the stages of a kind that came to this."""
+def _stages(store: Store, output: type[Output], **values: str) -> Iterator[str]:
+    """The keys of the records of stages whose output is of this class and has these values in its fields."""
     for key in layout.STAGE.keys(store, kind=output.kind):
-        found = read_record(store, key, StageRecord).of(output)
-        if all(getattr(found, name) == value for name, value in facts.items()):
+        stage_output = read_record(store, key, StageRecord).of(output)
+        if all(getattr(stage_output, name) == value for name, value in values.items()):
             yield key

@@ -1,17 +1,17 @@
-"""`gc`: delete the data that no record names: what killed jobs left, and what those made whose records came second.
+"""`gc`: delete data objects that no record names. Killed jobs leave such orphans, and jobs whose record came second.
 
-An object under `data/` is named by any JSON record outside of it that holds its key, whatever the record is; by the
-table of a plan, which says where its inputs were put as Parquet; and by the selection of a snapshot, which says where
-its images lie. All others are orphans, if they are old enough: a job writes its data before its record. What does not
-carry a hash in its name was put there by somebody else, and stays.
+An object under `data/` is in use if its key is in any JSON record outside of `data/`, of whatever kind; in the table of
+a plan, which names its inputs that were stored as Parquet; or in the selection of a snapshot, which names the tars of
+its images. Every other object is an orphan if it is old enough: a job writes its data before its record, so a new one
+may be about to be named. Objects without a hash in their names were not written by pixnerd, and stay.
 
-A job that finds an old orphan which is just what it has made does not send it again, and names it. So the records that
-have come or changed while the others were read are read as well, just before anything is deleted. What is left is a job
-that found its data there before they were deleted and writes its record after that: then `verify` tells of a missing
-object and how to have it made again. No job at work, no such race.
+A running job may make the very bytes of an old orphan. It then does not upload them, as the object exists, and writes a
+record that names the orphan. So before anything is deleted, the records are listed once more, and new and changed ones
+are read. One race is left: a job that found the object before it was deleted, and writes its record afterwards.
+`verify` then reports a missing object, and how to have it made again. Without running jobs there is no such race.
 
-Whatever else lies in a store (checkpoints, pictures) is not looked at: it lies with its own records. Training states
-are `training.leftovers`'s.
+Only `data/` is collected. What lies beside its own record (checkpoints, pictures) stays; `training.leftovers` deletes
+old training states.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from infra.layout import place_of
 from infra.records import DataObject, SnapshotRecord, named_sha256
 from infra.store import Entry, Store
 
-LARGEST = 64 << 20  # bytes of a JSON that is no record of ours and is looked into all the same
-READERS = 16  # requests for small objects under way at once
-SHOWN = 5  # keys
+LARGEST = 64 << 20  # bytes: JSON files that are no records of pixnerd are searched for keys up to this size
+READERS = 16  # simultaneous requests for small objects
+SHOWN = 5  # keys of orphans that are listed by name
 _QUOTED = re.compile(rb'"(%s[^"\\]+)"' % layout.DATA.encode())
 
 
@@ -46,19 +46,19 @@ class Count(NamedTuple):
 
 class Garbage(NamedTuple):
     objects: int  # under data/, in all
-    orphans: dict[str, Count]  # "data/256" -> those to delete
-    first: list[str]  # some of their keys
-    young: int  # orphans that may be those of a job at work
-    foreign: int  # objects whose names hold no hash
-    unknown: list[str]  # keys of JSON that is no record of any kind that this pixnerd knows
+    orphans: dict[str, Count]  # folder, such as "data/256" -> the orphans in it that are old enough
+    first: list[str]  # the first keys of these
+    young: int  # orphans that are not old enough: a running job may be about to name them
+    foreign: int  # objects without a hash in their names
+    unknown: list[str]  # keys of JSON files that are no record of a kind that this pixnerd knows
 
 
 def collect(store: Store, older_than_hours: float = 24.0, *, dry_run: bool = False) -> Garbage:
-    """Find the orphans, and delete them unless it is a dry run. A record that cannot be read ends it before that."""
+    """Find the orphans, and delete them unless `dry_run`. If a record cannot be read, nothing is deleted."""
     limit = store.now() - 3600 * older_than_hours
     data: list[Entry] = []
     records: dict[str, float] = {}
-    for entry in store.list_unchecked():  # whatever lies there: a name that is none of ours stops nothing
+    for entry in store.list_unchecked():  # also names that pixnerd would not write
         if entry.key.startswith(layout.DATA):
             data.append(entry)
         elif _may_name(entry):
@@ -68,8 +68,8 @@ def collect(store: Store, older_than_hours: float = 24.0, *, dry_run: bool = Fal
     unnamed = [entry for entry in ours if entry.key not in named]
     orphans = [entry for entry in unnamed if entry.modified <= limit]
     if orphans:
-        since = [e.key for e in store.list_unchecked() if _may_name(e) and records.get(e.key) != e.modified]
-        named = _named(store, since)
+        newer = [e.key for e in store.list_unchecked() if _may_name(e) and records.get(e.key) != e.modified]
+        named = _named(store, newer)
         orphans = [entry for entry in orphans if entry.key not in named]
     if not dry_run:
         for _ in in_order(store.delete, [entry.key for entry in orphans], READERS):
@@ -80,23 +80,24 @@ def collect(store: Store, older_than_hours: float = 24.0, *, dry_run: bool = Fal
         first=[entry.key for entry in orphans[:SHOWN]],
         young=sum(entry.modified > limit for entry in unnamed),
         foreign=len(data) - len(ours),
-        unknown=[key for key in records if place_of(key) is None and not _is_of_a_folder(key)],
+        unknown=[key for key in records if place_of(key) is None and not _is_in_a_folder(key)],
     )
 
 
 def _counted(orphans: Iterable[Entry]) -> dict[str, Count]:
-    found: dict[str, Count] = {}
+    counts: dict[str, Count] = {}
     for entry in orphans:
         folder = "/".join(entry.key.split("/")[:2])
-        objects, size = found.get(folder, (0, 0))
-        found[folder] = Count(objects + 1, size + entry.size)
-    return found
+        objects, size = counts.get(folder, (0, 0))
+        counts[folder] = Count(objects + 1, size + entry.size)
+    return counts
 
 
-# What names objects
+# Which objects are named by records
 
 
 def _may_name(entry: Entry) -> bool:
+    """Whether an object is to be searched for keys of data objects."""
     if entry.key.startswith((layout.DATA, *layout.NOT_OURS)) or not is_key(entry.key):
         return False
     place = place_of(entry.key)
@@ -105,29 +106,29 @@ def _may_name(entry: Entry) -> bool:
     return place.record != "" or bool(place.names)
 
 
-def _is_of_a_folder(key: str) -> bool:
-    """Whether it lies with its own record: the settings of a checkpoint, say."""
+def _is_in_a_folder(key: str) -> bool:
+    """Whether it is a data object that lies beside its own record, such as the settings of a checkpoint."""
     return named_sha256(key) is not None and any(folder.holds(key) for folder in layout.FOLDERS)
 
 
 def _named(store: Store, keys: Collection[str]) -> set[str]:
-    """The data that these records name."""
+    """The keys of the data objects that these records name."""
     return {name for names in in_order(partial(_names, store), keys, READERS) for name in names}
 
 
 def _names(store: Store, key: str) -> set[str]:
     try:
-        found = store.get(key)
-    except NotFound:  # deleted since it was listed: old training states are
+        content = store.get(key)
+    except NotFound:  # deleted since it was listed, as old training states are
         return set()
     try:
         if layout.PLANNED.parse(key):
-            table = pq.read_table(pa.BufferReader(found), columns=["table"])
+            table = pq.read_table(pa.BufferReader(content), columns=["table"])
             return set(filter(_is_data, table["table"].to_pylist()))
-        if place_of(key) is None:  # somebody's, who may name ours: what they look like is not ours to say
-            return {name.decode(errors="replace") for name in _QUOTED.findall(found)}
-        names = set(filter(_is_data, _values(json.loads(found))))
-        record = SnapshotRecord.model_validate_json(found) if layout.SNAPSHOT.parse(key) else None
+        if place_of(key) is None:  # not written by pixnerd: any quoted key counts, in whatever format
+            return {name.decode(errors="replace") for name in _QUOTED.findall(content)}
+        names = set(filter(_is_data, _strings(json.loads(content))))
+        record = SnapshotRecord.model_validate_json(content) if layout.SNAPSHOT.parse(key) else None
     except (ValueError, RecursionError, pa.ArrowException, OSError) as error:
         raise _unreadable(store, key, type(error).__name__) from None
     for selection in (record.selection, record.held_out) if record else ():
@@ -136,16 +137,16 @@ def _names(store: Store, key: str) -> set[str]:
 
 
 def _tars(store: Store, key: str, selection: DataObject) -> set[str]:
-    """Where a selection's images lie."""
+    """The tars that hold a selection's images."""
     try:
         return {name for part in column(store, selection, "tar") for name in part.unique().to_pylist()}
     except (PixnerdError, KeyError, ValueError) as error:
         raise _unreadable(store, key, f"its {selection.key}: {type(error).__name__}") from None
 
 
-def _values(found: Any) -> Iterator[Any]:
-    """Every string of a JSON value, however deep."""
-    waiting = [found]
+def _strings(json_value: Any) -> Iterator[Any]:
+    """Every key and every plain value in a JSON value, however deep."""
+    waiting = [json_value]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):

@@ -1,12 +1,12 @@
-"""Which URLs may be asked for, and which addresses may be connected to: the guard between a list of strangers' URLs
-and the network that this machine stands in.
+"""Which URLs may be requested and which addresses may be connected to: protects this machine's network from untrusted
+URLs (server-side request forgery).
 
-A URL is checked as text (`http_url`). Where it leads is only known once its name is resolved, so addresses are checked
-there (`Resolver`), and once more where the socket is made (`Opened.socket`), which those written in a URL pass too. The
-addresses that were checked are the ones connected to. The blocks are those of IANA's special-purpose registries.
+A URL is checked as text (`http_url`). Which addresses it leads to is known only when its host is resolved, so they are
+checked then (`Resolver`), and again when the socket is made (`Opened.socket`), through which IP addresses in URLs pass
+too. The addresses that were checked are connected to. The blocks are those of IANA's special-purpose registries.
 
-What is not public is closed unless the settings open it: this machine, networks by name, and, by a switch of its own,
-what is link-local or a cloud's metadata service, which tells secrets to whoever asks from inside.
+Addresses that are not public are closed unless the settings open them: this machine, networks by name and, with a
+setting of their own, link-local addresses and clouds' metadata services, which tell secrets to any client inside.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from infra.config import Refused
 from infra.problems import shown
 
 LONGEST_URL = 8000  # characters; servers refuse longer request lines
-ASKABLE = "!$&'()*+,;=:@/?%[]|"  # sent as it stands, since signed URLs break when they are quoted anew
+ASKABLE = "!$&'()*+,;=:@/?%[]|"  # these are not quoted, since signed URLs break when they are quoted anew
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _NAME = re.compile(r"(?!.{254})[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
-# Most URLs: asked for just as they are written, which need not be found out part by part.
+# Matches most URLs, which are requested exactly as they are written and need no parsing.
 _PLAIN = re.compile(
     r"https?://(?P<host>(?:[a-z0-9_-]{1,40}\.){1,5}[a-z]{2,20})(?::[1-9][0-9]{0,3})?"
     r"/[A-Za-z0-9_.~!$&'()*+,;=:@/%\[\]|-]{0,3000}(?:\?[A-Za-z0-9_.~!$&'()*+,;=:@/?%\[\]|-]{1,3000})?"
@@ -55,7 +55,7 @@ _CLOSED_V4 = _blocks(
     "10.0.0.0/8",
     "100.64.0.0/10",  # behind a carrier's NAT
     "127.0.0.0/8",
-    "168.63.129.16/32",  # Azure's door to its hosts, on a public address
+    "168.63.129.16/32",  # Azure's access to its hosts, on a public address
     "169.254.0.0/16",  # link-local, and every cloud's metadata
     "172.16.0.0/12",
     "192.0.0.0/24",
@@ -68,16 +68,16 @@ _CLOSED_V4 = _blocks(
     "224.0.0.0/4",  # multicast
     "240.0.0.0/4",  # reserved, and broadcast
 )
-_OPEN_V6 = IPv6Network("2000::/3")  # all that is handed out to the world
+_OPEN_V6 = IPv6Network("2000::/3")  # all that IANA assigns to the public internet
 _CLOSED_V6 = _blocks(
     "2001::/23",  # protocols' own: Teredo, ORCHID, benchmarks
     "2001:db8::/32",
-    "2002::/16",  # 6to4: an IPv4 address inside, whoever's that is
+    "2002::/16",  # 6to4: it contains any IPv4 address
     "3fff::/20",
 )
 _NAT64 = IPv6Network("64:ff9b::/96")
 _LOOPBACK = _blocks("127.0.0.0/8", "::1")
-# Clouds have metadata services on these, beside what is link-local.
+# Link-local addresses, and others on which clouds have metadata services.
 _METADATA = _blocks(
     *("169.254.0.0/16", "fe80::/10"),
     "100.100.100.200",  # Alibaba
@@ -88,22 +88,25 @@ _METADATA = _blocks(
     "fd00:ec2::/32",  # Amazon
     "fd20:ce::/32",  # Google
 )
-# These lead to an IPv4 address inside of theirs, whichever that is.
+# Addresses of these lead to the IPv4 address that they contain, whichever that is.
 _TUNNELS = _blocks("::/96", "64:ff9b:1::/48", "2001::/32", "2002::/16")
 
 
-Lookup = Callable[[str], list[str]]  # a host's name -> its addresses, or an OSError
+Lookup = Callable[[str], list[str]]  # a host's name -> its addresses; raises an OSError
 
 
 class HttpUrl(NamedTuple):
-    """A URL that may be asked for: ASCII, no password, no fragment; `host` in lower case, IDN in its ASCII form."""
+    """A URL that may be requested: ASCII, no password, no fragment; `host` in lower case, IDN in its ASCII form."""
 
     text: str
     host: str
 
 
 def http_url(text: str) -> HttpUrl | Rejection:
-    """The URL as it will be asked for, or why it will not. No detail repeats the URL: there may be a password in it."""
+    """The URL as it will be requested, or why it is refused. No detail repeats the URL, which may hold a password.
+
+    `http_url("HTTP://Host.Example./a b#c")` is `http://host.example/a%20b`.
+    """
     if plain := _PLAIN.fullmatch(text):
         return HttpUrl(text, plain["host"])
     return _parsed(text.strip(" \t\r\n\f\v"))
@@ -121,15 +124,15 @@ def _parsed(text: str) -> HttpUrl | Rejection:
         if "@" in place:
             return _bad("a user name or password")
         host, port = _host_and_port(place)
-        asked = quote(path or "/", ASKABLE, errors="surrogateescape")
+        target = quote(path or "/", ASKABLE, errors="surrogateescape")
         if query:
-            asked += "?" + quote(query, ASKABLE, errors="surrogateescape")
+            target += "?" + quote(query, ASKABLE, errors="surrogateescape")
     except ValueError:  # UnicodeError is one
         return _bad("not a URL")
     if not host:
         return _bad("no host, or one that no name can be")
     literal = f"[{host}]" if ":" in host else host
-    return HttpUrl(f"{scheme}://{literal}{'' if port is None else f':{port}'}{asked}", host)
+    return HttpUrl(f"{scheme}://{literal}{'' if port is None else f':{port}'}{target}", host)
 
 
 def _bad(detail: str) -> Rejection:
@@ -137,20 +140,20 @@ def _bad(detail: str) -> Rejection:
 
 
 def _host_and_port(place: str) -> tuple[str, int | None]:
-    """The host as it will be looked up ("" for none that may be), and the port if one is written."""
-    parts = urlsplit(f"//{place}")
-    host, port = parts.hostname or "", parts.port
+    """The host as it will be looked up ("" for none, or one that is not allowed), and the port if one is written."""
+    netloc = urlsplit(f"//{place}")
+    host, port = netloc.hostname or "", netloc.port
     if port == 0:
         raise ValueError("port 0")
     if place.startswith("["):
-        return str(IPv6Address(host)) if "%" not in host else "", port  # a zone means something here only
+        return str(IPv6Address(host)) if "%" not in host else "", port  # a zone names an interface of this machine
     if not host.isascii():
         host = URL.build(scheme="http", host=host).raw_host or ""
     host = host.removesuffix(".")
     if not _NAME.fullmatch(host):
         return "", port
     if _NUMBER.fullmatch(host.rpartition(".")[2]):
-        # 2130706433, 0x7f.1 and 0177.0.0.1 are ways to write an address too: written plainly, all meet the guard.
+        # 2130706433, 0x7f.1 and 0177.0.0.1 are IPv4 addresses too: in plain form, all are checked.
         try:
             return str(IPv4Address(socket.inet_aton(host))), port
         except OSError:
@@ -159,24 +162,22 @@ def _host_and_port(place: str) -> tuple[str, int | None]:
 
 
 def is_public(address: str) -> bool:
-    """Whether an address, as a resolver or a socket writes it, belongs to the world, not to some network's inside."""
-    found = _meant(address)
-    if found is None or (isinstance(found, IPv6Address) and found.scope_id is not None):
-        return False
-    if isinstance(found, IPv4Address):
-        return not _within(found, _CLOSED_V4)
-    return found in _OPEN_V6 and not _within(found, _CLOSED_V6)
+    """Whether an address, as a resolver or a socket writes it, is on the public internet."""
+    target = _effective(address)
+    if isinstance(target, IPv4Address):
+        return not _within(target, _CLOSED_V4)
+    return target is not None and target.scope_id is None and target in _OPEN_V6 and not _within(target, _CLOSED_V6)
 
 
-def _meant(address: str) -> IPv4Address | IPv6Address | None:
-    """The address that is connected to: IPv4 may be written as IPv6. None for what is no address."""
+def _effective(address: str) -> IPv4Address | IPv6Address | None:
+    """The address that is really connected to, as an IPv6 address may stand for an IPv4 one; None for no address."""
     try:
-        found = ipaddress.ip_address(address)
+        written = ipaddress.ip_address(address)
     except ValueError:
         return None
-    if isinstance(found, IPv6Address) and found.scope_id is None:
-        return found.ipv4_mapped or (IPv4Address(int(found) & 0xFFFFFFFF) if found in _NAT64 else found)
-    return found
+    if isinstance(written, IPv6Address) and written.scope_id is None:
+        return written.ipv4_mapped or (IPv4Address(int(written) & 0xFFFFFFFF) if written in _NAT64 else written)
+    return written
 
 
 def _within(address: IPv4Address | IPv6Address, blocks: Iterable[IpNetwork]) -> bool:
@@ -184,24 +185,24 @@ def _within(address: IPv4Address | IPv6Address, blocks: Iterable[IpNetwork]) -> 
 
 
 def _openable(text: str) -> str:
-    """For settings: a network that can be opened by its name."""
+    """A setting's value, if it is a network that can be opened by name."""
     try:
-        found = ipaddress.ip_network(text, strict=False)
+        network = ipaddress.ip_network(text, strict=False)
     except ValueError:
         raise Refused(f"{shown(text)} is no network", remedy="write one such as 10.0.0.0/8, or an address") from None
-    if "/" in text and str(found.network_address) != text.partition("/")[0]:
-        raise Refused(f"{shown(text)} is an address in a network", remedy=f"write {found}, or the address alone")
-    if _inside(found, _METADATA):
+    if "/" in text and str(network.network_address) != text.partition("/")[0]:
+        raise Refused(f"{shown(text)} is an address in a network", remedy=f"write {network}, or the address alone")
+    if _inside(network, _METADATA):
         raise Refused(
             f"{shown(text)} is link-local, or a cloud's metadata service", remedy="only `fetch.allow_metadata` opens it"
         )
-    if _inside(found, _TUNNELS) and not _inside(found, _LOOPBACK):
+    if _inside(network, _TUNNELS) and not _inside(network, _LOOPBACK):
         raise Refused(f"{shown(text)} leads to IPv4 addresses", remedy="name the IPv4 network")
-    return str(found)
+    return str(network)
 
 
 def _inside(network: IpNetwork, blocks: Iterable[IpNetwork]) -> bool:
-    """The whole of it: blocks part the addresses, so that the first and the last tell."""
+    """Whether all of the network is in one of the blocks."""
     return any(network.network_address in block and network.broadcast_address in block for block in blocks)
 
 
@@ -214,27 +215,26 @@ class PrivateAddress(Exception):
 
 @dataclass(frozen=True)
 class Opened:
-    """What may be connected to: the world, and what the settings open beside it."""
+    """What may be connected to: the public internet, and what the settings open in addition."""
 
     loopback: bool = False
     networks: tuple[IpNetwork, ...] = ()
-    metadata: bool = False  # what is link-local as well
+    metadata: bool = False  # link-local addresses, too
 
     def admits(self, address: str) -> bool:
         if is_public(address):
             return True
-        found = _meant(address)
-        if found is None:
+        target = _effective(address)
+        if target is None:
             return False
-        if _within(found, _METADATA):
+        if _within(target, _METADATA):
             return self.metadata
-        if _within(found, _LOOPBACK) and self.loopback:
-            return True
-        hidden = _within(found, _TUNNELS) and not _within(found, _LOOPBACK)
-        return not hidden and _within(found, self.networks)
+        if _within(target, _LOOPBACK):
+            return self.loopback or _within(target, self.networks)
+        return not _within(target, _TUNNELS) and _within(target, self.networks)
 
     def socket(self, info: tuple[Any, ...]) -> socket.socket:
-        """For a connection to an address that is admitted; every connection passes here."""
+        """A socket for an address, if it is admitted. Every connection of the downloader is made with it."""
         address = str(info[4][0])
         if not self.admits(address):
             raise PrivateAddress(address)
@@ -242,10 +242,10 @@ class Opened:
 
 
 def opening(addresses: Iterable[str]) -> dict[str, Any]:
-    """The settings that open these addresses and no others; none do for what only `allow_metadata` opens."""
-    closed = [found for found in map(_meant, addresses) if found is not None and not is_public(str(found))]
-    inside = [found for found in closed if not _within(found, _LOOPBACK)]
-    networks = {str(found): None for found in inside if not _within(found, [*_METADATA, *_TUNNELS])}
+    """The settings that open these addresses and no others; they leave out what only `allow_metadata` opens."""
+    closed = [target for target in map(_effective, addresses) if target is not None and not is_public(str(target))]
+    inside = [target for target in closed if not _within(target, _LOOPBACK)]
+    networks = {str(target): None for target in inside if not _within(target, [*_METADATA, *_TUNNELS])}
     settings: dict[str, Any] = {"allow_private": True} if len(inside) < len(closed) else {}
     return settings | ({"allow_networks": list(networks)} if networks else {})
 
@@ -256,7 +256,7 @@ def look_up(host: str) -> list[str]:
 
 
 class Resolver(AbstractResolver):
-    """The system's resolver, each question in a thread of its own: one that hangs delays nobody, nor the end."""
+    """The system's resolver. Each lookup has its own daemon thread: one that hangs delays no other, nor the exit."""
 
     def __init__(self, lookup: Lookup, opened: Opened) -> None:
         self._lookup = lookup
@@ -268,12 +268,12 @@ class Resolver(AbstractResolver):
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[list[str]] = loop.create_future()
         threading.Thread(target=_answer, args=(loop, answer, self._lookup, host), name="dns", daemon=True).start()
-        found = await answer
-        allowed = [address for address in found if self._opened.admits(address)]
-        if found and not allowed:
-            raise PrivateAddress(found[0])
-        if not found:
+        resolved = await answer
+        allowed = [address for address in resolved if self._opened.admits(address)]
+        if not resolved:
             raise OSError(f"{host} has no address")
+        if not allowed:
+            raise PrivateAddress(resolved[0])
         return [
             ResolveResult(
                 hostname=host,
@@ -291,19 +291,19 @@ class Resolver(AbstractResolver):
 
 
 def _answer(loop: asyncio.AbstractEventLoop, answer: asyncio.Future[list[str]], lookup: Lookup, host: str) -> None:
-    def settle(found: list[str] | OSError) -> None:
+    def settle(result: list[str] | OSError) -> None:
         if answer.done():
             return
-        if isinstance(found, OSError):
-            answer.set_exception(found)
+        if isinstance(result, OSError):
+            answer.set_exception(result)
         else:
-            answer.set_result(found)
+            answer.set_result(result)
 
     try:
-        found: list[str] | OSError = lookup(host)
+        result: list[str] | OSError = lookup(host)
     except OSError as error:
-        found = error
-    except ValueError as error:  # a name that no resolver can be asked about
-        found = OSError(str(error))
-    with suppress(RuntimeError):  # nobody waits any more
-        loop.call_soon_threadsafe(settle, found)
+        result = error
+    except ValueError as error:  # the name cannot be encoded for a lookup
+        result = OSError(str(error))
+    with suppress(RuntimeError):  # the loop is closed: nothing waits for the answer
+        loop.call_soon_threadsafe(settle, result)

@@ -1,11 +1,11 @@
-"""URLs -> the bytes behind them, or a Rejection with its cause; as they come.
+"""Downloads URLs: gives the bytes of each, or a Rejection with its cause, in the order in which they are finished.
 
-An event loop in a thread of its own downloads; the generator feeds it URLs and hands out what it brings, so deadlines
-hold while the caller is busy elsewhere. What is under way and what waits to be taken is bounded.
+An event loop in its own thread downloads, and a generator feeds it URLs and yields results: so deadlines hold while the
+caller does something else. The downloads under way, and the results not yet taken, are bounded.
 
-Everything on the other side is hostile: one deadline covers all that an item does on the network (a timeout for each
-read never ends a stream that drips), bodies are counted as they come, and every address is checked where it is
-connected to, after resolution and on every redirect, so that no name can mean something else a moment later.
+Servers are not trusted. One deadline covers all of an item's network time, since a timeout of each read never ends a
+stream that sends a byte now and then. The bytes of a body are counted as they arrive. Every address is checked where it
+is connected to, after resolution and on each redirect, so that a host cannot resolve to something else after a check.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from infra.text import printable
 
 _log = logging.getLogger(__name__)
 
-LOOK_AHEAD = 64  # URLs looked at together for each slot, so that those of other hosts overtake those of a full one
+LOOK_AHEAD = 64  # unfinished URLs for each slot, so that those of other hosts overtake a host without free slots
 
 
 class FetchSettings(Settings):
@@ -82,30 +82,30 @@ class FetchSettings(Settings):
 
     @property
     def opened(self) -> Opened:
-        """What is connected to beside the public world."""
+        """What may be connected to."""
         return Opened(self.allow_private, tuple(map(ip_network, self.allow_networks)), self.allow_metadata)
 
 
 class Fetched(NamedTuple):
-    number: int  # of its URL among those asked for
+    number: int  # the place of its URL among those that were given
     data: bytes | Rejection
-    url: str  # the last that was asked for; empty if none was
+    url: str  # the last one that was requested; empty if none was
     status: int | None  # of the last answer
-    content_type: str  # as the server says
+    content_type: str  # as the server declares it
     tries: int
-    redirects: int = 0  # that were followed, in the last try
-    wish: str = ""  # that it be left alone, as an answer said, whether or not that was heeded
-    private: str = ""  # the addresses that were asked on the way and are not public, with blanks between them
+    redirects: int = 0  # followed in the last try
+    wish: str = ""  # a response's request not to use the item, whether or not it was honoured
+    private: str = ""  # the addresses that were connected to and are not public, separated by blanks
 
 
 def fetch(
     urls: Iterable[str | Rejection], settings: FetchSettings, max_bytes: int, lookup: Lookup | None = None
 ) -> Generator[Fetched, None, None]:
-    """One result for each URL, as it comes: a host that hangs holds up its own items only.
+    """One result for each URL as soon as there is one: a host that hangs delays only its own items.
 
-    A Rejection among the URLs is handed through. Once `ahead_mib` of bodies are held nothing further is started, so
-    that no more than those and `at_once` bodies under way are ever in memory. The limits in `settings` are this call's
-    own: whoever makes several calls at once hands each its share. `lookup` stands in for the system's resolver.
+    A Rejection among the URLs is returned as it is. While bodies of `ahead_mib` are held no download is started, so
+    that memory holds at most these and `at_once` bodies under way. The limits in `settings` are those of one call:
+    concurrent calls must share them out. `lookup` replaces the system's resolver.
     """
     downloads = _Downloads(settings, max_bytes, lookup or look_up)
     try:
@@ -115,7 +115,7 @@ def fetch(
 
 
 class _Item:
-    """One URL on its way through redirects and tries; or, of an origin, its robots.txt on the same way."""
+    """A URL that is being downloaded, with its redirects and tries; or, with an `origin`, that one's robots.txt."""
 
     __slots__ = (
         *("asked", "at", "cleared", "content_type", "hops", "index", "left", "origin", "status", "task", "timed_out"),
@@ -126,10 +126,10 @@ class _Item:
         self.index = index
         self.origin = origin
         self.url = url
-        self.at = url  # where the redirects have led
-        self.asked = ""  # the last URL that was
-        self.cleared = origin is not None  # the rules of where it is do not forbid it
-        self.left = seconds  # of its time; what it waits for a free slot is not counted
+        self.at = url  # the URL to which redirects have led
+        self.asked = ""  # the last URL that was requested
+        self.cleared = origin is not None  # whether robots.txt was checked for `at`, and does not forbid it
+        self.left = seconds  # of its network time, in which waiting for a free slot is not counted
         self.hops = self.tries = 0
         self.status: int | None = None
         self.content_type = self.wish = self.private = ""
@@ -138,7 +138,7 @@ class _Item:
 
 
 class _Downloads:
-    """Items wait in a heap by their number; each hop and each try is a turn of its own, with a slot of its own."""
+    """The event loop and its queues. Items wait in a heap by number, and take a slot for each hop and each try."""
 
     def __init__(self, settings: FetchSettings, max_bytes: int, lookup: Lookup) -> None:
         self._settings = settings
@@ -147,15 +147,15 @@ class _Downloads:
         self._is_public = lru_cache(10_000)(is_public)
         self._budget = settings.ahead_mib * 2**20
         self._window = LOOK_AHEAD * settings.at_once
-        self._given = 0
-        self._held = 0  # bytes received and not yet known to be handed out
+        self._accepted = 0  # URLs so far
+        self._held = 0  # bytes that were received, and that the caller is not known to have taken
         self._waiting: list[tuple[int, _Item]] = []
         self._waiting_for_host: defaultdict[str, list[tuple[int, _Item]]] = defaultdict(list)
-        self._present: Counter[str] = Counter()  # unfinished items of a host
-        self._running: Counter[str] = Counter()  # and those of them that hold a slot
-        self._slots = settings.at_once  # free ones
-        self._later: dict[_Item, asyncio.TimerHandle] = {}
-        self._for_rules: dict[str, list[_Item]] = {}  # what waits for an origin's robots.txt, which is asked for
+        self._present: Counter[str] = Counter()  # by host: unfinished items
+        self._running: Counter[str] = Counter()  # by host: items that hold a slot
+        self._slots = settings.at_once  # free slots
+        self._later: dict[_Item, asyncio.TimerHandle] = {}  # items that wait to be tried again
+        self._for_rules: dict[str, list[_Item]] = {}  # by origin: items that wait for its robots.txt
         self._rules = robots.Known(settings.user_agent, self._window)
         self._results: SimpleQueue[Fetched | BaseException] = SimpleQueue()
         self._started: Future[asyncio.AbstractEventLoop] = Future()
@@ -166,15 +166,15 @@ class _Downloads:
     # In the caller's thread.
 
     def results(self, urls: Iterator[str | Rejection]) -> Iterator[Fetched]:
-        given = returned = freed = 0
+        sent = returned = freed = 0
         while True:
-            room = self._window - (given - returned)
+            room = self._window - (sent - returned)
             if self._results.empty() or 2 * room > self._window or 8 * freed > self._budget:
                 more = list(islice(urls, room))
-                given += len(more)
+                sent += len(more)
                 self._loop.call_soon_threadsafe(self._guard, self._go_on, more, freed)
                 freed = 0
-            if given == returned:
+            if sent == returned:
                 return
             result = self._results.get()
             if isinstance(result, BaseException):
@@ -193,7 +193,7 @@ class _Downloads:
     def _serve(self) -> None:
         try:
             asyncio.run(self._main())
-        except BaseException as error:  # noqa: BLE001 - to be raised where someone is waiting
+        except BaseException as error:  # noqa: BLE001 - raised where the results are awaited
             if not self._started.done():
                 self._started.set_exception(error)
             self._results.put(error)
@@ -202,10 +202,10 @@ class _Downloads:
         settings = self._settings
         self._closed = asyncio.Event()
         loop = asyncio.get_running_loop()
-        # What a broken TLS peer makes asyncio say belongs in no log of ours: it ends as a cause.
+        # asyncio's messages about broken TLS peers are not logged: each such item has a cause.
         loop.set_exception_handler(lambda _, context: _log.debug(context["message"]))
         connector = aiohttp.TCPConnector(
-            limit=0,  # slots are counted here
+            limit=0,  # connections are limited by slots
             ssl=_tls(),
             resolver=Resolver(self._lookup, settings.opened),
             ttl_dns_cache=60,
@@ -238,18 +238,20 @@ class _Downloads:
     def _go_on(self, urls: list[str | Rejection], freed: int) -> None:
         self._held -= freed
         for url in urls:
-            found = http_url(url) if isinstance(url, str) else url
-            if isinstance(found, Rejection):
-                self._results.put(Fetched(self._given, found, "", None, "", 0))
+            target = http_url(url) if isinstance(url, str) else url
+            if isinstance(target, Rejection):
+                self._results.put(Fetched(self._accepted, target, "", None, "", 0))
             else:
-                item = _Item(self._given, found, self._settings.seconds)
-                self._present[found.host] += 1
-                heappush(self._waiting, (item.index, item))
-            self._given += 1
+                self._present[target.host] += 1
+                self._wait(_Item(self._accepted, target, self._settings.seconds))
+            self._accepted += 1
         self._start()
 
+    def _wait(self, item: _Item) -> None:
+        heappush(self._waiting, (item.index, item))
+
     def _start(self) -> None:
-        """Start what may start, the first ones first."""
+        """Start the waiting items that have a slot, in their order."""
         while self._waiting and self._slots and self._held < self._budget:
             index, item = heappop(self._waiting)
             if not item.cleared and not self._clear(item):
@@ -264,7 +266,7 @@ class _Downloads:
             item.task.add_done_callback(self._check)
 
     def _clear(self, item: _Item) -> bool:
-        """Whether it may be asked for now; if not it is done with, or waits for its origin's rules."""
+        """Whether robots.txt lets it be requested now. If not, it is finished or waits for that file."""
         if self._settings.robots:
             origin, _ = robots.parted(item.at)
             rules = self._rules.of(origin)
@@ -279,12 +281,12 @@ class _Downloads:
         return True
 
     def _wait_for_rules(self, item: _Item, origin: str) -> None:
-        """In no slot, and on no time of its own."""
+        """Keep an item until robots.txt is known. It holds no slot, and this time does not count as its own."""
         if origin not in self._for_rules:
             self._for_rules[origin] = []
             url = HttpUrl(f"{origin}{robots.PATH}", item.at.host)
             self._present[url.host] += 1
-            heappush(self._waiting, (item.index, _Item(item.index, url, self._settings.seconds, origin)))
+            self._wait(_Item(item.index, url, self._settings.seconds, origin))
         self._for_rules[origin].append(item)
 
     def _learn(self, item: _Item, origin: str, data: bytes | Rejection) -> None:
@@ -292,21 +294,21 @@ class _Downloads:
             self._held -= len(data)
         self._rules.learn(origin, data, item.status, astray=item.hops > 0)
         for waiting in self._for_rules.pop(origin):
-            heappush(self._waiting, (waiting.index, waiting))
+            self._wait(waiting)
 
     def _check(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):
             self._results.put(error)
 
     def _guard(self, function: Callable[..., None], *arguments: object) -> None:
-        """Runs a callback of the loop, whose errors nobody would see, and for whose results somebody would wait."""
+        """Run a callback of the loop. Its error would only be logged, while the caller waited for results for ever."""
         try:
             function(*arguments)
         except Exception as error:  # noqa: BLE001 - raised where the results are awaited
             self._results.put(error)
 
     async def _turn(self, item: _Item) -> None:
-        """One request of an item, and what follows from its answer."""
+        """Make one request of an item, and act on the answer."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         deadline = loop.call_later(item.left, _time_out, item)
@@ -340,25 +342,24 @@ class _Downloads:
             if item.hops < most:
                 item.hops += 1
                 self._move(item, answer)
-                heappush(self._waiting, (item.index, item))
+                self._wait(item)
                 return
             answer = Failure(Rejection(Cause.TOO_MANY_REDIRECTS, f"more than {most}"))
         if isinstance(answer, bytes):
             self._finish(item, answer)
             return
         wait = max(answer.wait, self._settings.backoff * 2 ** (item.tries - 1) * random.uniform(0.5, 1.5))
-        again = answer.rejection.cause in TRANSIENT and item.tries <= self._settings.retries and wait < item.left
-        if not again:
+        if answer.rejection.cause in TRANSIENT and item.tries <= self._settings.retries and wait < item.left:
+            item.left -= wait
+            self._later[item] = asyncio.get_running_loop().call_later(wait, self._guard, self._try_again, item)
+        else:
             self._finish(item, answer.rejection)
-            return
-        item.left -= wait
-        self._later[item] = asyncio.get_running_loop().call_later(wait, self._guard, self._try_again, item)
 
     def _try_again(self, item: _Item) -> None:
         del self._later[item]
         item.hops = 0
         self._move(item, item.url)
-        heappush(self._waiting, (item.index, item))
+        self._wait(item)
         self._start()
 
     def _move(self, item: _Item, url: HttpUrl) -> None:
@@ -376,16 +377,16 @@ class _Downloads:
         if item.origin is not None:
             self._learn(item, item.origin, data)
         else:
-            said = (item.asked, item.status, item.content_type, item.tries, item.hops, item.wish, item.private)
-            self._results.put(Fetched(item.index, data, *said))
+            about = (item.asked, item.status, item.content_type, item.tries, item.hops, item.wish, item.private)
+            self._results.put(Fetched(item.index, data, *about))
 
     async def _ask(self, item: _Item) -> bytes | HttpUrl | Failure:
-        """Ask once, follow nothing: the body, or where it is said to be, or why there is none."""
+        """Make one request: returns the body, the target of a redirect, or why there is neither."""
         if not item.hops:
             item.tries += 1
             item.wish = item.private = ""
         item.asked, item.status, item.content_type = item.at.text, None, ""
-        # The last of a host closes the door: thousands of hosts kept alive would use up the files a process may open.
+        # A host's last item closes the connection: those to thousands of hosts would use up the file descriptors.
         headers = {"Connection": "close"} if self._present[item.at.host] == 1 else None
         try:
             url = URL(item.at.text, encoded=True)
@@ -395,9 +396,9 @@ class _Downloads:
                 assert isinstance(response, Answer)
                 if response.peer not in item.private.split() and not self._is_public(response.peer):
                     item.private = f"{item.private} {response.peer}".lstrip()
-                said = wish(response.headers, self._settings.user_agent) if item.origin is None else ""
-                item.wish = item.wish or said
-                refused = refusal(response, item.at, said if self._settings.opt_out else "")
+                opt_out = wish(response.headers, self._settings.user_agent) if item.origin is None else ""
+                item.wish = item.wish or opt_out
+                refused = refusal(response, item.at, opt_out if self._settings.opt_out else "")
                 if refused is not None:
                     return refused
                 if item.origin is not None:
@@ -411,7 +412,7 @@ class _Downloads:
             return Failure(trouble(error))
 
     async def _read(self, response: aiohttp.ClientResponse, limit: int, *, whole: bool = True) -> bytes | Failure:
-        """The body; of one that is too long its beginning, if it need not be whole."""
+        """The body. One that is too long is refused or, with `whole=False`, cut off at the limit."""
         chunks: list[bytes] = []
         size = 0
         done = False

@@ -1,7 +1,7 @@
-"""What a server's answer says before and after its body: a file, another place, a wish to be left alone, a trouble.
+"""What follows from a server's response: a body, a redirect, an opt-out, or a failure with its cause.
 
-Everything in it is a stranger's: its texts are made fit for a table and a terminal, and what it claims of itself, a
-length, a wait or a packing, is believed only where it makes sense.
+A response is not trusted: its texts are not stored as they are, and what it declares (a wait, an encoding, the target
+of a redirect) is used only where it is valid.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from data_prep.web.addresses import HttpUrl, http_url
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})  # "none" is "noindex, nofollow"
 
-RESERVATION = "tdm-reservation"  # of rights to text and data mining: a header of its own, or a tag like the others
+RESERVATION = "tdm-reservation"  # of the rights to text and data mining: a header, or a tag in X-Robots-Tag
 GZIP = b"\x1f\x8b"
 
-# What a certificate lacks, by OpenSSL's codes, and why a name was not resolved, by the system's.
+# What is wrong with a certificate, by OpenSSL's codes, and why a host was not resolved, by the system's.
 _CERTIFICATE = {9: "not valid yet", 10: "expired", 18: "self-signed", 19: "self-signed", 20: "of an unknown issuer"}
 _CERTIFICATE |= {62: "another host's", 64: "another host's"}
 _RESOLVER = {number: name for name, number in vars(socket).items() if name.startswith("EAI_")}
 
+# Tags of X-Robots-Tag that have a value behind a colon. Before any other colon is the name of an agent.
 _VALUED = frozenset(
     {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview", RESERVATION, "tdm-policy"}
 )
@@ -42,11 +43,11 @@ _VALUED = frozenset(
 
 class Failure(NamedTuple):
     rejection: Rejection
-    wait: float = 0.0  # seconds that the server asks for before another try
+    wait: float = 0.0  # seconds before another try, which the server asks for
 
 
 class Answer(aiohttp.ClientResponse):
-    """One that knows from which address it came, also when its connection has been given back."""
+    """A response that keeps the address of its server, which aiohttp's loses with the connection."""
 
     peer = ""
 
@@ -57,7 +58,7 @@ class Answer(aiohttp.ClientResponse):
 
 
 def refusal(answer: aiohttp.ClientResponse, asked: HttpUrl, wish: str) -> HttpUrl | Failure | None:
-    """What the head of an answer already settles; none if the body is to be read. `wish` is one that is heeded."""
+    """The redirect or failure that a response's head settles; None if its body is to be read. `wish`: one to honour."""
     status, headers = answer.status, answer.headers
     if status not in REDIRECTS and not is_whole(status):
         return Failure(Rejection(_cause_of(status), str(status)), retry_after(headers.get("Retry-After", "")))
@@ -67,14 +68,14 @@ def refusal(answer: aiohttp.ClientResponse, asked: HttpUrl, wish: str) -> HttpUr
 
 
 def wish(headers: MultiMapping[str], agent: str) -> str:
-    """That the answer's item be left alone by this agent; empty where nothing is wished."""
+    """The opt-out in a response's headers that this agent is meant by; empty without one."""
     wishes = [RESERVATION for value in headers.getall(RESERVATION, []) if reserves(value)]
     wishes += filter(None, (opts_out(tag, agent) for tag in headers.getall("X-Robots-Tag", [])))
     return wishes[0] if wishes else ""
 
 
 def is_whole(status: int) -> bool:
-    return 200 <= status < 300 and status != 206  # that is a part, which nobody asked for
+    return 200 <= status < 300 and status != 206  # partial content, which is never requested
 
 
 def _cause_of(status: int) -> Cause:
@@ -91,16 +92,16 @@ def _redirect(status: int, headers: Mapping[str, str], asked: HttpUrl) -> HttpUr
     if not (location := headers.get("Location", "")):
         return Failure(Rejection(Cause.HTTP_ERROR, f"{status} that leads nowhere"))
     try:
-        found = http_url(urljoin(asked.text, location.strip()))
+        target = http_url(urljoin(asked.text, location.strip()))
     except ValueError:
-        found = Rejection(Cause.BAD_URL, "not a URL")
-    if isinstance(found, Rejection):
-        return Failure(found._replace(detail=f"a redirect to it: {found.detail}"))
-    return found
+        target = Rejection(Cause.BAD_URL, "not a URL")
+    if isinstance(target, Rejection):
+        return Failure(target._replace(detail=f"a redirect to it: {target.detail}"))
+    return target
 
 
 def retry_after(text: str) -> float:
-    """Seconds, from either form of the header; 0 where it says nothing sensible."""
+    """The seconds of a Retry-After header, which is a number or a date; 0 if it is neither."""
     if re.fullmatch("[0-9]{1,9}", text):
         return float(text)
     try:
@@ -111,26 +112,26 @@ def retry_after(text: str) -> float:
 
 
 def opts_out(tag: str, agent: str) -> str | None:
-    """The wish in one X-Robots-Tag that we leave its item alone: `noai`, `noindex, nofollow`, `pixnerd: noai`.
+    """The opt-out in one X-Robots-Tag header: "noai" of `noai`, "noindex" of `noindex, nofollow` or `pixnerd: noindex`.
 
-    A name and a colon address all that follows it in the header to that agent alone.
+    Behind an agent's name and a colon, all that follows in the header is for that agent alone.
     """
     ours = True
-    for part in tag.lower().split(","):
-        name, colon, rest = part.partition(":")
+    for directive in tag.lower().split(","):
+        name, colon, rest = directive.partition(":")
         if colon and name.strip() not in _VALUED:
             ours = name.strip() in (agent.lower(), "*")
-            part = rest
-        wish, _, value = (word.strip() for word in part.partition(":"))
+            directive = rest
+        wish, _, value = (word.strip() for word in directive.partition(":"))
         if ours and (wish in OPT_OUTS or (wish == RESERVATION and reserves(value))):
             return wish
     return None
 
 
 def reserves(value: str) -> bool:
-    """Whether a reservation's value says yes: 1, as its protocol has it, or as headers and people write truth."""
-    words = (part.partition(";")[0].strip().strip('"').lower() for part in value.split(","))
-    return any(word in ("1", "?1", "true") for word in words)
+    """Whether a reservation's value is true: `1` by its protocol; `?1` (a structured header's) and `true` count too."""
+    values = (element.partition(";")[0].strip().strip('"').lower() for element in value.split(","))
+    return any(value in ("1", "?1", "true") for value in values)
 
 
 def too_long(limit: int) -> Failure:
@@ -138,24 +139,25 @@ def too_long(limit: int) -> Failure:
 
 
 def unpacked(data: bytes, coding: str, limit: int) -> bytes | Failure:
-    """The body, of a server that packs it though it was asked not to. What only claims to be packed is left alone.
+    """A body without the gzip encoding that some servers apply though they were asked not to.
 
-    What is packed ends with its length and a sum: without them, or with others, it was damaged on its way.
+    A body that is only declared to be gzip is returned as it is. Without the length and checksum at gzip's end, or with
+    wrong ones, it was damaged in transfer.
     """
     if coding.lower() not in ("gzip", "x-gzip") or not data.startswith(GZIP):
         return data
     unpacker = zlib.decompressobj(wbits=31)
     try:
-        found = unpacker.decompress(data, limit + 1)
+        body = unpacker.decompress(data, limit + 1)
     except zlib.error:
         return Failure(Rejection(Cause.CONNECTION, "the packed answer is damaged"))
-    if len(found) > limit:
+    if len(body) > limit:
         return too_long(limit)
-    return found if unpacker.eof else Failure(Rejection(Cause.CONNECTION, "the packed answer is cut short"))
+    return body if unpacker.eof else Failure(Rejection(Cause.CONNECTION, "the packed answer is cut short"))
 
 
 def trouble(error: Exception) -> Rejection:
-    """Why a connection gave no answer, in words of ours: a library's own may hold addresses and others' texts."""
+    """Why a request failed, without the libraries' own messages: these may hold addresses and untrusted text."""
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return Rejection(Cause.DNS, _code(error.os_error) or "the name leads nowhere")
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
@@ -173,7 +175,7 @@ def trouble(error: Exception) -> Rejection:
 
 
 def _code(error: BaseException) -> str:
-    """ECONNRESET and the like; empty for what is no error of the system."""
+    """The name of a system error, such as ECONNRESET; empty for other errors."""
     if isinstance(error, ssl.SSLError):
         return "TLS failed"
     known: Mapping[int, str] = _RESOLVER if isinstance(error, socket.gaierror) else errno.errorcode

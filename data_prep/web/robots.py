@@ -1,8 +1,8 @@
-"""robots.txt, as RFC 9309 has it: what of a host an agent is asked not to ask for.
+"""robots.txt by RFC 9309: which paths of a host an agent is asked not to request.
 
-The rules are those of all groups that name the agent or, where none does, of those for everybody. The longest pattern
-that matches decides; of two as long, the one that allows. Patterns are matched in one walk over the path, so that none
-can be made to be slow.
+The rules of an agent are those of all groups that name it or, without any, of the groups for `*`. The longest pattern
+that matches decides; of two of one length, the one that allows. A pattern is matched in a single pass over the path, so
+that no pattern is slow.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from urllib.parse import quote
 from data_prep.rejections import Cause, Rejection
 from data_prep.web.addresses import HttpUrl
 
-LARGEST = 512 << 10  # bytes of a file that are looked at: the RFC asks for 500 KiB at least
-REDIRECTS = 5  # that are followed to it
+LARGEST = 512 << 10  # bytes of a file that are read: the RFC asks for 500 KiB at least
+REDIRECTS = 5  # that are followed, as the RFC asks
 PATH = "/robots.txt"
 
 _TOKEN = re.compile(r"(?:%[0-9A-Fa-f]{2})|(?s:.)")
 _UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
-# What stands for itself: in a query fewer do, as an address in it may be written either way.
+# Characters that are not quoted. In a query these are fewer, since a URL in it may be written with or without quoting.
 _IN_PATH = _UNRESERVED | frozenset("/:@!&'()*+,;=[]|")
 _IN_QUERY = _UNRESERVED | frozenset("&=+*")
 
@@ -32,8 +32,8 @@ _IN_QUERY = _UNRESERVED | frozenset("&=+*")
 class Rule(NamedTuple):
     allows: bool
     text: str  # as it was written
-    pieces: tuple[str, ...]  # what stands between its stars
-    ends: bool  # nothing may follow
+    pieces: tuple[str, ...]  # the text between its `*`s
+    ends: bool  # it ends in `$`: the path must end with it
 
     @property
     def weight(self) -> int:
@@ -47,15 +47,15 @@ class Rule(NamedTuple):
         if not others:
             return not self.ends or at == len(path)
         for piece in others[:-1]:
-            if (found := path.find(piece, at)) < 0:
+            if (start := path.find(piece, at)) < 0:
                 return False
-            at = found + len(piece)
+            at = start + len(piece)
         last = others[-1]
         return path.endswith(last) and at + len(last) <= len(path) if self.ends else path.find(last, at) >= 0
 
 
 class Rules:
-    """Those for one agent."""
+    """The rules for one agent."""
 
     def __init__(self, rules: Iterable[Rule] = ()) -> None:
         self._rules = sorted(rules, key=lambda rule: (-rule.weight, not rule.allows))
@@ -65,29 +65,29 @@ class Rules:
         _, path = parted(url)
         if path == PATH:
             return None
-        said = _coded(path.replace("*", "%2A").replace("$", "%24"))
-        decides = next((rule for rule in self._rules if rule.matches(said)), None)
-        if decides is None or decides.allows:
+        normal = _normalised(path.replace("*", "%2A").replace("$", "%24"))
+        rule = next((rule for rule in self._rules if rule.matches(normal)), None)
+        if rule is None or rule.allows:
             return None
-        return Rejection(Cause.OPTED_OUT, f"robots.txt: Disallow: {decides.text[:100]}")
+        return Rejection(Cause.OPTED_OUT, f"robots.txt: Disallow: {rule.text[:100]}")
 
 
 def parted(url: HttpUrl) -> tuple[str, str]:
-    """Its scheme, host and port, to which one robots.txt belongs, and what follows."""
+    """The origin of a URL, which has one robots.txt, and the rest: ("https://host.example", "/a?b")."""
     scheme, _, host, path = url.text.split("/", 3)
     return f"{scheme}//{host}", f"/{path}"
 
 
 def parse(data: bytes, agent: str) -> Rules:
-    """The rules for an agent, of a file that may be cut after LARGEST bytes."""
-    if len(data) >= LARGEST:  # its last line may be half of one
+    """The rules for an agent in a file, which may be cut off after LARGEST bytes."""
+    if len(data) >= LARGEST:  # its last line may be incomplete
         data = data[: max(data.rfind(b"\n", 0, LARGEST), data.rfind(b"\r", 0, LARGEST), 0)]
     ours, everybody = agent.lower(), "*"
     groups: dict[str, list[Rule]] = {}
     addressed: set[str] = set()
     in_rules = False
     for line in re.split(r"[\r\n]+", data.decode("utf-8-sig", "surrogateescape")):
-        name, _, value = (part.strip() for part in line.partition("#")[0].partition(":"))
+        name, _, value = (text.strip() for text in line.partition("#")[0].partition(":"))
         if (name := name.lower()) == "user-agent":
             addressed = set() if in_rules else addressed
             in_rules = False
@@ -102,38 +102,39 @@ def parse(data: bytes, agent: str) -> Rules:
 
 
 def _agent_in(value: str) -> str:
-    """The name that stands there; versions and remarks may follow it."""
-    found = re.match(r"\*|[A-Za-z0-9_-]*", value)
-    return found[0].lower() if found else ""
+    """The agent that a line names; a version or a remark may follow the name."""
+    match = re.match(r"\*|[A-Za-z0-9_-]*", value)
+    return match[0].lower() if match else ""
 
 
 def _rule(allows: bool, value: str) -> Rule:
     pattern = value.removesuffix("$")
-    pieces = _coded(pattern.replace("$", "%24")).split("*")
+    pieces = _normalised(pattern.replace("$", "%24")).split("*")
     return Rule(allows, value, tuple(pieces), pattern != value)
 
 
-def _coded(path: str) -> str:
-    """With whatever may be written in several ways written in one."""
+def _normalised(path: str) -> str:
+    """A path or pattern in the one of its percent-encoded forms in which they are compared: `/%7ea b` is `/~a%20b`."""
     path, mark, query = path.partition("?")
-    return _written(path, _IN_PATH) + mark + _written(query, _IN_QUERY)
+    return _quoted(path, _IN_PATH) + mark + _quoted(query, _IN_QUERY)
 
 
-def _written(text: str, kept: frozenset[str]) -> str:
-    def one(found: re.Match[str]) -> str:
-        letter = found[0]
-        if len(letter) == 3:
-            meant = chr(int(letter[1:], 16))
-            return meant if meant in _UNRESERVED else letter.upper()
-        return letter if letter in kept else quote(letter, "", errors="surrogateescape")
+def _quoted(text: str, kept: frozenset[str]) -> str:
+    def token(match: re.Match[str]) -> str:
+        written = match[0]
+        if len(written) == 3:
+            letter = chr(int(written[1:], 16))
+            return letter if letter in _UNRESERVED else written.upper()
+        return written if written in kept else quote(written, "", errors="surrogateescape")
 
-    return _TOKEN.sub(one, text)
+    return _TOKEN.sub(token, text)
 
 
 def without(refused: Rejection, status: int | None, astray: bool) -> Rules | Rejection:
-    """What holds where there are no rules to read, after RFC 9309, 2.3.1.
+    """The rules of a host whose robots.txt could not be read, by RFC 9309, 2.3.1.
 
-    What is unavailable allows all; what cannot be reached forbids all for the time being. `astray`: a redirect led on.
+    A file that is unavailable allows everything; one that cannot be reached forbids everything for the time being.
+    `astray`: a redirect led away from the host, so that an address that may not be requested makes it unavailable.
     """
     if status is not None:
         unavailable = 400 <= status < 500 or refused.cause in (Cause.HTTP_ERROR, Cause.BAD_URL)
@@ -145,7 +146,7 @@ def without(refused: Rejection, status: int | None, astray: bool) -> Rules | Rej
 
 
 class Memory:
-    """What hosts have said, bounded in memory: what was not needed for longest is forgotten, and what is a day old."""
+    """A cache of rules by origin, bounded in memory: the least recently used are dropped, and those a day old."""
 
     def __init__(
         self, most: int = 32 << 20, seconds: float = 24 * 3600.0, clock: Callable[[], float] = time.monotonic
@@ -179,18 +180,19 @@ class Memory:
             self._weight -= self._known.pop(key)[1].weight
 
 
-REMEMBERED = Memory()  # by this process, for all that it downloads
+REMEMBERED = Memory()  # shared by all downloads of this process
 
 
 class Known:
-    """What one downloader knows of origins: rules, which the process remembers, and for now what cannot be reached."""
+    """The rules that one downloader uses: those that the process caches, and refusals of unreachable origins."""
 
     def __init__(self, agent: str, most: int) -> None:
-        """`most`: unreachable origins that are told from those that nobody has asked."""
+        """`most`: unreachable origins that are remembered."""
         self._agent, self._most = agent, most
         self._unreachable: dict[str, Rejection] = {}
 
     def of(self, origin: str) -> Rules | Rejection | None:
+        """Its rules, or why nothing of it may be requested; None if its robots.txt was not requested yet."""
         return self._unreachable.get(origin) or REMEMBERED.get(f"{self._agent} {origin}")
 
     def learn(self, origin: str, answer: bytes | Rejection, status: int | None, *, astray: bool) -> None:

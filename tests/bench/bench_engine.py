@@ -31,7 +31,7 @@ class Step(nn.Module):
         self.net = PixNerd(preset("tiny"))
 
     def forward(self, inputs: tuple[torch.Tensor, Text, torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, None]:
-        return velocity_loss(self.net, *inputs).each_B.mean(), None
+        return velocity_loss(self.net, *inputs).per_sample_B.mean(), None
 
 
 def bare(module: Step) -> Callable[[object], None]:

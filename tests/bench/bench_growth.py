@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from data_prep.prepare import plan
 from data_prep.snapshots import dedup
 from data_prep.sources import Rows
+from infra import layout
 from infra.records import DataObject, ShardRecord
 from infra.shards import INDEX_SCHEMA, list_shards, parquet_bytes, read_index, shard_key, shard_prefix
 from infra.store import FileStore, Store, open_store
@@ -67,7 +68,7 @@ def write_plan(store: Store, shards: int, rows: int) -> None:
         planned.append(plan.PlannedShard(number, here.source, here.sha256, 0, rows, True, part))
     edition = plan.Edition(inputs=inputs, sizes={SIZE: 1}, settings={})
     store.put(f"plans/{PLAN}/00000.parquet", plan._to_parquet(planned))
-    store.put(plan.edition_key(PLAN, EDITION), edition.model_dump_json().encode())
+    store.put(layout.EDITION.at(plan=PLAN, edition=EDITION), edition.model_dump_json().encode())
 
 
 def write_shard(root: Path, rows: int, number: int) -> int:

@@ -27,7 +27,7 @@ from tests.bench.authors import Authors
 from tests.bench.sides import Side, compare, show, show_floor
 from tests.training import golden
 from training.diffusion.objective import velocity_loss
-from training.diffusion.path import lognormal_time
+from training.diffusion.path import logit_normal_time
 from training.diffusion.samplers import adams, guided, timesteps
 from training.model import ModelConfig, PixNerd, Text, preset
 from training.model.compiled import compile_network
@@ -66,7 +66,7 @@ class Make:
 def our_make() -> Make:
     def loss(net: nn.Module, images: Tensor, text: Tensor) -> Tensor:
         t_B, noise = _drawn(images)
-        return velocity_loss(net, images, text, noise, t_B).each_B.mean()
+        return velocity_loss(net, images, text, noise, t_B).per_sample_B.mean()
 
     def sample(net: nn.Module, noise: Tensor, text: Tensor, nothing: Tensor, each: int) -> Tensor:
         rows = torch.arange(len(text), device=text.device).repeat_interleave(each)
@@ -103,7 +103,7 @@ def authors_make(checkout: Path) -> Make:
 
 def _drawn(images: Tensor) -> tuple[Tensor, Tensor]:
     """Times and noise, from PyTorch's own generator and in the order in which the authors' trainer draws them."""
-    t_B = lognormal_time(torch.randn(len(images)).to(images.device, images.dtype), TRAIN_SHIFT)
+    t_B = logit_normal_time(torch.randn(len(images)).to(images.device, images.dtype), TRAIN_SHIFT)
     return t_B, torch.randn_like(images)
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.prepare.downloads import Downloads, download
+from data_prep.prepare.job import begin_retries, failed_downloads
 from data_prep.prepare.plan import Plan, PrepareSettings, make_plan
 from data_prep.prepare.shard import make_shard, plain_outcomes
 from data_prep.rejections import Cause
@@ -124,3 +125,8 @@ def contents(store: Store) -> dict[str, bytes]:
     return found | {
         key: _BEGAN.sub(b'"began":""', data) for key, data in found.items() if key.startswith(layout.BATCH.under())
     }
+
+
+def retry_failed(store: Store, settings: PrepareSettings) -> int:
+    """Let the next `prepare` try failed downloads again; returns how many."""
+    return begin_retries(store, failed_downloads(store, settings))

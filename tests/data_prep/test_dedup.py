@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.snapshots import dedup
-from data_prep.snapshots.dedup import Rows, columns, duplicates, near_pairs
+from data_prep.snapshots.dedup import Bools, Rows, columns, near_pairs
 from infra.errors import DataError
 from infra.shards import INDEX_SCHEMA
 
@@ -50,6 +50,12 @@ def survivors(rows: list[Row], distance: int | None) -> list[str]:
             group = [group[i] if number == group[j] else number for number in group]
     best = [min((-rows[i][2], rows[i][0]) for i in range(len(rows)) if group[i] == number) for number in set(group)]
     return sorted(name for _, name in best)
+
+
+def duplicates(rows: pa.Table, distance: int | None = None) -> Bools:
+    gathered = Rows(distance)
+    gathered.add(rows)
+    return gathered.duplicates()
 
 
 def left(rows: list[Row], distance: int | None) -> list[str]:

@@ -19,7 +19,7 @@ from data_prep.export import Exported, export, layouts, listing
 from data_prep.export.listing import drawn
 from data_prep.prepare.plan import Plan
 from data_prep.snapshots.build import snapshot, snapshot_key
-from data_prep.snapshots.forget import Copy, forget
+from data_prep.snapshots.forget import AffectedExport, forget
 from data_prep.snapshots.settings import SnapshotSettings
 from data_prep.upkeep.gc import collect
 from infra.config import parse
@@ -261,7 +261,7 @@ def test_what_was_forgotten_since_is_not_given_out(tmp_path: Path) -> None:
     forget(store, [rejected["key"]], "asked")
     assert export(store, key, out, "webdataset"), "the snapshot has none of them"
     found = forget(store, [twins[0]["name"]], "asked")
-    assert found.exports == [Copy(out.url, "webdataset", key)]
+    assert found.exports == [AffectedExport(out.url, "webdataset", key)]
     new, _ = made(prepared)
     for to in (out, open_store(str(tmp_path / "more"))):
         with pytest.raises(DataError, match="2 samples of this snapshot have been forgotten"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_prep.prepare.plan import Plan
 from data_prep.snapshots.build import snapshot, snapshot_key
-from data_prep.snapshots.forget import Forgotten, ForgottenRecord, Gone, concerning, forget, read_list
+from data_prep.snapshots.forget import Forgotten, ForgottenItems, ForgottenRecord, concerning, forget, read_list
 from data_prep.snapshots.settings import SnapshotSettings
 from infra import layout
 from infra.errors import DataError, SettingsError
@@ -159,7 +159,7 @@ def test_another_list_makes_no_other_snapshot(fresh: tuple[Store, Plan], tmp_pat
     key = next(row["key"] for row in rows_of(other, 24) if row["accepted"])
     before = made(fresh)
     forget(store, [key], "asked")
-    assert made(fresh) == before and Gone(store, concerning(store, plan, "16")).lists == []
+    assert made(fresh) == before and ForgottenItems(store, concerning(store, plan, "16")).lists == []
     assert [entry.key for entry in store.list("snapshots/")] == [snapshot_key(plan.digest, plan.edition, wanted)]
     forget(store, [next(row["key"] for row in rows_of(fresh) if row["accepted"])], "asked")
     after = made(fresh)
@@ -185,15 +185,15 @@ def test_a_list_concerns_the_editions_that_hold_its_items(tmp_path: Path) -> Non
     record = read_record(store, str(forget(store, [key], "asked", twins=False).record), ForgottenRecord)
     assert record.searched[shard_prefix(both.digest, "16")].found == [only]
     assert (
-        len(Gone(store, concerning(store, both, "16")).lists),
-        Gone(store, concerning(store, less, "16")).lists,
+        len(ForgottenItems(store, concerning(store, both, "16")).lists),
+        ForgottenItems(store, concerning(store, less, "16")).lists,
     ) == (1, [])
     older = {prefix: here.model_copy(update={"found": None}) for prefix, here in record.searched.items()}
     store.put(
         layout.FORGOTTEN.at(items="older"),
         record.model_copy(update={"searched": older}).model_dump_json().encode(),
     )
-    assert Gone(store, concerning(store, less, "16")).lists == ["older"], (
+    assert ForgottenItems(store, concerning(store, less, "16")).lists == ["older"], (
         "a list that does not say where its items are may concern all"
     )
     assert not {key} & keys_in((store, both))

@@ -13,12 +13,13 @@ import pytest
 
 from data_prep.prepare.originals import BatchRecord, batch_key
 from data_prep.prepare.plan import Plan
-from data_prep.prepare.retries import RetryRecord, again_key
+from data_prep.prepare.retries import RetryRecord
 from data_prep.snapshots.build import snapshot
 from data_prep.snapshots.forget import forget
 from data_prep.snapshots.settings import SnapshotSettings
 from data_prep.upkeep.gc import Count, collect
 from data_prep.upkeep.verify import verify
+from infra import layout
 from infra.errors import RecordError
 from infra.records import CheckpointRecord, put_data, write_record
 from infra.shards import parquet_bytes, read_selection
@@ -79,7 +80,9 @@ def test_orphans_go_and_nothing_else(prepared: tuple[FileStore, Plan]) -> None:
     )
     write_record(store, batch_key("batch", 0), download)
     again = put_data(store, "data/originals", "again.parquet", b"table")
-    write_record(store, again_key("place", 1), RetryRecord(table=again, rows=1, causes={"timeout": 1}))
+    write_record(
+        store, layout.RETRY.at(list="place", generation=1), RetryRecord(table=again, rows=1, causes={"timeout": 1})
+    )
     before = contents(store)
     assert any(key.startswith("data/tables/folder-") for key in before)
     orphans = {orphan(store, "data/16"): 8, orphan(store, "data/scores/x"): 8, orphan(store, "data/16", b"more"): 4}

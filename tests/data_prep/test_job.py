@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from data_prep.images.decode import Decoded, decode
 from data_prep.prepare import job, originals
-from data_prep.prepare.job import Progress, check_accepted, prepare, summary_key
+from data_prep.prepare.job import Progress, check_accepted, prepare
 from data_prep.prepare.plan import make_plan
 from data_prep.rejections import Cause, Rejection
 from data_prep.upkeep.verify import verify
 from data_prep.web.fetch import FetchSettings
+from infra import layout
 from infra.errors import ClusterError, DataError
 from infra.records import PrepareSummary, SizeSummary
 from infra.shards import list_shards, read_index
@@ -60,7 +61,9 @@ def store(tmp_path: Path) -> Store:
 
 def assert_as_undisturbed(store: Store, undisturbed: dict[str, bytes], summary: PrepareSummary) -> None:
     found = contents(store)
-    assert json.loads(found.pop(summary_key(summary.plan, summary.edition))) == summary.model_dump(mode="json")
+    assert json.loads(found.pop(layout.PREPARED.at(plan=summary.plan, edition=summary.edition))) == summary.model_dump(
+        mode="json"
+    )
     assert sorted(found) == sorted(undisturbed)
     assert found == undisturbed
 
@@ -90,7 +93,7 @@ def test_counts_add_up_and_a_second_run_does_nothing(corpus: Path, store: Store,
     assert found[:3] == (14, 2 * COUNT, 2 * summary.sizes["32"].accepted)
     assert found.problems == []
     assert prepare(store, settings_for(corpus), decoder=refuse) == summary
-    store.delete(summary_key(summary.plan, summary.edition))
+    store.delete(layout.PREPARED.at(plan=summary.plan, edition=summary.edition))
     assert prepare(store, settings_for(corpus), decoder=refuse) == summary
 
 
@@ -143,7 +146,7 @@ def test_a_driver_killed_half_way_is_finished_by_the_next(
     plan = make_plan(store, settings_for(corpus))
     done = sum(1 for _ in list_shards(store, f"shards/{plan.digest}/16/"))
     assert 2 <= done < len(plan.shards)
-    assert not store.exists(summary_key(plan.digest, plan.edition))
+    assert not store.exists(layout.PREPARED.at(plan=plan.digest, edition=plan.edition))
     assert_as_undisturbed(store, undisturbed, prepare(store, settings_for(corpus)))
 
 

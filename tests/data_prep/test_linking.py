@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from data_prep.prepare import catalogue, linked, links, originals
 from data_prep.prepare.downloads import Downloads, download, drop
-from data_prep.prepare.job import failed_downloads, prepare, retry_failed
+from data_prep.prepare.job import failed_downloads, prepare
 from data_prep.prepare.linking import Asking, link
 from data_prep.prepare.plan import Plan, PrepareSettings, make_plan
 from data_prep.rejections import Cause
@@ -29,7 +29,7 @@ from infra.errors import DataError
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import Store, open_store
 from tests.data_prep import zoo
-from tests.data_prep.corpora import contents, prepare_here, shaded
+from tests.data_prep.corpora import contents, prepare_here, retry_failed, shaded
 from tests.data_prep.web import Request, Stream, Web
 from tests.infra.test_store import s3, s3_store
 

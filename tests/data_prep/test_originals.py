@@ -13,16 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.prepare import originals
-from data_prep.prepare.job import Progress, prepare, retry_failed, summary_key
+from data_prep.prepare.job import Progress, prepare
 from data_prep.prepare.plan import PrepareSettings, read_plan
 from data_prep.rejections import Cause
 from data_prep.upkeep.verify import verify
+from infra import layout
 from infra.config import parse
 from infra.records import PrepareSummary
 from infra.shards import list_shards, read_index, shard_key, shard_prefix
 from infra.store import Store, open_store
 from tests.data_prep import zoo
-from tests.data_prep.corpora import contents, shaded
+from tests.data_prep.corpora import contents, retry_failed, shaded
 from tests.data_prep.web import Web
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -233,7 +234,7 @@ def test_a_shard_that_is_made_again_downloads_again_what_was_not_kept(web: Web, 
     summary = prepare(store, settings)
     before, asked = without_originals(store), len(web.requests)
     store.delete(shard_key(summary.plan, "16", 0))
-    store.delete(summary_key(summary.plan, summary.edition))
+    store.delete(layout.PREPARED.at(plan=summary.plan, edition=summary.edition))
     assert prepare(store, settings) == summary
     assert len(web.requests) > asked
     assert without_originals(store) == before

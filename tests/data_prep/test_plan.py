@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.prepare.plan import Plan, PrepareSettings, edition_key, make_plan, read_plan
+from data_prep.prepare.plan import Plan, PrepareSettings, make_plan, read_plan
+from infra import layout
 from infra.config import parse
 from infra.errors import DataError, SettingsError
 from infra.store import Store, open_store
@@ -47,7 +48,10 @@ def test_a_plan_is_written_once(corpus: Path, store: Store) -> None:
 
 def test_an_edition_is_read_under_the_name_that_its_stage_tells(corpus: Path, store: Store) -> None:
     plan = make_plan(store, settings_for(corpus))
-    store.put(edition_key(plan.digest, "older"), store.get(edition_key(plan.digest, plan.edition)))
+    store.put(
+        layout.EDITION.at(plan=plan.digest, edition="older"),
+        store.get(layout.EDITION.at(plan=plan.digest, edition=plan.edition)),
+    )
     assert read_plan(store, plan.digest, "older") == replace(plan, edition="older")
 
 

@@ -289,8 +289,9 @@ def test_duplicates_may_be_those_that_look_alike(prepared: tuple[Store, Plan], t
     rows = index(alike)
     left = []
     for distance in (None, 0, 4):
-        marked = dedup.duplicates(rows.select(dedup.columns(distance)), distance)
-        accepted = zip(rows["key"].to_pylist(), rows["accepted"].to_pylist(), marked, strict=True)
+        gathered = dedup.Rows(distance)
+        gathered.add(rows.select(dedup.columns(distance)))
+        accepted = zip(rows["key"].to_pylist(), rows["accepted"].to_pylist(), gathered.duplicates(), strict=True)
         kept = made(alike, filter="not duplicate", duplicates=distance)[1]["key"].to_pylist()
         assert kept == [key for key, ok, twin in accepted if ok and not twin]
         left.append(len(kept))

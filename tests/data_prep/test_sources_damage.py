@@ -14,14 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.prepare.job import retry_failed
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import parquet
 from infra.errors import DataError
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import Store
 from tests.data_prep import zoo
-from tests.data_prep.corpora import prepare_here, shaded
+from tests.data_prep.corpora import prepare_here, retry_failed, shaded
 from tests.data_prep.test_linking import settings_for
 from tests.data_prep.test_sources import all_items, all_ranges, problem, table_folder
 from tests.data_prep.test_sources_tables import parquet_images, url_list

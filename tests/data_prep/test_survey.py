@@ -14,7 +14,7 @@ import pytest
 
 from data_prep.prepare.plan import PrepareSettings
 from data_prep.sources.base import RawItem, Url
-from data_prep.survey import Survey, Wanted, name_of, place, seen, survey
+from data_prep.survey import Survey, Wanted, name_of, place, survey
 from infra.config import parse
 from infra.errors import DataError, PixnerdError, SettingsError
 from infra.store import Store
@@ -419,7 +419,7 @@ def test_a_large_corpus_is_looked_at_in_part(folder: Path, monkeypatch: pytest.M
 def test_of_many_tables_a_first_run_takes_as_many_as_it_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(5):
         write_hugging_face(folder / "data" / f"{number}.parquet", [None] * 6, [PHOTO] * 6)
-    monkeypatch.setattr("data_prep.survey.tables.ENOUGH", 10)
+    monkeypatch.setattr("data_prep.survey.candidates.ENOUGH", 10)
     found = found_in(folder)
     assert found.sources[0]["tables"] == ["data/0.parquet", "data/1.parquet"]
     assert found.remarks[0]["tables"] == "2 of 5, enough for a first model; all of them: ['data/*.parquet']"
@@ -429,7 +429,7 @@ def test_of_many_tables_a_first_run_takes_as_many_as_it_needs(folder: Path, monk
 def test_a_long_table_is_not_read_to_its_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = "http://host.example/{}.jpg,a photo of something\n"
     (folder / "t.csv").write_text("url,caption\n" + "".join(line.format(number) for number in range(20_000)))
-    monkeypatch.setattr(seen, "ROWS", 50)
+    monkeypatch.setattr("data_prep.survey.tables.ROWS", 50)
     found = found_in(folder)
     assert not found.counted
     assert found.pictures == pytest.approx(20_000, rel=0.3)

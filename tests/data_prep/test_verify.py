@@ -10,11 +10,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.prepare.plan import Edition, Plan, PrepareSettings, edition_key
+from data_prep.prepare.plan import Edition, Plan, PrepareSettings
 from data_prep.scores.job import Place
 from data_prep.snapshots.build import snapshot
 from data_prep.snapshots.settings import SnapshotSettings
 from data_prep.upkeep.verify import Verified, verify, verify_shared
+from infra import layout
 from infra.config import parse
 from infra.errors import StoreError
 from infra.records import (
@@ -119,9 +120,9 @@ def test_what_was_prepared_before_there_were_texts_is_whole_without_them(tmp_pat
     write_corpus(tmp_path / "corpus", 10)
     store = open_store(str(tmp_path / "store"))
     plan = prepare_here(store, settings_for(tmp_path / "corpus", sizes=[16], text=text))
-    edition = read_record(store, edition_key(plan.digest, plan.edition), Edition)
+    edition = read_record(store, layout.EDITION.at(plan=plan.digest, edition=plan.edition), Edition)
     older = edition.model_copy(update={"settings": {k: v for k, v in edition.settings.items() if k != "text"}})
-    store.put(edition_key(plan.digest, plan.edition), older.model_dump_json().encode())
+    store.put(layout.EDITION.at(plan=plan.digest, edition=plan.edition), older.model_dump_json().encode())
     problems = verify(store, plan.digest, plan.edition).problems
     assert [problem.endswith("does not hold the accepted rows, in order") for problem in problems] == [True] * 2 * text
 
@@ -157,7 +158,7 @@ def test_a_record_may_lead_to_no_other_object(prepared: tuple[Store, Plan]) -> N
     store, plan = prepared
     record = first_shard(store, plan)
     stray = put_data(store, "data/16", "00000.parquet", b"somebody's")
-    for key in (edition_key(plan.digest, plan.edition), "../data/16/x", stray.key):
+    for key in (layout.EDITION.at(plan=plan.digest, edition=plan.edition), "../data/16/x", stray.key):
         index = record.index.model_copy(update={"key": key})
         wrong = record.model_copy(update={"index": index})
         store.put(shard_key(plan.digest, "16", 0), wrong.model_dump_json().encode())
@@ -258,9 +259,9 @@ def test_a_retry_has_each_row_once(prepared: tuple[Store, Plan]) -> None:
     again = pa.array([1] * table.num_rows, pa.int32())
     table = table.set_column(table.schema.get_field_index("generation"), table.schema.field("generation"), again)
     store.put(key, parquet_bytes(table))
-    edition = read_record(store, edition_key(plan.digest, plan.edition), Edition)
+    edition = read_record(store, layout.EDITION.at(plan=plan.digest, edition=plan.edition), Edition)
     edition = edition.model_copy(update={"inputs": [given._replace(generation=1) for given in edition.inputs]})
-    store.put(edition_key(plan.digest, plan.edition), edition.model_dump_json().encode())
+    store.put(layout.EDITION.at(plan=plan.digest, edition=plan.edition), edition.model_dump_json().encode())
     change_rows(store, plan, 2, lambda rows: pc.add(rows, 100))
     assert verified(store, plan).problems == []
     change_rows(store, plan, 1, lambda rows: pc.subtract(rows, 1))

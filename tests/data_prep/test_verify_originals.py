@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import pytest
 
 from data_prep.prepare import catalogue, originals
-from data_prep.prepare.job import retry_failed
 from data_prep.prepare.plan import PrepareSettings
 from data_prep.upkeep.drop import drop_shared
 from data_prep.upkeep.verify import verify_shared
 from infra import layout
 from infra.records import read_record
 from infra.store import Store
-from tests.data_prep.corpora import contents, prepare_here
+from tests.data_prep.corpora import contents, prepare_here, retry_failed
 from tests.data_prep.test_linking import asked, made, pages, photo, rows, settings_for, write
 from tests.data_prep.web import Request, Stream, Web
 

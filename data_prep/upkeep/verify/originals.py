@@ -1,8 +1,10 @@
-"""Downloaded originals, and what tells of them: batches, the links of lists to them, retries, the catalogue.
+"""Downloaded originals and the tables that refer to them: batches, the links of lists, retries, the catalogue.
 
-What of a batch is damaged decides what goes. Without its tar its failures stay what they were, and what had come is
-downloaded once more where it is needed; without its index it is nothing, and no other list may be linked to it. The
-catalogue only saves time. What a retry tries again is told nowhere else: its damage is told, and it stays.
+What must be deleted depends on what is damaged:
+- the tar of a batch: the tar goes and is downloaded again where it is needed; the failures in the index stay valid
+- the record or the index of a batch: the batch goes, and so do the links to it of lists that did not ask for it
+- the links of a list, the catalogue: they go and are made anew
+- a retry: nothing goes, as its rows are recorded nowhere else; its damage is only reported
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,10 +25,10 @@ import pyarrow.parquet as pq
 from data_prep.prepare import links, originals
 from data_prep.prepare.catalogue import CatalogueRecord
 from data_prep.prepare.links import LinksRecord
-from data_prep.prepare.originals import BatchRecord, State
+from data_prep.prepare.originals import BatchRecord, Row, State
 from data_prep.prepare.retries import RetryRecord
 from data_prep.sources.reading import in_order
-from data_prep.upkeep.verify.looking import Looked, Report, looked
+from data_prep.upkeep.verify.report import Findings, Report, examine, index_and_tar
 from infra import layout
 from infra.errors import RecordError
 from infra.files import sha256_of
@@ -34,9 +36,7 @@ from infra.records import DataObject, fetch_data, read_record
 from infra.shards import read_parquet
 from infra.store import Store
 
-TARS = 2  # that are read at once
-
-Row = dict[str, Any]
+TARS = 2  # tars that are read at once
 
 
 class _Batch(NamedTuple):
@@ -48,10 +48,10 @@ class _Batch(NamedTuple):
         return originals.batch_key(self.name, self.state.attempt)
 
 
-class _Seen(NamedTuple):
-    record: BatchRecord | None  # if it can be read
-    itself: Looked  # the record and its index
-    tar: Looked
+class _Checked(NamedTuple):
+    record: BatchRecord | None  # None if it cannot be read
+    contents: Findings  # of the record and its index
+    tar: Findings
 
 
 class Originals(Report):
@@ -59,57 +59,58 @@ class Originals(Report):
         super().__init__(store)
         self.batches = 0
         self.tars: list[str] = []  # keys of the records of batches whose tars are to be downloaded again
-        self.again: list[str] = []  # keys of records that say that something is there
-        self._what: dict[str, str] = {}  # records that cannot be used -> what people call them
-        self._of: dict[str, list[str]] = {}  # what each names, or may have named
-        self._useless: list[str] = []  # tars
-        self._lost: set[str] = set()  # batches that are nothing any more
+        self.again: list[str] = []  # keys of records that must go, so that what they name is made again
+        self._names: dict[str, str] = {}  # key of such a record -> its name in messages
+        self._data: dict[str, list[str]] = {}  # key of a record -> keys of the objects that it names, or may name
+        self._useless: list[str] = []  # keys of tars that are not what their indexes say
+        self._lost: set[str] = set()  # batches whose record or index is damaged
 
     def read(self) -> None:
-        found = [_Batch(name, state) for name, state in originals.states(self.store).items() if state.attempt >= 0]
-        for batch, seen in zip(found, in_order(self._seen, found, TARS), strict=True):
-            self.batches += 1
-            self._note(batch, seen)
+        batches = [_Batch(name, state) for name, state in originals.states(self.store).items() if state.attempt >= 0]
+        self.batches = len(batches)
+        for batch, checked in zip(batches, in_order(self._checked, batches, TARS), strict=True):
+            self._note(batch, checked)
         self._read_lists()
         for key in layout.CATALOGUE.keys(self.store):
-            self._look(key, f"the catalogue {Path(key).stem}", self._catalogue_problems)
+            self._check(key, f"the catalogue {Path(key).stem}", self._catalogue_problems)
 
     def objects(self) -> list[str]:
-        """The damaged ones, and tars that are not what their indexes say."""
-        keys = {key: self._what[record] for record in self._what for key in self._of.get(record, [])}
-        return list(dict.fromkeys([*self.damaged(keys, lambda key: keys[key]), *self._useless]))
+        """The damaged objects of records that must go, and tars that are not what their indexes say."""
+        names = {key: name for record, name in self._names.items() for key in self._data.get(record, [])}
+        return list(dict.fromkeys([*self.damaged(names), *self._useless]))
 
     # Batches
 
-    def _note(self, batch: _Batch, seen: _Seen) -> None:
-        what, record = f"originals {batch.name}", seen.record
-        if self.note(what, seen.itself):
+    def _note(self, batch: _Batch, checked: _Checked) -> None:
+        name, record = f"originals {batch.name}", checked.record
+        if self.note(name, checked.contents):
             dropped = layout.DROPPED.at(batch=batch.name, attempt=batch.state.attempt)
             self.again += [batch.key, *([dropped] if self.store.exists(dropped) else [])]
             self._lost.add(batch.name)
-            named = _objects(record) if record else self.store.list(layout.ORIGINALS.named(batch.name))
-            self._what[batch.key], self._of[batch.key] = what, [found.key for found in named]
-        elif self.note(what, seen.tar) and record is not None and record.tar is not None:
+            objects = index_and_tar(record) if record else self.store.list(layout.ORIGINALS.named(batch.name))
+            self._names[batch.key], self._data[batch.key] = name, [data.key for data in objects]
+        elif self.note(name, checked.tar) and record is not None and record.tar is not None:
             self.tars.append(batch.key)
             self._useless += [record.tar.key] if self.store.exists(record.tar.key) else []
 
-    def _seen(self, batch: _Batch) -> _Seen:
-        found: list[tuple[BatchRecord, pa.Table]] = []
-        itself = looked(partial(self._index_problems, batch, found))
-        tar = Looked([], [])
-        if found and not itself.problems and not batch.state.dropped:
-            tar = looked(partial(self._tar_problems, *found[0]))
-        return _Seen(found[0][0] if found else None, itself, tar)
+    def _checked(self, batch: _Batch) -> _Checked:
+        records: list[BatchRecord] = []
+        tables: list[pa.Table] = []
+        contents, tar = examine(partial(self._index_problems, batch, records, tables)), Findings([], [])
+        if tables and not contents.damage and not batch.state.dropped:
+            tar = examine(partial(self._tar_problems, records[0], tables[0]))
+        return _Checked(records[0] if records else None, contents, tar)
 
-    def _index_problems(self, batch: _Batch, found: list[tuple[BatchRecord, pa.Table]]) -> Iterator[str]:
+    def _index_problems(self, batch: _Batch, records: list[BatchRecord], tables: list[pa.Table]) -> Iterator[str]:
+        """The record and its index are added to `records` and `tables` as soon as they are read."""
         record = originals.read_batch(self.store, batch.name, batch.state.attempt)
         start = layout.ORIGINALS.named(batch.name)
         own = (record.batch, record.attempt) == (batch.name, batch.state.attempt)
-        if not own or any(one.key.partition(one.sha256)[0] != start for one in _objects(record)):
+        if not own or any(data.key.partition(data.sha256)[0] != start for data in index_and_tar(record)):
             raise RecordError("its record speaks of another batch", remedy="download it again")
-        found.append((record, originals.SCHEMA.empty_table()))
+        records.append(record)
         table = read_parquet(self.store, record.index, originals.SCHEMA.names)
-        found[0] = record, table
+        tables.append(table)
         causes = Counter(cause for cause in table["cause"].to_pylist() if cause is not None)
         if causes != record.rejected or table.num_rows != record.accepted + causes.total():
             yield "its index and its record count differently"
@@ -132,34 +133,32 @@ class Originals(Report):
     def _read_lists(self) -> None:
         linked: list[LinksRecord] = []
         for key in layout.RETRY.keys(self.store):
-            for problem in looked(partial(self._retry_problems, key)).problems:
-                self.lasts(_list_name(layout.RETRY, key), problem)
+            for problem in examine(partial(self._retry_problems, key)).damage:
+                self.note_lasting(_list_name(layout.RETRY, key), problem)
         for key in layout.LINKS.keys(self.store):
-            self._look(key, _list_name(layout.LINKS, key), partial(self._links_problems, linked))
+            self._check(key, _list_name(layout.LINKS, key), partial(self._links_problems, linked))
         for record in linked if self._lost else ():
             if record.at.key not in self.again and self._lost & self._borrowed(record):
                 self.again.append(record.at.key)
 
-    def _look(self, key: str, what: str, problems: Callable[[str], Iterator[str]]) -> None:
-        if self.note(what, looked(partial(problems, key))):
+    def _check(self, key: str, name: str, problems: Callable[[str], Iterator[str]]) -> None:
+        if self.note(name, examine(partial(problems, key))):
             self.again.append(key)
-            self._what[key] = what
+            self._names[key] = name
 
     def _links_problems(self, linked: list[LinksRecord], key: str) -> Iterator[str]:
         record = read_record(self.store, key, LinksRecord)
         if record.at.key != key:
             raise RecordError("its record speaks of another list", remedy="look its URLs up again")
         linked.append(record)
-        self._of[key] = [record.links.key, record.asked.key]
+        self._data[key] = [record.links.key, record.asked.key]
         yield from self._table_problems(record.links, record.rows)
         yield from self._table_problems(record.asked, record.urls)
 
     def _borrowed(self, record: LinksRecord) -> set[str]:
         """The batches that a list is linked to and does not ask for itself."""
-        with links.opened(self.store, record) as file:
-            firsts = range(0, record.rows, links.GROUP)
-            found = {n for at in firsts for n in file.slice(at, min(links.GROUP, record.rows - at)).names}
-        return found - {batch.name for batch in links.asked(self.store, record)}
+        names = {name for _, part in links.slices(self.store, record) for name in part.names}
+        return names - {batch.name for batch in links.asked(self.store, record)}
 
     def _retry_problems(self, key: str) -> Iterator[str]:
         record = read_record(self.store, key, RetryRecord)
@@ -167,7 +166,7 @@ class Originals(Report):
 
     def _catalogue_problems(self, key: str) -> Iterator[str]:
         record = read_record(self.store, key, CatalogueRecord)
-        self._of[key] = [record.entries.key, record.batches.key]
+        self._data[key] = [record.entries.key, record.batches.key]
         yield from self._table_problems(record.entries, record.urls)
         yield from self._table_problems(record.batches, None)
 
@@ -185,12 +184,8 @@ def _list_name(place: layout.Place, key: str) -> str:
     return f"the list {parts['list']}, generation {parts['generation']}"
 
 
-def _objects(record: BatchRecord) -> list[DataObject]:
-    return [record.index, *([] if record.tar is None else [record.tar])]
-
-
 def _member_problems(path: Path, rows: list[Row]) -> Iterator[str]:
-    """`rows` of all images, in the order of the tar."""
+    """Compare the members of a tar with the `rows` of the index that have an image, which are in the tar's order."""
     with tarfile.open(path, "r:") as tar:
         members = tar.getmembers()
         named = [member.name.partition(".")[0] for member in members]

@@ -1,4 +1,4 @@
-"""What snapshots list of a plan's shards, row by row held against the shards' indexes."""
+"""The selections of snapshots, compared row by row with the indexes of a plan's shards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from data_prep.prepare.plan import Plan
 from data_prep.sources import parquet
-from data_prep.upkeep.verify.looking import Report, looked
+from data_prep.upkeep.verify.report import Report, examine
 from data_prep.upkeep.verify.shards import Shards
 from infra import layout
 from infra.errors import RecordError
@@ -25,13 +25,13 @@ _PLACES = ("offset", "length", "width", "height")
 
 
 class Selections(Report):
-    """Those of a plan's snapshots, at every size."""
+    """The selections of all snapshots of a plan, at every size."""
 
     def __init__(self, store: Store, plan: Plan, shards: dict[str, Shards]) -> None:
         super().__init__(store)
         self.snapshots = 0
         self.again: list[str] = []  # keys of the records of snapshots that must be made again
-        self._shards = {shard_prefix(plan.digest, size): one for size, one in shards.items()}
+        self._shards = {shard_prefix(plan.digest, size): of_size for size, of_size in shards.items()}
         self._records: dict[str, SnapshotRecord] = {}
 
     def read(self) -> None:
@@ -39,16 +39,18 @@ class Selections(Report):
             try:
                 record = read_record(self.store, key, SnapshotRecord)
             except RecordError:
-                continue  # nobody can tell whose it is: see data_prep.upkeep.verify.strays
+                continue  # nobody can tell which plan it belongs to: `strays` reports it
             if record.shards in self._shards:
                 self.snapshots += 1
                 self._records[key] = record
-                if self.note(_name(key), looked(partial(self._problems, record))):
+                if self.note(_name(key), examine(partial(self._problems, record))):
                     self.again.append(key)
 
     def objects(self) -> list[str]:
-        keys = {part.key: key for key in self.again for part in _objects(self._records[key])}
-        return self.damaged(keys, lambda key: _name(keys[key]))
+        records = {_name(key): self._records[key] for key in self.again}
+        return self.damaged(
+            {data.key: name for name, r in records.items() for data in (r.selection, r.held_out, r.by_shard)}
+        )
 
     def _problems(self, record: SnapshotRecord) -> Iterator[str]:
         if record.counts[-1][1] != record.rows + record.held_out_rows:
@@ -79,23 +81,23 @@ class Selections(Report):
                         yield from self._part_problems(shards, part)
 
     def _part_problems(self, shards: Shards, part: pa.Table) -> Iterator[str]:
-        """Of rows that name the same tar."""
+        """Check rows that name the same tar."""
         tar = str(part["tar"][0].as_py())
         shard = shards.whole(int(Path(tar).name.partition("-")[0]))
         if shard is None:
-            return  # it is made again, and what lists its images with it
+            return  # it is made again, and so is whatever lists its images
         if shard.tar is None or shard.tar.key != tar:
             yield f"it lists images of {tar}, which no shard's record names"
             return
         index = read_index(self.store, shard, ["key", "source", "accepted", *_PLACES])
         index = index.filter(index["accepted"])
         places = np.searchsorted(index["offset"].to_numpy(), part["offset"].to_numpy())
-        there = index.take(np.minimum(places, index.num_rows - 1))
+        expected = index.take(np.minimum(places, index.num_rows - 1))
         same = np.ones(part.num_rows, bool)
         for name in _PLACES:
-            same &= part[name].to_numpy() == there[name].to_numpy()
+            same &= part[name].to_numpy() == expected[name].to_numpy()
         for name in ("key", "source"):
-            same &= pc.equal(part[name].cast(pa.string()), there[name]).to_numpy()
+            same &= pc.equal(part[name].cast(pa.string()), expected[name]).to_numpy()
         lengths = [pc.list_value_length(part[name]).to_numpy() for name in ("captions", "caption_weights")]
         same &= (lengths[0] == lengths[1]) & (lengths[0] > 0)
         if not same.all():
@@ -104,16 +106,12 @@ class Selections(Report):
 
 
 def _by_tar(table: pa.Table) -> Iterator[pa.Table]:
-    """In pieces, each of one tar: the rows are in the order of their shards."""
+    """Split a table by tar. The rows of a tar are next to each other, as they are in the order of their shards."""
     tars = table["tar"].combine_chunks()
     codes = (tars if isinstance(tars, pa.DictionaryArray) else tars.dictionary_encode()).indices.to_numpy()
     ends = [*(np.flatnonzero(np.diff(codes)) + 1), table.num_rows] if table.num_rows else []
     for start, end in zip([0, *ends], ends, strict=False):
         yield table.slice(int(start), int(end - start))
-
-
-def _objects(record: SnapshotRecord) -> list[DataObject]:
-    return [record.selection, record.held_out, record.by_shard]
 
 
 def _name(key: str) -> str:

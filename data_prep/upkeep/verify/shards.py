@@ -1,4 +1,4 @@
-"""Every shard of a plan's edition, read once more and held against its record: hashes, counts, order, members."""
+"""Every shard of a plan's edition, read again and compared with its record: hashes, counts, order, members."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from data_prep.images.sizes import SUFFIX
 from data_prep.prepare.plan import KnownAs, Plan, PlannedShard
 from data_prep.rejections import Rejection
 from data_prep.sources.reading import in_order
-from data_prep.upkeep.verify.looking import Report, looked
+from data_prep.upkeep.verify.report import Report, examine, index_and_tar
 from infra.errors import DataError, PixnerdError, RecordError, StoreUnreachable
 from infra.files import sha256_of
 from infra.records import DataObject, ShardRecord, read_record
@@ -33,15 +33,15 @@ Names = Callable[[dict[str, Any]], list[str]]
 
 @dataclass
 class _Reach:
-    """How far the rows of an input go, over its planned shards in their order."""
+    """How far the checked shards of an input have come in its rows."""
 
-    rows: int = 0  # the first that none of them had
-    known: bool = True  # False after a shard whose rows could not be told
+    rows: int = 0  # the number of the row that must follow
+    known: bool = True  # False after a shard whose rows could not be read
     last: PlannedShard | None = None
 
 
 class Shards(Report):
-    """A plan at one size, planned shard by planned shard."""
+    """The shards of a plan at one size."""
 
     def __init__(self, store: Store, plan: Plan, size: str) -> None:
         super().__init__(store)
@@ -49,8 +49,8 @@ class Shards(Report):
         self.shards = self.inputs = self.images = 0
         self._store, self._plan, self._size = store, plan, size
         self._suffix = SUFFIX[plan.settings["format"]]
-        self._with_text = plan.settings.get("text", False)  # earlier shards have none, and do not say so
-        self._found: dict[int, ShardRecord | PixnerdError] = {}
+        self._with_text = plan.settings.get("text", False)  # older plans lack the setting, and their shards the texts
+        self._records: dict[int, ShardRecord | PixnerdError] = {}  # those that exist, or why they cannot be read
         self._reached: dict[KnownAs, _Reach] = {}
 
     def read(self) -> None:
@@ -58,8 +58,8 @@ class Shards(Report):
         numbers = [
             number for shard in self._plan.shards for number in self._numbers(shard) if self._key(number) in keys
         ]
-        self._found = dict(zip(numbers, in_order(self._record, numbers), strict=True))
-        for record in self._found.values():
+        self._records = dict(zip(numbers, in_order(self._record, numbers), strict=True))
+        for record in self._records.values():
             if isinstance(record, ShardRecord):
                 self.shards += 1
                 self.inputs += record.inputs
@@ -69,55 +69,52 @@ class Shards(Report):
         planned = range(self._plan.planned * self._plan.sizes[self._size])
         for key in sorted(keys.difference(map(self._key, planned))):
             if key.endswith(".json"):
-                self.lasts(self._name(Path(key).stem.lstrip("0") or "0"), "in no plan")
+                self.note_lasting(self._name(Path(key).stem.lstrip("0") or "0"), "in no plan")
 
     def objects(self) -> list[str]:
-        """Each is read once more, whatever was wrong before."""
-        numbers = [number for shard in self.again.values() for number in self._numbers(shard)]
-        keys = {key: number for number in numbers for key in self._candidates(number)}
-        return self.damaged(keys, lambda key: self._name(keys[key]))
+        return self.damaged({key: self._name(n) for n in self._numbers_again() for key in self._candidates(n)})
 
     def keys_again(self) -> list[str]:
-        return [self._key(number) for shard in self.again.values() for number in self._numbers(shard)]
+        return [self._key(number) for number in self._numbers_again()]
 
     def records(self) -> list[str]:
-        there = {self._key(number) for number in self._found}
-        return [key for key in self.keys_again() if key in there]
+        return [self._key(number) for number in self._numbers_again() if number in self._records]
+
+    def _numbers_again(self) -> Iterator[int]:
+        return (number for shard in self.again.values() for number in self._numbers(shard))
 
     def _candidates(self, number: int) -> Iterator[str]:
-        """What the record names; where nobody can tell what it named, all that may be its shard's."""
-        record = self._found.get(number)
+        """The objects that a record names; if the record cannot be read, all objects that may be its shard's."""
+        record = self._records.get(number)
         if isinstance(record, ShardRecord):
-            yield from (found.key for found in _objects(record))
+            yield from (data.key for data in index_and_tar(record))
         elif record is not None:
             yield from (entry.key for entry in self._store.list(data_name(self._size, number)))
 
     def whole(self, number: int) -> ShardRecord | None:
-        """The record of a shard, of any edition, if all that is known of it is right."""
+        """The record of a shard, of any edition, unless it cannot be read or the shard is damaged."""
         if any(number in self._numbers(shard) for shard in self.again.values()):
             return None
-        found = self._found.get(number) or self._record(number)
-        return found if isinstance(found, ShardRecord) else None
+        record = self._records.get(number) or self._record(number)
+        return record if isinstance(record, ShardRecord) else None
 
     def _check(self, shard: PlannedShard) -> None:
         numbers = self._numbers(shard)
-        rows: list[int] = []
-        told = 0  # shards that said which rows they have
+        rows_by_shard: list[list[int]] = []  # of those whose index can be read
         for number in numbers:
-            of_it: list[list[int]] = []
-            if self.note(self._name(number), looked(partial(self._shard_problems, number, of_it))):
+            if self.note(self._name(number), examine(partial(self._shard_problems, number, rows_by_shard))):
                 self.again[shard.number] = shard
-            rows += [row for part in of_it for row in part]
-            told += len(of_it)
-        if told == len(numbers) and not _as_planned(rows, shard):
+        rows = [row for rows in rows_by_shard for row in rows]
+        known = len(rows_by_shard) == len(numbers)
+        if known and not _as_planned(rows, shard):
             self._damaged(shard, numbers[0], "not exactly the planned rows, in order")
-            told = 0
-        self._follow(shard, rows if told == len(numbers) else None)
+            known = False
+        self._follow(shard, rows if known else None)
 
-    def _shard_problems(self, number: int, rows: list[list[int]]) -> Iterator[str]:
-        """`rows` gets those of its index, once they are known."""
+    def _shard_problems(self, number: int, rows_by_shard: list[list[int]]) -> Iterator[str]:
+        """The rows of its index are added to `rows_by_shard` as soon as they are read."""
         record, index = self._open(number)
-        rows.append(index["row"].to_pylist())
+        rows_by_shard.append(index["row"].to_pylist())
         causes = Counter(cause for cause in index["cause"].to_pylist() if cause is not None)
         accepted = index.filter(index["accepted"]).to_pylist()
         if causes != record.rejected or len(accepted) != record.accepted:
@@ -138,7 +135,7 @@ class Shards(Report):
         return [f"{row['key']}.{suffix}" for suffix in (self._suffix, "json", *text)]
 
     def _open(self, number: int) -> tuple[ShardRecord, pa.Table]:
-        record = self._found.get(number)
+        record = self._records.get(number)
         if record is None:
             raise DataError("not prepared", remedy="prepare it")
         if isinstance(record, PixnerdError):
@@ -149,7 +146,10 @@ class Shards(Report):
         return record, index
 
     def _follow(self, shard: PlannedShard, rows: list[int] | None) -> None:
-        """Rows that the plan could not number are held against each other: those of a tar, and of a retry."""
+        """Check that the rows of a shard follow on those of the one before, where the plan holds no row numbers.
+
+        That is so for a tar, and for a retry, whose rows may have gaps.
+        """
         if shard.counted and not shard.generation:
             return
         reach = self._reached.setdefault(shard.known_as, _Reach())
@@ -158,8 +158,8 @@ class Shards(Report):
         elif rows:
             gaps = shard.generation or not reach.known
             if rows[0] < reach.rows or (rows[0] > reach.rows and not gaps):
-                said = f"its first row is {rows[0]}, the shards before it end before row {reach.rows}"
-                self._damaged(shard, self._numbers(shard)[0], said)
+                problem = f"its first row is {rows[0]}, the shards before it end before row {reach.rows}"
+                self._damaged(shard, self._numbers(shard)[0], problem)
                 if reach.last is not None:  # nobody can tell which of the two is wrong
                     self.again[reach.last.number] = reach.last
             reach.rows, reach.known, reach.last = rows[-1] + 1, True, shard
@@ -173,7 +173,7 @@ class Shards(Report):
             return error
         own = (record.plan, record.size, record.number) == (self._plan.digest, self._size, number)
         start = data_name(self._size, number)
-        if own and all(found.key.startswith(f"{start}{found.sha256}.") for found in _objects(record)):
+        if own and all(data.key.startswith(f"{start}{data.sha256}.") for data in index_and_tar(record)):
             return record
         return RecordError("its record speaks of another shard", remedy="make it again")
 
@@ -191,10 +191,6 @@ class Shards(Report):
         return shard_key(self._plan.digest, self._size, number)
 
 
-def _objects(record: ShardRecord) -> list[DataObject]:
-    return [record.index, *([] if record.tar is None else [record.tar])]
-
-
 def _as_planned(rows: list[int], shard: PlannedShard) -> bool:
     if shard.generation:  # any rows of the input, each once
         return len(rows) == shard.expected and rows == sorted(set(rows))
@@ -202,18 +198,18 @@ def _as_planned(rows: list[int], shard: PlannedShard) -> bool:
     return rows == list(range(first, first + (shard.expected if shard.counted else len(rows))))
 
 
-def _tar_problems(path: Path, found: DataObject, accepted: list[dict[str, Any]], names: Names) -> Iterator[str]:
-    """`names`: what the members of a row are called, its image first, then its JSON."""
-    if sha256_of(path) != found.sha256:
+def _tar_problems(path: Path, record: DataObject, accepted: list[dict[str, Any]], names: Names) -> Iterator[str]:
+    """`names` gives the names of the members of a row: its image, its JSON, and its text if it has one."""
+    if sha256_of(path) != record.sha256:
         yield "its tar does not have the hash in its name"
     with tarfile.open(path, "r:") as tar:
         members = tar.getmembers()
         if [member.name for member in members] != [name for row in accepted for name in names(row)]:
             yield "its tar does not hold the accepted rows, in order"
             return
-        coming = iter(members)
+        remaining = iter(members)
         for row in accepted:
-            image, sidecar, *text = islice(coming, len(names(row)))
+            image, sidecar, *text = islice(remaining, len(names(row)))
             places = image.offset_data, image.size, sidecar.offset_data, sidecar.size
             if places != (row["offset"], row["length"], row["json_offset"], row["json_length"]):
                 yield f"{image.name} is not where the index says"
@@ -230,8 +226,8 @@ def _image_problems(row: dict[str, Any], image: bytes, sidecar: bytes) -> Iterat
     decoded = decode(image)
     if isinstance(decoded, Rejection) or decoded.pixels.shape[:2] != (row["height"], row["width"]):
         yield f"the image of {row['key']} does not have the index's size"
-    said = json.loads(sidecar)
-    if any(said.get(name) != row[name] for name in ("key", "source", "captions", "width", "height")):
+    metadata = json.loads(sidecar)
+    if any(metadata.get(name) != row[name] for name in ("key", "source", "captions", "width", "height")):
         yield f"{row['key']}.json and the index disagree"
 
 

@@ -1,11 +1,10 @@
-"""Records of snapshots of which nobody can tell whose they are, since they cannot be read, or are not there."""
+"""Records of snapshots that cannot be read or are missing, so that nobody can tell which plan they belong to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.upkeep.verify.looking import Looked, Report, said
+from data_prep.upkeep.verify.report import Findings, Report, message
 from infra import layout
 from infra.errors import RecordError
 from infra.records import SnapshotOutput, SnapshotRecord, StageRecord, read_record
@@ -18,27 +17,28 @@ class Strays(Report):
         self.again: list[str] = []
 
     def read(self) -> None:
-        there = {key: self._wrong(key) for key in layout.SNAPSHOT.keys(self.store)}
-        wrong = {key: problem for key, problem in there.items() if problem}
+        messages = {key: self._error(key) for key in layout.SNAPSHOT.keys(self.store)}
+        wrong = {key: error for key, error in messages.items() if error}
         for stage in layout.STAGE.keys(self.store, kind=SnapshotOutput.kind):
             key = read_record(self.store, stage, StageRecord).of(SnapshotOutput).record
-            if key not in there:
+            if key not in messages:
                 wrong[key] = "its record is gone, and its stage says that it is there"
         for key, problem in wrong.items():
-            self.note(f"snapshot {Path(key).stem}", Looked([problem], []))
+            self.note(_name(key), Findings([problem], []))
             self.again.append(key)
 
     def objects(self) -> list[str]:
-        keys = {data: key for key in self.again for data in self._data_of(key)}
-        return self.damaged(keys, lambda key: f"snapshot {Path(keys[key]).stem}")
+        """What the records named is unknown, so all objects that are called after their snapshots are read."""
+        stored = {key: self.store.list(layout.SELECTIONS.named(Path(key).stem)) for key in self.again}
+        return self.damaged({entry.key: _name(key) for key, entries in stored.items() for entry in entries})
 
-    def _wrong(self, key: str) -> str:
+    def _error(self, key: str) -> str:
         try:
             read_record(self.store, key, SnapshotRecord)
         except RecordError as error:
-            return said(error)
+            return message(error)
         return ""
 
-    def _data_of(self, key: str) -> Iterator[str]:
-        """All that may be its own."""
-        yield from (entry.key for entry in self.store.list(layout.SELECTIONS.named(Path(key).stem)))
+
+def _name(key: str) -> str:
+    return f"snapshot {Path(key).stem}"

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.sources import Input, Range, RawItem, Source, listed, looked
+from data_prep.sources import Input, Range, RawItem, Source, checksums, listed
 from data_prep.sources.folders import LocalFolder, StoreFolder
 from infra.store import Store, open_store
 from tests.data_prep.corpora import HUGGING_FACE_IMAGE, prepare_here, settings_for, write_corpus
@@ -113,13 +113,13 @@ def test_a_picture_that_has_kept_its_time_is_taken_for_what_it_was(folder: Path,
 def read_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that are read from now on."""
     seen: list[str] = []
-    look = LocalFolder.look
+    read = LocalFolder.read_stamped
 
     def noted(self: LocalFolder, name: str, limit: int) -> Any:
         seen.append(name)
-        return look(self, name, limit)
+        return read(self, name, limit)
 
-    monkeypatch.setattr(LocalFolder, "look", noted)
+    monkeypatch.setattr(LocalFolder, "read_stamped", noted)
     return seen
 
 
@@ -133,7 +133,7 @@ def test_of_a_copied_corpus_some_files_are_looked_at(
     corpus.read()
     for number in range(COUNT):
         put(folder / "cat" / f"{number}.jpg", b"picture %d" % number, 9000)
-    monkeypatch.setattr(looked, "MOST", 2)
+    monkeypatch.setattr(checksums, "MOST", 2)
     seen = read_files(monkeypatch)
     assert corpus.inputs() == first
     assert [name for name in seen if name.endswith(".jpg")] == ["cat/0.jpg", "cat/3.jpg"]
