@@ -1,14 +1,14 @@
-"""Training states to resume from, and checkpoints to use: both are data objects first and one record last.
+"""Training states to resume from, and checkpoints to use. Of both, the data objects are written first, the record last.
 
     <prefix>/state/<step>-<rank>-<attempt>-<sha256>.safetensors   each rank's ranges of the flat fp32 vectors
-    <prefix>/states/<step>-<attempt>.json     the state is whole (written by rank 0, after all ranks)
+    <prefix>/states/<step>-<attempt>.json     the record of a complete state (rank 0 writes it, after all ranks)
     <prefix>/checkpoint/<name>-<sha256>       config.json, model.safetensors (EMA), text/, repa head, SHA256SUMS
-    <prefix>/checkpoint.json                  the run is done
+    <prefix>/checkpoint.json                  the record of the checkpoint: the run is done
 
-Any number of ranks can resume from a state: ranges of flat vectors are cut anew. An attempt is one start of all ranks;
-whatever it writes carries its name, so two that work on one run at the same time never mix their parts, and neither
-deletes what only the other one's records name. Each of their states is whole and of one step, so either may go on from
-the other's.
+Any number of ranks can resume from a state, as each reads the ranges of the flat vectors that it needs. An attempt is
+one start of all ranks, and its name is in the keys of all that it writes. So two attempts at one run at the same time
+never mix their parts, and neither deletes what only the other's records name. Each state is complete and of one step,
+so either attempt may resume from the other's.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KEPT_STEPS = 2  # the newest state, and the one before it in case the newest is 
 class StateFile(Record):
     data: DataObject
     ranges: dict[str, tuple[int, int]]  # tensor name -> its range of the flat vector
-    step: int | None = None  # of the rank that wrote it; schema 1 did not tell
+    step: int | None = None  # at which its rank wrote it; absent in schema 1
     attempt: str = ""
 
 
@@ -54,7 +54,7 @@ class TrainingState(Record):
     step: int
     position: int  # samples consumed
     files: list[StateFile]
-    curve: list[dict[str, float]]  # what was logged up to this step
+    curve: list[dict[str, float]]  # the rows logged up to this step
     attempt: str = ""
 
     @model_validator(mode="after")
@@ -78,7 +78,10 @@ def save_state(
     curve: list[Any],
     allowed: Callable[[], None],
 ) -> None:
-    """Every rank calls it; when it returns the state is committed. `allowed` raises if this run is another's by now."""
+    """Every rank calls it; when it returns, the state is committed.
+
+    `allowed` is called before the commit and raises if another driver has taken the run over.
+    """
 
     def put_part() -> StateFile:
         tensors, ranges = engine.state(), {}
@@ -100,21 +103,22 @@ def save_state(
         assert written, "an attempt commits each step once"
         drop_states(store, prefix, kept=KEPT_STEPS)
 
-    files = team.each(put_part)
+    files = team.on_each_rank(put_part)
     team.check_agreed((step, position, attempt), "the state to commit")
-    team.decided(lambda: commit(files))
+    team.on_rank_0(lambda: commit(files))
 
 
 def drop_states(store: Store, prefix: str, *, kept: int) -> None:
-    """Deletes the states of all but the newest `kept` steps; somebody else may do the same at this moment.
+    """Deletes the states of all but the newest `kept` steps; another driver may do the same at this moment.
 
-    The record goes first: a state whose record is there must be whole. One that cannot be read is left to `data gc`.
+    A state whose record exists must be complete, so the record is deleted first. Where a record cannot be read, its
+    state is left to `data gc`.
     """
     keys = _state_keys(store, prefix)
     steps = sorted({step for step, _ in keys})
-    stay = steps[-kept:] if kept else []
+    dropped = steps[:-kept] if kept else steps
     for step, key in keys:
-        if step in stay:
+        if step not in dropped:
             continue
         try:
             state = read_record(store, key, TrainingState)
@@ -126,72 +130,76 @@ def drop_states(store: Store, prefix: str, *, kept: int) -> None:
 
 
 def _state_keys(store: Store, prefix: str) -> list[tuple[int, str]]:
-    """The step and the key of every state's record, in the order of their steps."""
-    listed = [entry.key for entry in store.list(layout.STATE.under(home=prefix))]
-    found = ((layout.STATE.parse(key) or layout.OLD_STATE.parse(key), key) for key in listed)
-    return sorted((parts["step"], key) for parts, key in found if parts)
+    """The step and the key of every state's record, ordered by step."""
+    keys = [entry.key for entry in store.list(layout.STATE.under(home=prefix))]
+    parsed = ((layout.STATE.parse(key) or layout.OLD_STATE.parse(key), key) for key in keys)
+    return sorted((fields["step"], key) for fields, key in parsed if fields)
 
 
-class Found(NamedTuple):
+class NewestState(NamedTuple):
     key: str
-    state: TrainingState | None
+    state: TrainingState | None  # None: its record cannot be read
     problem: str = ""
 
 
-def newest_state(store: Store, prefix: str, left_out: Container[str] = ()) -> Found | None:
-    """The state of the highest step. One whose record cannot be read has no `state`, and says why."""
+def newest_state(store: Store, prefix: str, left_out: Container[str] = ()) -> NewestState | None:
+    """The state of the highest step whose key is not in `left_out`."""
     for _, key in reversed(_state_keys(store, prefix)):
         if key in left_out:
             continue
         try:
-            return Found(key, read_record(store, key, TrainingState))
+            return NewestState(key, read_record(store, key, TrainingState))
         except NotFound:
-            continue  # dropped since it was listed
+            continue  # deleted since the keys were listed
         except RecordError as error:
-            return Found(key, None, error.message)
+            return NewestState(key, None, error.message)
     return None
 
 
 def resume(
     store: Store, prefix: str, team: Team, engine: Engine, ema: Ema, tell: Callable[[str], None]
 ) -> TrainingState | None:
-    """The newest whole state, loaded on every rank; None where the run has not committed one.
+    """The newest undamaged state, loaded on every rank; None if the run has not committed one.
 
-    A damaged state is told of and the one before it is taken. Where all are damaged the run does not begin anew by
-    itself: that may be weeks of work, and is for its owner to say.
+    A damaged state is reported through `tell`, and the one before it is tried. If all are damaged, this raises: to
+    start again may throw away weeks of work, which only the run's owner may decide.
     """
     damaged: dict[str, str] = {}
-    while (found := team.decided(lambda: newest_state(store, prefix, damaged))) is not None:
-        key, state, problem = found
+    while (newest := team.on_rank_0(lambda: newest_state(store, prefix, damaged))) is not None:
+        key, state, problem = newest
         with tempfile.TemporaryDirectory() as folder:
             if state is not None:
-                problem = next(filter(None, team.each(partial(_fetch_parts, store, state, engine, Path(folder)))), "")
+                problems = team.on_each_rank(partial(_fetch_parts, store, state, engine, Path(folder)))
+                problem = next(filter(None, problems), "")
             if state is not None and not problem:
                 team.check_agreed((state.step, state.position, state.digest()), "where to go on from")
                 _load(state, Path(folder), engine, ema)
                 return state
         damaged[key] = problem
         tell(f"the training state {key} is not used: {problem}")
-    team.decided(lambda: _refuse_to_begin_anew(store, prefix, damaged))
+    team.on_rank_0(lambda: _refuse_to_begin_anew(store, prefix, damaged))
     return None
 
 
 def _refuse_to_begin_anew(store: Store, prefix: str, damaged: dict[str, str]) -> None:
-    """What has vanished was no damage: another driver has come further, dropped it, and left what is newer."""
-    left = [problem for key, problem in damaged.items() if store.exists(key)]
-    if left:
+    """Raises if damaged states exist. Those deleted meanwhile were not damaged: a driver further ahead dropped them."""
+    problems = [problem for key, problem in damaged.items() if store.exists(key)]
+    if problems:
         raise CheckpointError(
-            f"every training state of this run is damaged ({'; '.join(left)})",
+            f"every training state of this run is damaged ({'; '.join(problems)})",
             remedy=f"to train from the beginning, delete {store.url}/{layout.STATE.under(home=prefix)} and run again",
         )
 
 
 def _fetch_parts(store: Store, state: TrainingState, engine: Engine, folder: Path) -> str:
-    """The files of which this rank needs a range, held against their hashes; what is wrong with one, if anything."""
-    own = engine.ranges()
+    """Fetch the files that overlap this rank's ranges and check their hashes; returns what is wrong with one, or ""."""
     for number, file in enumerate(state.files):
-        spans = (file.ranges.get(f"master.{group}", (0, 0)) for group in range(len(own)))
-        if any(max(span[0], mine[0]) < min(span[1], mine[1]) for span, mine in zip(spans, own, strict=True)):
+        overlaps = (
+            max(start, low) < min(end, high)
+            for group, (start, end) in enumerate(engine.ranges())
+            for low, high in [file.ranges.get(f"master.{group}", (0, 0))]
+        )
+        if any(overlaps):
             try:
                 fetch_data(store, file.data, folder / f"{number}.safetensors")
             except (NotFound, DataError) as error:
@@ -200,7 +208,7 @@ def _fetch_parts(store: Store, state: TrainingState, engine: Engine, folder: Pat
 
 
 def _load(state: TrainingState, folder: Path, engine: Engine, ema: Ema) -> None:
-    """The fetched files' ranges into the engine and the EMA."""
+    """Load this rank's ranges from the fetched files into the engine and the EMA."""
     paths = {number: folder / f"{number}.safetensors" for number in range(len(state.files))}
     opened = [(state.files[number].ranges, safe_open(path, "pt")) for number, path in paths.items() if path.exists()]
 
@@ -227,22 +235,22 @@ def _overlaps(opened: list[Any], name: str, start: int, end: int) -> Iterator[to
 
 
 def publish(store: Store, prefix: str, write: Callable[[Path], None], **facts: Any) -> CheckpointRecord:
-    """`write(folder)` lays the checkpoint's files out; they are stored, then the record that names them."""
+    """Store the files that `write(folder)` makes, then the record that names them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder)
         files = {}
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             relative = path.relative_to(folder)
-            where = "/".join([layout.TRAINED_FILES.at(home=prefix), *relative.parts[:-1]])
-            files[relative.as_posix()] = put_data(store, where, relative.name, path)
+            key_prefix = "/".join([layout.TRAINED_FILES.at(home=prefix), *relative.parts[:-1]])
+            files[relative.as_posix()] = put_data(store, key_prefix, relative.name, path)
     record = CheckpointRecord(folder=layout.TRAINED_FILES.at(home=prefix), files=files, **facts)
     write_record(store, layout.CHECKPOINT.at(home=prefix), record)
     return read_record(store, layout.CHECKPOINT.at(home=prefix), CheckpointRecord)
 
 
 def publish_folder(store: Store, folder: Path) -> CheckpointRecord:
-    """A checkpoint folder of this machine as a record in a store; the same folder gives the same record."""
+    """Put a local checkpoint folder into a store; the same folder gives the same record."""
     if not (folder / models.CONFIG).is_file():
         raise CheckpointError(f"{folder} holds no {models.CONFIG}", remedy="name the folder of a checkpoint")
     models.check_files(folder, *(path.name for path in folder.iterdir()))
@@ -262,9 +270,9 @@ def published(store: Store, prefix: str) -> CheckpointRecord | None:
 
 
 def fetch(store: Store, record: CheckpointRecord, folder: Path) -> Path:
-    """The checkpoint as an ordinary folder, its bytes held against their names; it carries its hashes."""
+    """Fetch a checkpoint into a folder and check its hashes; the folder then has a SHA256SUMS file."""
     fetch_files(store, record.files, folder)
-    if not (folder / models.SUMS).is_file():  # published before checkpoints carried them
+    if not (folder / models.SUMS).is_file():  # checkpoints of earlier versions had none
         models.write_sums(folder)
     return folder
 
@@ -280,12 +288,12 @@ def fetch_files(store: Store, files: dict[str, DataObject], folder: Path) -> Pat
 
 
 def load_part(path: Path, module: torch.nn.Module, what: str) -> None:
-    """Weights of one safetensors file into a module; what is missing, left over or misshapen is named."""
+    """Load a safetensors file into a module; an error names what is missing, left over or of another shape."""
     try:
         with safe_open(path, "pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{what} cannot be read from {path} ({error})", remedy="fetch it again") from None
-    problems = differences(shapes(module.state_dict()), shapes(found))
+    problems = differences(shapes(module.state_dict()), shapes(weights))
     refuse(problems, f"{what} in {path} does not fit", "use the settings that it was trained with")
-    module.load_state_dict(found)
+    module.load_state_dict(weights)

@@ -1,7 +1,8 @@
-"""An exponential moving average of the weights, kept in fp32 and sharded exactly as ZeRO shards the master weights.
+"""An exponential moving average (EMA) of the weights, in fp32 and sharded exactly as ZeRO shards the master weights.
 
-It follows the fp32 masters, not the bf16 copies that the forward pass uses: at a decay of 0.9999 a bf16 average would
-stand still. Each rank keeps only the part it owns, one flat tensor a parameter group, so an update is one fused lerp.
+It averages the fp32 masters: at a decay of 0.9999 a bf16 average would round every update away. Each rank keeps its own
+range, one flat tensor per parameter group, so an update is one fused lerp. EMA weights in diffusion models: Song and
+Ermon 2020, arXiv 2006.09011; the warm-up is that of TensorFlow's ExponentialMovingAverage with `num_updates`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, masters: list[torch.Tensor], step: int) -> None:
-        """After the optimiser's step number `step`, counted from 0."""
+        """shard += (1 - decay) (master - shard), called after the optimiser's step number `step`, counted from 0."""
         decay = self.settings.decay
         if self.settings.warmup:
             decay = min(decay, (1 + step) / (10 + step))

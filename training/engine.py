@@ -1,8 +1,9 @@
-"""DeepSpeed, only here: a module and an optimiser become a ZeRO engine whose state is a few flat fp32 tensors a rank.
+"""The only user of DeepSpeed: a ZeRO engine whose state is, on each rank, a few flat fp32 tensors.
 
-ZeRO 1 and 2 lay all parameters of a group end to end in one flat vector and give each rank an equal range of it. That
-vector's coordinates do not depend on the number of ranks (only the padding at its very end does), so a training state
-is saved as ranges of it, in safetensors: no pickle, and any other number of ranks can read back the ranges it owns.
+ZeRO (Rajbhandari et al. 2019, arXiv 1910.02054) stages 1 and 2 concatenate the parameters of a group into one flat
+vector and give each rank an equal range of it. Positions in that vector do not depend on the number of ranks (only the
+padding at its end does), so a training state is saved as ranges of it in safetensors: without pickle, and any other
+number of ranks can read the ranges that it needs.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -25,36 +26,36 @@ KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
 def prepare_environment() -> None:
-    """What DeepSpeed reads at import. It builds one small C++ op; one folder for all runs means it is built once."""
+    """Set what DeepSpeed reads at import. It builds a small C++ op, once if all runs share its folder."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_folder())
-    # ninja is installed beside this interpreter, which need not be on the PATH of a Ray worker.
-    beside = str(Path(sys.executable).parent)
-    if beside not in os.environ.get("PATH", "").split(os.pathsep):
-        os.environ["PATH"] = beside + os.pathsep + os.environ.get("PATH", "")
+    # ninja is installed beside this interpreter, a folder that need not be on the PATH of a Ray worker.
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = scripts + os.pathsep + os.environ.get("PATH", "")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
 def extensions_folder() -> Path:
-    """Where PyTorch keeps the ops that it compiles: with the environment that they were compiled for."""
-    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return Path(given)
+    """Where PyTorch keeps the ops that it compiles: inside the virtual environment that they were compiled for."""
+    if folder := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(folder)
     home = Path(sys.prefix) if sys.prefix != sys.base_prefix else Path.home() / ".cache"
     return home / "torch_extensions"
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed without MLflow, which its autotuner would import, for seconds on every rank; nothing here uses that."""
+    """DeepSpeed without MLflow, which its autotuner imports: that takes seconds on every rank, and is not used here."""
     prepare_environment()
-    hidden = "mlflow" not in sys.modules
-    if hidden:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]  # so Python is told that a module is not there
+    hide = "mlflow" not in sys.modules
+    if hide:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # None makes an import fail as if it were not installed
     try:
         import deepspeed
     finally:
-        if hidden:
+        if hide:
             del sys.modules["mlflow"]
     return deepspeed
 
@@ -69,7 +70,7 @@ def build_ops() -> None:
 
 
 class Engine:
-    """One optimiser step at a time over micro-batches; everything about sharding stays behind this."""
+    """Takes one optimiser step at a time over micro-batches, and hides all sharding."""
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class Engine:
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulate,
             "gradient_clipping": optim.clip,
-            # Gradients of this size are copied for nothing on a CPU; on a GPU the copy keeps memory whole.
+            # On a GPU, copying gradients into one buffer avoids fragmented memory; on a CPU it only costs time.
             "zero_optimization": {"stage": zero, "contiguous_gradients": torch.cuda.is_available()},
             "bf16": {"enabled": precision == "bf16"},
             "steps_per_print": sys.maxsize,
@@ -109,19 +110,18 @@ class Engine:
 
     @torch.no_grad()
     def _restore_masters(self, exact: dict[nn.Parameter, torch.Tensor]) -> None:
-        """DeepSpeed makes the masters of weights that it has rounded to bf16 already; here they get their own again.
+        """Overwrite the fp32 masters, which DeepSpeed makes of weights already rounded to bf16, with the exact weights.
 
-        Else a stage would begin with every weight moved by up to 0.4 %, before it has learnt anything.
+        Otherwise a stage would start with every weight changed by up to 0.4 %.
         """
         for group, (master, (start, end)) in enumerate(zip(self.masters, self.ranges(), strict=True)):
-            offsets = self._zero.round_robin_bit16_offsets[group]
-            for parameter, offset in zip(self._zero.round_robin_bit16_groups[group], offsets, strict=True):
+            for parameter, offset in self._layout(group):
                 first, last = max(start, offset), min(end, offset + parameter.numel())
                 if first < last:
                     master[first - start : last - start] = exact[parameter].flatten()[first - offset : last - offset]
 
     def step(self, micro_batches: Iterable[Any], lr: float) -> tuple[list[Any], float]:
-        """Forward, backward and update; the module gives (loss, report) for each micro-batch.
+        """Forward, backward and update; the module returns (loss, report) for each micro-batch.
 
         Returns the reports and the gradient's norm before clipping.
         """
@@ -138,23 +138,24 @@ class Engine:
     @property
     def masters(self) -> list[torch.Tensor]:
         """This rank's range of each group's fp32 weights."""
-        masters: list[torch.Tensor] = self._zero.single_partition_of_fp32_groups
-        return masters
+        return cast(list[torch.Tensor], self._zero.single_partition_of_fp32_groups)
 
     def ranges(self) -> list[tuple[int, int]]:
-        """Where this rank's part lies in each group's flat vector, without the padding at the end."""
-        found = []
+        """(start, end) of this rank's part of each group's flat vector, without the padding at the vector's end."""
+        ranges = []
         for group, master in enumerate(self.masters):
-            start = self.rank * master.numel()
-            found.append((start, max(start, min(start + master.numel(), self._length(group)))))
-        return found
+            *_, (last, offset) = self._layout(group)
+            start, length = self.rank * master.numel(), offset + last.numel()
+            ranges.append((start, max(start, min(start + master.numel(), length))))
+        return ranges
 
-    def _length(self, group: int) -> int:
-        offset = self._zero.round_robin_bit16_offsets[group][-1]
-        return int(offset + self._zero.round_robin_bit16_groups[group][-1].numel())
+    def _layout(self, group: int) -> Iterator[tuple[nn.Parameter, int]]:
+        """A group's parameters in the order of its flat vector, each with its offset in it."""
+        offsets = self._zero.round_robin_bit16_offsets[group]
+        return zip(self._zero.round_robin_bit16_groups[group], offsets, strict=True)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """`kind.group` -> this rank's range, for the kinds master, exp_avg and exp_avg_sq."""
+        """This rank's range of each flat vector, by `<kind>.<group>`, such as `exp_avg.0`."""
         tensors: dict[str, torch.Tensor] = {}
         for group, (master, (start, end)) in enumerate(zip(self.masters, self.ranges(), strict=True)):
             moments = self._zero.optimizer.state.get(master, {})
@@ -164,7 +165,7 @@ class Engine:
         return tensors
 
     def load_state(self, read: Callable[[str, int, int], torch.Tensor], step: int) -> None:
-        """`read(name, start, end)` gives a range of a flat vector that was saved after `step` updates."""
+        """Load the state saved after `step` updates; `read(name, start, end)` gives a range of a flat vector."""
         optimizer, moments = self._zero.optimizer, {}
         for group, (master, (start, end)) in enumerate(zip(self.masters, self.ranges(), strict=True)):
             values = {}
@@ -175,14 +176,14 @@ class Engine:
             with torch.no_grad():
                 master.copy_(values.pop("master"))
             moments[group] = {"step": torch.tensor(float(step)), **values}
-        if step:  # PyTorch knows where its optimiser wants each of them: a fused one counts steps on the GPU
+        if step:  # through load_state_dict, which moves each tensor where it belongs: a fused AdamW's `step` to the GPU
             optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         self._zero.update_lp_params()
 
     def gather(self, shards: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Flat shards, cut as the masters are, back to named parameters of their own shapes, on the CPU of rank 0.
+        """All ranks' flat shards, cut like the masters, as parameters by name in CPU memory of rank 0.
 
-        Every rank must call it; the others get an empty dict.
+        Every rank must call it; all but rank 0 get an empty dict.
         """
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         tensors: dict[str, torch.Tensor] = {}
@@ -192,10 +193,9 @@ class Engine:
             if self.rank:
                 continue
             flat = torch.cat(parts).cpu()
-            offsets = self._zero.round_robin_bit16_offsets[group]
-            for parameter, offset in zip(self._zero.round_robin_bit16_groups[group], offsets, strict=True):
-                piece = flat[offset : offset + parameter.numel()]
-                tensors[names[id(parameter)]] = piece.view(parameter.shape).clone()
+            for parameter, offset in self._layout(group):
+                values = flat[offset : offset + parameter.numel()]
+                tensors[names[id(parameter)]] = values.view(parameter.shape).clone()
         return tensors
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""Training states that nobody will go on from: those of runs that are done, and parts that no state names.
+"""Deletes training states that no run will resume from: those of finished runs, and parts that no state names.
 
-A run deletes its own as it goes. What is found here was left by runs that were killed: between the last record and the
-states before it, or between a state's parts and its record. Keys are all that is looked at, so whatever wrote the
-states, and however damaged they are, they are found.
+A run deletes its own old states. These were left by runs that were killed after they published and before they deleted
+their states, or between a state's parts and its record. Only keys are looked at, so states are recognised whichever
+version wrote them and however damaged they are.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ class States(NamedTuple):
 
 
 def collect_states(store: Store, older_than_hours: float = 24.0, *, dry_run: bool = False) -> States:
-    """Delete them, unless it is a dry run.
+    """Delete unused training states, or only count them in a dry run.
 
-    A part is written before the state that names it: only those that are old are taken for left. Where a state's record
-    cannot be read nothing of its run is, for that record may name it.
+    A part is written before the state that names it, so only old parts are deleted. Where a state's record cannot be
+    read, no part of its run is, because that record may name it.
     """
     runs: dict[str, list[Entry]] = {}
     for entry in store.list_unchecked(layout.TRAINING.under()):
         if home := _HOME.match(entry.key):
             runs.setdefault(home[0], []).append(entry)
     limit = store.now() - 3600 * older_than_hours
-    left = [entry for home, entries in runs.items() for entry in _left(store, home, entries, limit)]
-    for entry in () if dry_run else left:
+    unused = [entry for home, entries in runs.items() for entry in _unused(store, home, entries, limit)]
+    for entry in () if dry_run else unused:
         store.delete(entry.key)
-    return States(len(left), sum(entry.size for entry in left))
+    return States(len(unused), sum(entry.size for entry in unused))
 
 
-def _left(store: Store, home: str, entries: list[Entry], limit: float) -> Iterator[Entry]:
-    """In the order in which they are to go: a state whose record is there must be whole."""
+def _unused(store: Store, home: str, entries: list[Entry], limit: float) -> Iterator[Entry]:
+    """Records before parts: a state whose record exists must be complete, so that is the order of deletion."""
     records = [entry for entry in entries if entry.key.startswith(layout.STATE.under(home=home))]
     parts = [entry for entry in entries if layout.STATE_PARTS.holds(entry.key)]
     if any(entry.key == layout.CHECKPOINT.at(home=home) for entry in entries):
@@ -56,19 +56,19 @@ def _left(store: Store, home: str, entries: list[Entry], limit: float) -> Iterat
 
 
 def _named(store: Store, records: list[str], prefix: str) -> set[str] | None:
-    """The parts that the records name; None if one cannot be read."""
+    """The keys of parts in any field of the records; None if a record cannot be read."""
     named: set[str] = set()
     for key in records:
         try:
-            waiting = [json.loads(store.get(key))]
-        except NotFound:  # dropped since it was listed, and its parts with it
+            values = [json.loads(store.get(key))]
+        except NotFound:  # deleted since the keys were listed, and its parts with it
             continue
         except (ValueError, RecursionError):
             return None
-        while waiting:
-            value = waiting.pop()
+        while values:
+            value = values.pop()
             if isinstance(value, dict | list):
-                waiting += value.values() if isinstance(value, dict) else value
+                values += value.values() if isinstance(value, dict) else value
             elif isinstance(value, str) and value.startswith(prefix):
                 named.add(value)
     return named

@@ -1,16 +1,16 @@
-"""A training run, top to bottom: on every rank the same story, from the snapshot to the published checkpoint.
+"""A training run from the snapshot to the published checkpoint; every rank runs `train`.
 
-    build or inherit the network -> shard it -> resume where a state was committed -> steps, with the EMA behind them ->
-    a committed state now and then -> the EMA weights as a checkpoint, its record last
+    build or inherit the network -> shard it -> resume from the newest committed state -> steps, each followed by an EMA
+    update -> a state committed every `save_every` steps -> the EMA weights as a checkpoint, its record last
 
-What the store says is asked by rank 0 alone and told to the others, and all of them compare what they are about to do:
-so two drivers on one run at the same time cannot make a model of mixed steps. Data order, noise, times and drops depend
-on the position alone, so a run that was stopped and resumed, or resumed on another number of ranks, continues the same
-stream of samples.
+Only rank 0 asks the store for the run's states, and broadcasts what it reads; the ranks compare what they are about to
+do. So two drivers on one run at the same time cannot make a model of mixed steps. Data order, noise, times and dropped
+captions depend on the position alone, so a resumed run, on any number of ranks, continues the same sequence of samples.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
@@ -52,7 +52,7 @@ from training.optim import OptimSettings, learning_rate
 from training.step import ObjectiveSettings, Preparer, Trained
 from training.team import Team
 
-Files = dict[str, DataObject]
+Files = dict[str, DataObject]  # by path in the folder that they make up
 
 
 class TrainSettings(Settings):
@@ -78,12 +78,12 @@ class TrainSettings(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _as_the_preset_has_it(cls, given: Any) -> Any:
-        return training_settings(given) if isinstance(given, dict) else given
+    def _with_preset_defaults(cls, settings: Any) -> Any:
+        return training_settings(settings) if isinstance(settings, dict) else settings
 
     @field_validator("preset")
     @classmethod
-    def _has_a_size(cls, name: str) -> str:
+    def _is_a_preset(cls, name: str) -> str:
         try:
             preset(name)
         except SettingsError as error:
@@ -92,10 +92,10 @@ class TrainSettings(Settings):
 
     @field_validator("model")
     @classmethod
-    def _changes_the_preset(cls, given: dict[str, Any], settings: ValidationInfo) -> dict[str, Any]:
+    def _fits_the_preset(cls, changes: dict[str, Any], settings: ValidationInfo) -> dict[str, Any]:
         if "preset" in settings.data:
-            check(ModelConfig, preset(settings.data["preset"]).model_dump() | given)
-        return given
+            check(ModelConfig, preset(settings.data["preset"]).model_dump() | changes)
+        return changes
 
     @model_validator(mode="after")
     def _fits(self) -> TrainSettings:
@@ -125,45 +125,45 @@ class TrainSettings(Settings):
 
 @dataclass
 class Job:
-    """One training run: what `train` needs on every rank; it travels to the workers."""
+    """One training run: what `train` needs on every rank. It is pickled to the workers."""
 
     store: Store
-    prefix: str  # where its objects go
-    digest: str
+    prefix: str  # of the keys of all that it stores
+    digest: str  # of the run
     settings: TrainSettings
     snapshot: SnapshotRecord
     text: Files | str  # a text encoder's files in the store, or the name of a published one
     vision: Files | str | None
     start_from: CheckpointRecord | None
     run: Run
-    claim: Claim | None = None  # the driver's, where there may be several
-    scratch: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
+    claim: Claim | None = None  # the driver's, if several drivers may start this run
+    scratch: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))  # for temporary files
 
     def check_claim(self) -> None:
         if self.claim is not None:
             self.claim.check()
 
 
-Say = Callable[[dict[str, Any]], None]
+Send = Callable[[dict[str, Any]], None]  # takes progress messages such as {"event": "saved", "step": 500}
 
 
-def train(job: Job, say: Say) -> CheckpointRecord:
-    """Runs on every rank; torch.distributed is up."""
+def train(job: Job, send: Send) -> CheckpointRecord:
+    """Runs on every rank, with `torch.distributed` initialised."""
     team = Team()
-    if (done := team.decided(lambda: checkpoint.published(job.store, job.prefix))) is not None:
+    if (done := team.on_rank_0(lambda: checkpoint.published(job.store, job.prefix))) is not None:
         return done
     settings = job.settings
-    attempt = team.decided(lambda: uuid.uuid4().hex[:12])
+    attempt = team.on_rank_0(lambda: uuid.uuid4().hex[:12])
     folder = Path(tempfile.mkdtemp(prefix="pixnerd-train-", dir=job.scratch))
     try:
-        parts = _build(job, folder)
-        engine = _shard(parts, settings, team.size)
+        networks = _build(job, folder)
+        engine = _shard(networks, settings, team.size)
         ema = Ema(engine.masters, settings.ema)
         state = checkpoint.resume(
-            job.store, job.prefix, team, engine, ema, lambda text: say({"event": "told", "text": text})
+            job.store, job.prefix, team, engine, ema, lambda text: send({"event": "told", "text": text})
         )
         step, position, curve = (state.step, state.position, list(state.curve)) if state else (0, 0, [])
-        say({"event": "start", "step": step, "steps": settings.steps})
+        send({"event": "start", "step": step, "steps": settings.steps})
         reader = Reader(job.store, read_selection(job.store, job.snapshot), folder, settings.seed)
         batches = Batches(
             reader, settings.reading, batch=settings.batch, rank=engine.rank, ranks=engine.ranks, seed=settings.seed
@@ -184,29 +184,29 @@ def train(job: Job, say: Say) -> CheckpointRecord:
                 allowed=job.check_claim,
             )
             job.run.flush()
-            say({"event": "saved", "step": step})
+            send({"event": "saved", "step": step})
 
         try:
-            _steps(job, parts, engine, ema, batches, step, curve, say, save)
+            _steps(job, networks, engine, ema, batches, step, curve, send, save)
         finally:
-            batches.close()  # type: ignore[attr-defined]
+            batches.close()
             reader.close()
-        return _publish(job, parts, team, engine, ema, curve)
+        return _publish(job, networks, team, engine, ema, curve)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass
-class Parts:
+class Networks:
     trained: Trained
     text: TextEncoder
-    text_folder: Path | None  # where a small encoder's own files lie; none for a published one
-    frozen_text: TextEncoder | None
+    text_folder: Path | None  # the files of an encoder that came from the store or a folder; None: it is published
+    frozen_text: TextEncoder | None  # None: it is trained
     vision: VisionEncoder | None
 
 
-def _build(job: Job, folder: Path) -> Parts:
-    """The network and its encoders, new from the seed or inherited from another run's EMA weights."""
+def _build(job: Job, folder: Path) -> Networks:
+    """The denoiser, initialised from the seed or from another run's checkpoint, and its encoders."""
     settings = job.settings
     torch.manual_seed(settings.seed)
     net = PixNerd(settings.network())
@@ -237,24 +237,24 @@ def _build(job: Job, folder: Path) -> Parts:
     if settings.objective.repa:
         if job.vision is None:
             raise SettingsError("objective.repa needs a vision encoder", remedy="name one, or set objective.repa to 0")
-        where: Path | str | Files = job.vision
-        if isinstance(where, dict):
-            where = checkpoint.fetch_files(job.store, where, folder / "vision")
-        vision = VisionEncoder(where)
+        if isinstance(job.vision, str):
+            vision = VisionEncoder(job.vision)
+        else:
+            vision = VisionEncoder(checkpoint.fetch_files(job.store, job.vision, folder / "vision"))
         head = RepaHead(net.config.hidden, vision.width)
         if inherited is not None and (inherited / models.HEAD).exists():
             checkpoint.load_part(inherited / models.HEAD, head, "the REPA head")
     if settings.compile:
         compile_network(net)
     trained = Trained(net, head, text if settings.train_text else None, settings.objective)
-    return Parts(trained, text, text_folder, None if settings.train_text else text, vision)
+    return Networks(trained, text, text_folder, None if settings.train_text else text, vision)
 
 
-def _shard(parts: Parts, settings: TrainSettings, ranks: int) -> Engine:
+def _shard(networks: Networks, settings: TrainSettings, ranks: int) -> Engine:
     share = settings.batch // ranks
     micro = min(settings.micro_batch or share, share)
     return Engine(
-        parts.trained,
+        networks.trained,
         settings.optim,
         zero=settings.zero,
         precision=settings.precision,
@@ -265,26 +265,26 @@ def _shard(parts: Parts, settings: TrainSettings, ranks: int) -> Engine:
 
 def _steps(
     job: Job,
-    parts: Parts,
+    networks: Networks,
     engine: Engine,
     ema: Ema,
     batches: Iterator[Batch],
     first: int,
     curve: list[dict[str, float]],
-    say: Say,
+    send: Send,
     save: Callable[[int], None],
 ) -> None:
     settings, meter = job.settings, Meter()
-    for encoder in (parts.frozen_text, parts.vision):
+    for encoder in (networks.frozen_text, networks.vision):
         if encoder is not None:
             encoder.to(engine.device)
-    grid = (parts.trained.net.config.grid,) * 2
-    prepare = Preparer(settings.objective, settings.seed, engine.device, parts.frozen_text, parts.vision, grid)
+    grid = (networks.trained.net.config.grid,) * 2
+    prepare = Preparer(settings.objective, settings.seed, engine.device, networks.frozen_text, networks.vision, grid)
     clock = time.perf_counter()
     for step in range(first, settings.steps):
-        asked = time.perf_counter()
+        wait_began = time.perf_counter()
         batch = next(batches)
-        waited = time.perf_counter() - asked
+        waited = time.perf_counter() - wait_began
         rate = learning_rate(settings.optim, step, settings.steps)
         reports, norm = engine.step(map(prepare, batch.split(engine.micro_batch)), rate)
         meter.add(reports, norm, waited)
@@ -293,13 +293,13 @@ def _steps(
         if done % settings.log_every == 0 or done == settings.steps:
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             row, meter = meter.read(engine.ranks, seconds, rate), Meter()
-            _log(job, engine, row, done, curve, say)
+            _log(job, engine, row, done, curve, send)
         if done % settings.save_every == 0 and done < settings.steps:
             save(done)
 
 
-def _log(job: Job, engine: Engine, row: dict[str, float], step: int, curve: list[dict[str, float]], say: Say) -> None:
-    if not all(value == value and abs(value) != float("inf") for value in row.values()):
+def _log(job: Job, engine: Engine, row: dict[str, float], step: int, curve: list[dict[str, float]], send: Send) -> None:
+    if not all(map(math.isfinite, row.values())):
         raise TrainingError(
             f"the loss or the gradient is not finite near step {step}",
             remedy="lower optim.lr, or set optim.clip: another setting is another run, from its start",
@@ -307,24 +307,24 @@ def _log(job: Job, engine: Engine, row: dict[str, float], step: int, curve: list
     curve.append({"step": step, "images": step * job.settings.batch, **row})
     if engine.rank == 0:
         job.run.metrics(row, step)
-        say({"event": "log", "step": step, "steps": job.settings.steps, **row})
+        send({"event": "log", "step": step, "steps": job.settings.steps, **row})
 
 
 def _publish(
-    job: Job, parts: Parts, team: Team, engine: Engine, ema: Ema, curve: list[dict[str, float]]
+    job: Job, networks: Networks, team: Team, engine: Engine, ema: Ema, curve: list[dict[str, float]]
 ) -> CheckpointRecord:
-    """The EMA weights, gathered on rank 0, as a checkpoint folder; its states are needed no more."""
+    """Publish the EMA weights, gathered on rank 0, as a checkpoint; then delete the run's training states."""
     settings = job.settings
     weights = engine.gather(ema.shards)
 
     def write(folder: Path) -> None:
-        _load_prefix(parts.trained, weights)
-        own_text = parts.text_folder is not None or settings.train_text > 0
-        models.save(folder, parts.trained.net, {"text_encoder": "text" if own_text else job.text})
+        _load_weights(networks.trained, weights)
+        own_text = networks.text_folder is not None or settings.train_text > 0
+        models.save(folder, networks.trained.net, {"text_encoder": "text" if own_text else job.text})
         if own_text:
-            parts.text.save(folder / "text")
-        if parts.trained.head is not None:
-            save_file(parts.trained.head.state_dict(), folder / models.HEAD)
+            networks.text.save(folder / "text")
+        if networks.trained.head is not None:
+            save_file(networks.trained.head.state_dict(), folder / models.HEAD)
         models.write_sums(folder)
 
     def publish() -> CheckpointRecord:
@@ -338,18 +338,18 @@ def _publish(
             position=settings.steps * settings.batch,
             snapshot=job.snapshot.digest(),
             start_from=job.start_from.digest() if job.start_from is not None else None,
-            parameters=sum(p.numel() for p in parts.trained.net.parameters()),
+            parameters=sum(p.numel() for p in networks.trained.net.parameters()),
             curve=_store_curve(job, curve),
         )
         checkpoint.drop_states(job.store, job.prefix, kept=0)
         job.run.flush()
         return record
 
-    return team.decided(publish)
+    return team.on_rank_0(publish)
 
 
-def _load_prefix(trained: Trained, weights: dict[str, torch.Tensor]) -> None:
-    """EMA weights into the module itself: training is over, and so every part can save itself in its own way."""
+def _load_weights(trained: Trained, weights: dict[str, torch.Tensor]) -> None:
+    """Replace the module's parameters by EMA weights, as training is over and its parts save themselves."""
     with torch.no_grad():
         for name, parameter in trained.named_parameters():
             if name in weights:

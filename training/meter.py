@@ -1,4 +1,4 @@
-"""What a run's curve shows: losses, cosines and speeds between two log lines."""
+"""The figures of a run's curve: losses, REPA cosines and speeds between two log lines."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from training.step import TIME_BINS, Report
 
 
 class Meter:
-    """Adds up the steps between two log lines, over all ranks."""
+    """Adds up this rank's steps between two log lines; `read` adds the ranks up."""
 
     def __init__(self) -> None:
         self.steps = self.reports = self.images = 0
-        self.sums = torch.zeros(3 + 2 * TIME_BINS, dtype=torch.float64)  # loss, cosines, then the bins
+        self.sums = torch.zeros(3 + 2 * TIME_BINS, dtype=torch.float64)  # loss, 2 cosines, losses by bin, counts by bin
         self.grad_norm = self.waited = 0.0
         self.aligned = False
 
@@ -25,11 +25,11 @@ class Meter:
             self.images += report.images
             self.aligned = report.alignment is not None
             cosines = report.alignment or (torch.zeros(()), torch.zeros(()))
-            heads = torch.stack([value.float().cpu() for value in (report.loss, *cosines)])
-            self.sums += torch.cat([heads, report.loss_by_time.float().cpu(), report.count_by_time.float().cpu()])
+            means = torch.stack([value.float().cpu() for value in (report.loss, *cosines)])
+            self.sums += torch.cat([means, report.loss_by_time.float().cpu(), report.count_by_time.float().cpu()])
 
     def read(self, ranks: int, seconds: float, rate: float) -> dict[str, float]:
-        """The means over the steps so far; every rank must call it."""
+        """The means over steps and ranks so far; every rank must call it."""
         sums = self.sums
         if ranks > 1:
             sums = sums.cuda() if torch.distributed.get_backend() == "nccl" else sums.clone()

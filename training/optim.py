@@ -1,4 +1,6 @@
-"""The optimiser's settings and the learning rate as a pure function of the step, so that a resume needs no state."""
+"""AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101), and the learning rate as a pure function of the step, so that a
+resumed run needs no scheduler's state.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ class OptimSettings(Settings):
 
 
 def learning_rate(settings: OptimSettings, step: int, steps: int) -> float:
-    """The rate of step number `step`, counted from 0, of `steps`."""
+    """The rate at step number `step` of `steps`, counted from 0."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     if settings.schedule == "constant":
@@ -35,7 +37,7 @@ def learning_rate(settings: OptimSettings, step: int, steps: int) -> float:
 
 
 def adamw(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
-    """Decay, where there is any, is for matrices; gains, biases and position tables are left alone."""
+    """AdamW with weight decay on matrices only, not on gains, biases and position tables."""
     trained = [p for p in parameters if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": trained}]
     if settings.weight_decay:

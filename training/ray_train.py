@@ -1,7 +1,7 @@
-"""A training run on a Ray cluster: Ray Train starts the ranks, each runs the loop, a dead one brings all of them back.
+"""A training run on a Ray cluster: Ray Train starts the ranks, and restarts all of them when one dies.
 
-The record in the store is the result; nothing is uploaded through Ray's own checkpoints. All that a rank writes to its
-machine's disk lies in one folder, which a later run removes if the rank was killed.
+The result is the record in the store; Ray's own checkpoints are not used. A rank writes to one folder of its machine's
+disk only, which a later run removes if the rank was killed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from infra import scratch
@@ -26,21 +27,19 @@ _ABORT_SECONDS = 4.0
 
 
 def fit(job: Job, show: Callable[[dict[str, Any]], None]) -> CheckpointRecord:
-    """Trains to the end, or raises; `show` gets rank 0's progress while it runs.
+    """Trains to the end, or raises; `show` gets rank 0's messages while it runs.
 
-    Of several drivers one trains, and the others wait for its checkpoint, or for its end.
+    If several drivers call it for the same run, one trains and the others wait until it has published or ended.
     """
-
-    def done() -> bool:
-        return checkpoint.published(job.store, job.prefix) is not None
+    published = partial(checkpoint.published, job.store, job.prefix)
 
     def waiting(host: str) -> None:
         show({"event": "waiting", "host": host})
 
-    with held(job.store, job.prefix, done, waiting) as claim:
+    with held(job.store, job.prefix, lambda: published() is not None, waiting) as claim:
         if claim is not None:
             _fit(replace(job, claim=claim), show)
-    record = checkpoint.published(job.store, job.prefix)
+    record = published()
     assert record is not None, "training ended without a checkpoint"
     return record
 
@@ -67,12 +66,12 @@ def _fit(job: Job, show: Callable[[dict[str, Any]], None]) -> None:
         except KeyboardInterrupt:
             trainer.abort()
             raise
-        except Exception as error:  # Ray wraps what a worker raised; ours is taken out again below
+        except Exception as error:  # Ray wraps what a worker raised
             raise _cause(error) from error
 
 
 def _trainer() -> Any:
-    """Ray's trainer, except that it can be stopped from outside and leaves this process's signals alone."""
+    """Ray's trainer, changed so that it can be aborted and installs no signal handler in this process."""
     import ray
     from ray.train.torch import TorchTrainer
 
@@ -83,16 +82,16 @@ def _trainer() -> Any:
             self.controller = controller
 
         def abort(self) -> None:
-            """End the ranks, within a few seconds; what then still runs ends with the cluster or with its driver."""
+            """End the ranks within a few seconds; those that still run end with the cluster or with this driver."""
             if self.controller is not None:
-                with suppress(ray.exceptions.RayError):  # it says that it is gone
+                with suppress(ray.exceptions.RayError):  # raised because the controller ends itself
                     ray.get(self.controller.abort.remote(), timeout=_ABORT_SECONDS)
 
     return Trainer
 
 
 def _threads(job: Job) -> int:
-    """CPU ranks share this machine's cores; more threads than cores would only wait for each other."""
+    """Threads of a CPU rank: the ranks share this machine's cores, and more threads than cores would be slower."""
     return max(1, len(os.sched_getaffinity(0)) // job.settings.workers)
 
 
@@ -116,9 +115,9 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _cause(error: BaseException) -> PixnerdError:
-    """The error of ours inside of what Ray raised, or what Ray says in one line."""
-    if found := explained(error):
-        return found
+    """The pixnerd error inside of what Ray raised, or the last line of Ray's message as one."""
+    if ours := explained(error):
+        return ours
     last = str(error).strip().splitlines() or [type(error).__name__]
     return TrainingError(
         f"training stopped ({last[-1][:300]})",

@@ -1,8 +1,8 @@
-"""A checkpoint's folder becomes something that draws: prompts or labels and seeds in, pictures out.
+"""Draws pictures with the network of a checkpoint folder, from prompts or labels and seeds.
 
-One picture never depends on the others: its noise is its seed's, and each caption is encoded by itself. The batch size,
-the device and compiling only decide in which order sums are taken, so they move a pixel by one grey level at most,
-almost always by none; the same batches on the same machine give the same bytes.
+One picture never depends on the others: its noise comes from its seed alone, and each caption is encoded by itself.
+Batch size, device and compiling only change the order in which sums are taken, so they change a pixel by one grey level
+at most, and almost always not at all; the same batches on the same machine give the same bytes.
 
 Shapes: B images, H height, W width, R captions, T text tokens, E text features.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,7 @@ PRECISIONS: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch
 
 
 class SampleSettings(Settings):
-    """The defaults are those of text to image; `defaults` knows each task's."""
+    """The class's defaults are those of text to image; `defaults` gives those of a checkpoint."""
 
     steps: int = Field(25, ge=1)
     solver: str = "adams2"
@@ -70,14 +70,11 @@ class SampleSettings(Settings):
         return interval
 
 
-_DEFAULTS = {
-    "text": SampleSettings(),
-    "class": SampleSettings(steps=50, guidance=3.5, interval=(0.1, 1.0), shift=1.0),
-}
+_DEFAULTS = {"text": SampleSettings(), "class": SampleSettings(steps=50, guidance=3.5, interval=(0.1, 1.0), shift=1.0)}
 
 
 def defaults(folder: Path, changes: Mapping[str, Any] | None = None) -> SampleSettings:
-    """How a checkpoint is drawn from: its task's defaults, then its own (extra's `sampling`), then the changes."""
+    """A checkpoint's sampling settings: its task's defaults, then `sampling` of its `extra`, then the changes."""
     config, extra = models.read_config(folder)
     settings = _DEFAULTS[config.task].model_dump()
     if "sampling" in extra:
@@ -91,10 +88,10 @@ def defaults(folder: Path, changes: Mapping[str, Any] | None = None) -> SampleSe
 
 
 def sized(config: ModelConfig, size: Size | None) -> tuple[ModelConfig, Size]:
-    """The network's settings with which it draws pictures of that size, and the size.
+    """The config with which a network draws pictures of that size, and the size (None: the trained one).
 
-    At another size than the trained one a network with a field keeps its grid and draws larger or smaller patches. A
-    network whose trained size nobody told takes a square's for it.
+    At another size than the trained one, a network with a field keeps its grid and draws larger or smaller patches. If
+    the trained size is not known, a square size is taken for it.
     """
     trained = config.image_size
     if trained is None:
@@ -115,7 +112,7 @@ def sized(config: ModelConfig, size: Size | None) -> tuple[ModelConfig, Size]:
 
 
 def resolved(folder: Path, settings: SampleSettings) -> SampleSettings:
-    """The settings with nothing left to the checkpoint; none of its weights are read."""
+    """The settings with size and precision filled in from the checkpoint; no weights are read."""
     config, _ = models.read_config(folder)
     _, size = sized(config, settings.size)
     precision = settings.precision or _saved_precision(folder, config)
@@ -123,25 +120,25 @@ def resolved(folder: Path, settings: SampleSettings) -> SampleSettings:
 
 
 def _saved_precision(folder: Path, config: ModelConfig) -> Precision:
-    """fp32 holds the weights of every type but float64, and no network is so fine; fp16 is slow or missing on a CPU."""
+    """bf16 if all weights are, else fp32: fp16 is slow or missing on a CPU, and no network needs float64."""
     dtypes = {stored.dtype for stored in models.read_header(folder, config).values()}
     return "bf16" if dtypes == {"BF16"} else "fp32"
 
 
 class Artist:
-    """A network, and the text encoder of one that draws from prompts, ready to draw."""
+    """A network that draws pictures, with its text encoder if it draws from prompts."""
 
     def __init__(self, net: PixNerd, text: TextEncoder | None = None) -> None:
         assert (text is None) == (net.config.task == "class")
         self.net, self.text = net.eval(), None if text is None else text.eval()
         self.device = next(net.parameters()).device
-        self._config = net.config  # as it was saved; the net's own follows the size that is drawn
-        self._encoded: dict[str, Text] = {}
-        self._most_images = self._most_texts = 0  # of a batch that a compiled network has met or will meet
+        self._config = net.config  # as it was saved; `net.config` changes with the size that is drawn
+        self._encoded: dict[str, Text] = {}  # by prompt, of the last batch
+        self._most_images = self._most_texts = 0  # of the largest batch so far or announced by `expect`
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu", settings: SampleSettings | None = None) -> Artist:
-        """Size, precision and compiling are the settings'; they may be left to the checkpoint."""
+        """Takes size, precision and compiling from the settings, where None leaves them to the checkpoint."""
         settings = settings or SampleSettings()
         config, extra = models.read_config(folder)
         source = encoder_source(folder, extra) if config.task == "text" else None
@@ -163,34 +160,30 @@ class Artist:
         return artist
 
     def draw(self, subjects: Sequence[str | int], seeds: Sequence[int], settings: SampleSettings) -> Pictures:
-        """Picture i is prompt or label i from seed i, `settings.batch` of them at once."""
+        """Picture i shows subject i (a prompt or label) from seed i; `settings.batch` of them are drawn at once."""
         assert len(subjects) == len(seeds)
-        parts = [slice(start, start + settings.batch) for start in range(0, len(subjects), settings.batch)]
-        self.expect([subjects[part] for part in parts])
-        return np.concatenate([self.batch(subjects[part], seeds[part], settings) for part in parts])
+        batches = [slice(start, start + settings.batch) for start in range(0, len(subjects), settings.batch)]
+        self.expect([subjects[batch] for batch in batches])
+        return np.concatenate([self.batch(subjects[batch], seeds[batch], settings) for batch in batches])
 
     def expect(self, batches: Iterable[Sequence[str | int]]) -> None:
-        """A compiled network draws each batch as if it were the largest of these, whichever of them are drawn."""
+        """Announces batches: a compiled network pads each one to the size of the largest, to be compiled only once."""
         for subjects in batches:
             self._most_images = max(self._most_images, len(subjects))
             self._most_texts = max(self._most_texts, len(set(subjects)))
 
     @torch.no_grad()
     def batch(
-        self,
-        subjects: Sequence[str | int],
-        seeds: Sequence[int],
-        settings: SampleSettings,
-        watch: Watch | None = None,
+        self, subjects: Sequence[str | int], seeds: Sequence[int], settings: SampleSettings, watch: Watch | None = None
     ) -> Pictures:
-        """All of them at once; `watch` sees the number and the state [B, 3, H, W] of every step, and keeps none."""
+        """Draws all of them at once; `watch` gets the number of each step and x [B, 3, H, W] after it."""
         assert settings.precision is None or PRECISIONS[settings.precision] == self.net.stem.weight.dtype
         config, (height, width) = sized(self._config, settings.size)
-        if config != self.net.config:  # a compiled network would be built again for another object
+        if config != self.net.config:  # a new object, even an equal one, would have the network compiled again
             self.net.config = config
         subjects, seeds, wanted = list(subjects), list(seeds), len(seeds)
         if settings.compile:
-            # Another shape would be compiled anew, for minutes; so a small batch is filled up with its last picture.
+            # Another shape would be compiled for minutes, so a smaller batch is padded with its last picture.
             self.expect([subjects])
             subjects += subjects[-1:] * (self._most_images - wanted)
             seeds += seeds[-1:] * (self._most_images - wanted)
@@ -201,14 +194,14 @@ class Artist:
 
         with _enough_memory(len(seeds), height, width, self.device):
             x_BCHW = torch.stack([noise_for(seed, (3, height, width)) for seed in seeds]).to(self.device)
-            condition, nothing = self._conditions(subjects, settings.compile)
-            velocity = guided(as_velocity(self.net), condition, nothing, settings.guidance, settings.interval)
+            condition, empty = self._conditions(subjects, settings.compile)
+            velocity = guided(as_velocity(self.net), condition, empty, settings.guidance, settings.interval)
             x_BCHW = solver(settings.solver)(velocity, x_BCHW, timesteps(settings.steps, settings.shift), watch_wanted)
         check_finite(x_BCHW[:wanted], subjects, seeds)
         return pixels(x_BCHW[:wanted])
 
-    def _conditions(self, subjects: Sequence[str | int], fill: bool) -> tuple[Condition, Condition]:
-        """What the network is to draw, and nothing: the empty caption, or the label after the last class."""
+    def _conditions(self, subjects: Sequence[str | int], pad: bool) -> tuple[Condition, Condition]:
+        """The subjects' condition, and the empty one for guidance: the empty caption, or the label of no class."""
         if self.text is None:
             if isinstance(subjects[0], str):
                 raise CheckpointError("this network draws from labels, not from prompts", remedy="name another one")
@@ -217,9 +210,9 @@ class Artist:
                 torch.tensor([self._config.classes], device=self.device),
             )
         distinct = [str(prompt) for prompt in dict.fromkeys(subjects)]
-        # A prompt's pictures stand together, so what the last batch needed is all that may be needed again.
+        # Pictures of one prompt follow each other, so only the last batch's prompts may be needed again.
         self._encoded = {prompt: self._encode(prompt) for prompt in {"", *distinct}}
-        if fill:
+        if pad:
             distinct += distinct[-1:] * (self._most_texts - len(distinct))
         texts_R = [self._encoded[prompt] for prompt in distinct]
         features_RTE = torch.cat([text.features_RTE for text in texts_R])
@@ -228,12 +221,12 @@ class Artist:
         return Text(features_RTE, torch.cat(masks_R1T) if masks_R1T else None, rows_B), self._encoded[""]
 
     def _encode(self, prompt: str) -> Text:
-        """By itself: the captions beside it would move its last bits, and with them those of a resumed call."""
+        """Encoded alone: other captions in the batch would change its last bits, and so those of a resumed call."""
         assert self.text is not None
         return self._encoded[prompt] if prompt in self._encoded else self.text.encode([prompt])
 
     def too_long(self, prompts: Sequence[str]) -> dict[str, int]:
-        """The prompts of which the network sees only the beginning, and how many tokens each has."""
+        """The prompts that are truncated for the network, each with its number of tokens."""
         if self.text is None or not prompts:
             return {}
         ids = self.text.tokenizer(list(prompts), verbose=False)["input_ids"]
@@ -241,7 +234,7 @@ class Artist:
 
 
 def check_finite(x_BCHW: Tensor, subjects: Sequence[str | int], seeds: Sequence[int]) -> None:
-    """Eight bits would turn NaN into black."""
+    """Raises if a picture is not finite; in 8 bits NaN would only be black."""
     for index, finite in enumerate(x_BCHW.isfinite().flatten(1).all(1).tolist()):
         if not finite:
             raise CheckpointError(
@@ -252,13 +245,12 @@ def check_finite(x_BCHW: Tensor, subjects: Sequence[str | int], seeds: Sequence[
 
 
 def pixels(x_BCHW: Tensor) -> Pictures:
-    """A solver's state as pictures."""
-    found: Pictures = to_uint8(x_BCHW).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    return found
+    """What a solver returned as pictures."""
+    return cast(Pictures, to_uint8(x_BCHW).permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
 
 def encoder_source(folder: Path, extra: Mapping[str, Any]) -> Path | str:
-    """The encoder that belongs to a checkpoint: in its own folder if it was trained along, else a published one."""
+    """A checkpoint's text encoder: its folder `text`, or the name or path that `extra` tells."""
     name = extra.get("text_encoder")
     if not isinstance(name, str):
         raise CheckpointError(
@@ -278,7 +270,7 @@ def encoder_source(folder: Path, extra: Mapping[str, Any]) -> Path | str:
 def _enough_memory(images: int, height: int, width: int, device: torch.device) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # of a CPU there is no error class of its own
+    except RuntimeError as error:  # the CPU allocator raises no more specific class
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         smaller = f"a batch below {images}" if images > 1 else "a smaller size, or precision bf16"

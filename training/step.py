@@ -1,6 +1,6 @@
-"""What one training step computes: everything that is trained in one module, and the losses of a batch.
+"""One training step: a module with everything that is trained, its inputs, and its losses.
 
-The module holds the denoiser, the REPA head, and the text encoder if it is trained along; frozen encoders stay outside,
+The module holds the denoiser, the REPA head, and the text encoder if that is trained too. Frozen encoders stay outside,
 so that ZeRO neither shards nor casts them.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from infra.config import Fraction, Settings
 from training.diffusion.objective import by_time, draw, velocity_loss
 from training.diffusion.prediction import as_velocity
-from training.diffusion.repa import alignment, alignment_loss
+from training.diffusion.repa import Alignment, alignment, alignment_loss
 from training.encoders.text import TextEncoder
 from training.encoders.vision import VisionEncoder
 from training.loader.batches import Batch
@@ -34,7 +34,7 @@ class ObjectiveSettings(Settings):
 
 
 class Trained(nn.Module):
-    """All that the optimiser moves, in one forward pass."""
+    """All parameters that the optimiser updates; the forward pass computes the loss."""
 
     def __init__(
         self, net: PixNerd, head: RepaHead | None, text: TextEncoder | None, settings: ObjectiveSettings
@@ -47,8 +47,9 @@ class Trained(nn.Module):
         assert text is not None
         tap = self.settings.repa_block if self.head is not None else None
         loss = velocity_loss(as_velocity(self.net), inputs.images_BCHW, text, inputs.noise_BCHW, inputs.t_B, tap)
-        total = loss.each_B.mean()
-        report = Report(len(loss.each_B), total.detach(), *by_time(loss.each_B, inputs.t_B, TIME_BINS))
+        total = loss.per_sample_B.mean()
+        by_bin = by_time(loss.per_sample_B, inputs.t_B, TIME_BINS)
+        report = Report(len(loss.per_sample_B), total.detach(), *by_bin)
         if self.head is not None:
             assert loss.tokens_BNH is not None and inputs.features_BNV is not None
             projected = self.head(loss.tokens_BNH)
@@ -69,29 +70,25 @@ class Inputs:
 
 @dataclass
 class Report:
-    """Sums that ranks and steps can add up."""
+    """A micro-batch's figures, which `Meter` adds up over steps and ranks."""
 
     images: int
     loss: Tensor
     loss_by_time: Tensor
     count_by_time: Tensor
-    alignment: tuple[Tensor, Tensor] | None = None  # REPA's cosine with the image's own features, and with another's
+    alignment: Alignment | None = None
 
 
+@dataclass
 class Preparer:
-    """Batches as they are read -> what the module takes: draws, frozen features, devices."""
+    """Turns batches as they are read into the module's inputs: draws noise and times, encodes, moves to the device."""
 
-    def __init__(
-        self,
-        settings: ObjectiveSettings,
-        seed: int,
-        device: torch.device,
-        frozen_text: TextEncoder | None,
-        vision: VisionEncoder | None,
-        grid: tuple[int, int],
-    ) -> None:
-        self.settings, self.seed, self.device = settings, seed, device
-        self.frozen_text, self.vision, self.grid = frozen_text, vision, grid
+    settings: ObjectiveSettings
+    seed: int
+    device: torch.device
+    frozen_text: TextEncoder | None
+    vision: VisionEncoder | None
+    grid: tuple[int, int]
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Inputs:

@@ -1,14 +1,14 @@
-"""What the ranks of a run decide together, so that none of them acts upon something that another one saw otherwise.
+"""Decisions that all ranks of a run must share, so that no two ranks act on different views of the store.
 
-The store may change between two questions: another driver commits a state, or deletes one. So rank 0 alone asks and
-tells the others, and what every rank does for itself is compared before anything is built on it. An error on one rank
-is raised on all of them: nobody waits for an answer that will not come.
+The store may change between two reads, as another driver may commit or delete a state. So rank 0 alone reads and
+broadcasts the result, and what every rank does by itself is compared before anything is built on it. An error on one
+rank is raised on all of them, so that no rank waits for one that has stopped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -22,25 +22,24 @@ class Team:
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        # Objects go over CPUs: with NCCL each would need a GPU that is not chosen yet, and wait for its stream.
+        # Python objects go over gloo: NCCL needs each rank's GPU, which is not chosen yet, and waits for its stream.
         self._group: Any = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
 
-    def decided(self, work: Callable[[], T]) -> T:
-        """What `work` gives on rank 0, which alone does it."""
-        answer: list[Any] = [_tried(work) if self.rank == 0 else None]
-        dist.broadcast_object_list(answer, src=0, group=self._group)
-        found: T = _result(answer[0])
-        return found
+    def on_rank_0(self, work: Callable[[], T]) -> T:
+        """Rank 0 alone calls `work`; every rank gets what it returned."""
+        outcomes: list[Any] = [_outcome(work) if self.rank == 0 else None]
+        dist.broadcast_object_list(outcomes, src=0, group=self._group)
+        return cast(T, _result(outcomes[0]))
 
-    def each(self, work: Callable[[], T]) -> list[T]:
-        """What `work` gives on every rank, by rank."""
-        answers: list[Any] = [None] * self.size
-        dist.all_gather_object(answers, _tried(work), group=self._group)
-        return [_result(answer) for answer in answers]
+    def on_each_rank(self, work: Callable[[], T]) -> list[T]:
+        """Every rank calls `work`; each gets what all of them returned, ordered by rank."""
+        outcomes: list[Any] = [None] * self.size
+        dist.all_gather_object(outcomes, _outcome(work), group=self._group)
+        return [_result(outcome) for outcome in outcomes]
 
     def check_agreed(self, value: Any, what: str) -> None:
         """Raises unless the value is the same on every rank."""
-        values = self.each(lambda: value)
+        values = self.on_each_rank(lambda: value)
         if any(other != values[0] for other in values):
             raise TrainingError(
                 f"the ranks do not agree on {what}: {', '.join(str(other) for other in values)}",
@@ -48,16 +47,16 @@ class Team:
             )
 
 
-def _tried(work: Callable[[], T]) -> tuple[T | None, PixnerdError | None]:
-    """Other errors than ours end the process, and with it its group."""
+def _outcome(work: Callable[[], T]) -> tuple[T | None, PixnerdError | None]:
+    """What `work` returned, or our error that it raised. Any other error ends this process, and so the whole group."""
     try:
         return work(), None
     except PixnerdError as error:
         return None, error
 
 
-def _result(answer: tuple[Any, PixnerdError | None]) -> Any:
-    value, error = answer
+def _result(outcome: tuple[Any, PixnerdError | None]) -> Any:
+    value, error = outcome
     if error is not None:
         raise error
     return value

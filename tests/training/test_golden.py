@@ -10,7 +10,7 @@ import torch
 
 from tests.training import golden
 from training.diffusion.objective import velocity_loss
-from training.diffusion.path import lognormal_time
+from training.diffusion.path import logit_normal_time
 from training.diffusion.repa import alignment_loss
 from training.diffusion.samplers import adams, guided, solver, timesteps
 from training.model.repa_head import RepaHead
@@ -46,9 +46,9 @@ def test_objective_with_representation_alignment():
     cfg = g["cfg"]
     head = RepaHead(24, 12)
     head.load_state_dict(golden.weights(g, "in/proj.0."))
-    t = lognormal_time(g["in/normal"], cfg["timeshift"])
+    t = logit_normal_time(g["in/normal"], cfg["timeshift"])
     loss = velocity_loss(golden.network("t2i"), g["in/x"], g["in/y"], g["in/noise"], t, tap=cfg["align_layer"])
-    cosine, velocity = alignment_loss(head(loss.tokens_BNH), g["in/features"]).item(), loss.each_B.mean().item()
+    cosine, velocity = alignment_loss(head(loss.tokens_BNH), g["in/features"]).item(), loss.per_sample_B.mean().item()
     assert math.isclose(velocity, g["out/fm_loss"], rel_tol=LIMIT)
     assert math.isclose(cosine, g["out/cos_loss"], rel_tol=LIMIT)
     assert math.isclose(velocity + cfg["weight"] * cosine, g["out/loss"], rel_tol=LIMIT)

@@ -86,7 +86,7 @@ def test_the_loss_is_nought_for_the_true_velocity_and_counts_each_sample_alone()
     def net(x_t: Tensor, t_B: Tensor, condition: Tensor) -> Tensor:
         return x - noise + wrong.view(-1, 1, 1, 1)
 
-    torch.testing.assert_close(velocity_loss(net, x, torch.zeros(3), noise, t).each_B, wrong**2)
+    torch.testing.assert_close(velocity_loss(net, x, torch.zeros(3), noise, t).per_sample_B, wrong**2)
 
 
 def test_loss_by_time_adds_up():

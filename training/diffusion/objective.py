@@ -1,4 +1,6 @@
-"""What is learnt: the velocity along the path, with noise, times and dropped conditions drawn per sample.
+"""The training objective: the velocity loss, and the noise, time and condition dropout that are drawn per sample.
+
+Flow matching loss: Lipman et al. 2022, arXiv 2210.02747; condition dropout: Ho and Salimans 2022, arXiv 2207.12598.
 
 Shapes: B images; x is [B, C, H, W].
 """
@@ -13,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.diffusion.path import interpolate, lognormal_time, velocity
+from training.diffusion.path import interpolate, logit_normal_time, velocity
 from training.model.condition import Condition
 
-# What a sample's random numbers are for: each has counters of its own, so one more use changes none of the others.
+# Each use of random numbers has a Philox stream of its own, so a further use would not change the others.
 _NOISE, _TIME, _DROP = range(3)
 
 
@@ -26,18 +28,12 @@ class Draw(NamedTuple):
     drop_B: Tensor
 
 
-def draw(
-    seed: int,
-    positions: Sequence[int],
-    shape: tuple[int, ...],
-    *,
-    shift: float = 1.0,
-    drop: float = 0.1,
-) -> Draw:
-    """Noise of `shape`, a time and a drop for each sample, on the CPU, from (seed, position) and nothing else.
+def draw(seed: int, positions: Sequence[int], shape: tuple[int, ...], *, shift: float = 1.0, drop: float = 0.1) -> Draw:
+    """Each sample's noise of `shape`, its time, and whether its condition is dropped, from (seed, position) alone.
 
-    A position is the number of samples consumed before this one: it does not know of ranks or batches, and goes on
-    counting in the next epoch. Philox is keyed by the pair, so any sample's numbers can be had without the others'.
+    A position is the number of samples consumed before this one: it depends on neither ranks nor batches, and keeps
+    counting over epochs. Philox is keyed by the pair, so one sample's numbers do not need the others'. It runs on the
+    CPU, so that every device gets the same.
     """
     noise = np.empty((len(positions), *shape), dtype=np.float32)
     normal = np.empty(len(positions), dtype=np.float32)
@@ -45,19 +41,19 @@ def draw(
     philox = np.random.Philox(key=0)
     generator = np.random.Generator(philox)
     for index, position in enumerate(positions):
-        _aim(philox, seed, position, _NOISE)
+        _seek(philox, seed, position, _NOISE)
         generator.standard_normal(out=noise[index], dtype=np.float32)
-        _aim(philox, seed, position, _TIME)
+        _seek(philox, seed, position, _TIME)
         normal[index] = generator.standard_normal()
-        _aim(philox, seed, position, _DROP)
+        _seek(philox, seed, position, _DROP)
         uniform[index] = generator.random()
     return Draw(
-        torch.from_numpy(noise), lognormal_time(torch.from_numpy(normal), shift), torch.from_numpy(uniform) < drop
+        torch.from_numpy(noise), logit_normal_time(torch.from_numpy(normal), shift), torch.from_numpy(uniform) < drop
     )
 
 
-def _aim(philox: np.random.Philox, seed: int, position: int, stream: int) -> None:
-    """Set the generator to the start of one sample's stream; far cheaper than making a new one."""
+def _seek(philox: np.random.Philox, seed: int, position: int, stream: int) -> None:
+    """Set the generator to the start of one sample's stream; far cheaper than a new generator."""
     philox.state = {
         "bit_generator": "Philox",
         "state": {
@@ -72,9 +68,9 @@ def _aim(philox: np.random.Philox, seed: int, position: int, stream: int) -> Non
 
 
 class Loss(NamedTuple):
-    """The velocity loss of each sample, and the tapped block's tokens if they were asked for."""
+    """Each sample's velocity loss, and the tokens of the tapped block if `tap` was given."""
 
-    each_B: Tensor
+    per_sample_B: Tensor
     tokens_BNH: Tensor | None
 
 
@@ -86,10 +82,9 @@ def velocity_loss(
     t_B: Tensor,
     tap: int | None = None,
 ) -> Loss:
-    """Mean squared error of the velocity, per sample and in fp32.
+    """|v - (x - noise)|^2 averaged over each sample's values, in fp32.
 
-    A network that predicts the image is given as what makes a velocity of it (`prediction.as_velocity`), so the loss is
-    this one always.
+    A network that predicts the image is passed through `prediction.as_velocity` first, so the loss is always this one.
     """
     x_t = interpolate(x_BCHW, noise_BCHW, t_B)
     target = velocity(x_BCHW, noise_BCHW).float()
@@ -100,8 +95,8 @@ def velocity_loss(
     return Loss(F.mse_loss(v.float(), target, reduction="none").flatten(1).mean(1), tokens)
 
 
-def by_time(each_B: Tensor, t_B: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Sums and counts of the losses in equal bins of t: what ranks and steps can add up before dividing."""
+def by_time(losses_B: Tensor, t_B: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """Sums and counts of the losses in equal bins of t, which can be added up over ranks and steps before dividing."""
     index_B = (t_B * bins).long().clamp(0, bins - 1)
-    sums = each_B.new_zeros(bins).index_add(0, index_B, each_B.detach())
+    sums = losses_B.new_zeros(bins).index_add(0, index_B, losses_B.detach())
     return sums, torch.bincount(index_B, minlength=bins)

@@ -1,6 +1,8 @@
-"""The linear path between noise (t = 0) and data (t = 1), and the times at which it is learnt.
+"""The linear path from noise (t = 0) to data (t = 1), and the distribution of the times at which it is learnt.
 
-Shapes: B images; every t is [B] and is spread over the remaining axes.
+Rectified flow: Liu et al. 2022, arXiv 2209.03003; flow matching: Lipman et al. 2022, arXiv 2210.02747.
+
+Shapes: B images; every t is [B] and is broadcast over the remaining axes.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from torch import Tensor
 
 
 def spread(t_B: Tensor, like: Tensor) -> Tensor:
-    """t as [B, 1, 1, ...], ready to be multiplied with `like`."""
+    """t as [B, 1, 1, ...], which broadcasts against `like`."""
     return t_B.view(-1, *(1 for _ in like.shape[1:]))
 
 
@@ -20,14 +22,18 @@ def interpolate(x: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:
 
 
 def velocity(x: Tensor, noise: Tensor) -> Tensor:
-    """The path's derivative by t, the same at every t."""
+    """dx_t / dt = x - noise, the same at every t."""
     return x - noise
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """t / (t + (1 - t) shift): above 1, more of the work goes to noisy images."""
+    """t / (t + (1 - t) shift); a shift above 1 moves times towards noise.
+
+    This is the resolution-dependent shift of Esser et al. 2024, arXiv 2403.03206, where t = 1 is noise.
+    """
     return t / (t + (1 - t) * shift)
 
 
-def lognormal_time(normal: Tensor, shift: float = 1.0) -> Tensor:
+def logit_normal_time(normal: Tensor, shift: float = 1.0) -> Tensor:
+    """The logit-normal times of Esser et al. 2024, arXiv 2403.03206, section 3.1, from standard normal numbers."""
     return shift_time(normal.sigmoid(), shift)

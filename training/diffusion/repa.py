@@ -1,4 +1,5 @@
-"""Representation alignment: a block's tokens, through a small head, should point where a vision encoder's do.
+"""Representation alignment (REPA, Yu et al. 2024, arXiv 2410.06940): a block's tokens, projected by a small head, are
+trained towards the direction of a vision encoder's features of the same patches.
 
 Shapes: B images, N patches, H hidden, V vision features.
 """
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 
 def alignment_loss(projected_BNV: Tensor, features_BNV: Tensor) -> Tensor:
-    """1 - cosine similarity, the mean over all patches."""
+    """1 - cosine similarity, averaged over all patches."""
     return 1 - F.cosine_similarity(projected_BNV.float(), features_BNV.float(), dim=-1).mean()
 
 
@@ -24,9 +25,9 @@ class Alignment(NamedTuple):
 
 @torch.no_grad()
 def alignment(projected_BNV: Tensor, features_BNV: Tensor) -> Alignment:
-    """The mean cosine with the image's own features, and with another image's of the batch at the same places.
+    """The mean cosine with the image's own features, and with those of another image of the batch at the same patches.
 
-    The second is the control: what it reaches, a head can reach that knows the average image and nothing of this one.
+    The second is the control: a head that knows only the average image reaches it too.
     """
     assert len(features_BNV) > 1, "the control needs another image in the batch"
     projected, features = projected_BNV.float(), features_BNV.float()

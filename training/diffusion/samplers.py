@@ -1,7 +1,7 @@
-"""From noise to images: pure functions `(velocity, x, times) -> x` over a velocity that may be guided.
+"""Solvers of dx/dt = v(x, t) from noise (t = 0) to an image (t = 1), as pure functions `(velocity, x, times) -> x`.
 
-Times are plain floats, so that asking whether guidance applies never waits for a device. The state is fp32 whatever
-the network runs in, and only what a solver needs of the past is kept.
+Times are Python floats, so that testing whether guidance applies never waits for a device. x is fp32 whatever the
+network runs in, and a solver keeps only those past velocities that it needs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -22,11 +22,11 @@ from training.diffusion.path import shift_time
 from training.model.condition import Condition, Embedded, join
 
 Velocity = Callable[[Tensor, float], Tensor]
-Watch = Callable[[int, Tensor], None]  # called after each step with its number, from one, and the state
+Watch = Callable[[int, Tensor], None]  # called after each step with its number, counted from one, and x
 
 
 class Network(Protocol):
-    """`PixNerd`, or whatever else gives velocities."""
+    """`PixNerd`, or anything else that gives velocities."""
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, condition: Embedded, /) -> Tensor: ...
 
@@ -39,31 +39,27 @@ class Solver(Protocol):
 
 def timesteps(steps: int, shift: float = 1.0) -> list[float]:
     """steps + 1 times from 0 to 1; a shift above 1 spends more of the steps on noisy images."""
-    u = torch.arange(steps + 1, dtype=torch.float64) / steps
-    times: list[float] = shift_time(u, shift).tolist()
-    return times
+    return cast(list[float], shift_time(torch.arange(steps + 1, dtype=torch.float64) / steps, shift).tolist())
 
 
 def guided(
-    net: Network,
-    condition: Condition,
-    nothing: Condition,
-    scale: float,
-    interval: tuple[float, float] = (0.0, 1.0),
+    net: Network, condition: Condition, empty: Condition, scale: float, interval: tuple[float, float] = (0.0, 1.0)
 ) -> Velocity:
-    """v_u + scale (v_c - v_u) strictly inside of the interval, and v_c elsewhere, where v_u is then not computed.
+    """Classifier-free guidance: v_u + scale (v_c - v_u) strictly inside the interval, and v_c alone elsewhere.
 
-    Both are had from one call of the network. `nothing` may be a single row that serves all images.
+    Ho and Salimans 2022, arXiv 2207.12598, Eq. 6 with scale = 1 + w; the interval is that of Kynkaanniemi et al. 2024,
+    arXiv 2404.07724. Both velocities come from one call of the network; outside of the interval v_u is not computed.
+    `empty` is the unconditional input; it may be a single row that serves all images.
     """
     low, high = interval
     with torch.no_grad():
-        alone, both = net.embed(condition), net.embed(join(condition, nothing))
+        conditional, both = net.embed(condition), net.embed(join(condition, empty))
 
     def velocity(x: Tensor, t: float) -> Tensor:
         t_B = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         if scale == 1 or not low < t < high:
-            # A copy: a network that replays a CUDA graph writes its next output over this one.
-            return net(x, t_B, alone).to(torch.float32, copy=True)
+            # The copy is needed: a network that replays a CUDA graph overwrites this output at its next call.
+            return net(x, t_B, conditional).to(torch.float32, copy=True)
         v_c, v_u = net(torch.cat([x, x]), torch.cat([t_B, t_B]), both).float().chunk(2)
         return v_u + scale * (v_c - v_u)
 
@@ -72,13 +68,16 @@ def guided(
 
 @torch.no_grad()
 def euler(velocity: Velocity, x: Tensor, times: Sequence[float], watch: Watch | None = None) -> Tensor:
-    """x += dt v."""
+    """Euler's method: x += dt v."""
     return adams(velocity, x, times, watch, order=1)
 
 
 @torch.no_grad()
 def heun(velocity: Velocity, x: Tensor, times: Sequence[float], watch: Watch | None = None) -> Tensor:
-    """The mean of the velocities at both ends of a step, the far one after an Euler step; the last step is Euler's."""
+    """Heun's method, x += dt (v(x, t) + v(x + dt v, t + dt)) / 2, with Euler's method for the last step.
+
+    Karras et al. 2022, arXiv 2206.00364, Algorithm 1.
+    """
     x = x.float()
     for index, (now, then) in enumerate(pairwise(times), start=1):
         v = velocity(x, now)
@@ -94,7 +93,11 @@ def heun(velocity: Velocity, x: Tensor, times: Sequence[float], watch: Watch | N
 def adams(
     velocity: Velocity, x: Tensor, times: Sequence[float], watch: Watch | None = None, *, order: int = 2
 ) -> Tensor:
-    """Adams-Bashforth with uneven steps, of a lower order while history is short; order 4 is unstable in pixels."""
+    """Adams-Bashforth with variable steps; the first steps, which have fewer past velocities, are of a lower order.
+
+    Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section III.5. PixNerd (arXiv 2507.23268)
+    samples with order 2. Order 4 is unstable in pixel space.
+    """
     x = x.float()
     past: deque[Tensor] = deque(maxlen=order)
     for index, (now, then) in enumerate(pairwise(times), start=1):
@@ -107,12 +110,15 @@ def adams(
 
 
 def adams_weights(nodes: Sequence[float], start: float, end: float) -> list[float]:
-    """The mean over [start, end] of each Lagrange polynomial through the nodes; together they make 1."""
+    """The weights w of x += dt sum(w v): each node's Lagrange polynomial averaged over [start, end]; they sum to 1.
+
+    For even steps and order 2 they are [-0.5, 1.5].
+    """
     means = []
-    with np.errstate(all="ignore"):  # times that all but coincide have no weights: what comes of them is not finite
+    with np.errstate(all="ignore"):  # nodes that nearly coincide give weights that are not finite
         for node in nodes:
             others = [other for other in nodes if other != node]
-            # Roots relative to the step's start keep the powers small.
+            # Roots are taken relative to the step's start, which keeps the powers small.
             basis = np.polynomial.Polynomial.fromroots([other - start for other in others]) if others else None
             area = end - start if basis is None else basis.integ()(end - start)
             means.append(area / np.prod([node - other for other in others]))
@@ -122,7 +128,7 @@ def adams_weights(nodes: Sequence[float], start: float, end: float) -> list[floa
 SOLVERS: dict[str, Solver] = {
     "euler": euler,
     "heun": heun,
-    **{f"adams{order}": partial(adams, order=order) for order in (2, 3, 4)},  # of order 1 it is Euler's
+    **{f"adams{order}": partial(adams, order=order) for order in (2, 3, 4)},  # order 1 is "euler"
 }
 
 
@@ -136,7 +142,7 @@ def solver(name: str) -> Solver:
 
 
 def noise_for(seed: int, shape: tuple[int, ...]) -> Tensor:
-    """The noise from which an image of this seed starts, on every device: drawn on the CPU in fp32."""
+    """The noise that a seed starts from, drawn on the CPU in fp32 so that every device gets the same."""
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Pretrained encoders, through transformers and nothing else. It is slow to import, so that happens on first use."""
+"""Pretrained encoders, loaded with transformers, which is slow to import and so is imported on first use only."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 
 from infra.errors import CheckpointError
 
+FORMAT = "name a folder or hub model of transformers' format: config.json, model.safetensors, tokenizer.json"  # remedy
+
 
 def load_model(source: str | Path, dtype: torch.dtype) -> Any:
-    """A model of Hugging Face's format, from a local folder or the hub; only safetensors, no code of its own."""
+    """A model in Hugging Face's format from a folder or the hub: only safetensors, and no code that comes with it."""
     from transformers import AutoModel
 
     quiet()
@@ -22,7 +24,7 @@ def load_model(source: str | Path, dtype: torch.dtype) -> Any:
 
 
 def quiet() -> None:
-    """Bars for files that load in a moment are noise in a training log."""
+    """Turn off transformers' progress bars, which would fill a training log."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -31,5 +33,5 @@ def quiet() -> None:
 def unusable(source: str | Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"no encoder can be loaded from {source} ({(str(error).strip() or type(error).__name__).splitlines()[0]})",
-        remedy="name a folder or hub model of transformers' format: config.json, model.safetensors, tokenizer.json",
+        remedy=FORMAT,
     )

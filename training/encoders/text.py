@@ -1,4 +1,4 @@
-"""Captions -> features: a Qwen3 of Hugging Face's format and its tokenizer, published or tiny.
+"""Encodes captions with a Qwen3 in Hugging Face's format and its tokenizer, published or tiny.
 
 Shapes: B captions, T tokens, E features.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from training.encoders import load_model, quiet, unusable
 from training.model.condition import Text
 
-MOST_KNOWN = 100_000  # captions whose tokens are remembered
+MOST_CACHED = 100_000  # captions whose token ids are kept
 PAD = "<|endoftext|>"  # Qwen's own pad token
 
 
 class TextEncoder(nn.Module):
-    """The last hidden state, after the final norm, of captions cut or padded on the right to T tokens.
+    """The last hidden state, after the final norm, of captions truncated or right-padded to T tokens.
 
-    `train_layers` counts the trainable layers from the last; with all of them, the token embeddings learn as well.
-    `rounded` features have bf16's values, whatever type they are of.
+    The last `train_layers` layers are trained; if that is all of them, the token embeddings are as well. With
+    `rounded`, features are rounded to bf16 and then cast back to the model's dtype.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class TextEncoder(nn.Module):
         except (OSError, ValueError) as error:
             raise unusable(source, error) from None
         self.tokens = tokens
-        self._known: dict[str, list[int]] = {}  # a corpus says the same things over and over
+        self._ids: dict[str, list[int]] = {}  # token ids by caption, as captions recur in a corpus
         self.trains, self.rounded = train_layers > 0, rounded
         _unfreeze(self.model, train_layers)
 
@@ -53,41 +53,40 @@ class TextEncoder(nn.Module):
         return int(self.model.config.hidden_size)
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask, both [B, T]. No chat template; an empty caption has T pads and a mask of zeros."""
-        new = list(dict.fromkeys(caption for caption in captions if caption not in self._known))
+        """Ids and mask, both [B, T], without a chat template; an empty caption has T pads and a mask of zeros."""
+        new = list(dict.fromkeys(caption for caption in captions if caption not in self._ids))
         if new:
-            if len(self._known) + len(new) > MOST_KNOWN:
-                self._known.clear()
+            if len(self._ids) + len(new) > MOST_CACHED:
+                self._ids.clear()
                 new = list(dict.fromkeys(captions))
             ids = self.tokenizer(new, truncation=True, max_length=self.tokens)["input_ids"]
-            self._known.update(zip(new, ids, strict=True))
+            self._ids.update(zip(new, ids, strict=True))
         ids_BT = torch.full((len(captions), self.tokens), self.tokenizer.pad_token_id)
         mask_BT = torch.zeros_like(ids_BT)
         for row, caption in enumerate(captions):
-            found = self._known[caption]
-            ids_BT[row, : len(found)] = torch.tensor(found, dtype=torch.long)
-            mask_BT[row, : len(found)] = 1
+            ids = self._ids[caption]
+            ids_BT[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+            mask_BT[row, : len(ids)] = 1
         return ids_BT, mask_BT
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor) -> Text:
-        # An empty caption is encoded without a mask: some attention kernels turn all-masked rows into something else.
-        seen_BT = torch.where(mask_BT.any(1, keepdim=True), mask_BT, 1)
+        # An empty caption is encoded without a mask: attention kernels disagree about rows that are masked throughout.
+        attended_BT = torch.where(mask_BT.any(1, keepdim=True), mask_BT, 1)
         with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
-            features_BTE = self.model(input_ids=ids_BT, attention_mask=seen_BT, use_cache=False).last_hidden_state
+            features_BTE = self.model(input_ids=ids_BT, attention_mask=attended_BT, use_cache=False).last_hidden_state
         if self.rounded:
             features_BTE = features_BTE.bfloat16().to(features_BTE.dtype)
-        # All pads of an empty caption are alike, so its first one stands for it where pads are masked.
+        # All pads of an empty caption have the same features, so its first pad represents it where pads are masked.
         first_T = torch.arange(ids_BT.shape[1], device=ids_BT.device) == 0
         return Text(features_BTE, mask_BT.bool() | first_T)
 
     def encode(self, captions: Sequence[str]) -> Text:
         ids_BT, mask_BT = self.tokenize(captions)
         device = self.model.device
-        text: Text = self(ids_BT.to(device), mask_BT.to(device))
-        return text
+        return cast(Text, self(ids_BT.to(device), mask_BT.to(device)))
 
     def save(self, folder: str | Path) -> None:
-        """In Hugging Face's format, to be loaded by the same code."""
+        """Write model and tokenizer in Hugging Face's format, which `TextEncoder(folder)` reads."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -110,7 +109,7 @@ def build_tiny(
     vocab: int = 1024,
     seed: int = 0,
 ) -> None:
-    """A small Qwen3 with random weights and a byte-level BPE learnt from the captions, as the hub would hold them."""
+    """Write a small random Qwen3, and a byte-level BPE trained on the captions, in Hugging Face's format."""
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=_train_bpe(captions, vocab), pad_token=PAD, eos_token=PAD)

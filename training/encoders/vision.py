@@ -1,4 +1,4 @@
-"""Images -> patch features: DINOv2 of Hugging Face's format, the target of representation alignment.
+"""Patch features of images from a DINOv2 in Hugging Face's format: the target of representation alignment.
 
 Shapes: B images, N patches, V features; a grid is (rows, columns) of the denoiser's patches.
 """
@@ -6,6 +6,7 @@ Shapes: B images, N patches, V features; a grid is (rows, columns) of the denois
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +14,18 @@ from torch.nn import functional as F
 
 from training.encoders import load_model, quiet
 
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
 class VisionEncoder(nn.Module):
-    """DINOv2's normalised patch tokens, one for each of the denoiser's patches; always frozen."""
+    """DINOv2's patch tokens after its final norm, one for each of the denoiser's patches; always frozen."""
 
     def __init__(self, source: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.model = load_model(source, dtype)
         self.model.requires_grad_(False).eval()
         self.patch_size = int(self.model.config.patch_size)
-        self._positions: dict[tuple[int, int], Tensor] = {}
+        self._tables: dict[tuple[int, int], Tensor] = {}
 
     @property
     def width(self) -> int:
@@ -32,26 +33,25 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, x_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Features [B, N, V] of images in [-1, 1], resized so that one of its patches lies on each of the grid's."""
+        """Features [B, N, V] of images in [-1, 1], resized so that DINOv2's patches coincide with the denoiser's."""
         size = (self.patch_size * grid[0], self.patch_size * grid[1])
         resized = F.interpolate((x_BCHW.float() + 1) / 2, size=size, mode="bicubic", antialias=False)
         mean, std = (torch.tensor(v, device=x_BCHW.device).view(3, 1, 1) for v in (_MEAN, _STD))
         tokens_BNV = self.model.embeddings.patch_embeddings((resized - mean) / std)
         cls_B1V = self.model.embeddings.cls_token.expand(len(tokens_BNV), -1, -1)
         hidden = torch.cat([cls_B1V, tokens_BNV], dim=1) + self._table(grid)
-        features_BNV: Tensor = self.model.layernorm(self.model.encoder(hidden).last_hidden_state)[:, 1:]
-        return features_BNV
+        return cast(Tensor, self.model.layernorm(self.model.encoder(hidden).last_hidden_state)[:, 1:])
 
     def _table(self, grid: tuple[int, int]) -> Tensor:
-        """The position table at another grid, worked out once, as DINOv2's own code does it.
+        """The position table, interpolated to another grid as DINOv2's own code does it, once for each grid.
 
-        That adds 0.1 to the grid before dividing and interpolates by the resulting factor; transformers' does not, and
-        would give every token slightly other positions.
+        That code adds 0.1 to the grid, divides by the side, and interpolates by that factor. transformers does not add
+        it, which would give every token a slightly different position.
         """
         table = self.model.embeddings.position_embeddings
-        known = self._positions.get(grid)
-        if known is not None and known.device == table.device and known.dtype == table.dtype:
-            return known
+        cached = self._tables.get(grid)
+        if cached is not None and cached.device == table.device and cached.dtype == table.dtype:
+            return cached
         side = round((table.shape[1] - 1) ** 0.5)
         cls, patches = table[:, :1], table[:, 1:]
         if grid != (side, side):
@@ -60,8 +60,8 @@ class VisionEncoder(nn.Module):
             patches = F.interpolate(square, scale_factor=factors, mode="bicubic").to(table.dtype)
             assert patches.shape[-2:] == grid
             patches = patches.flatten(2).transpose(1, 2)
-        self._positions[grid] = torch.cat([cls, patches], dim=1)
-        return self._positions[grid]
+        self._tables[grid] = torch.cat([cls, patches], dim=1)
+        return self._tables[grid]
 
 
 def build_tiny(
@@ -74,7 +74,7 @@ def build_tiny(
     image_size: int = 32,
     seed: int = 0,
 ) -> None:
-    """A small DINOv2 with random weights in Hugging Face's format."""
+    """Write a small DINOv2 with random weights in Hugging Face's format."""
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(

@@ -1,11 +1,11 @@
-"""The three operations that a compiler leaves slow: written for a GPU, and plainly for everything else.
+"""The three operations that a compiler leaves slow: Triton kernels for a GPU, ordinary PyTorch for everything else.
 
     field_product   x + SiLU(norm(x) W1) W2 with each patch's own W1 and W2
     norm_modulate   norm(x) (1 + scale) + shift
     norm_rotate     rotary positions of norm(q) and norm(k)
 
-Each takes the kernel for CUDA tensors of one type (fp32 or bf16), and `plain`'s form of the same name for any others;
-the field has a form of its own for a CPU as well (`tiled`).
+CUDA tensors that share one dtype (fp32 or bf16) go to the kernel, all others to the function of the same name in
+`plain`. `field_product` has a CPU version as well, in `tiled`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from training.kernels import plain, tiled
 __all__ = ["field_product", "norm_modulate", "norm_rotate"]
 
 _TRITON = importlib.util.find_spec("triton") is not None and torch.version.cuda is not None
-_TYPES = (torch.float32, torch.bfloat16)  # what the tests hold the kernels to; fp16 has too small a range to train in
+_TYPES = (torch.float32, torch.bfloat16)  # those that the kernels are tested in; fp16's range is too small to train in
 
 
 def field_product(x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool) -> Tensor:
     if x_PKC.is_cpu and x_PKC.dtype in (torch.float32, torch.float64):
-        out_PKC: Tensor = tiled.field_product(x_PKC, gain_C, w_PW, normalise2)
-        return out_PKC
+        return tiled.field_product(x_PKC, gain_C, w_PW, normalise2)
     if not _for_kernel(x_PKC, gain_C, w_PW):
         return plain.field_product(x_PKC, gain_C, w_PW, normalise2)
     from training.kernels import field
@@ -37,13 +36,12 @@ def field_product(x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool)
 def norm_modulate(
     x_BNH: Tensor, weight_H: Tensor, shift_B1H: Tensor, scale_B1H: Tensor, weight_in_fp32: bool
 ) -> Tensor:
-    # A compiler fuses the plain form, and with its neighbours as well.
+    # torch.compile fuses the plain version by itself, and with the operations around it as well.
     if torch.compiler.is_compiling() or not _for_kernel(x_BNH, weight_H, shift_B1H, scale_B1H):
         return plain.norm_modulate(x_BNH, weight_H, shift_B1H, scale_B1H, weight_in_fp32)
     from training.kernels import modulate
 
-    out_BNH: Tensor = modulate.norm_modulate(x_BNH, weight_H, shift_B1H, scale_B1H, weight_in_fp32)
-    return out_BNH
+    return modulate.norm_modulate(x_BNH, weight_H, shift_B1H, scale_B1H, weight_in_fp32)
 
 
 def norm_rotate(x_BNhd: Tensor, weight_d: Tensor, cos_ND: Tensor, sin_ND: Tensor, weight_in_fp32: bool) -> Tensor:
@@ -51,11 +49,9 @@ def norm_rotate(x_BNhd: Tensor, weight_d: Tensor, cos_ND: Tensor, sin_ND: Tensor
         return plain.norm_rotate(x_BNhd, weight_d, cos_ND, sin_ND, weight_in_fp32)
     from training.kernels import rotary
 
-    out_BNhd: Tensor = rotary.norm_rotate(x_BNhd, weight_d, cos_ND, sin_ND, weight_in_fp32)
-    return out_BNhd
+    return rotary.norm_rotate(x_BNhd, weight_d, cos_ND, sin_ND, weight_in_fp32)
 
 
 def _for_kernel(x: Tensor, *others: Tensor) -> bool:
-    """A batch of nothing is none: there is nothing to launch."""
-    alike = x.dtype in _TYPES and all(other.dtype == x.dtype for other in others)
-    return _TRITON and x.is_cuda and alike and x.numel() > 0
+    one_type = x.dtype in _TYPES and all(other.dtype == x.dtype for other in others)
+    return _TRITON and x.is_cuda and one_type and x.numel() > 0  # a launch of no programs is an error

@@ -1,16 +1,16 @@
-"""The field's product for a GPU: a program holds one patch's weights and walks over that patch's pixels.
+"""The field's product for a GPU: a program holds one patch's weights and loops over that patch's pixels.
 
-Nothing between in and out touches memory, and nothing is kept: backward works it out again. A patch's sums are one
-program's own and run in a fixed order, so results repeat bit for bit; the gain belongs to all patches, so each program
-writes its part of the gain's gradient, and the parts are summed afterwards.
+Intermediate values never reach memory and are not saved: backward recomputes them. Each sum over a patch is taken by
+one program in a fixed order, so results repeat bit for bit. The gain is shared by all patches, so each program writes
+its part of the gain's gradient, and the parts are summed afterwards.
 
-Shapes as in the twin, `plain.field_product`. BK, BC, BI: the powers of two that hold as many pixels, all channels, and
-as many inner values as a program handles at once. Where I is larger than BI, it is cut into chunks.
+Shapes as in `plain.field_product`. BK, BC and BI are the block sizes, powers of two: the pixels that a program handles
+at once, all channels, and the inner values that it handles at once. An I larger than BI is cut into chunks.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from training.kernels.operators import operator
 from training.kernels.plain import EPS, matrices
 
 _EPS = tl.constexpr(EPS)
@@ -26,17 +27,17 @@ _EPS = tl.constexpr(EPS)
 @triton.jit
 def _tanh(a: tl.tensor, FAST: tl.constexpr) -> tl.tensor:
     if FAST:
-        # One instruction, and closer than bf16 rounds. An exponential and a division are two on the same slow unit,
-        # which would then be as busy as the memory.
+        # One instruction, with an error below bf16's rounding. A sigmoid takes an exponential and a division, two on
+        # the same slow unit, which would then be as busy as the memory.
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [a], tl.float32, is_pure=True, pack=1)
     return 2 * tl.sigmoid(2 * a) - 1
 
 
 @triton.jit
-def _places(
+def _offsets(
     first: tl.tensor, CHANNELS: tl.constexpr, INNER: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Where a patch has W1's columns from `first` on, and the rows of W2 that they meet; and what of it is there."""
+    """Offsets and masks of one chunk: the columns of W1 from `first` on, and the rows of W2 that multiply them."""
     c, i = tl.arange(0, BC), first + tl.arange(0, BI)
     at1_CI = c[:, None] * INNER + i[None, :]
     at2_IC = CHANNELS * INNER + i[:, None] * CHANNELS + c[None, :]
@@ -50,7 +51,7 @@ def _places(
 
 @triton.jit
 def _inverse(w: tl.tensor) -> tl.tensor:
-    """One over the length of each column, 1e12 at most."""
+    """One over the L2 norm of each column, 1e12 at most."""
     wide = w.to(tl.float32)
     return tl.rsqrt(tl.maximum(tl.sum(wide * wide, 0), 1e-24))
 
@@ -72,8 +73,8 @@ def _unit_weights(
     BC: tl.constexpr,
     BI: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """A chunk of W1 and W2 with columns of unit length; the gain is in W1, which is smaller than what it meets."""
-    at1_CI, inside1, at2_IC, inside2 = _places(first, CHANNELS, INNER, BC, BI)
+    """A chunk of W1 and W2 with columns of unit length. The gain goes into W1, which is smaller than x."""
+    at1_CI, inside1, at2_IC, inside2 = _offsets(first, CHANNELS, INNER, BC, BI)
     w1_CI = tl.load(w_ptr + at1_CI, mask=inside1, other=0.0)
     w1_CI = (w1_CI.to(tl.float32) * _inverse(w1_CI)[None, :] * gain_C[:, None]).to(w1_CI.dtype)
     w2_IC = tl.load(w_ptr + at2_IC, mask=inside2, other=0.0)
@@ -139,10 +140,10 @@ def backward_kernel(
     BC: tl.constexpr,
     BI: tl.constexpr,
 ) -> None:
-    """One patch and one chunk: the chunk's own part of g_w, and what it adds to the patch's g_x and to g_gain.
+    """One patch and one chunk: the chunk's part of g_w, and its contributions to the patch's g_x and to g_gain.
 
-    Inner values stand as [I, K], so that what leaves one product is the next one's left side, in registers. W is
-    multiplied as it lies in memory; the lengths of its columns, and the gain, go into what it meets.
+    Inner values are laid out as [I, K], so that one product's result is the next one's left operand, in registers. W is
+    multiplied as it lies in memory; its columns' norms, and the gain, are applied to the other operand.
     """
     patch, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     part = chunk * tl.num_programs(0) + patch
@@ -153,7 +154,7 @@ def backward_kernel(
     g_w_ptr += patch * 2 * CHANNELS * INNER
     c = tl.arange(0, BC)
     gain_C = tl.load(gain_ptr + c, mask=c < CHANNELS, other=0.0).to(tl.float32)
-    at1_CI, inside1, at2_IC, inside2 = _places(chunk * BI, CHANNELS, INNER, BC, BI)
+    at1_CI, inside1, at2_IC, inside2 = _offsets(chunk * BI, CHANNELS, INNER, BC, BI)
     w1_CI = tl.load(w_ptr + at1_CI, mask=inside1, other=0.0)
     w2_IC = tl.load(w_ptr + at2_IC, mask=inside2, other=0.0)
     half_inverse1_I1 = 0.5 * _inverse(w1_CI)[:, None]
@@ -194,7 +195,7 @@ def backward_kernel(
         tl.store(g_x_ptr + at_KC, g_x_KC.to(x_KC.dtype), mask=inside)
     tl.store(g_gain_ptr + part * CHANNELS + c, tl.sum(g_gain_KC, 0), mask=c < CHANNELS)
 
-    # A column's length changes nothing, so the part of the gradient along the column is taken out.
+    # The result does not depend on a column's length, so the gradient has no component along the column.
     w1_IC = tl.trans(tl.load(w_ptr + at1_CI, mask=inside1, other=0.0)).to(tl.float32)
     along1_I1 = tl.sum(g_w1_IC * w1_IC, 1)[:, None] * (4 * half_inverse1_I1 * half_inverse1_I1)
     g_w1_IC = (g_w1_IC - w1_IC * along1_I1).to(w1_CI.dtype)
@@ -206,97 +207,67 @@ def backward_kernel(
     tl.store(g_w_ptr + at2_IC, g_w2_IC.to(w1_CI.dtype), mask=inside2)
 
 
-class Launch(NamedTuple):
-    """How a kernel is compiled: sizes that are constants in it, and warps and registers of a program."""
-
-    constants: dict[str, Any]
-    options: dict[str, Any]
-
-
-def blocks(channels: int, inner: int) -> tuple[int, int]:
-    """How many channels and inner values a program holds at once: BC and BI."""
+def _blocks(channels: int, inner: int) -> tuple[int, int]:
+    """BC and BI."""
     block_c = max(16, triton.next_power_of_2(channels))
     return block_c, min(max(16, triton.next_power_of_2(inner)), 2**13 // block_c)
 
 
-def launch(channels: int, inner: int, pixels: int, dtype: torch.dtype, normalise2: bool, *, backward: bool) -> Launch:
-    """Two (backward) or four programs fit a multiprocessor at once, so that one's loads hide behind another's work."""
-    wide = dtype == torch.float32
-    block_c, block_i = blocks(channels, inner)
+def _options(x_PKC: Tensor, w_PW: Tensor, normalise2: bool, *, backward: bool) -> dict[str, Any]:
+    """A kernel's constants, and how many warps and registers a program gets.
+
+    They let 2 (backward) or 4 programs fit a multiprocessor, so that one's loads overlap with another's work.
+    """
+    _, pixels, channels = x_PKC.shape
+    inner = w_PW.shape[1] // (2 * channels)
+    wide = x_PKC.dtype == torch.float32
+    block_c, block_i = _blocks(channels, inner)
     block_k = 16 if wide else 32 if backward else 64
-    constants = {
+    large = block_c * block_i == 2**13
+    return {
         "CHANNELS": channels,
         "INNER": inner,
         "NORMALISE2": normalise2,
+        "FAST": _fast(x_PKC),
         "BK": min(block_k, max(16, triton.next_power_of_2(pixels))),
         "BC": block_c,
         "BI": block_i,
-    }
-    large = block_c * block_i == 2**13
-    whole = large and inner <= block_i and not wide
-    options = {
         "num_warps": 8 if large and (backward or wide) else 4,
-        "maxnreg": 128 if whole else None,
+        "maxnreg": 128 if large and inner <= block_i and not wide else None,
         "enable_fp_fusion": True,
     }
-    return Launch(constants, options)
 
 
-@torch.library.custom_op("pixnerd::field_product", mutates_args=())
-def _field_product(x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool) -> Tensor:
+def _forward(x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool) -> Tensor:
     x_PKC, gain_C, w_PW = x_PKC.contiguous(), gain_C.contiguous(), w_PW.contiguous()
-    patches, pixels, channels = x_PKC.shape
+    patches, pixels, _ = x_PKC.shape
     out_PKC = torch.empty_like(x_PKC)
-    inner = w_PW.shape[1] // (2 * channels)
-    constants, options = launch(channels, inner, pixels, x_PKC.dtype, normalise2, backward=False)
+    options = _options(x_PKC, w_PW, normalise2, backward=False)
     with torch.cuda.device_of(x_PKC):  # Triton launches on the current device, which may be another
-        forward_kernel[(patches,)](x_PKC, gain_C, w_PW, out_PKC, pixels, **constants, FAST=_fast(x_PKC), **options)
+        forward_kernel[(patches,)](x_PKC, gain_C, w_PW, out_PKC, pixels, **options)
     return out_PKC
 
 
-@torch.library.custom_op("pixnerd::field_product_backward", mutates_args=())
-def _field_product_backward(
+def _backward(
     g_PKC: Tensor, x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     g_PKC, x_PKC, gain_C, w_PW = g_PKC.contiguous(), x_PKC.contiguous(), gain_C.contiguous(), w_PW.contiguous()
     patches, pixels, channels = x_PKC.shape
-    inner = w_PW.shape[1] // (2 * channels)
-    constants, options = launch(channels, inner, pixels, x_PKC.dtype, normalise2, backward=True)
-    chunks = triton.cdiv(inner, constants["BI"])
+    options = _options(x_PKC, w_PW, normalise2, backward=True)
+    chunks = triton.cdiv(options["INNER"], options["BI"])
     g_x = x_PKC.new_empty(chunks, patches, pixels, channels)
     g_gain = x_PKC.new_empty(chunks * patches, channels, dtype=torch.float32)
     g_w = torch.empty_like(w_PW)
     with torch.cuda.device_of(x_PKC):
-        backward_kernel[(patches, chunks)](
-            x_PKC, gain_C, w_PW, g_PKC, g_x, g_gain, g_w, pixels, **constants, FAST=_fast(x_PKC), **options
-        )
+        backward_kernel[(patches, chunks)](x_PKC, gain_C, w_PW, g_PKC, g_x, g_gain, g_w, pixels, **options)
     return g_x.sum(0) if chunks > 1 else g_x[0], g_gain.sum(0).to(gain_C.dtype), g_w
 
 
-@_field_product.register_fake
-def _(x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool) -> Tensor:
-    return x_PKC.new_empty(x_PKC.shape)
-
-
-@_field_product_backward.register_fake
-def _(g_PKC: Tensor, x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return x_PKC.new_empty(x_PKC.shape), gain_C.new_empty(gain_C.shape), w_PW.new_empty(w_PW.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.normalise2 = inputs[3]
-
-
-def _gradients(ctx: Any, g_PKC: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *_field_product_backward(g_PKC, *ctx.saved_tensors, ctx.normalise2), None
-
-
-_field_product.register_autograd(_gradients, setup_context=_save)
+_field_product = operator("field_product", _forward, _backward, gradients=3)
 
 
 def _fast(x: Tensor) -> bool:
-    """The interpreter, whose tensors are on the CPU, knows no assembly."""
+    """Whether to use the tanh instruction. Triton's interpreter, whose tensors are on the CPU, cannot run assembly."""
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
@@ -305,9 +276,8 @@ def field_product(x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool)
     if normalise2:
         w1_PCI, w2_PIC = matrices(w_PW, channels)
         inner = w1_PCI.shape[-1]
-        if inner > blocks(channels, inner)[1]:
-            # W2's columns run through all chunks, of which a program sees one.
+        if inner > _blocks(channels, inner)[1]:
+            # A column of W2 extends over all chunks, and a program sees one of them.
             w_PW = torch.cat([w1_PCI.flatten(1), F.normalize(w2_PIC, dim=-2).flatten(1)], dim=1)
             normalise2 = False
-    out_PKC: Tensor = _field_product(x_PKC, gain_C, w_PW, normalise2)
-    return out_PKC
+    return _field_product(x_PKC, gain_C, w_PW, normalise2)

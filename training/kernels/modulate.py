@@ -1,10 +1,10 @@
-"""Norm and modulation for a GPU, in one pass over x: a program walks over some rows of one image.
+"""Norm and modulation for a GPU, in one pass over x: a program loops over some rows of one image.
 
-Backward works the norm out again. The gradients of weight, shift and scale are sums over rows; all three follow from
-two sums an image, of g and of g x / rms(x). Each program writes its part of them, and the parts are summed afterwards,
-always in the same order.
+Backward recomputes the norm. The gradients of weight, shift and scale are sums over rows, and all three follow from two
+sums per image: of g and of g x / rms(x). Each program writes its part of these sums, and the parts are summed
+afterwards, always in the same order.
 
-Shapes as in the twin, `plain.norm_modulate`; S programs an image.
+Shapes as in `plain.norm_modulate`; S is the number of programs of an image.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from training.kernels.operators import contiguous_rows, operator
 from training.kernels.plain import EPS
 
 _EPS = tl.constexpr(EPS)
-_PROGRAM_ROWS = {
-    "forward": 8,
-    "backward": 32,
-}  # of a program: their parts of the sums are then a few percent of x itself
+_FORWARD_ROWS = 8  # of a program
+_BACKWARD_ROWS = 32  # of a program: its parts of the sums are then a few percent of x's own size
 
 
 @triton.jit
@@ -103,97 +102,46 @@ def backward_kernel(
     tl.store(sums_ptr + HIDDEN + at_H, sum_g_unit_H, mask=inside)
 
 
-def constants(hidden: int) -> dict[str, int]:
-    return {"HIDDEN": hidden, "BH": triton.next_power_of_2(hidden)}
+def _options(hidden: int, rows: int) -> dict[str, Any]:
+    return {"HIDDEN": hidden, "BH": triton.next_power_of_2(hidden), "ROWS": rows, "enable_fp_fusion": True}
 
 
-@torch.library.custom_op("pixnerd::norm_modulate", mutates_args=())
-def norm_modulate(
-    x_BNH: Tensor, weight_H: Tensor, shift_B1H: Tensor, scale_B1H: Tensor, weight_in_fp32: bool
-) -> Tensor:
-    x_BNH, shift_B1H, scale_B1H = _whole_rows(x_BNH), _whole_rows(shift_B1H), _whole_rows(scale_B1H)
+def _forward(x_BNH: Tensor, weight_H: Tensor, shift_B1H: Tensor, scale_B1H: Tensor, weight_in_fp32: bool) -> Tensor:
+    x_BNH, weight_H = contiguous_rows(x_BNH), weight_H.contiguous()
+    shift_B1H, scale_B1H = contiguous_rows(shift_B1H), contiguous_rows(scale_B1H)
     images, tokens, hidden = x_BNH.shape
     out_BNH = x_BNH.new_empty(x_BNH.shape)
+    strides = *x_BNH.stride()[:2], _image_stride(shift_B1H), _image_stride(scale_B1H)
+    options = {**_options(hidden, _FORWARD_ROWS), "WEIGHT_IN_FP32": weight_in_fp32}
     with torch.cuda.device_of(x_BNH):  # Triton launches on the current device, which may be another
-        forward_kernel[(triton.cdiv(tokens, _PROGRAM_ROWS["forward"]), images)](
-            x_BNH,
-            weight_H.contiguous(),
-            shift_B1H,
-            scale_B1H,
-            out_BNH,
-            tokens,
-            x_BNH.stride(0),
-            x_BNH.stride(1),
-            _image_stride(shift_B1H),
-            _image_stride(scale_B1H),
-            **constants(hidden),
-            WEIGHT_IN_FP32=weight_in_fp32,
-            ROWS=_PROGRAM_ROWS["forward"],
-            enable_fp_fusion=True,
+        forward_kernel[(triton.cdiv(tokens, _FORWARD_ROWS), images)](
+            x_BNH, weight_H, shift_B1H, scale_B1H, out_BNH, tokens, *strides, **options
         )
     return out_BNH
 
 
-@torch.library.custom_op("pixnerd::norm_modulate_backward", mutates_args=())
 def _backward(
-    g_BNH: Tensor, x_BNH: Tensor, weight_H: Tensor, shift_B1H: Tensor, scale_B1H: Tensor
+    g_BNH: Tensor, x_BNH: Tensor, weight_H: Tensor, shift_B1H: Tensor, scale_B1H: Tensor, weight_in_fp32: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    g_BNH, x_BNH, scale_B1H = g_BNH.contiguous(), _whole_rows(x_BNH), _whole_rows(scale_B1H)
+    """The same for both values of `weight_in_fp32`: the rounding between norm and weight has no gradient of its own."""
+    g_BNH, weight_H = g_BNH.contiguous(), weight_H.contiguous()
+    x_BNH, scale_B1H = contiguous_rows(x_BNH), contiguous_rows(scale_B1H)
     images, tokens, hidden = x_BNH.shape
-    programs = triton.cdiv(tokens, _PROGRAM_ROWS["backward"])
+    programs = triton.cdiv(tokens, _BACKWARD_ROWS)
     g_x = x_BNH.new_empty(x_BNH.shape)
     sums_BS2H = x_BNH.new_empty(images, programs, 2, hidden, dtype=torch.float32)
+    strides = *x_BNH.stride()[:2], _image_stride(scale_B1H)
+    options = _options(hidden, _BACKWARD_ROWS)
     with torch.cuda.device_of(x_BNH):
         backward_kernel[(programs, images)](
-            x_BNH,
-            weight_H.contiguous(),
-            scale_B1H,
-            g_BNH,
-            g_x,
-            sums_BS2H,
-            tokens,
-            x_BNH.stride(0),
-            x_BNH.stride(1),
-            _image_stride(scale_B1H),
-            **constants(hidden),
-            ROWS=_PROGRAM_ROWS["backward"],
-            enable_fp_fusion=True,
+            x_BNH, weight_H, scale_B1H, g_BNH, g_x, sums_BS2H, tokens, *strides, **options
         )
     g_shift, g_unit = sums_BS2H.sum(1).split(1, dim=1)
     g_scale, g_weight = g_unit * weight_H, (g_unit * (1 + scale_B1H.float())).sum((0, 1))
     return g_x, g_weight.to(weight_H.dtype), _for_images(g_shift, shift_B1H), _for_images(g_scale, scale_B1H)
 
 
-@norm_modulate.register_fake
-def _(x_BNH: Tensor, weight_H: Tensor, shift_B1H: Tensor, scale_B1H: Tensor, weight_in_fp32: bool) -> Tensor:
-    return x_BNH.new_empty(x_BNH.shape)
-
-
-@_backward.register_fake
-def _(
-    g_BNH: Tensor, x_BNH: Tensor, weight_H: Tensor, shift_B1H: Tensor, scale_B1H: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        x_BNH.new_empty(x_BNH.shape),
-        weight_H.new_empty(weight_H.shape),
-        shift_B1H.new_empty(shift_B1H.shape),
-        scale_B1H.new_empty(scale_B1H.shape),
-    )
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-
-
-def _gradients(ctx: Any, g_BNH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-    return *_backward(g_BNH, *ctx.saved_tensors), None
-
-
-norm_modulate.register_autograd(_gradients, setup_context=_save)
-
-
-def _whole_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+norm_modulate = operator("norm_modulate", _forward, _backward, gradients=4)
 
 
 def _image_stride(x_B1H: Tensor) -> int:
@@ -201,7 +149,7 @@ def _image_stride(x_B1H: Tensor) -> int:
 
 
 def _for_images(g_B1H: Tensor, like_B1H: Tensor) -> Tensor:
-    """What was one for all images gets the sum over them."""
+    """The gradient of a shift or scale: summed over the images where one served them all."""
     if len(like_B1H) == 1:
         g_B1H = g_B1H.sum(0, keepdim=True)
     return g_B1H.to(like_B1H.dtype).contiguous()

@@ -1,4 +1,4 @@
-"""What each kernel means, step by step in PyTorch: what a compiler fuses by itself, and what the kernels are held to.
+"""What each kernel computes, in ordinary PyTorch: torch.compile fuses it, and the kernels are tested against it.
 
 Shapes: B images, N tokens, H hidden, h heads, d head size, D = d/2 pairs; P patches, K pixels of a patch, C field
 channels, I = r C inner, W = 2 C I weights.
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-EPS = 1e-6  # of every norm
+EPS = 1e-6  # in the denominator of every norm
 
 
 def rms_norm(x: Tensor, weight: Tensor, weight_in_fp32: bool) -> Tensor:
-    """x / rms(x) in fp32, times a weight: before the cast back to x's dtype, or after it."""
+    """x / rms(x) in fp32, times a weight before the cast back to x's dtype (`weight_in_fp32`) or after it."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if x.dtype == wide or weight_in_fp32:
         return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps=EPS).to(x.dtype)
@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, weight_in_fp32: bool) -> Tensor:
 
 
 def field_product(x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool) -> Tensor:
-    """x + SiLU(norm(x) W1) W2; W1's columns have unit length, W2's as well if `normalise2`."""
+    """x + SiLU(norm(x) W1) W2, with the columns of W1 (and of W2 if `normalise2`) scaled to unit length."""
     w1_PCI, w2_PIC = matrices(w_PW, x_PKC.shape[-1])
     w1_PCI = F.normalize(w1_PCI, dim=-2)
     w2_PIC = F.normalize(w2_PIC, dim=-2) if normalise2 else w2_PIC
@@ -30,7 +30,7 @@ def field_product(x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool)
 
 
 def matrices(w_PW: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """The two matrices of each patch, as views: W1 [P, C, I] and W2 [P, I, C]."""
+    """Each patch's two matrices as views of its weights: W1 [P, C, I] and W2 [P, I, C]."""
     w1, w2 = w_PW.chunk(2, dim=-1)
     return w1.unflatten(-1, (channels, -1)), w2.unflatten(-1, (-1, channels))
 
@@ -38,12 +38,12 @@ def matrices(w_PW: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 def norm_modulate(
     x_BNH: Tensor, weight_H: Tensor, shift_B1H: Tensor, scale_B1H: Tensor, weight_in_fp32: bool
 ) -> Tensor:
-    """norm(x) (1 + scale) + shift; an image's own shift and scale, or (batch 1) the same for all images."""
+    """norm(x) (1 + scale) + shift. Each image has its own shift and scale, or one (a batch of 1) serves all images."""
     return torch.addcmul(shift_B1H, rms_norm(x_BNH, weight_H, weight_in_fp32), 1 + scale_B1H)
 
 
 def norm_rotate(x_BNhd: Tensor, weight_d: Tensor, cos_ND: Tensor, sin_ND: Tensor, weight_in_fp32: bool) -> Tensor:
-    """The norm of each head, then rotary positions: (a, b) -> (a cos - b sin, a sin + b cos) for each pair."""
+    """Normalises each head, then rotates each pair of its values: (a, b) -> (a cos - b sin, a sin + b cos)."""
     cos, sin = cos_ND[:, None], sin_ND[:, None]
     a, b = rms_norm(x_BNhd, weight_d, weight_in_fp32).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x_BNhd.dtype)

@@ -1,10 +1,10 @@
 """QK-norm and rotary positions for a GPU, in one pass: a program handles some heads of some tokens of one image.
 
-x is read where it lies, a slice of the fused projection; the result is contiguous. Backward turns the other way round
-and works the norm out again; each program writes its part of the weight's gradient, and the parts are summed
-afterwards, always in the same order.
+x is read in place, as a slice of the fused projection; the result is contiguous. Backward rotates by the opposite angle
+and recomputes the norm. Each program writes its part of the weight's gradient, and the parts are summed afterwards,
+always in the same order.
 
-Shapes as in the twin, `plain.norm_rotate`; R rows of a program, each one head of one token.
+Shapes as in `plain.norm_rotate`; R is the number of a program's rows, and a row is one head of one token.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from training.kernels.operators import contiguous_rows, operator
 from training.kernels.plain import EPS
 
 _EPS = tl.constexpr(EPS)
@@ -25,20 +26,20 @@ _EPS = tl.constexpr(EPS)
 def _rows(
     N: tl.tensor, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr
 ) -> tuple[tl.tensor, ...]:
-    """Token and head of each row, the values of a head, where a row's cos and sin lie; and what of it is there."""
+    """The index, token and head of each row; the offsets within a head, and in the cos and sin tables, with masks."""
     row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token_R, head_R = row_R // HEADS, row_R % HEADS
     at_d, pair_D = tl.arange(0, BD), tl.arange(0, BD // 2)
     table_RD = token_R[:, None] * (HEAD_DIM // 2) + pair_D[None, :]
-    there_R1 = (token_R < N)[:, None]
+    is_token_R1 = (token_R < N)[:, None]
     return (
         row_R[:, None],
         token_R[:, None],
         head_R[:, None],
         at_d[None, :],
-        there_R1 & (at_d < HEAD_DIM)[None, :],
+        is_token_R1 & (at_d < HEAD_DIM)[None, :],
         table_RD,
-        there_R1 & (pair_D < HEAD_DIM // 2)[None, :],
+        is_token_R1 & (pair_D < HEAD_DIM // 2)[None, :],
     )
 
 
@@ -123,81 +124,42 @@ def backward_kernel(
     tl.store(g_weight_ptr + program * HEAD_DIM + value_d, g_weight_d, mask=value_d < HEAD_DIM)
 
 
-def constants(heads: int, head_dim: int) -> dict[str, int]:
+def _options(heads: int, head_dim: int) -> dict[str, Any]:
     block = triton.next_power_of_2(head_dim)
-    return {"HEADS": heads, "HEAD_DIM": head_dim, "BD": block, "ROWS": max(1, 2**12 // block)}
+    rows = max(1, 2**12 // block)
+    return {"HEADS": heads, "HEAD_DIM": head_dim, "BD": block, "ROWS": rows, "enable_fp_fusion": True}
 
 
-@torch.library.custom_op("pixnerd::norm_rotate", mutates_args=())
-def norm_rotate(x_BNhd: Tensor, weight_d: Tensor, cos_ND: Tensor, sin_ND: Tensor, weight_in_fp32: bool) -> Tensor:
-    x_BNhd = _whole_heads(x_BNhd)
+def _forward(x_BNhd: Tensor, weight_d: Tensor, cos_ND: Tensor, sin_ND: Tensor, weight_in_fp32: bool) -> Tensor:
+    x_BNhd, weight_d = contiguous_rows(x_BNhd), weight_d.contiguous()
+    cos_ND, sin_ND = cos_ND.contiguous(), sin_ND.contiguous()
     images, tokens, heads, head_dim = x_BNhd.shape
-    sizes = constants(heads, head_dim)
+    options = {**_options(heads, head_dim), "WEIGHT_IN_FP32": weight_in_fp32}
     out_BNhd = x_BNhd.new_empty(x_BNhd.shape)
     with torch.cuda.device_of(x_BNhd):  # Triton launches on the current device, which may be another
-        forward_kernel[(triton.cdiv(tokens * heads, sizes["ROWS"]), images)](
-            x_BNhd,
-            weight_d.contiguous(),
-            cos_ND.contiguous(),
-            sin_ND.contiguous(),
-            out_BNhd,
-            tokens,
-            *x_BNhd.stride()[:3],
-            **sizes,
-            WEIGHT_IN_FP32=weight_in_fp32,
-            enable_fp_fusion=True,
+        forward_kernel[(triton.cdiv(tokens * heads, options["ROWS"]), images)](
+            x_BNhd, weight_d, cos_ND, sin_ND, out_BNhd, tokens, *x_BNhd.stride()[:3], **options
         )
     return out_BNhd
 
 
-@torch.library.custom_op("pixnerd::norm_rotate_backward", mutates_args=())
 def _backward(
-    g_BNhd: Tensor, x_BNhd: Tensor, weight_d: Tensor, cos_ND: Tensor, sin_ND: Tensor
+    g_BNhd: Tensor, x_BNhd: Tensor, weight_d: Tensor, cos_ND: Tensor, sin_ND: Tensor, weight_in_fp32: bool
 ) -> tuple[Tensor, Tensor]:
-    g_BNhd, x_BNhd = _whole_heads(g_BNhd), _whole_heads(x_BNhd)
+    """The same for both values of `weight_in_fp32`: the rounding between norm and weight has no gradient of its own."""
+    g_BNhd, x_BNhd, weight_d = contiguous_rows(g_BNhd), contiguous_rows(x_BNhd), weight_d.contiguous()
+    cos_ND, sin_ND = cos_ND.contiguous(), sin_ND.contiguous()
     images, tokens, heads, head_dim = x_BNhd.shape
-    sizes = constants(heads, head_dim)
-    programs = triton.cdiv(tokens * heads, sizes["ROWS"])
+    options = _options(heads, head_dim)
+    programs = triton.cdiv(tokens * heads, options["ROWS"])
     g_x = x_BNhd.new_empty(x_BNhd.shape)
     g_weight = weight_d.new_empty(images * programs, head_dim, dtype=torch.float32)
+    strides = *x_BNhd.stride()[:3], *g_BNhd.stride()[:3]
     with torch.cuda.device_of(x_BNhd):
         backward_kernel[(programs, images)](
-            x_BNhd,
-            weight_d.contiguous(),
-            cos_ND.contiguous(),
-            sin_ND.contiguous(),
-            g_BNhd,
-            g_x,
-            g_weight,
-            tokens,
-            *x_BNhd.stride()[:3],
-            *g_BNhd.stride()[:3],
-            **sizes,
-            enable_fp_fusion=True,
+            x_BNhd, weight_d, cos_ND, sin_ND, g_BNhd, g_x, g_weight, tokens, *strides, **options
         )
     return g_x, g_weight.sum(0).to(weight_d.dtype)
 
 
-@norm_rotate.register_fake
-def _(x_BNhd: Tensor, weight_d: Tensor, cos_ND: Tensor, sin_ND: Tensor, weight_in_fp32: bool) -> Tensor:
-    return x_BNhd.new_empty(x_BNhd.shape)
-
-
-@_backward.register_fake
-def _(g_BNhd: Tensor, x_BNhd: Tensor, weight_d: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> tuple[Tensor, Tensor]:
-    return x_BNhd.new_empty(x_BNhd.shape), weight_d.new_empty(weight_d.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-
-
-def _gradients(ctx: Any, g_BNhd: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-    return *_backward(g_BNhd, *ctx.saved_tensors), None, None, None
-
-
-norm_rotate.register_autograd(_gradients, setup_context=_save)
-
-
-def _whole_heads(x_BNhd: Tensor) -> Tensor:
-    return x_BNhd if x_BNhd.stride(-1) == 1 else x_BNhd.contiguous()
+norm_rotate = operator("norm_rotate", _forward, _backward, gradients=2)

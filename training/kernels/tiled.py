@@ -1,25 +1,24 @@
-"""The field's product for a CPU: a few patches at a time, so that everything between in and out stays in the cache.
+"""The field's product for a CPU: a few patches (a tile) at a time, so that intermediate values stay in the cache.
 
-Nothing in between is kept: backward works it out again, tile by tile. Shapes as in the twin, `plain.field_product`.
+They are not saved: backward recomputes them, tile by tile. Shapes as in `plain.field_product`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from training.kernels.operators import empty_like, operator
 from training.kernels.plain import EPS, matrices
 
-TILE = 2**20  # bytes of the largest thing between in and out
+TILE = 2**20  # bytes of a tile's largest intermediate value
 
 
-@torch.library.custom_op("pixnerd::tiled_field_product", mutates_args=())
-def field_product(x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool) -> Tensor:
-    out_PKC = _like(x_PKC)
+def _forward(x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool) -> Tensor:
+    out_PKC = empty_like(x_PKC)
     w1_PCI, w2_PIC = matrices(w_PW, x_PKC.shape[-1])
     for tile in _tiles(x_PKC, w1_PCI):
         x, w2 = x_PKC[tile], w2_PIC[tile]
@@ -32,11 +31,10 @@ def field_product(x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool)
     return out_PKC
 
 
-@torch.library.custom_op("pixnerd::tiled_field_product_backward", mutates_args=())
 def _backward(
     g_PKC: Tensor, x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    g_x, g_gain, g_w = _like(x_PKC), torch.zeros_like(gain_C), _like(w_PW)
+    g_x, g_gain, g_w = empty_like(x_PKC), torch.zeros_like(gain_C), empty_like(w_PW)
     w1_PCI, w2_PIC = matrices(w_PW, x_PKC.shape[-1])
     g_w1, g_w2 = matrices(g_w, x_PKC.shape[-1])
     for tile in _tiles(x_PKC, w1_PCI):
@@ -60,30 +58,7 @@ def _backward(
     return g_x, g_gain, g_w
 
 
-@field_product.register_fake
-def _(x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool) -> Tensor:
-    return _like(x_PKC)
-
-
-@_backward.register_fake
-def _(g_PKC: Tensor, x_PKC: Tensor, gain_C: Tensor, w_PW: Tensor, normalise2: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(x_PKC), _like(gain_C), _like(w_PW)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.normalise2 = inputs[3]
-
-
-def _gradients(ctx: Any, g_PKC: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *_backward(g_PKC, *ctx.saved_tensors, ctx.normalise2), None
-
-
-field_product.register_autograd(_gradients, setup_context=_save)
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+field_product = operator("tiled_field_product", _forward, _backward, gradients=3)
 
 
 def _tiles(x_PKC: Tensor, w1_PCI: Tensor) -> Iterator[slice]:
@@ -93,18 +68,18 @@ def _tiles(x_PKC: Tensor, w1_PCI: Tensor) -> Iterator[slice]:
 
 
 def _normed(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x over its root mean square, and what it was multiplied with."""
+    """x over its root mean square, and the factor 1 / rms(x)."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     inverse = length.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
     return x * inverse, inverse
 
 
 def _unit(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of unit length, and what they were multiplied with."""
+    """w with columns of unit length, and the factors that make them so."""
     inverse = (w * w).sum(-2, keepdim=True).sqrt_().clamp_(min=1e-12).reciprocal_()
     return w * inverse, inverse
 
 
 def _unit_backward_(g: Tensor, unit: Tensor, inverse: Tensor) -> None:
-    """In place: the part of g across each column, over the column's length."""
+    """The gradient through `_unit`, in place: g without its component along each column, over the column's length."""
     g.addcmul_(unit, (g * unit).sum(-2, keepdim=True), value=-1).mul_(inverse)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,13 +22,11 @@ class Batch:
 
     def split(self, size: int) -> Iterator[Batch]:
         for start in range(0, len(self.captions), size):
-            part = slice(start, start + size)
-            yield Batch(self.images_BCHW[part], self.captions[part], self.positions[part])
+            micro = slice(start, start + size)
+            yield Batch(self.images_BCHW[micro], self.captions[micro], self.positions[micro])
 
 
 class Batches:
-    """This rank's share of every global batch, from `position` on, read ahead in one thread."""
-
     def __init__(
         self, reader: Reader, settings: DataSettings, *, batch: int, rank: int = 0, ranks: int = 1, seed: int = 0
     ) -> None:
@@ -43,12 +41,12 @@ class Batches:
             raise DataError(
                 "the snapshot's images are of several sizes", remedy="train on a square size, not on buckets"
             )
-        images_BHWC = np.stack(images)
         captions = [self.reader.caption(row, int(p)) for row, p in zip(rows, positions, strict=True)]
-        images_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).contiguous()
+        images_BCHW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
         return Batch(images_BCHW, captions, positions)
 
-    def iterate(self, position: int) -> Iterator[Batch]:
+    def iterate(self, position: int) -> Generator[Batch]:
+        """Endless batches from `position` on; close it to stop the thread."""
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
             ahead: list[Future[Batch]] = []
             try:

@@ -1,4 +1,4 @@
-"""The tars that samples lie in: each is fetched whole once, held against its hash, and then read in ranges."""
+"""The tars that hold the images: each is fetched once, checked against its hash, and then read at offsets."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The global order of samples: position -> row, the same whatever number of ranks reads.
+"""The global order of samples, which does not depend on the number of ranks.
 
     position p  ->  epoch, lane = p mod L, index in the lane  ->  a row of the selection
 
-An epoch's order: the shards are permuted, their rows laid end to end and cut into L lanes of equal length, and each
-lane is shuffled in windows. A lane touches few shards, so a rank that reads only the lanes p = rank (mod ranks) fetches
-only its share of the corpus; and since the lanes are fixed, four ranks see what one would.
+In each epoch the shards are permuted, their rows are concatenated and cut into L lanes of equal length, and each lane
+is shuffled in windows. A lane covers few shards, and a rank reads only the lanes p = rank (mod ranks), so it fetches
+only its share of the corpus. As the lanes are fixed, four ranks together read the same rows as one would.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class DataSettings(Settings):
 
 
 class Order:
-    """The global order: position -> row, by arithmetic and two small permutations; nothing is stored but one epoch."""
+    """position -> row, by arithmetic and two permutations: of an epoch's shards and of a window, kept while in use."""
 
     def __init__(self, rows_per_shard: np.ndarray, seed: int, settings: DataSettings) -> None:
         self.rows_per_shard = rows_per_shard
@@ -39,19 +39,20 @@ class Order:
 
     @property
     def epoch_length(self) -> int:
-        """Up to lanes - 1 rows are left out of an epoch; the next one's permutation leaves out others."""
+        """Rows of an epoch. Up to lanes - 1 rows are left out, different ones in each epoch's permutation."""
         return self.lanes * self.lane_length
 
     def row(self, position: int) -> int:
         epoch, within = divmod(position, self.epoch_length)
-        index, lane = divmod(within, self.lanes)
-        window, offset = divmod(index, self.window)
-        place = lane * self.lane_length + window * self.window + int(self._window(epoch, lane, window)[offset])
+        lane_index, lane = divmod(within, self.lanes)
+        window, offset = divmod(lane_index, self.window)
+        index = lane * self.lane_length + window * self.window + int(self._window(epoch, lane, window)[offset])
         shards, starts = self._epoch(epoch)
-        k = int(np.searchsorted(starts, place, side="right")) - 1
-        return int(self.first_row[shards[k]] + place - starts[k])
+        k = int(np.searchsorted(starts, index, side="right")) - 1
+        return int(self.first_row[shards[k]] + index - starts[k])
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's order of shards, and the index at which each begins when their rows are concatenated."""
         if epoch not in self._epochs:
             self._epochs = {e: v for e, v in self._epochs.items() if e >= epoch - 1}
             shards = generator(self.seed, epoch).permutation(len(self.rows_per_shard))

@@ -1,9 +1,10 @@
-"""Rows of a selection as images and captions."""
+"""Reads rows of a selection as images and captions."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +18,6 @@ from training.loader.order import generator
 
 
 class Reader:
-    """Rows of a selection as images and captions."""
-
     def __init__(self, store: Store, selection: pa.Table, cache: Path, seed: int) -> None:
         self.seed, self.tars = seed, Tars(store, cache)
         tars = selection["tar"].combine_chunks()
@@ -37,7 +36,7 @@ class Reader:
         return np.bincount(self.tar_of_row, minlength=len(self.tar_names))
 
     def image(self, row: int) -> np.ndarray:
-        """[H,W,3] uint8."""
+        """[H, W, 3] uint8."""
         tar = self.tar_names[int(self.tar_of_row[row])]
         data = self.tars.read(tar, int(self.offsets[row]), int(self.lengths[row]))
         try:
@@ -46,7 +45,7 @@ class Reader:
             raise DataError(f"row {row} of {tar} is no image ({error})", remedy="run `pixnerd data verify`") from None
 
     def caption(self, row: int, position: int) -> str:
-        """One of the row's captions, drawn by weight anew for every position."""
+        """One of the row's captions, drawn with their weights from (seed, position): another epoch may draw another."""
         texts = self.captions[row].as_py()
         weights = np.asarray(self.weights[row].as_py(), dtype=np.float64)
         draw = generator(self.seed, position, 1).random() * weights.sum()
@@ -57,9 +56,8 @@ class Reader:
 
 
 def _decoded(data: bytes) -> np.ndarray:
-    """A shard's image, which prepare wrote in one of three formats: it is RGB, upright and of its size."""
+    """An image of a shard, which `prepare` has written as JPEG, PNG or WebP, upright and of its final size."""
     if data.startswith(b"\xff\xd8"):
-        image_HWC: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGB")
-        return image_HWC
+        return cast(np.ndarray, simplejpeg.decode_jpeg(data, colorspace="RGB"))
     with Image.open(io.BytesIO(data), formats=["PNG", "WEBP"]) as image:
         return np.array(image.convert("RGB"))

@@ -1,4 +1,4 @@
-"""The network, and the folder that holds one: `config.json`, `model.safetensors`, and the hashes of both."""
+"""The network, and the checkpoint folder that stores one: `config.json`, `model.safetensors`, and their hashes."""
 
 from __future__ import annotations
 
@@ -16,33 +16,14 @@ from torch import Tensor
 from infra.config import parse
 from infra.errors import CheckpointError, SettingsError
 from infra.files import appearing, sha256_of
-from training.model.condition import Condition, Text
+from training.model.condition import Text
 from training.model.fit import Shape, differences, refuse, shapes
 from training.model.pixnerd import PixNerd
 from training.model.presets import PRESETS, ModelConfig, preset
 from training.model.sums import SUMS, check_files, sums_text, write_sums
 
-__all__ = [
-    "CONFIG",
-    "HEAD",
-    "PRESETS",
-    "SUMS",
-    "WEIGHTS",
-    "Condition",
-    "ModelConfig",
-    "PixNerd",
-    "Stored",
-    "Text",
-    "check_files",
-    "header",
-    "load",
-    "outline",
-    "preset",
-    "read_config",
-    "read_header",
-    "save",
-    "write_sums",
-]
+# Names of the modules below that are used as `training.model.<name>`.
+__all__ = ["PRESETS", "SUMS", "ModelConfig", "PixNerd", "Text", "check_files", "preset", "write_sums"]
 
 SCHEMA = 1
 CONFIG, WEIGHTS, HEAD = "config.json", "model.safetensors", "repa.safetensors"
@@ -55,9 +36,9 @@ def save(
     extra: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a network: it is there whole or not at all. `weights` (an EMA's, say) stand in for the net's own.
+    """Write a checkpoint folder, completely or not at all. `weights` (such as an EMA's) replace the network's own.
 
-    `extra` is whatever plain JSON tells where the network comes from; `read_config` gives it back.
+    `extra` is any JSON object to keep with the network; `read_config` returns it.
     """
     folder = Path(folder)
     if (folder / CONFIG).exists():
@@ -67,7 +48,7 @@ def save(
     config = {"schema_version": SCHEMA, "model": net.config.model_dump(mode="json"), "extra": dict(extra or {})}
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    # The innermost takes its place first: without its settings the folder is no checkpoint.
+    # The files appear from the innermost out, so config.json comes last: without it the folder is no checkpoint.
     with (
         appearing(folder / CONFIG) as config_file,
         appearing(folder / WEIGHTS) as weights_file,
@@ -75,35 +56,34 @@ def save(
     ):
         config_file.write_text(text, encoding="utf-8")
         save_file({name: t.detach().contiguous().cpu() for name, t in state.items()}, weights_file)
-        # safetensors lets nobody but the owner read; whoever may read the settings may read the weights.
+        # safetensors makes the file readable by its owner only; it gets the permissions of config.json.
         weights_file.chmod(config_file.stat().st_mode)
         sums_file.write_text(sums_text({file.name: sha256_of(file) for file in (config_file, weights_file)}))
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu") -> PixNerd:
-    """The network of a folder, in the dtypes that it was saved in; ready to be called as `net(x, t, condition)`."""
+    """The network of a checkpoint folder, in the dtypes that it was saved in."""
     folder = Path(folder)
     config, _ = read_config(folder)
     net = outline(config)
     read_header(folder, config)
     check_files(folder, WEIGHTS)
-    with _whole(folder / WEIGHTS):
+    with _read_errors(folder / WEIGHTS):
         state = load_file(folder / WEIGHTS, device=str(device))
     net.load_state_dict(state, assign=True)
     return net
 
 
 def outline(config: ModelConfig) -> PixNerd:
-    """The network's parts, names and shapes; there is no memory behind them."""
+    """The network on the meta device: names and shapes without memory for weights."""
     with torch.device("meta"):
         return PixNerd(config)
 
 
 def read_header(folder: Path, config: ModelConfig) -> dict[str, Stored]:
-    """What the weights of a folder are, which must be what its settings say; no tensor is read."""
+    """Shapes and dtypes of a folder's weights, checked against its settings; no tensor is read."""
     stored = header(folder / WEIGHTS)
-    found = {name: tensor.shape for name, tensor in stored.items()}
-    problems = differences(shapes(outline(config).state_dict()), found)
+    problems = differences(shapes(outline(config).state_dict()), {name: s.shape for name, s in stored.items()})
     refuse(problems, f"{folder / WEIGHTS} does not fit the settings", _REMEDY)
     return stored
 
@@ -114,14 +94,15 @@ class Stored(NamedTuple):
 
 
 def header(path: Path) -> dict[str, Stored]:
-    """What a safetensors file holds; no tensor is read."""
-    with _whole(path), safe_open(path, framework="pt") as file:
+    """Shapes and dtypes of a safetensors file's tensors, by name; no tensor is read."""
+    with _read_errors(path), safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         return {name: Stored(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[None]:
+def _read_errors(path: Path) -> Iterator[None]:
+    """Errors of reading a file as `CheckpointError`s."""
     try:
         yield
     except FileNotFoundError:

@@ -1,9 +1,11 @@
-"""The transformer block: one for the image (with text beside it or without) and for the text alone.
+"""The transformer block (DiT, Peebles and Xie 2022, arXiv 2212.09748), for images with or without text and for text.
 
 Shapes: B images, N tokens, H hidden, h heads, d head size, R text rows, T text tokens.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from training.model.rotary import RotaryTable
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in fp32, times a weight: before the cast back to x's dtype, or after it."""
+    """Zhang and Sennrich 2019, arXiv 1910.07467; see `rms_norm` for `weight_in_fp32`."""
 
     def __init__(self, size: int, *, weight_in_fp32: bool) -> None:
         super().__init__()
@@ -32,13 +34,12 @@ class RMSNorm(nn.Module):
 
     def rotated(self, x_BNhd: Tensor, table: RotaryTable | None) -> Tensor:
         if table is None:
-            normed_BNhd: Tensor = self(x_BNhd)
-            return normed_BNhd
+            return rms_norm(x_BNhd, self.weight, self.weight_in_fp32)
         return norm_rotate(x_BNhd, self.weight, table.cos, table.sin, self.weight_in_fp32)
 
 
 class Attention(nn.Module):
-    """Self-attention with QK-norm; keys and values of text, if there is any, stand after the image's own."""
+    """Self-attention with QK-norm; with text, its keys and values are appended to the image's."""
 
     def __init__(self, config: ModelConfig, *, text: bool) -> None:
         super().__init__()
@@ -62,11 +63,12 @@ class Attention(nn.Module):
                 k_text, v_text = k_text[text.rows_B], v_text[text.rows_B]
             k, v = torch.cat([k, k_text], dim=1), torch.cat([v, v_text], dim=1)
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-        out_BNH: Tensor = self.out(y.transpose(1, 2).flatten(2))
-        return out_BNH
+        return cast(Tensor, self.out(y.transpose(1, 2).flatten(2)))
 
 
 class SwiGLU(nn.Module):
+    """Shazeer 2020, arXiv 2002.05202."""
+
     def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
         self.gate_value = nn.Linear(hidden, 2 * inner, bias=False)
@@ -74,12 +76,11 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.gate_value(x).chunk(2, dim=-1)
-        out: Tensor = self.out(F.silu(gate) * value)
-        return out
+        return cast(Tensor, self.out(F.silu(gate) * value))
 
 
 class Block(nn.Module):
-    """x += gate1 Attn(mod(norm1 x)); x += gate2 SwiGLU(mod(norm2 x)); the conditioning already holds its SiLU."""
+    """x += gate1 Attn(mod(norm1 x)); x += gate2 SwiGLU(mod(norm2 x)). SiLU was already applied to `cond_BH`."""
 
     def __init__(self, config: ModelConfig, *, rotary: bool, text: bool) -> None:
         super().__init__()

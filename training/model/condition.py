@@ -1,4 +1,4 @@
-"""What a network is called with beside the image and the time: labels, or captions as features.
+"""The condition that a network gets beside the image and the time: labels, or features of captions.
 
 Shapes: B images, R text rows (each may serve several images), T text tokens, E text features, H hidden.
 """
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 class Text(NamedTuple):
-    """Captions as features. `rows` says which row each image reads, so that text shared by images is worked once.
+    """Features of captions. `rows_B` tells each image's row, so that text which images share is processed once.
 
-    The network's own text blocks know the time, so images that share a row must share their time too.
+    The network's text blocks depend on the time, so images that share a row must have the same time.
     """
 
     features_RTE: Tensor
@@ -23,9 +23,9 @@ class Text(NamedTuple):
 
 
 class TextTokens(NamedTuple):
-    """Text inside of the network: before its own blocks the same at every time, after them what the image attends to.
+    """Text inside the network: the input of its text blocks (independent of the time), and their output.
 
-    The mask is None where pads are attended to like words.
+    The mask is None if pads are attended to like words.
     """
 
     y_RTH: Tensor
@@ -33,25 +33,23 @@ class TextTokens(NamedTuple):
     rows_B: Tensor | None
 
 
-# Labels [B], bare features [B, T, E], or Text.
-Condition = Tensor | Text
-# What `PixNerd.embed` makes of it.
-Embedded = Tensor | TextTokens
+Condition = Tensor | Text  # a tensor is labels [B], or features [B, T, E] without masks
+Embedded = Tensor | TextTokens  # what `PixNerd.embed` returns: labels, or text
 
 
 def as_text(condition: Condition) -> Text:
     return condition if isinstance(condition, Text) else Text(condition)
 
 
-def shown(text: Text) -> Tensor:
-    """Which tokens are words, [R, T]; without a mask all of them are."""
+def _mask(text: Text) -> Tensor:
+    """Which tokens are no pads, [R, T]; without a mask none are."""
     if text.mask_RT is None:
         return torch.ones(text.features_RTE.shape[:2], dtype=torch.bool, device=text.features_RTE.device)
     return text.mask_RT.bool()
 
 
 def join(first: Condition, second: Condition) -> Condition:
-    """The conditions of two batches, one behind the other; a single caption of the second serves as many images."""
+    """The conditions of two batches as one batch's; a single label or caption in the second serves all its images."""
     if not isinstance(first, Text) and not first.is_floating_point():
         assert isinstance(second, Tensor)
         return torch.cat([first, second.to(first).expand(len(first))])
@@ -60,7 +58,7 @@ def join(first: Condition, second: Condition) -> Condition:
     if len(rows2) == 1:
         rows2 = rows2.expand(len(rows1))
     features = torch.cat([one.features_RTE, two.features_RTE.to(one.features_RTE)])
-    mask = None if one.mask_RT is None and two.mask_RT is None else torch.cat([shown(one), shown(two)])
+    mask = None if one.mask_RT is None and two.mask_RT is None else torch.cat([_mask(one), _mask(two)])
     return Text(features, mask, torch.cat([rows1, rows2 + len(one.features_RTE)]))
 
 

@@ -6,6 +6,7 @@ Shapes: B images, R text rows (each may serve several images), T text tokens, E 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from training.model.presets import ModelConfig
 
 
 class TimeEmbedding(nn.Module):
-    """t in [0, 1], not rescaled: 128 frequencies from 1 down to 1/10, cosines then sines, and a two-layer MLP."""
+    """Cosines and sines of t (in [0, 1], not rescaled) at 128 frequencies from 1 towards 1/10, then a two-layer MLP."""
 
     features = 256
 
@@ -35,12 +36,11 @@ class TimeEmbedding(nn.Module):
         exponents = torch.arange(half, device=t_B.device, dtype=torch.float32)
         angles_BF = t_B.float()[:, None] * torch.exp(exponents * (-math.log(10) / half))
         features_BF = torch.cat([angles_BF.cos(), angles_BF.sin()], dim=-1).to(self.fc1.weight.dtype)
-        out_BH: Tensor = self.fc2(F.silu(self.fc1(features_BF)))
-        return out_BH
+        return cast(Tensor, self.fc2(F.silu(self.fc1(features_BF))))
 
 
 class TextEmbedding(nn.Module):
-    """Encoder features -> hidden size, learnt positions, and blocks over the text alone."""
+    """Projects the encoder's features, adds learnt positions, and refines them with blocks over the text alone."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class TextEmbedding(nn.Module):
         nn.init.normal_(self.positions)
 
     def embed(self, text: Text) -> TextTokens:
-        """The part that does not depend on the time."""
+        """The part of the text embedding that does not depend on the time."""
         features_RTE, mask_RT, rows_B = text
         assert features_RTE.shape[1] <= self.positions.shape[1], "more text tokens than the network has positions for"
         y_RTH = self.norm(self.proj(features_RTE.to(self.proj.weight.dtype)))
@@ -64,7 +64,7 @@ class TextEmbedding(nn.Module):
     def forward(self, tokens: TextTokens, time_BH: Tensor) -> TextTokens:
         y_RTH, mask_RT, rows_B = tokens
         if rows_B is not None:
-            time_BH = time_BH[_speakers(rows_B, len(y_RTH))]
+            time_BH = time_BH[_image_of_row(rows_B, len(y_RTH))]
         cond_RH = F.silu(time_BH)
         key_mask = None if mask_RT is None else mask_RT[:, None, None, :]
         for block in self.blocks:
@@ -72,16 +72,16 @@ class TextEmbedding(nn.Module):
         return TextTokens(y_RTH, mask_RT, rows_B)
 
 
-def _speakers(rows_B: Tensor, rows: int) -> Tensor:
-    """An image for each row: those that share one share their time, so any of them may stand for it."""
+def _image_of_row(rows_B: Tensor, rows: int) -> Tensor:
+    """The index of one image for each row; any will do, as images that share a row have the same time."""
     images_B = torch.arange(len(rows_B), device=rows_B.device)
     return rows_B.new_zeros(rows).scatter(0, rows_B, images_B)
 
 
 def check_times(embedded: Embedded, t_B: Tensor) -> None:
-    """Not in a compiled network, where to look would break the graph."""
+    """Raises if images that share a row of text differ in time, except in a compiled network, whose graph it breaks."""
     if torch.compiler.is_compiling() or not isinstance(embedded, TextTokens) or embedded.rows_B is None:
         return
     rows_B = embedded.rows_B
-    if not torch.equal(t_B[_speakers(rows_B, len(embedded.y_RTH))][rows_B], t_B):
+    if not torch.equal(t_B[_image_of_row(rows_B, len(embedded.y_RTH))][rows_B], t_B):
         raise ValueError("images that share a row of text must have the same time")

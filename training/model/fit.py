@@ -1,5 +1,4 @@
-"""Whether tensors fit where they are meant to go: their names and shapes against the expected ones, and the words
-for it."""
+"""Compares the names and shapes of tensors with the expected ones, and words the errors."""
 
 from __future__ import annotations
 
@@ -12,11 +11,12 @@ from infra.errors import CheckpointError
 
 Shape = tuple[int, ...]
 
-MOST_NAMED = 8  # problems that one message names
+MOST_NAMED = 8  # most problems in one message
 REMEDY = "import a whole and unchanged file of the published layout"
 
 
 def plain(dtype: torch.dtype) -> str:
+    """torch.float32 -> float32."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -24,19 +24,19 @@ def shapes(state: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def differences(expected: Mapping[str, Shape], found: Mapping[str, Shape], prefix: str = "") -> list[str]:
-    """What is missing, misshapen or left over, by the name that it has in the file: there the prefix stands before."""
-    missing = [f"{prefix}{name} is missing" for name in expected if name not in found]
+def differences(expected: Mapping[str, Shape], actual: Mapping[str, Shape], prefix: str = "") -> list[str]:
+    """What is missing, of another shape or left over; in the file, `prefix` stands before each name."""
+    missing = [f"{prefix}{name} is missing" for name in expected if name not in actual]
     misshapen = [
-        f"{prefix}{name} is {list(found[name])} instead of {list(shape)}"
+        f"{prefix}{name} is {list(actual[name])} instead of {list(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in actual and actual[name] != shape
     ]
-    return missing + misshapen + [f"{prefix}{name} is left over" for name in found if name not in expected]
+    return missing + misshapen + [f"{prefix}{name} is left over" for name in actual if name not in expected]
 
 
 def refuse(problems: Iterable[str], what: str, remedy: str) -> None:
-    """An error that names the first problems, if there are any; `what` they were found in."""
+    """Raises `<what>: <the first problems>` if there are any."""
     named = list(problems)
     if named:
         more = f"; and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""

@@ -1,11 +1,9 @@
-"""PixNerd: a transformer over patches whose tokens become, per patch, the weights of a neural field over its pixels.
+"""PixNerd (arXiv 2507.23268): a transformer over patches, whose tokens give the weights of a neural field per patch.
 
 Shapes: B images, N patches, P = B N, p patch size, K pixels of a patch, H hidden, R text rows, T text tokens.
 """
 
 from __future__ import annotations
-
-from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +18,9 @@ from training.model.rotary import rotary_table
 
 
 class PixNerd(nn.Module):
-    """`net(x_BCHW, t_B, condition)` is the velocity at x; the condition is labels, features, or `Text`.
+    """`net(x_BCHW, t_B, condition)` predicts the velocity at x, or the image if `prediction` is image.
 
-    With `prediction: image` it is the image that x will become; `training.diffusion.prediction` makes a velocity of it.
+    The condition is labels, features, or `Text`. `training.diffusion.prediction` turns an image into a velocity.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -39,21 +37,19 @@ class PixNerd(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """What differs from PyTorch's defaults; note that the modulation is not zeroed."""
+        """Initialises what differs from PyTorch's defaults; unlike DiT's, the modulation is not zeroed."""
         nn.init.xavier_uniform_(self.stem.weight)
         nn.init.zeros_(self.stem.bias)
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
-        for part in (self.time, self.text, self.field, self.head):
-            if part is not None:
-                part.reset_parameters()
+        for embedding in (self.time, self.text):
+            if embedding is not None:
+                embedding.reset_parameters()
+        for last in (self.field, self.head):
+            if last is not None:
+                nn.init.zeros_(last.out.weight)
+                nn.init.zeros_(last.out.bias)
 
-    @overload
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, condition: Condition | TextTokens, tap: None = None) -> Tensor: ...
-    @overload
-    def forward(
-        self, x_BCHW: Tensor, t_B: Tensor, condition: Condition | TextTokens, tap: int
-    ) -> tuple[Tensor, Tensor]: ...
     def forward(
         self, x_BCHW: Tensor, t_B: Tensor, condition: Condition | TextTokens, tap: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -69,9 +65,9 @@ class PixNerd(nn.Module):
         return out_BCHW if tapped is None else (out_BCHW, tapped)
 
     def embed(self, condition: Condition) -> Embedded:
-        """The part of a condition's work that is the same at every time: a sampler has it done once, before its steps.
+        """The part of the condition's embedding that does not depend on the time, which a sampler computes only once.
 
-        The result stands for the condition in every call.
+        The result can be passed in place of the condition.
         """
         if self.text is not None:
             return self.text.embed(as_text(condition))
@@ -79,7 +75,7 @@ class PixNerd(nn.Module):
         return condition
 
     def _shrink(self, x_BCHW: Tensor) -> Tensor:
-        """The image that the trunk sees: with a fixed grid always of the training size."""
+        """The trunk's input image, which is resized to the training size if the grid is fixed."""
         if not self.config.fixed_grid:
             return x_BCHW
         side = self.config.grid * self.config.patch_size
@@ -125,7 +121,7 @@ class PixNerd(nn.Module):
 
 
 def _cut(x_BCHW: Tensor, rows: int, columns: int) -> Tensor:
-    """Patches in row-major order, channels first inside: [B, N, C, K]."""
+    """Patches in row-major order, channel-major inside: [B, N, C, K]."""
     x = x_BCHW.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # B C rows ph columns pw
     patches_BNCK: Tensor = x.permute(0, 2, 4, 1, 3, 5).flatten(4).flatten(1, 2)
     return patches_BNCK
@@ -138,7 +134,7 @@ def _join(x_PK3: Tensor, rows: int, columns: int, height: int, width: int) -> Te
 
 
 def _joint_mask(text: TextTokens | None, tokens: int) -> Tensor | None:
-    """[B, 1, 1, N + T], True where a key may be seen: every patch, and the words of the image's own caption."""
+    """[B, 1, 1, N + T], True for keys that are attended to: every patch, and the image's caption without its pads."""
     if text is None or text.mask_RT is None:
         return None
     mask_BT = text.mask_RT if text.rows_B is None else text.mask_RT[text.rows_B]

@@ -1,4 +1,4 @@
-"""What a network is made of, and the sizes that have names."""
+"""A network's settings, and presets of them by name."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pydantic import Field, PositiveInt, model_validator
 from infra.config import Settings, nearest
 from infra.errors import SettingsError
 
-_TELL_SIZE = "import again with --trained-size N"  # a published file's names and shapes do not tell it
+_TELL_SIZE = "import again with --trained-size N"  # needed because a published file does not record the size
 
 
 class ModelConfig(Settings):
     """Everything that decides the tensors of a network and what it computes with them.
 
-    The two published networks differ in more than their condition: `task` also decides the rotary positions, the width
-    of the feed-forward part and the moment at which a norm's weight is applied. Nobody chose those three, so they are
-    not settings; they are the properties below.
+    The published networks of the two tasks also differ in their rotary positions, the width of the feed-forward part,
+    and whether a norm's weight is applied in fp32. These three are not design choices, so they are not settings but
+    properties that follow from `task`.
     """
 
     task: Literal["text", "class"] = "text"
     image_size: PositiveInt | None = Field(
-        default=256, description="side of the square training images, in pixels; null: nobody told"
+        256, description="side of the square training images, in pixels; null: not known"
     )
     patch_size: PositiveInt = 16
     hidden: PositiveInt = 1536
@@ -49,11 +49,11 @@ class ModelConfig(Settings):
     field_norm: Literal["fc1", "fc1_fc2", "fc1_fc2_out"] = "fc1_fc2_out"
 
     prediction: Literal["velocity", "image"] = Field(
-        default="velocity",
-        description="what the network gives; of an image a velocity is made",
+        "velocity", description="what the network predicts; an image is converted to a velocity"
     )
     open_gates: bool = Field(
-        False, description="start with the blocks' gates at 1, not near 0: a short run learns what words mean sooner"
+        False,
+        description="start with the blocks' gates at 1, not near 0: short runs then follow the caption sooner",
     )
     fixed_grid: bool = Field(
         default=False, description="any size: the trunk keeps the training size's grid, the field draws larger patches"
@@ -83,24 +83,28 @@ class ModelConfig(Settings):
 
     @property
     def rope_extent(self) -> float | None:
-        """Where both axes' positions end; None: x ends at the number of rows and y at that of columns."""
+        """The last position on both axes; None: x ends at the number of rows, and y at the number of columns."""
         return None if self.task == "text" else 16.0
 
     @property
     def norm_weight_in_fp32(self) -> bool:
-        """Of a norm whose result is rounded before anything else; the field's own, inside of a product, always is."""
+        """Whether a norm's weight is applied before the result is cast to bf16, or after.
+
+        For example, in bf16 the published text-to-image network computes `(x / rms(x) * weight).bfloat16()`, the
+        class-to-image one `(x / rms(x)).bfloat16() * weight`. The field's norms always apply it in fp32.
+        """
         return self.task == "text"
 
     @property
     def grid(self) -> int:
-        """Patches a side at the training size."""
+        """Patches per side at the training size."""
         if self.image_size is None:
             raise SettingsError("the size that this network was trained at is not known", remedy=_TELL_SIZE)
         return self.image_size // self.patch_size
 
     @property
     def size_step(self) -> int:
-        """What the sides of an image must be multiples of."""
+        """The number of which an image's sides must be multiples."""
         return self.grid if self.fixed_grid else self.patch_size
 
     def check_size(self, height: int, width: int) -> None:
@@ -120,14 +124,14 @@ def _near(side: int, step: int, up: bool) -> int:
 _CLASS = ModelConfig(task="class", hidden=1152, heads=16, blocks=26, field_blocks=4)
 
 PRESETS: dict[str, ModelConfig] = {
-    # As published, where code and paper disagree about the field; the next one is the paper's form, the default.
+    # Published code and paper disagree about the field: this is the code's network, and the next one the paper's.
     "XXL/16": ModelConfig(coordinate_code="cosine", field_norm="fc1", round_text=True),
     "XXL/16-dct": ModelConfig(),
     "XL/16": _CLASS,
     "XL/8": _CLASS.model_copy(update={"patch_size": 8}),
     "L/16": _CLASS.model_copy(update={"hidden": 1024, "blocks": 22, "field_blocks": 2}),
     "PixDiT-L/16": _CLASS.model_copy(update={"hidden": 1024, "blocks": 24, "field_blocks": 0}),
-    # Its small text encoder is trained along and does the refining, so it has no text-refine blocks of its own.
+    # Its small text encoder is trained with it, so it needs no text-refine blocks.
     "tiny": ModelConfig(
         image_size=32,
         patch_size=8,
@@ -144,11 +148,11 @@ PRESETS: dict[str, ModelConfig] = {
     ),
 }
 
-# How a preset is trained where a recipe does not say: a small network on a CPU needs other settings than a large one.
+# Training settings of presets where a recipe gives none: a small network on a CPU needs other ones than a large one.
 _TRAINING: dict[str, dict[str, Any]] = {
     "tiny": {
         "precision": "fp32",
-        # A vision encoder that is worth being aligned with is far larger than this network.
+        # No REPA: a useful vision encoder is far larger than this network.
         "objective": {"time_shift": 4.0, "repa": 0.0},
         "optim": {"lr": 1.0e-3, "warmup": 50, "betas": [0.9, 0.99]},
         "ema": {"decay": 0.99, "warmup": True},
@@ -156,28 +160,28 @@ _TRAINING: dict[str, dict[str, Any]] = {
 }
 
 
-def training_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe says of a training run, over what its preset says: the defaults of a preset fit each other.
+def training_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's settings of a training run, completed by those of its preset.
 
-    The block that is aligned with a vision encoder lies as deep as the published one, the sixth of sixteen.
+    The REPA block defaults to the same relative depth as the published one, the sixth of sixteen.
     """
-    found = dict(given)
-    network = PRESETS.get(str(given.get("preset")))
+    settings = dict(recipe)
+    network = PRESETS.get(str(recipe.get("preset")))
     if network is None:
-        return found
-    for name, default in _TRAINING.get(str(given["preset"]), {}).items():
-        _fill(found, name, default)
-    model = given.get("model")
+        return settings
+    for name, default in _TRAINING.get(str(recipe["preset"]), {}).items():
+        _complete(settings, name, default)
+    model = recipe.get("model")
     blocks = model.get("blocks", network.blocks) if isinstance(model, Mapping) else network.blocks
     if isinstance(blocks, int):
-        _fill(found, "objective", {"repa_block": max(1, -(-6 * blocks // 16))})
-    return found
+        _complete(settings, "objective", {"repa_block": max(1, -(-6 * blocks // 16))})
+    return settings
 
 
-def _fill(settings: dict[str, Any], name: str, default: Any) -> None:
-    """Mappings are filled up key by key; whatever else is given stays as it is."""
-    if isinstance(default, Mapping) and isinstance(given := settings.get(name, {}), Mapping):
-        settings[name] = {**default, **given}
+def _complete(settings: dict[str, Any], name: str, default: Any) -> None:
+    """Set a default; where both it and the present value are mappings, only those keys that are absent."""
+    if isinstance(default, Mapping) and isinstance(present := settings.get(name, {}), Mapping):
+        settings[name] = {**default, **present}
     else:
         settings.setdefault(name, default)
 

@@ -1,4 +1,4 @@
-"""Rotary positions over a grid of patches (RoPE, arXiv 2104.09864, on both axes).
+"""Rotary positions (RoPE, Su et al. 2021, arXiv 2104.09864) on both axes of a grid of patches.
 
 Shapes: N patches, d head size.
 """
@@ -14,7 +14,7 @@ from training.model.tables import constant_table
 
 
 class RotaryTable(NamedTuple):
-    """cos and sin of every position's d/2 angles, [N, d/2]; pairs (2i, 2i+1) of a head are rotated by angle i."""
+    """cos and sin of each position's d/2 angles, [N, d/2]; angle i rotates the values (2i, 2i+1) of a head."""
 
     cos: Tensor
     sin: Tensor
@@ -22,8 +22,8 @@ class RotaryTable(NamedTuple):
 
 @constant_table
 def rotary_table(rows: int, columns: int, head_dim: int, extent: float | None, device: torch.device) -> RotaryTable:
-    """Angles x f0, y f0, x f1, y f1, ... over the grid, row-major; end points are included."""
-    # Text to image counts x to the number of rows and y to that of columns: so the published weights learnt it.
+    """Angles x f_0, y f_0, x f_1, y f_1, ... with f_j = 10000^(-4j/d), row-major over the grid, end points included."""
+    # Text to image: x ends at the number of rows and y at that of columns, because the published weights learnt that.
     x_end, y_end = (rows, columns) if extent is None else (extent, extent)
     x = torch.linspace(0, x_end, columns, dtype=torch.float64)
     y = torch.linspace(0, y_end, rows, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Tables of cosines: worked out once for each size, and constants to a compiler."""
+"""Tables that are computed once for each size, and that torch.compile takes for constants."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-Make = TypeVar("Make", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def constant_table(make: Make) -> Make:
-    """Remember what was made of the same arguments; a compiler takes the result as it is and does not look inside."""
+def constant_table(compute: Function) -> Function:
+    """Caches a function's results; torch.compile inserts them as constants without tracing the function."""
 
     @functools.lru_cache(maxsize=64)
-    def remembered(*args: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad():  # or the first caller's mode would stick to the table
-            return make(*args)
+    def cached(*args: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():  # otherwise the table would keep the first caller's mode
+            return compute(*args)
 
-    @functools.wraps(make)
+    @functools.wraps(compute)
     def table(*args: Any) -> Any:
-        return remembered(*args)
+        return cached(*args)
 
-    # What torch.compiler.assume_constant_result sets. Calling that would import the compiler, which takes seconds, into
+    # This is what torch.compiler.assume_constant_result sets. Calling that would import the compiler, for seconds, in
     # every process that has a network, and most of them never compile it.
     table._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return cast(Make, table)
+    return cast(Function, table)

@@ -1,7 +1,7 @@
-"""Published checkpoints in and out: files of the reference's layout <-> checkpoint folders.
+"""Imports published PixNerd files (the reference's layout) as checkpoint folders, and exports folders as such files.
 
-Each tensor keeps its type, and every one that was taken comes out bit for bit. What does not fit is refused before
-anything is written, and what is written appears whole.
+Each tensor keeps its dtype, and an import followed by an export gives it back bit for bit. What does not fit is refused
+before anything is written, and what is written appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -25,16 +25,7 @@ from training import model as models
 from training.model.fit import REMEDY, plain, refuse
 from training.model.presets import ModelConfig
 from training.model.published import reference
-from training.model.published.file import (
-    HEAD,
-    PREFIXES,
-    Network,
-    Published,
-    check_sums,
-    head_differences,
-    naming,
-    read,
-)
+from training.model.published.file import HEAD, PREFIXES, Network, Published, check_sums, head_differences, naming, read
 
 TEXT_ENCODERS = {2048: "Qwen/Qwen3-1.7B"}  # by the width of their features
 
@@ -47,7 +38,7 @@ def import_file(
     trained_size: int | None = None,
     text_encoder: str | None = None,
 ) -> dict[str, Any]:
-    """A published file as a checkpoint folder, which appears whole or not at all; returns what its `extra` says."""
+    """Import a published file as a checkpoint folder; returns the folder's `extra`."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise SettingsError(f"{folder} is there already, and is not an empty folder", remedy="name a new one")
     published = read(path)
@@ -67,7 +58,7 @@ def import_file(
         "sha256": sha256_of(path),
         "network": chosen,
         "dtypes": dict(Counter(plain(tensor.dtype) for tensor in tensors.values())),
-        "skipped": _left_out(published, chosen),
+        "skipped": _skipped(published, chosen),
         "pixnerd": importlib.metadata.version("pixnerd"),
     }
     with _written(folder) as unfinished:
@@ -78,16 +69,17 @@ def import_file(
     return extra
 
 
-def _left_out(published: Published, chosen: str) -> list[str]:
-    found = []
+def _skipped(published: Published, chosen: str) -> list[str]:
+    """What of the file was not imported: the other networks, and tensors by prefix."""
+    networks = []
     for name in published.networks.keys() - {chosen}:
         try:
             published.config(name)
             whole = ""
         except CheckpointError:
             whole = ", which are no whole network"
-        found.append(f"{PREFIXES[name]} ({len(published.networks[name])} tensors{whole})")
-    return found + [f"{name} ({count} tensors)" for name, count in published.skipped.items()]
+        networks.append(f"{PREFIXES[name]} ({len(published.networks[name])} tensors{whole})")
+    return networks + [f"{name} ({count} tensors)" for name, count in published.skipped.items()]
 
 
 def _trained_at(config: ModelConfig, size: int | None) -> ModelConfig:
@@ -99,19 +91,19 @@ def _trained_at(config: ModelConfig, size: int | None) -> ModelConfig:
     return config.model_copy(update={"image_size": size})
 
 
-def _text_encoder(config: ModelConfig, given: str | None) -> str | None:
-    """A published encoder's name, or the absolute path of a folder with one."""
+def _text_encoder(config: ModelConfig, source: str | None) -> str | None:
+    """A published encoder's name such as Qwen/Qwen3-1.7B, or the absolute path of a folder with one."""
     if config.task == "class":
-        if given is not None:
+        if source is not None:
             raise SettingsError("this network draws from labels and reads no text", remedy="leave --text-encoder out")
         return None
-    if given is None:
+    if source is None:
         return TEXT_ENCODERS.get(config.text_dim)
-    folder = Path(given)
+    folder = Path(source)
     if not folder.is_dir():
-        if given == "text" or given.startswith((".", "/", "~")) or given.count("/") > 1:
-            raise SettingsError(f"there is no folder {given}", remedy="name a text encoder's folder or published name")
-        return given
+        if source == "text" or source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise SettingsError(f"there is no folder {source}", remedy="name a text encoder's folder or published name")
+        return source
     try:
         width = json.loads((folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -136,19 +128,19 @@ def _not_finite(tensors: Mapping[str, Tensor], prefix: str) -> list[str]:
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that share memory in the file have some of their own: they are weights of their own in a checkpoint."""
-    out: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    """The tensors, with those copied that share memory with an earlier one: safetensors saves no shared memory."""
+    unshared: dict[str, Tensor] = {}
+    addresses: set[int] = set()
     for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        out[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
-    return out
+        address = tensor.untyped_storage().data_ptr()
+        unshared[name] = tensor.clone() if address in addresses else tensor
+        addresses.add(address)
+    return unshared
 
 
 @contextmanager
 def _written(path: Path) -> Iterator[Path]:
-    """Where to write what shall stand at `path`; it gets there whole, and only if nothing else has by then."""
+    """A path to write to, which is renamed to `path` at the end unless something else has appeared there."""
     path = path.absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +155,7 @@ def _written(path: Path) -> Iterator[Path]:
 def _save(state: Mapping[str, Tensor], path: Path) -> None:
     try:
         torch.save({"state_dict": state}, path)
-    except RuntimeError as error:  # so PyTorch reports a full disk
+    except RuntimeError as error:  # PyTorch reports a full disk as one
         raise OSError(str(error)) from None
 
 
@@ -171,10 +163,10 @@ def _save(state: Mapping[str, Tensor], path: Path) -> None:
 
 
 def export_folder(folder: Path, file: Path, *, network: Literal["ema", "raw", "both"] | None = None) -> dict[str, Any]:
-    """A checkpoint folder as a file of the published layout; returns what was written.
+    """Export a checkpoint folder as a file of the published layout; returns a summary of it.
 
-    The network goes under the prefix that it was imported from. One of another origin goes under the mean's
-    (`ema_denoiser.`): that is what a training run publishes, and what the published code draws with.
+    `network` defaults to the one that was imported. For a folder of another origin that is the EMA (`ema_denoiser.`),
+    which training runs publish and the published code samples with.
     """
     if file.exists():
         raise SettingsError(f"{file} is there already", remedy="name a new file")
@@ -183,12 +175,12 @@ def export_folder(folder: Path, file: Path, *, network: Literal["ema", "raw", "b
     config, extra = models.read_config(folder)
     reference.refuse_other_than_published(config)
     weights = models.load(folder).state_dict()
-    theirs = {name: _own(tensor) for name, tensor in reference.to_reference(weights, config).items()}
+    tensors = {name: _compact(tensor) for name, tensor in reference.to_reference(weights, config).items()}
     if network is None:
         network = "raw" if provenance(extra).get("network") == "raw" else "ema"
     prefixes = [PREFIXES[name] for name in (("raw", "ema") if network == "both" else (network,))]
-    state = {f"{prefix}{name}": tensor for prefix in prefixes for name, tensor in theirs.items()}
-    head = _own_head(folder, config)
+    state = {f"{prefix}{name}": tensor for prefix in prefixes for name, tensor in tensors.items()}
+    head = _repa_head(folder, config)
     state |= {f"{HEAD}{name}": tensor for name, tensor in head.items()}
     with _written(file) as unfinished:
         _save(state, unfinished)
@@ -202,25 +194,24 @@ def export_folder(folder: Path, file: Path, *, network: Literal["ema", "raw", "b
 
 
 def provenance(extra: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = extra.get("provenance")
-    return found if isinstance(found, dict) else {}
+    value = extra.get("provenance")
+    return value if isinstance(value, dict) else {}
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """A part of a larger tensor would take the whole of it along into the file."""
+def _compact(tensor: Tensor) -> Tensor:
+    """A view of a larger tensor as a tensor of its own; `torch.save` would write the larger one."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _own_head(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+def _repa_head(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     path = folder / models.HEAD
     if not path.exists():
         return {}
-    found = {name: stored.shape for name, stored in models.header(path).items()}
+    head_shapes = {name: stored.shape for name, stored in models.header(path).items()}
     refuse(
-        head_differences(found, config.hidden, ""),
+        head_differences(head_shapes, config.hidden, ""),
         f"{path} has no published layout",
         "take the file out of the folder to export the network alone",
     )
     models.check_files(folder, models.HEAD)
-    head: dict[str, Tensor] = load_file(path)
-    return head
+    return cast(dict[str, Tensor], load_file(path))

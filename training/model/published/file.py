@@ -1,12 +1,12 @@
-"""A published checkpoint file: what is in it, told from names and shapes, without reading the weights.
+"""Reads a published checkpoint file: what it holds is recognised by names and shapes, without reading the weights.
 
-    denoiser.             the network as it was trained
-    ema_denoiser.         the running mean of its weights
-    diffusion_trainer.    proj.0: the head of representation alignment
-    conditioner., vae., diffusion_trainer.encoder.: frozen encoders, which are skipped
+    denoiser.                   the network as it was trained
+    ema_denoiser.               the exponential moving average of its weights
+    diffusion_trainer.proj.0.   the head of representation alignment
+    conditioner., vae., diffusion_trainer.encoder.   frozen encoders, which are skipped
 
-Whatever else a file holds beside its `state_dict` (optimizer, epoch, callbacks) is not looked at. A file is taken for
-hostile until shown otherwise: nothing in it is run, and no tensor is believed to be larger than the file.
+Anything beside the file's `state_dict` (optimizer, epoch, callbacks) is ignored. A file is treated as hostile: nothing
+in it is executed, and tensors that claim to be larger than the file are refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -38,7 +38,7 @@ from training.model.repa_head import RepaHead
 
 Network = Literal["ema", "raw"]
 PREFIXES: dict[str, str] = {"ema": "ema_denoiser.", "raw": "denoiser."}
-UNNAMED = "unnamed"  # a network whose names have no prefix
+UNNAMED = "unnamed"  # the network of a file whose names have no prefix
 HEAD = "diffusion_trainer.proj.0."
 FROZEN = ("conditioner.", "vae.", "diffusion_trainer.encoder.")
 
@@ -48,7 +48,7 @@ _LONGEST_NAME = 200
 
 @dataclass
 class Published:
-    """A file's tensors, mapped and not read, under the names that they have inside of their network."""
+    """A file's tensors, memory-mapped and not read yet; their names are without the network's prefix."""
 
     path: Path
     networks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Published:
         )
 
     def config(self, network: str) -> ModelConfig:
-        """Its settings; the shape of every tensor is held against them."""
+        """The settings of a network; the shape of each of its tensors is checked against them."""
         tensors, prefix = self.networks[network], PREFIXES.get(network, "")
         with naming(self.path):
             config = reference.find_config(shapes(tensors), prefix)
@@ -82,12 +82,12 @@ class Published:
 
 
 def read(path: Path) -> Published:
-    """Sorted by what the names say; all that can be checked without reading the weights is checked."""
+    """Read a file's names and shapes, and check all that can be checked without reading the weights."""
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}", remedy="check the path")
     with naming(path):
         state = _safetensors(path) if path.suffix == ".safetensors" else _state_dict(_torch_file(path))
-        published = _sorted(path, state)
+        published = _by_prefix(path, state)
         size = path.stat().st_size
         for name, tensors in {**published.networks, "REPA head": published.head}.items():
             claimed = sum(tensor.nbytes for tensor in tensors.values())
@@ -100,7 +100,7 @@ def read(path: Path) -> Published:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors below know names, but not the file."""
+    """Puts the file's path in front of errors, which name tensors only."""
     try:
         yield
     except CheckpointError as error:
@@ -109,29 +109,14 @@ def naming(path: Path) -> Iterator[None]:
 
 def _safetensors(path: Path) -> dict[Any, Any]:
     try:
-        found: dict[Any, Any] = load_file(path)
-        return found
+        return cast(dict[Any, Any], load_file(path))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"the file is damaged ({error})", remedy="fetch it again") from None
 
 
-# What a damaged or hand-made pickle can end in before weights_only has refused it.
-_BROKEN = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RecursionError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.PickleError,
-    struct.error,
-    zipfile.BadZipFile,
-)
+# What reading a damaged or forged file can raise before weights_only refuses it.
+_BROKEN: tuple[type[Exception], ...] = (pickle.PickleError, struct.error, zipfile.BadZipFile, MemoryError, OSError)
+_BROKEN += (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def _torch_file(path: Path) -> object:
@@ -160,8 +145,8 @@ def _torch_file(path: Path) -> object:
 
 
 def check_sums(path: Path) -> None:
-    """Every record of a PyTorch file against the check sum that was written with it; this reads the whole file."""
-    if path.suffix == ".safetensors":  # which has none
+    """Check every record of a PyTorch file against its checksum, which reads the whole file."""
+    if path.suffix == ".safetensors":  # it has no checksums
         return
     try:
         with zipfile.ZipFile(path) as archive:
@@ -175,19 +160,19 @@ def check_sums(path: Path) -> None:
 
 
 def _records(path: Path) -> Counter[int]:
-    """The sizes of a PyTorch file's records; it is a zip file that compresses nothing."""
+    """How many records of a PyTorch file have each size; the file is a zip archive without compression."""
     with zipfile.ZipFile(path) as archive:
-        found = archive.infolist()
-        if any(record.compress_type != zipfile.ZIP_STORED for record in found):
+        records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise zipfile.BadZipFile("it is compressed")
-        for record in found:
+        for record in records:
             if record.filename.endswith(".pkl"):
                 _check_calls(archive.read(record))
-    return Counter(record.file_size for record in found)
+    return Counter(record.file_size for record in records)
 
 
-# All that a pickle of tensors, numbers and texts calls. weights_only allows more, with which a small file can fill any
-# memory: bytearray(n), encodings of encodings, copies of a tensor that repeats one value.
+# All functions that a pickle of tensors, numbers and strings calls. weights_only allows others too, with which a small
+# file can fill any memory: bytearray(n), repeated encodings, copies of a tensor that expands one value.
 _CALLS = {"collections OrderedDict", "collections Counter", "__builtin__ set", "__builtin__ complex"}
 _CALLS |= {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "torch Size", "torch device"}
 _CALLS |= {f"torch {kind.__name__}" for kind in torch._storage_classes if kind.__module__ == "torch"}
@@ -216,12 +201,12 @@ def _state_dict(data: object) -> dict[Any, Any]:
     return state
 
 
-def _sorted(path: Path, state: Mapping[Any, Any]) -> Published:
-    published, strangers = Published(path), []
+def _by_prefix(path: Path, state: Mapping[Any, Any]) -> Published:
+    """A state_dict's tensors, distributed to networks, head and skipped ones by the prefixes of their names."""
+    published, unknown = Published(path), []
     kinds = {prefix: published.networks.setdefault(name, {}) for name, prefix in PREFIXES.items()}
     kinds[HEAD] = published.head
-    bare = not any(isinstance(name, str) and name.startswith((*kinds, *FROZEN)) for name in state)
-    if bare:
+    if not any(isinstance(name, str) and name.startswith((*kinds, *FROZEN)) for name in state):
         kinds = {"": published.networks.setdefault(UNNAMED, {})}
     for name, value in state.items():
         if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_NAME:
@@ -231,8 +216,8 @@ def _sorted(path: Path, state: Mapping[Any, Any]) -> Published:
         elif (prefix := next((prefix for prefix in kinds if name.startswith(prefix)), None)) is not None:
             kinds[prefix][name.removeprefix(prefix)] = _tensor(name, value)
         else:
-            strangers.append(f"{name} is unknown")
-    refuse(strangers, "this is not the published layout", REMEDY)
+            unknown.append(f"{name} is unknown")
+    refuse(unknown, "this is not the published layout", REMEDY)
     published.networks = {name: tensors for name, tensors in published.networks.items() if tensors}
     if not published.networks:
         raise CheckpointError(
@@ -257,11 +242,11 @@ def _tensor(name: str, value: object) -> Tensor:
     raise CheckpointError(f"{name} {problem}", remedy=REMEDY)
 
 
-def head_differences(found: Mapping[str, Shape], hidden: int, prefix: str = HEAD) -> list[str]:
-    """A head is Linear(h -> h), SiLU, Linear(h -> h), SiLU, Linear(h -> features), or is not there."""
-    if not found:
+def head_differences(head: Mapping[str, Shape], hidden: int, prefix: str = HEAD) -> list[str]:
+    """How a head's shapes differ from those of a `RepaHead`; a file without a head is right as well."""
+    if not head:
         return []
-    last = found.get("4.weight", ())
+    last = head.get("4.weight", ())
     with torch.device("meta"):
-        head = RepaHead(hidden, last[0] if last else 1)
-    return differences(shapes(head.state_dict()), found, prefix)
+        expected = RepaHead(hidden, last[0] if last else 1)
+    return differences(shapes(expected.state_dict()), head, prefix)

@@ -1,7 +1,7 @@
-"""The published networks' names in ours and back, and their settings from names and shapes alone.
+"""Translates between our tensor names and the published code's, and infers settings from names and shapes.
 
-Every tensor of theirs is one of ours, with one exception: the class-to-image feed-forward part keeps its gate and value
-apart (`mlp.w1`, `mlp.w3`), while ours stand in one matrix. Joining and cutting copy values, so a round trip is exact.
+Each of their tensors is one of ours, with one exception: their class-to-image feed-forward part keeps gate and value in
+two matrices (`mlp.w1`, `mlp.w3`), and ours in one. Joining and splitting only copy values, so a round trip is exact.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from infra.errors import CheckpointError, SettingsError
 from training.model.fit import REMEDY, Shape, differences, plain, refuse, shapes
 from training.model.presets import ModelConfig
 
-# Our module -> theirs, or the two of theirs that ours joins.
+# Our module -> theirs, or the two of theirs whose tensors ours joins.
 Names = dict[str, str | tuple[str, str]]
 
 _OUTER: Names = {
@@ -43,9 +43,9 @@ _BLOCK: Names = {
     "modulation": "adaLN_modulation.0",
 }
 _IMAGE_TEXT: Names = {"attn.qkv": "attn.qkv_x", "attn.kv_text": "attn.kv_y"}
-_ALONE: Names = {"attn.qkv": "attn.qkv"}
-_FUSED: Names = {"mlp.gate_value": "mlp.w12", "mlp.out": "mlp.w3"}
-_APART: Names = {"mlp.gate_value": ("mlp.w1", "mlp.w3"), "mlp.out": "mlp.w2"}
+_SELF: Names = {"attn.qkv": "attn.qkv"}
+_FUSED_MLP: Names = {"mlp.gate_value": "mlp.w12", "mlp.out": "mlp.w3"}
+_SPLIT_MLP: Names = {"mlp.gate_value": ("mlp.w1", "mlp.w3"), "mlp.out": "mlp.w2"}
 _FIELD: Names = {"weights": "param_generator1.0", "norm": "norm"}
 
 
@@ -54,9 +54,9 @@ def modules(config: ModelConfig) -> Names:
     assert config.field_blocks, "a network without a field has no published layout: refuse_other_than_published"
     names = dict(_OUTER)
     text = config.task == "text"
-    mlp = _FUSED if text else _APART
-    block: Names = {**_BLOCK, **mlp, **(_IMAGE_TEXT if text else _ALONE)}
-    refine: Names = {**_BLOCK, **mlp, **_ALONE}
+    mlp = _FUSED_MLP if text else _SPLIT_MLP
+    block: Names = {**_BLOCK, **mlp, **(_IMAGE_TEXT if text else _SELF)}
+    refine: Names = {**_BLOCK, **mlp, **_SELF}
     for i in range(config.blocks):
         names |= _under(f"trunk.{i}", f"blocks.{i}", block)
     for i in range(config.text_blocks if text else 0):
@@ -67,15 +67,17 @@ def modules(config: ModelConfig) -> Names:
 
 
 def _under(ours: str, theirs: str, names: Names) -> Names:
-    def place(name: str | tuple[str, str]) -> str | tuple[str, str]:
+    """The names with `ours.` in front of our names and `theirs.` in front of theirs."""
+
+    def prefixed(name: str | tuple[str, str]) -> str | tuple[str, str]:
         return f"{theirs}.{name}" if isinstance(name, str) else (f"{theirs}.{name[0]}", f"{theirs}.{name[1]}")
 
-    return {f"{ours}.{mine}": place(name) for mine, name in names.items()}
+    return {f"{ours}.{module}": prefixed(name) for module, name in names.items()}
 
 
 def _tensor_names(ours: str, names: Names) -> tuple[str, ...]:
-    """The reference's tensors that make up one tensor of ours."""
-    if ours in names:  # a bare parameter
+    """The reference's tensors that make up one of ours: trunk.0.norm1.weight -> (blocks.0.norm1.weight,)."""
+    if ours in names:  # a parameter of the network itself, such as text.positions
         theirs, leaf = names[ours], ""
     else:
         module, _, leaf = ours.rpartition(".")
@@ -95,54 +97,58 @@ def to_reference(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
 def from_reference(
     theirs: Mapping[str, Tensor], config: ModelConfig, expected: Mapping[str, Tensor], prefix: str = ""
 ) -> dict[str, Tensor]:
-    """Our tensors; `expected` is the state of a network of these settings (its names and shapes, on any device).
+    """Our tensors of theirs. `expected` is the state_dict of a network with these settings, on any device.
 
-    What does not fit is refused by the name that it has in the file, where `prefix` stands before it.
+    Errors name tensors as the file does, with `prefix` in front.
     """
     check_layout(shapes(theirs), config, shapes(expected), prefix)
     names = modules(config)
-    sources = {ours: _tensor_names(ours, names) for ours in expected}
-    return {ours: _join([theirs[name] for name in some], some, prefix) for ours, some in sources.items()}
+    joined: dict[str, Tensor] = {}
+    for ours in expected:
+        sources = _tensor_names(ours, names)
+        joined[ours] = _join([theirs[name] for name in sources], sources, prefix)
+    return joined
 
 
 def check_layout(
-    found: Mapping[str, Shape], config: ModelConfig, expected: Mapping[str, Shape], prefix: str = ""
+    actual: Mapping[str, Shape], config: ModelConfig, expected: Mapping[str, Shape], prefix: str = ""
 ) -> None:
+    """Raises unless `actual`, shapes by their names, are those that `expected`, shapes by our names, translate to."""
     names = modules(config)
-    wanted: dict[str, Shape] = {}
+    translated: dict[str, Shape] = {}
     for ours, shape in expected.items():
         theirs = _tensor_names(ours, names)
-        wanted |= dict.fromkeys(theirs, (shape[0] // len(theirs), *shape[1:]))
-    refuse(differences(wanted, found, prefix), "this is not the published layout", REMEDY)
+        translated |= dict.fromkeys(theirs, (shape[0] // len(theirs), *shape[1:]))
+    refuse(differences(translated, actual, prefix), "this is not the published layout", REMEDY)
 
 
-def _join(parts: list[Tensor], names: tuple[str, ...], prefix: str) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    if len({part.dtype for part in parts}) > 1:
-        each = " and ".join(f"{prefix}{name} {plain(part.dtype)}" for name, part in zip(names, parts, strict=True))
+def _join(tensors: list[Tensor], names: tuple[str, ...], prefix: str) -> Tensor:
+    if len(tensors) == 1:
+        return tensors[0]
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        types = " and ".join(f"{prefix}{name} {plain(t.dtype)}" for name, t in zip(names, tensors, strict=True))
         raise CheckpointError(
-            f"{each} are of different types, but stand in one tensor here", remedy="convert them to one type first"
+            f"{types} are of different types, but stand in one tensor here", remedy="convert them to one type first"
         )
-    return torch.cat(parts)
+    return torch.cat(tensors)
 
 
 # ------------------------------------------------------------------------------------------------ settings
 
-# What nobody chose: the published code of each task computes it in one way only.
+# Settings that cannot be inferred, because the published code of each task has one fixed value of each.
 _FIXED: dict[str, dict[str, str | bool]] = {
     "text": {"coordinate_code": "cosine", "field_norm": "fc1", "text_padding": "published", "round_text": True},
     "class": {"coordinate_code": "dct", "field_norm": "fc1_fc2_out"},
 }
-_MOST_BLOCKS = 1000  # a file that claims more is not meant well
+_MOST_BLOCKS = 1000  # a file that claims more is taken for hostile
 
 
 def refuse_other_than_published(config: ModelConfig) -> None:
-    """The published code knows no settings for these: it would compute something else with the weights."""
-    wanted = {"prediction": "velocity", **_FIXED[config.task]}
+    """Raises unless the published code, which has fixed values for these settings, computes the same network."""
+    fixed = {"prediction": "velocity", **_FIXED[config.task]}
     problems = [
         f"{name} is {getattr(config, name)}, the published code has {value}"
-        for name, value in wanted.items()
+        for name, value in fixed.items()
         if getattr(config, name) != value
     ]
     if not config.field_blocks:
@@ -154,25 +160,23 @@ def refuse_other_than_published(config: ModelConfig) -> None:
     )
 
 
-def find_config(found: Mapping[str, Shape], prefix: str = "") -> ModelConfig:
-    """The settings of a published network, by what its tensors are called and how large they are.
+def find_config(tensors: Mapping[str, Shape], prefix: str = "") -> ModelConfig:
+    """Infer the settings of a published network from its tensors' names and shapes, which do not tell its image size.
 
-    The size that it was trained at is not among them: neither names nor shapes tell it.
-
-    Enough is read to know every setting; whether all the rest agrees, `from_reference` says.
+    Only those tensors are looked at that a setting needs; `check_layout` checks the rest.
     """
-    return _Finder(found, prefix).config()
+    return _Finder(tensors, prefix).config()
 
 
 class _Finder:
-    def __init__(self, found: Mapping[str, Shape], prefix: str) -> None:
-        self.found, self.prefix = found, prefix
+    def __init__(self, tensors: Mapping[str, Shape], prefix: str) -> None:
+        self.tensors, self.prefix = tensors, prefix
 
     def config(self) -> ModelConfig:
         task = self._task()
-        hidden, hidden_again = self._shape("t_embedder.mlp.2.weight", 2)
-        if hidden != hidden_again:
-            raise self._error("t_embedder.mlp.2.weight", f"is {[hidden, hidden_again]}, not square")
+        hidden, columns = self._shape("t_embedder.mlp.2.weight", 2)
+        if hidden != columns:
+            raise self._error("t_embedder.mlp.2.weight", f"is {[hidden, columns]}, not square")
         blocks, field = self._blocks("blocks"), self._field_blocks()
         channels, _ = self._shape("x_embedder.embedder.0.weight", 2)
         settings = {
@@ -202,17 +206,17 @@ class _Finder:
         return CheckpointError(f"{self.prefix}{name} {problem}", remedy=REMEDY)
 
     def _shape(self, name: str, dimensions: int) -> Shape:
-        if name not in self.found:
+        if name not in self.tensors:
             raise self._error(name, "is missing")
-        shape = self.found[name]
+        shape = self.tensors[name]
         if len(shape) != dimensions or 0 in shape:
             raise self._error(name, f"is {list(shape)}, not {dimensions} sizes above 0")
         return shape
 
     def _task(self) -> Literal["text", "class"]:
-        if "y_embedder.proj.weight" in self.found:
+        if "y_embedder.proj.weight" in self.tensors:
             return "text"
-        if "y_embedder.embedding_table.weight" in self.found:
+        if "y_embedder.embedding_table.weight" in self.tensors:
             return "class"
         names = " nor ".join(f"{self.prefix}y_embedder.{name}.weight" for name in ("proj", "embedding_table"))
         raise CheckpointError(f"there is neither {names}: this is no published network", remedy=REMEDY)
@@ -255,11 +259,11 @@ class _Finder:
         return len(numbers)
 
     def _field_blocks(self) -> int:
-        """They follow the trunk's in the same list."""
+        """The number of field blocks, which follow the trunk's blocks in the same list."""
         numbers = self._numbers(r"blocks\.(0|[1-9]\d{0,5})\.param_generator1\.")
         if not numbers:
             raise self._error("blocks.*.param_generator1.0.weight", "is missing: there is no neural field")
         return self._blocks("blocks") - min(numbers)
 
     def _numbers(self, pattern: str) -> set[int]:
-        return {int(match[1]) for match in map(re.compile(pattern).match, self.found) if match}
+        return {int(match[1]) for match in map(re.compile(pattern).match, self.tensors) if match}
