@@ -1,6 +1,6 @@
-"""Pictures for evaluation: chunks of prompts as Ray tasks, each chunk one tar of PNGs in the store.
+"""Pictures of prompts, drawn by Ray tasks: each task draws a chunk of prompts and stores it as one tar of PNGs.
 
-Picture i of a prompt starts from seed i, so the pictures do not depend on how many workers drew them, and two
+Picture i of a prompt starts from seed i. So the pictures do not depend on how many workers draw them, and two
 checkpoints are compared on the same noise.
 """
 
@@ -31,7 +31,7 @@ def generate(
     settings: SampleSettings,
     show: Callable[[int, int], None],
 ) -> list[DataObject]:
-    """`images` pictures of each prompt, in the order of the prompts; one tar a chunk."""
+    """Draw `images` pictures of each prompt. Returns a tar for each chunk, in the order of the prompts."""
     chunk = max(1, settings.batch // images)
     starts = range(0, len(prompts), chunk)
     drawing = _Drawing(store, folder, checkpoint, prompts, images, chunk, settings)
@@ -43,7 +43,7 @@ def generate(
 
 
 class _Drawing(Work[int, DataObject]):
-    """Chunks of prompts, by the first of each."""
+    """The chunks of prompts as work for Ray; a chunk is called by the number of its first prompt."""
 
     noun = "batches of pictures"
 
@@ -58,7 +58,7 @@ class _Drawing(Work[int, DataObject]):
         settings: SampleSettings,
     ) -> None:
         super().__init__(range(0, len(prompts), chunk))
-        self._where = store, folder, checkpoint
+        self._target = store, folder, checkpoint
         self._prompts, self._images, self._chunk, self._settings = prompts, images, chunk, settings
 
     def begin(self) -> None:
@@ -69,7 +69,7 @@ class _Drawing(Work[int, DataObject]):
 
     def start(self, piece: int, again: bool) -> Any:
         return self._draw.remote(
-            *self._where, piece, list(self._prompts[piece : piece + self._chunk]), self._images, self._settings
+            *self._target, piece, list(self._prompts[piece : piece + self._chunk]), self._images, self._settings
         )
 
     def name(self, piece: int) -> str:
@@ -85,7 +85,7 @@ def _draw_chunk(
     images: int,
     settings: SampleSettings,
 ) -> DataObject:
-    """What a Ray worker does."""
+    """Draw a chunk and store it; runs in a Ray worker."""
     from PIL import Image
 
     artist = _artist(store, checkpoint, settings)
@@ -102,33 +102,32 @@ def _draw_chunk(
     return put_data(store, folder, f"{first:05d}.tar", packed.getvalue())
 
 
-_loaded: dict[tuple[str, SampleSettings], Artist] = {}  # a worker draws many chunks with one checkpoint
+_loaded: dict[tuple[str, SampleSettings], Artist] = {}  # at most one: a worker draws many chunks with one checkpoint
 
 
 def _artist(store: Store, checkpoint: CheckpointRecord, settings: SampleSettings) -> Artist:
     import torch
 
-    name = checkpoint.digest(), settings
-    if name in _loaded:
-        return _loaded[name]
+    key = checkpoint.digest(), settings
+    if key in _loaded:
+        return _loaded[key]
     _loaded.clear()
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        torch.set_num_threads(1)  # a task is one CPU
+        torch.set_num_threads(1)  # a Ray task has one CPU
     with tempfile.TemporaryDirectory(prefix=f"pixnerd-{os.getpid()}-") as folder:
-        _loaded[name] = Artist.load(checkpoints.fetch(store, checkpoint, Path(folder)), device, settings)
-    return _loaded[name]
+        _loaded[key] = Artist.load(checkpoints.fetch(store, checkpoint, Path(folder)), device, settings)
+    return _loaded[key]
 
 
 def read_pictures(store: Store, tars: Sequence[DataObject]) -> dict[tuple[int, int], bytes]:
-    """(prompt, image) -> the PNG."""
-    found = {}
+    """(number of the prompt, number of its image) -> the PNG."""
+    pngs = {}
     for data in tars:
         with tarfile.open(fileobj=io.BytesIO(get_data(store, data))) as tar:
             for member in tar:
                 file = tar.extractfile(member)
                 prompt, _, image = Path(member.name).stem.partition("-")
                 if file is not None:
-                    found[int(prompt), int(image)] = file.read()
-    return found
+                    pngs[int(prompt), int(image)] = file.read()
+    return pngs

@@ -1,6 +1,6 @@
-"""The GenEval protocol: what a judge sees in a picture, held against what the prompt asks for.
+"""The GenEval protocol (arXiv 2310.11513): what a judge detects in a picture, compared with what the prompt asks for.
 
-Thresholds, the relation rule and the order of checks follow the published evaluation; the judge is exchangeable.
+Thresholds, the rule for spatial relations and the order of checks follow the published code; the judge is exchangeable.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ from pipelines.evaluation.prompts import TASKS, Prompt, Requirement, Task
 THRESHOLD = np.float32(0.3)
 COUNTING_THRESHOLD = np.float32(0.9)
 MOST_OBJECTS = 16  # of a class
-SHRINK = 0.1  # of both objects' sizes together, taken off their offset
-RELATION_THRESHOLD = 0.5
-
-Found = Mapping[str, Sequence[Detection]]
+SHRINK = 0.1  # share of both objects' sizes together by which their offset is reduced
+RELATION_THRESHOLD = 0.5  # on the reduced offset over the length of the whole one
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One picture, judged; `reasons` is empty if and only if it is correct."""
+    """The verdict on one picture; `reasons` say what is wrong, so they are empty if and only if it is correct."""
 
     task: Task
     number: int  # of the prompt
@@ -51,43 +49,39 @@ def evaluate(judge: Judge, prompts: Sequence[Prompt], images: Sequence[Sequence[
 
 def by_task(verdicts: Iterable[Verdict]) -> dict[str, list[list[float]]]:
     """Task -> prompt -> 1.0 or 0.0 for each of its pictures, as `statistics` takes them."""
-    prompts: dict[tuple[Task, int], list[float]] = {}
+    grouped: dict[Task, dict[int, list[float]]] = {}
     for verdict in verdicts:
-        prompts.setdefault((verdict.task, verdict.number), []).append(float(verdict.correct))
-    grouped: dict[str, list[list[float]]] = {}
-    for task in TASKS:
-        if scores := [scores for (of, _), scores in prompts.items() if of == task]:
-            grouped[task] = scores
-    return grouped
+        grouped.setdefault(verdict.task, {}).setdefault(verdict.number, []).append(float(verdict.correct))
+    return {task: list(grouped[task].values()) for task in TASKS if task in grouped}
 
 
 def judge_picture(judge: Judge, prompt: Prompt, image_HWC: Image) -> list[str]:
     """Everything that is wrong with the picture."""
-    found = _found(judge.detect(image_HWC), COUNTING_THRESHOLD if prompt.tag == "counting" else THRESHOLD)
+    detected = _by_label(judge.detect(image_HWC), COUNTING_THRESHOLD if prompt.tag == "counting" else THRESHOLD)
     reasons: list[str] = []
-    groups: list[Sequence[Detection] | None] = []  # what met each requirement so far
+    groups: list[Sequence[Detection] | None] = []  # for each earlier requirement, the objects that meet it
     for required in prompt.include:
-        objects = found.get(required.label, [])[: required.count]
+        objects = detected.get(required.label, [])[: required.count]
         wrong = _missing(judge, image_HWC, required, objects) or _misplaced(required, objects, groups)
         groups.append(None if wrong else objects)
         reasons += [wrong] if wrong else []
     for excluded in prompt.exclude:
-        if (count := len(found.get(excluded.label, []))) >= excluded.count:
+        if (count := len(detected.get(excluded.label, []))) >= excluded.count:
             reasons.append(f"expected {excluded.label}<{excluded.count}, found {count}")
     return reasons
 
 
-def _found(detections: Iterable[Detection], threshold: np.float32) -> Found:
-    """Detections by class, best first, those above the threshold only."""
-    found: dict[str, list[Detection]] = {}
+def _by_label(detections: Iterable[Detection], threshold: np.float32) -> Mapping[str, Sequence[Detection]]:
+    """The detections above the threshold, by class, best first, at most MOST_OBJECTS of each."""
+    by_label: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda detection: -detection.score):
         if np.float32(detection.score) > threshold:
-            found.setdefault(detection.label, []).append(detection)
-    return {label: objects[:MOST_OBJECTS] for label, objects in found.items()}
+            by_label.setdefault(detection.label, []).append(detection)
+    return {label: objects[:MOST_OBJECTS] for label, objects in by_label.items()}
 
 
 def _missing(judge: Judge, image_HWC: Image, required: Requirement, objects: Sequence[Detection]) -> str:
-    """Why the objects are too few, or too few of the colour; empty if they are not."""
+    """What is wrong if the objects, or those of the required colour, are too few; empty if they are enough."""
     if len(objects) < required.count:
         return f"expected {required.label}>={required.count}, found {len(objects)}"
     if required.color is None:
@@ -101,7 +95,7 @@ def _missing(judge: Judge, image_HWC: Image, required: Requirement, objects: Seq
 def _misplaced(
     required: Requirement, objects: Sequence[Detection], groups: Sequence[Sequence[Detection] | None]
 ) -> str:
-    """Why the objects do not all stand in the relation to all of the target's; empty if they do."""
+    """What is wrong if not every object stands in the required relation to every target; empty if all do."""
     if required.position is None:
         return ""
     relation, index = required.position
@@ -110,14 +104,17 @@ def _misplaced(
         return f"no target for {required.label} to be {relation}"
     for detection in objects:
         for target in targets:
-            if relation not in (true := relations(detection, target)):
-                held = " and ".join(sorted(true)) or "no side of"
-                return f"expected {required.label} {relation} target, found {held} target"
+            if relation not in (sides := relations(detection, target)):
+                actual = " and ".join(sorted(sides)) or "no side of"
+                return f"expected {required.label} {relation} target, found {actual} target"
     return ""
 
 
 def relations(a: Detection, b: Detection) -> set[str]:
-    """On which sides of b a lies: their centres' offset, shrunk by their sizes, over the length of the unshrunk one."""
+    """On which sides of b a lies, such as {"left of", "above"}.
+
+    The offset of their centres is reduced by a share of their sizes, then divided by the length of the whole offset.
+    """
     box_a, box_b = (np.asarray(detection.box, np.float64).reshape(2, 2) for detection in (a, b))
     offset = box_a.mean(axis=0) - box_b.mean(axis=0)
     sizes = np.abs(box_a[1] - box_a[0]) + np.abs(box_b[1] - box_b[0])

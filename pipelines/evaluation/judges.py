@@ -1,7 +1,7 @@
-"""Judges say what is in a picture: the protocol in `geneval` asks, and never sees how they know.
+"""Judges say what is in a picture; the protocol in `geneval` depends on nothing but their answers.
 
-`ShapeJudge` is the closed-form judge of the shape world. H, W are a picture's rows and columns, K the palette's
-colours, S the shapes.
+`ShapeJudge` is the judge of the shape world: geometry in closed form, no network. In names of arrays H, W are a
+picture's rows and columns, C its channels, K the palette's colours, S the shapes.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ class Judge(Protocol):
     def colour(self, image_HWC: Image, detection: Detection) -> str: ...
 
 
-# A thing is compared with the ideal shapes of its own area and centroid. Scores are a softmax over their overlaps (IoU)
-# and a constant for "none of these", so a blob is no shape and a thing between two shapes is neither for certain.
-SHARPNESS = 40.0
-NO_SHAPE = 0.72
-SMALLEST = 0.02  # of the picture's area; the smallest thing that the shape world draws has nearly twice that
-PALEST = 0.7  # of the way, too: paler than that, red is nearer to pink
-FOREGROUND = 0.4  # of the way from the background to the colour; softer than half, as a small model draws pale things
+# A region is compared with the ideal shapes of its own area and centroid. Scores are a softmax over the overlaps (IoU)
+# and a constant for "none of these": a blob is no shape, and a region between two shapes has a low score for both.
+SHARPNESS = 40.0  # of the softmax
+NO_SHAPE = 0.72  # overlap that stands for "none of these"
+SMALLEST = 0.02  # share of the picture's area; the smallest thing that the shape world draws has nearly twice that
+# Shares of the way from the background to a palette colour:
+FOREGROUND = 0.4  # a pixel beyond it belongs to a thing; less than half, as a small model draws pale things
+PALEST = 0.7  # a thing's colour is looked for from here on: paler than that, red is nearer to pink
 
 
 @dataclass(frozen=True)
@@ -61,26 +62,24 @@ class ShapeJudge:
         label_HW, strength_HW = _segment(image_HWC)
         smallest = SMALLEST * label_HW.size
         plain = _plainness(strength_HW)
-        found: list[Detection] = []
-        for whole in _components(np.where(strength_HW > FOREGROUND, 0, -1), smallest):
-            detection = _classify(whole, strength_HW, plain)
+        detections: list[Detection] = []
+        for region in _components(np.where(strength_HW > FOREGROUND, 0, -1), smallest):
+            whole = _classify(region, strength_HW, plain)
             # One region of several colours may be several things that touch.
-            colours = np.where(whole, label_HW, -1)
+            colours = np.where(region, label_HW, -1)
             parts = [_classify(part, np.where(part, strength_HW, 0), plain) for part in _components(colours, smallest)]
-            if len(parts) > 1 and min(part.score for part in parts) > detection.score:
-                found += parts
-            else:
-                found.append(detection)
-        return sorted(found, key=lambda detection: -detection.score)
+            apart = len(parts) > 1 and min(part.score for part in parts) > whole.score
+            detections += parts if apart else [whole]
+        return sorted(detections, key=lambda detection: -detection.score)
 
     def colour(self, image_HWC: Image, detection: Detection) -> str:
-        """The palette colour nearest to the inside of the thing, where its edge does not dilute it."""
+        """The palette colour nearest to the thing's inside; its edge is mixed with the background and left out."""
         mask = detection.mask_HW
         inside = mask & ~_grow(~mask)
         pixels = image_HWC[inside if inside.sum() >= 4 else mask].astype(np.float32)
         background = _background(image_HWC)
-        _, miss_K = _match(np.median(pixels, axis=0) - background, background, PALEST)
-        return list(COLOURS)[int(miss_K.argmin())]
+        _, distance_K = _match(np.median(pixels, axis=0) - background, background, PALEST)
+        return list(COLOURS)[int(distance_K.argmin())]
 
 
 def _background(image_HWC: Image) -> Floats:
@@ -89,21 +88,21 @@ def _background(image_HWC: Image) -> Floats:
 
 
 def _border(picture: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
-    """The outermost pixels, in a row."""
+    """The outermost pixels, as one list."""
     return np.concatenate([picture[0], picture[-1], picture[1:-1, 0], picture[1:-1, -1]])
 
 
 def _plainness(strength_HW: Floats) -> float:
-    """1 for a picture with a plain background, down to 0 where half the border is something else."""
+    """1 for a picture with a plain background, down to 0 if half of its border is something else."""
     plain = (_border(strength_HW) < FOREGROUND).mean()
     return float(np.clip((plain - 0.5) / 0.3, 0, 1))
 
 
 def _match(offset_C: Floats, background_C: Floats, palest: float) -> tuple[Floats, Floats]:
-    """How far along the line from the background to each colour an offset lies, and how far off that line.
+    """For each palette colour: how far along the line from the background to it an offset lies, and how far off it.
 
-    An antialiased edge lies on the line to its own colour; in RGB alone, a red thing's edge on white would be pink.
-    The lines begin at `palest`; the squared distances lack a term that all colours share.
+    An antialiased edge lies on the line to its own colour; by distance in RGB, a red thing's edge on white would be
+    pink. The lines begin at `palest`. The distances are squared, less a term that is the same for all colours.
     """
     palette_KC = np.array(list(COLOURS.values()), np.float32) - background_C
     length_K = np.square(palette_KC).sum(-1) + 1e-6
@@ -113,7 +112,7 @@ def _match(offset_C: Floats, background_C: Floats, palest: float) -> tuple[Float
 
 
 def _segment(image_HWC: Image) -> tuple[Labels, Floats]:
-    """Each pixel's best palette colour, and how far the pixel is on the way from the background to it."""
+    """Each pixel's best palette colour, and how far the pixel is from the background (0) to that colour (1)."""
     background = _background(image_HWC)
     offset_HWC = image_HWC.astype(np.float32) - background
     label_HW = _match(_blur(offset_HWC), background, 0)[1].argmin(-1)
@@ -131,17 +130,17 @@ def _blur(image: Floats) -> Floats:
 
 
 def _components(key_HW: Labels, smallest: float) -> Iterator[Mask]:
-    """The 4-connected regions of equal keys of at least `smallest` pixels; key -1 is no region."""
+    """The 4-connected regions of equal keys that have at least `smallest` pixels; key -1 belongs to no region."""
     height, width = key_HW.shape
     region = np.where(key_HW >= 0, np.arange(height * width).reshape(height, width), -1)
     down = (key_HW[1:] == key_HW[:-1]) & (key_HW[1:] >= 0)
     right = (key_HW[:, 1:] == key_HW[:, :-1]) & (key_HW[:, 1:] >= 0)
-    while True:  # the largest index of a region spreads until nothing changes
+    while True:  # a region's largest pixel number spreads over it until nothing changes
         before = region.copy()
         for lower, upper, joined in ((region[1:], region[:-1], down), (region[:, 1:], region[:, :-1], right)):
             np.copyto(lower, np.maximum(lower, upper), where=joined)
-            np.copyto(upper, np.maximum(lower, upper), where=joined)  # anew: the two are views of the same rows
-        # Pointer jumping: a pixel takes the region of the pixel that its region is named after.
+            np.copyto(upper, np.maximum(lower, upper), where=joined)  # again: both are views of the same rows
+        # Pointer jumping makes that fast: a pixel takes the region of the pixel that its region is named after.
         region = np.where(region >= 0, region.ravel()[region], -1)
         if np.array_equal(region, before):
             break
@@ -151,6 +150,7 @@ def _components(key_HW: Labels, smallest: float) -> Iterator[Mask]:
 
 
 def _grow(mask_HW: Mask) -> Mask:
+    """The mask and the pixels beside, above and below it."""
     grown = mask_HW.copy()
     grown[1:] |= mask_HW[:-1]
     grown[:-1] |= mask_HW[1:]
@@ -160,13 +160,13 @@ def _grow(mask_HW: Mask) -> Mask:
 
 
 def _classify(region_HW: Mask, strength_HW: Floats, plain: float) -> Detection:
-    """The best of the three shapes for a region, and how sure that is."""
+    """The shape that fits a region best, with a score of how sure that is."""
     peak = float(np.percentile(strength_HW[region_HW], 75))
     near_HW = _grow(region_HW)
     soft_HW: Floats = np.where(near_HW, np.minimum(strength_HW / peak, 1), 0).astype(np.float32)
     ideals_SHW = np.stack(list(_ideals(soft_HW)))
     blurred_SHW = np.where(near_HW, _blur(ideals_SHW.transpose(1, 2, 0)).transpose(2, 0, 1), 0)
-    # A soft picture is compared with soft ideals: whichever softness fits the region best, for all three shapes.
+    # A blurred picture is compared with blurred ideals: all three with the one blur that fits the region best.
     mixtures = (((1 - k) * ideals_SHW + k * blurred_SHW).astype(np.float32) for k in (0, 0.5, 1))
     overlap_S = max((_overlaps(soft_HW, ideals) for ideals in mixtures), key=np.max)
     odds_S = np.exp(SHARPNESS * (overlap_S - NO_SHAPE))
@@ -177,7 +177,7 @@ def _classify(region_HW: Mask, strength_HW: Floats, plain: float) -> Detection:
 
 
 def _ideals(soft_HW: Floats) -> Iterator[Floats]:
-    """Circle, square and triangle of the region's area and centroid (see `coverage` for their proportions)."""
+    """A circle, a square and a triangle of the region's area and centroid (see `coverage` for their proportions)."""
     side = soft_HW.shape[0]
     area = float(soft_HW.sum()) / side**2
     axis = (np.arange(side) + 0.5) / side

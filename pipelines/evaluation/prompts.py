@@ -1,4 +1,4 @@
-"""Evaluation prompts in GenEval's metadata form: from a JSONL file, or the shape world's own set.
+"""Evaluation prompts in GenEval's metadata format, from a JSONL file or of the shape world. A line of such a file:
 
 {"tag": "position", "include": [{"class": "square", "count": 1},
                                 {"class": "circle", "count": 1, "position": ["left of", 0]}],
@@ -17,7 +17,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from data_prep.shapes import world
 from data_prep.shapes.world import Description
 from infra.errors import EvaluationError
-from infra.problems import faults, told
+from infra.problems import faults, settings_error
 
 Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 TASKS: tuple[Task, ...] = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -25,7 +25,10 @@ Relation = Literal["left of", "right of", "above", "below"]
 
 
 class Requirement(BaseModel):
-    """At least `count` objects of a class, perhaps of a colour, perhaps on one side of an earlier requirement's."""
+    """At least `count` objects of a class, perhaps of a colour.
+
+    `position` ("left of", 0) asks that they are left of the objects that requirement 0, an earlier one, asks for.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     label: str = Field(validation_alias=AliasChoices("class", "label"), serialization_alias="class")
@@ -38,7 +41,7 @@ class Prompt(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")  # published variants of the file have columns of their own
     tag: Task
     include: tuple[Requirement, ...] = Field(min_length=1)
-    exclude: tuple[Requirement, ...] = ()  # fewer than `count` of each
+    exclude: tuple[Requirement, ...] = ()  # of each there must be fewer than its `count`
     prompt: str = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -63,11 +66,7 @@ def load_prompts(path: Path) -> list[Prompt]:
             f"the prompts in {path} cannot be read ({type(error).__name__})",
             remedy="name a JSONL file of GenEval metadata",
         ) from None
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        prompts.append(_read(line, f"{path}, line {number}"))
+    prompts = [_read(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise EvaluationError(f"{path} holds no prompts", remedy="name a JSONL file of GenEval metadata")
     return prompts
@@ -82,7 +81,7 @@ def _read(line: str, place: str) -> Prompt:
     try:
         return Prompt.model_validate(data)
     except ValidationError as error:
-        wrong = told(faults(Prompt, error, data, {}))
+        wrong = settings_error(faults(Prompt, error, data, {}))
         raise EvaluationError(f"{place}: {wrong.message}", remedy="correct the line, or leave it out") from None
 
 
@@ -90,24 +89,24 @@ def _read(line: str, place: str) -> Prompt:
 
 
 def shape_prompts(per_task: int = 12) -> list[Prompt]:
-    """Up to `per_task` prompts a task, each asking for one combination that no training scene has.
+    """Up to `per_task` prompts a task, each for a combination of objects that is held out of the training scenes.
 
-    Every combination is asked for once before any is asked for the other way round.
+    First come all combinations, then those of two objects again in reverse: "a square right of a circle".
     """
     prompts: list[Prompt] = []
     for task in TASKS:
         phrases = [world.parse(phrase) for phrase in world.HELD_OUT[task]]
-        swapped = [_swapped(said) for said in phrases if len(said.nouns) == 2]
-        prompts += [_prompt(task, said) for said in (phrases + swapped)[:per_task]]
+        swapped = [_swapped(phrase) for phrase in phrases if len(phrase.nouns) == 2]
+        prompts += [_prompt(task, phrase) for phrase in (phrases + swapped)[:per_task]]
     return prompts
 
 
-def _swapped(said: Description) -> Description:
-    return Description(said.nouns[::-1], world.OPPOSITE[said.relation] if said.relation else None)
+def _swapped(phrase: Description) -> Description:
+    return Description(phrase.nouns[::-1], world.OPPOSITE[phrase.relation] if phrase.relation else None)
 
 
 def _prompt(task: Task, description: Description) -> Prompt:
-    """What GenEval checks in each task: colours only in `colors` and `color_attr`, relations only in `position`."""
+    """A phrase with the requirements that GenEval checks in this task; colours only in `colors` and `color_attr`."""
     with_colour = task in ("colors", "color_attr")
     include = [
         Requirement(label=noun.shape, count=noun.count, color=noun.colour if with_colour else None)
@@ -121,7 +120,7 @@ def _prompt(task: Task, description: Description) -> Prompt:
     if task == "counting":
         exclude = [Requirement(label=first.shape, count=first.count + 1)]
     if task == "single_object":
-        # With three classes, every other picture of something else has the right one in it too; so nothing else may be.
+        # There are only three shapes, so a wrong picture often holds the right shape by chance: no other is allowed.
         exclude = [Requirement(label=shape, count=1 + (shape == first.shape)) for shape in world.SHAPES]
     return Prompt(
         tag=task, include=tuple(include), exclude=tuple(exclude), prompt=f"a photo of {world.text(description)}"

@@ -1,4 +1,4 @@
-"""A GenEval run: draw, judge, count, and write the report's record last."""
+"""A GenEval run: draw the pictures, judge them, compute scores, and write the report's record last."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class GenevalSettings(Settings):
 
 
 def prompts_digest(settings: GenevalSettings) -> str:
-    """Of the prompts themselves: the file may change while its name does not."""
+    """A digest of the prompts themselves, as a file may change while its name does not."""
     return digest([prompt.metadata() for prompt in _prompts(settings)])
 
 
@@ -42,7 +42,7 @@ def _prompts(settings: GenevalSettings) -> list[Prompt]:
 
 
 class Pictures(Record):
-    """What was drawn, so that it can be judged again without being drawn again."""
+    """The record of what was drawn; with it, an interrupted run is judged without being drawn again."""
 
     prompts: list[str]
     images: int
@@ -55,7 +55,7 @@ Show = Callable[[str, int, int], None]
 def geneval(
     store: Store, stage: str, checkpoint: CheckpointRecord, settings: GenevalSettings, show: Show
 ) -> EvalReport:
-    """GenEval's score of a checkpoint; what an interrupted run drew is used again."""
+    """Evaluate a checkpoint by GenEval; pictures that an interrupted run drew are used again."""
     prompts = _prompts(settings)
     drawn = _draw(store, stage, checkpoint, prompts, settings, show)
     judge: Judge = ShapeJudge()

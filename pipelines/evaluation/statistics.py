@@ -1,6 +1,7 @@
-"""Intervals for scores: a bootstrap over prompts within tasks, as the pictures of one prompt are no independent draws.
+"""Intervals for scores: a bootstrap over the prompts of each task, as pictures of one prompt are not independent.
 
-P is a task's prompts, D the bootstrap's draws. The overall score is the mean of the tasks' per-picture means.
+In names of arrays P is a task's prompts, D the bootstrap's draws. A task's score is the mean over its pictures, the
+overall score the mean of the tasks' scores.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ Scores = Mapping[str, Sequence[Sequence[float]]]  # task -> prompt -> picture
 
 OVERALL = "overall"
 DRAWS = 10_000
-# Prompts of a task that an interval needs: of five, not even the range of all that was seen holds their population's
-# median with 95 % (1 - 2 / 2**n).
+# The prompts that a task needs to have an interval. With five, even the range from the lowest to the highest score
+# contains the population's median with less than 95 % (1 - 2 / 2**n).
 FEWEST = 6
 NO_INTERVAL = f"–: no interval, as there are fewer than {FEWEST} prompts a task, or all of them alike"
 
@@ -27,7 +28,7 @@ NO_INTERVAL = f"–: no interval, as there are fewer than {FEWEST} prompts a tas
 def intervals(scores: Scores, *, seed: int = 0, draws: int = DRAWS) -> dict[str, Interval]:
     """Each task's score and the overall one, with 95 % intervals where there are prompts enough for them.
 
-    Prompts that all score the same tell nothing of how prompts differ: a task of such has no interval either.
+    A task whose prompts all score the same has no interval either, as it shows nothing of how prompts differ.
     """
     rng = np.random.default_rng(seed)
     values, deviations = {}, {}
@@ -40,19 +41,17 @@ def intervals(scores: Scores, *, seed: int = 0, draws: int = DRAWS) -> dict[str,
 
 
 def without_interval(score: Interval) -> bool:
-    """Older reports hold intervals of no width where there was nothing to tell one from."""
+    """Whether the score has no interval; reports of older versions hold an interval of no width instead."""
     return score.low is None or score.low == score.high
 
 
 def ends(score: Interval) -> str:
-    """Its interval as people read it."""
-    if without_interval(score):
-        return "–"
-    return f"[{score.low:.3f}, {score.high:.3f}]"
+    """The interval as text: [0.612, 0.734], or a dash if there is none."""
+    return "–" if without_interval(score) else f"[{score.low:.3f}, {score.high:.3f}]"
 
 
 def paired(a: Scores, b: Scores, *, seed: int = 0, draws: int = DRAWS) -> dict[str, Interval]:
-    """The difference a - b of two evaluations on the same prompts: both are resampled alike."""
+    """The difference a - b of two evaluations of the same prompts; each draw resamples the same prompts in both."""
     if {task: len(prompts) for task, prompts in a.items()} != {task: len(prompts) for task, prompts in b.items()}:
         raise EvaluationError(
             "the two evaluations are not of the same prompts", remedy="evaluate both with one set of prompts"
@@ -69,7 +68,7 @@ def paired(a: Scores, b: Scores, *, seed: int = 0, draws: int = DRAWS) -> dict[s
 
 
 def _resample(prompts: int, draws: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """How often each prompt is in each draw."""
+    """How often each draw has each prompt."""
     assert prompts > 0, "a task without prompts has no score"
     return rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=draws)
 
@@ -77,7 +76,8 @@ def _resample(prompts: int, draws: int, rng: np.random.Generator) -> npt.NDArray
 def _bootstrap(prompts: Sequence[Sequence[float]], counts_DP: npt.NDArray[np.int64]) -> tuple[float, Floats]:
     """A task's score, and the draws' deviations from it.
 
-    Resampling n prompts shows a variance that is too small by (n - 1) / n, which matters at a dozen prompts.
+    A bootstrap over n prompts has a variance that is too small by (n - 1) / n, which matters for a dozen prompts; the
+    deviations are enlarged to make up for it.
     """
     sums_P = np.array([sum(pictures) for pictures in prompts], np.float64)
     sizes_P = np.array([len(pictures) for pictures in prompts], np.float64)
@@ -93,10 +93,8 @@ def _summary(
     deviations = {**deviations, OVERALL: np.mean(list(deviations.values()), axis=0)}
     summary = {}
     for name, value in values.items():
-        low, high = value + np.quantile(deviations[name], (0.025, 0.975))
-        summary[name] = (
-            Interval(value=value, low=float(max(low, lowest)), high=float(min(high, 1.0)))
-            if known[name]
-            else Interval(value=value, low=None, high=None)
-        )
+        summary[name] = Interval(value=value, low=None, high=None)
+        if known[name]:
+            low, high = value + np.quantile(deviations[name], (0.025, 0.975))
+            summary[name] = Interval(value=value, low=float(max(low, lowest)), high=float(min(high, 1.0)))
     return summary

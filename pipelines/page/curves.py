@@ -1,4 +1,4 @@
-"""How training went: every stage's curves over all the images that its weights have seen."""
+"""The section on training: every stage's curves over the number of images that its weights have seen."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from pipelines.page import plots
 from pipelines.page.elements import ink, section
-from pipelines.page.markup import Child, Html, tag
+from pipelines.page.markup import Html, tag
 from pipelines.page.plots import Line
 from pipelines.page.story import Story
 
-FIRST_HUE, LAST_HUE = 265, 30  # of the lines by time: violet for noise, orange for the image
+FIRST_HUE, LAST_HUE = 265, 30  # of the loss by time t: violet at t = 0, noise, orange at t = 1, the image
 
 
 def section_of(story: Story) -> Html | None:
@@ -18,30 +18,28 @@ def section_of(story: Story) -> Html | None:
         return None
     marks = {float(_offset(story, k)): story.stages[k].stage for k in story.checkpoints}
     cosines = [*_lines(story, "repa/cosine"), *_lines(story, "repa/cosine_shuffled", dashed=True)]
-    about_speed = f"Images a second. {_waiting(story)}"
+    losses, speeds = _lines(story, "train/loss"), _lines(story, "train/images_per_second")
     charts = (
-        _chart(
-            "Velocity loss", "The mean squared error of the velocity.", _lines(story, "train/loss"), marks, log=True
-        ),
+        _chart("Velocity loss", "The mean squared error of the velocity.", losses, marks, log=True),
         _chart("Loss by time", "From t = 0, noise, to t = 1, the image.", _by_time(story), marks, log=True),
         _chart("REPA", "Cosine with the image's own features; dashed: with another's.", cosines, marks),
-        _chart("Speed", about_speed, _lines(story, "train/images_per_second"), marks, zero=True),
+        _chart("Speed", f"Images a second. {_waiting(story)}", speeds, marks, zero=True),
     )
     return section("Training", None, tag("div", charts, class_="charts"))
 
 
 def _chart(
-    title: str, about: str, found: Sequence[Line], marks: dict[float, str], *, log: bool = False, zero: bool = False
+    title: str, about: str, lines: Sequence[Line], marks: dict[float, str], *, log: bool = False, zero: bool = False
 ) -> Html | None:
-    drawn = plots.lines(found, title, marks=marks if len(marks) > 1 else {}, log=log, zero=zero)
-    if drawn is None:
+    svg = plots.lines(lines, title, marks=marks if len(marks) > 1 else {}, log=log, zero=zero)
+    if svg is None:
         return None
-    keys: Child = plots.legend(line for line in found if not line.dashed)
-    return tag("figure", tag("figcaption", tag("b", title), " ", tag("span", about), keys), drawn)
+    legend = plots.legend(line for line in lines if not line.dashed)
+    return tag("figure", tag("figcaption", tag("b", title), " ", tag("span", about), legend), svg)
 
 
 def _offset(story: Story, number: int) -> int:
-    """Images that were seen before this stage began, by the weights that it started from."""
+    """The images that the weights which this stage started from had seen before."""
     return sum(story.checkpoints[k].position for k in story.before(number))
 
 
@@ -59,14 +57,14 @@ def _by_time(story: Story) -> list[Line]:
     columns = sorted(
         {name for rows in story.curves.values() for row in rows for name in row if name.startswith(prefix)}
     )
-    found = []
+    lines = []
     for k, column in enumerate(columns):
         points: list[plots.Point] = []
         for number in story.checkpoints:
-            points += [*_points(story, number, column), (0.0, None)]
+            points += [*_points(story, number, column), (0.0, None)]  # a gap between stages
         hue = FIRST_HUE + (LAST_HUE - FIRST_HUE) * k / max(len(columns) - 1, 1)
-        found.append(Line(column.removeprefix(prefix), f"hsl({hue:.0f} 62% 54%)", points))
-    return found
+        lines.append(Line(column.removeprefix(prefix), f"hsl({hue:.0f} 62% 54%)", points))
+    return lines
 
 
 def _waiting(story: Story) -> str:

@@ -1,4 +1,4 @@
-"""Pictures for captions that training never saw, each beside the picture that has the caption."""
+"""The section of pictures drawn for held-out captions, each beside the original picture that has the caption."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pipelines.page.elements import image, section, swatch
 from pipelines.page.markup import Html, tag
 from pipelines.page.story import Shown, Story
 
-MOST = 4  # pictures of a prompt
+MOST = 4  # drawn pictures shown of a prompt
 
 
 def section_of(story: Story) -> Html | None:
@@ -23,13 +23,13 @@ def _about(story: Story) -> str:
 
 
 def _grid(story: Story, number: int, shown: Shown) -> Html:
-    owner = next((k for k, found in story.checkpoints.items() if found.digest() == shown.record.checkpoint), None)
+    owner = story.checkpoint_number(shown.record.checkpoint)
     name = tag("span", story.stages[number].stage) if owner is None else swatch(story, owner, story.stages[owner].stage)
     heads = [tag("strong", "the picture itself"), tag("strong", name)]
     rows = [tag("div", tag("span"), heads, class_="samples head")]
     for prompt, original, pngs in shown.pictures:
-        own = [] if prompt.original is None else [_tile(original, prompt.text)]
-        cells = [_cell(heads[0], own), _cell(heads[1], [_tile(png, prompt.text) for png in pngs[:MOST]])]
+        originals = [] if prompt.original is None else [_tile(original, prompt.text)]
+        cells = [_cell(heads[0], originals), _cell(heads[1], [_tile(png, prompt.text) for png in pngs[:MOST]])]
         rows.append(tag("div", tag("div", tag("bdi", prompt.text), class_="prompt"), cells, class_="samples"))
     return tag("div", rows, class_="grid", style="--columns:2")
 
@@ -43,6 +43,6 @@ def _tile(data: bytes | None, tip: str) -> Html:
 
 
 def mosaic(story: Story) -> list[Html]:
-    """The first picture of each caption, for the head of the page."""
+    """The first drawn picture of each of six captions, for the head of the page."""
     last = next(reversed(story.drawn.values()), None)
     return [] if last is None else [_tile(pngs[0], prompt.text) for prompt, _, pngs in last.pictures[:6]]

@@ -1,4 +1,4 @@
-"""The small parts that the sections share: how a digest, a duration, a table or a picture looks."""
+"""Small elements that several sections use: how a digest, a duration, a table or a picture looks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pipelines.page.markup import Child, Html, tag
 from pipelines.page.story import Story
 from pipelines.page.style import SERIES
 
-QUIET = "var(--quiet)"  # the colour of what is no training stage
-THUMBNAIL = 160  # px; larger pictures are shown smaller
+QUIET = "var(--quiet)"  # the colour of stages that do not train
+THUMBNAIL = 160  # px; larger pictures are scaled down to it
 
 
-def section(title: str, about: Child, *parts: Child) -> Html:
-    return tag("section", tag("h2", title), tag("p", about, class_="about") if about else None, parts)
+def section(title: str, about: Child, *content: Child) -> Html:
+    return tag("section", tag("h2", title), tag("p", about, class_="about") if about else None, content)
 
 
 def table(head: Sequence[Child], body: Sequence[Sequence[Child]], class_: str) -> Html:
@@ -28,8 +28,8 @@ def table(head: Sequence[Child], body: Sequence[Sequence[Child]], class_: str) -
     return tag("div", tag("table", top, tag("tbody", rows), class_=class_), class_="scroll")
 
 
-def check(holds: bool, said: str) -> Html:
-    return tag("p", "✓ " if holds else "✗ ", said, class_="check good" if holds else "check bad")
+def check(holds: bool, text: str) -> Html:
+    return tag("p", "✓ " if holds else "✗ ", text, class_="check good" if holds else "check bad")
 
 
 def short(digest: str) -> Html:
@@ -37,6 +37,7 @@ def short(digest: str) -> Html:
 
 
 def words(name: str) -> str:
+    """A name as it reads in text: too_small is "too small"."""
     return name.replace("_", " ")
 
 
@@ -50,12 +51,12 @@ def amount(count: int) -> str:
 def duration(seconds: float) -> str:
     whole = round(seconds)
     if whole < 60:
-        said = f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+        text = f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
     elif whole < 3600:
-        said = f"{whole // 60} min {whole % 60:02d} s"
+        text = f"{whole // 60} min {whole % 60:02d} s"
     else:
-        said = f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return said.replace(" ", "\xa0")
+        text = f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return text.replace(" ", "\xa0")
 
 
 def overall(report: EvalReport) -> str | None:
@@ -65,25 +66,25 @@ def overall(report: EvalReport) -> str | None:
 
 
 def ink(story: Story, number: int) -> str:
-    """A training stage has one colour on the whole page, and lends it to its evaluation."""
-    owner = story.checkpoint_of(story.reports[number]) if number in story.reports else number
+    """The colour of a stage: each training stage has its own on the whole page, and its evaluation has the same."""
+    owner = story.checkpoint_number(story.reports[number].checkpoint) if number in story.reports else number
     if owner not in story.checkpoints:
         return QUIET
     return f"var(--series-{list(story.checkpoints).index(owner) % SERIES})"
 
 
-def swatch(story: Story, number: int, *said: Child) -> Html:
-    return tag("span", said, class_="swatch", style=f"--ink:{ink(story, number)}")
+def swatch(story: Story, number: int, *label: Child) -> Html:
+    return tag("span", label, class_="swatch", style=f"--ink:{ink(story, number)}")
 
 
 def image(data: bytes, tip: str) -> Html:
-    """As a data URI; small pictures keep their pixels, large ones become thumbnails."""
+    """The picture as a data URI; a small one keeps its bytes, a large one becomes a thumbnail."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as opened:
             kind, small = str(opened.format).lower(), max(opened.size) <= THUMBNAIL
             if not small:
                 kind, data = "jpeg", _thumbnail(opened)
-    except (OSError, SyntaxError, Image.DecompressionBombError):  # SyntaxError: Pillow's word for a broken PNG
+    except (OSError, SyntaxError, Image.DecompressionBombError):  # Pillow raises SyntaxError for a broken PNG
         return tag("span", "unreadable", class_="none")
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return tag("img", src=source, alt=tip, class_="pixels" if small else None)

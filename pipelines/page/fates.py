@@ -1,4 +1,4 @@
-"""What became of the shape world's files, kind by kind: the one corpus of which we know what is odd about each file."""
+"""What became of the shape world's files, kind by kind. Of no other corpus is it known what is odd about each file."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class Fate:
     files: int = 0
     accepted: int = 0
     causes: Counter[str] = field(default_factory=Counter)
-    kept: Counter[int] = field(default_factory=Counter)  # snapshot's number -> samples, those held out among them
+    kept: Counter[int] = field(default_factory=Counter)  # number of a snapshot -> its samples, held out or not
     example: bytes | None = None  # a JPEG, as training sees it
 
 
 def fates(store: Store, shards: str, seed: int, snapshots: Sequence[SnapshotRecord]) -> list[Fate]:
-    """From the index of every shard under the prefix `shards`, in the order of ABOUT."""
+    """The fates of all files in the shards under the prefix `shards`, in the order of ABOUT."""
     keys = [_keys(store, snapshot) for snapshot in snapshots]
-    found = {kind: Fate(kind) for kind in ABOUT}
+    by_kind = {kind: Fate(kind) for kind in ABOUT}
     for shard in list_shards(store, shards):
         table = read_index(store, shard, ["key", "name", "accepted", "cause", "offset", "length"])
         for row in table.to_pylist():
             stem = Path(row["name"]).stem
             kind = kind_of(int(stem), seed) if stem.isdecimal() else "other"
-            fate = found.setdefault(kind, Fate(kind))
+            fate = by_kind.setdefault(kind, Fate(kind))
             fate.files += 1
             if not row["accepted"]:
                 fate.causes[row["cause"]] += 1
@@ -55,9 +55,9 @@ def fates(store: Store, shards: str, seed: int, snapshots: Sequence[SnapshotReco
             fate.kept.update(number for number, members in enumerate(keys) if row["key"] in members)
             if fate.example is None and shard.tar is not None:
                 fate.example = store.get(shard.tar.key, row["offset"], row["offset"] + row["length"])
-    return [fate for fate in found.values() if fate.files]
+    return [fate for fate in by_kind.values() if fate.files]
 
 
 def _keys(store: Store, snapshot: SnapshotRecord) -> frozenset[str]:
-    parts = [read_selection(store, snapshot, held_out=held_out, columns=["key"]) for held_out in (False, True)]
-    return frozenset(key for part in parts for key in part["key"].to_pylist())
+    tables = [read_selection(store, snapshot, held_out=held_out, columns=["key"]) for held_out in (False, True)]
+    return frozenset(key for table in tables for key in table["key"].to_pylist())

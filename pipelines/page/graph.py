@@ -1,4 +1,4 @@
-"""The graph of stages as inline SVG: boxes in lanes, edges with at most two bends."""
+"""The graph of stages as inline SVG. Boxes stand in lanes (rows) and columns; an edge has at most two bends."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Box:
     ink: str
     tip: str
     link: str
-    lane: int  # from the top
-    parents: tuple[int, ...]  # earlier boxes
+    lane: int  # its row, 0 at the top
+    parents: tuple[int, ...]  # numbers of earlier boxes
 
 
 BOX_WIDTH, BOX_HEIGHT, STEP_X, STEP_Y = 144, 54, 164, 84
@@ -25,9 +25,9 @@ CORNER = 9
 
 
 def graph(boxes: Sequence[Box]) -> Html:
-    """Boxes in lanes, with an edge from each to those that read from it."""
+    """The boxes, with an edge from each to those that name it as a parent."""
     used = sorted({box.lane for box in boxes})
-    lanes = [used.index(box.lane) for box in boxes]  # a lane without boxes takes no room
+    lanes = [used.index(box.lane) for box in boxes]  # empty lanes are left out
     columns = arrange(lanes, [box.parents for box in boxes])
     cells = list(zip(columns, lanes, strict=True))
     taken = frozenset(cells)
@@ -59,7 +59,7 @@ def graph(boxes: Sequence[Box]) -> Html:
 
 
 def arrange(lanes: Sequence[int], parents: Sequence[Sequence[int]]) -> list[int]:
-    """A column for each box: right of its parents in its own lane, left of none in others, one box to a cell."""
+    """A column for each box: right of parents in its own lane, not left of parents in others, one box to a cell."""
     columns: list[int] = []
     taken: set[tuple[int, int]] = set()
     for lane, above in zip(lanes, parents, strict=True):
@@ -68,7 +68,7 @@ def arrange(lanes: Sequence[int], parents: Sequence[Sequence[int]]) -> list[int]
             column += 1
         columns.append(column)
         taken.add((column, lane))
-    # Then each goes as far right as its children allow, to stand above the first of them.
+    # Then each box moves right as far as its children allow, so that it stands above the first of them.
     for k in reversed(range(len(lanes))):
         children = [c for c, above in enumerate(parents) if k in above]
         furthest = min((columns[c] - (lanes[c] == lanes[k]) for c in children), default=columns[k])
@@ -81,7 +81,7 @@ def arrange(lanes: Sequence[int], parents: Sequence[Sequence[int]]) -> list[int]
 
 
 def _edge(start: tuple[int, int], end: tuple[int, int], taken: frozenset[tuple[int, int]]) -> str:
-    """A path with at most two bends that goes through empty cells where there are some."""
+    """An SVG path from cell to cell (column, lane), through empty cells if there is a way with at most two bends."""
     (x, y), (to_x, to_y) = start, end
     middle, top, bottom = BOX_WIDTH / 2, to_y * STEP_Y - 2, y * STEP_Y + BOX_HEIGHT
     cx, to_cx = x * STEP_X + middle, to_x * STEP_X + middle
@@ -103,7 +103,7 @@ def _edge(start: tuple[int, int], end: tuple[int, int], taken: frozenset[tuple[i
 
 
 def _through_gutter(x: float, y: float, to_x: float, to_y: float, down: bool) -> str:
-    """Along the space between two lanes: above the box that reads, or below it if that stands no lower."""
+    """A path along the space between two lanes: above the box that it ends at, or below it if that is not lower."""
     turn = CORNER if to_x >= x else -CORNER
     gutter = to_y - 12 if down else max(y, to_y) + 12
     last = CORNER if down else -CORNER

@@ -1,4 +1,4 @@
-"""What became of every input: accepted or rejected by cause, then filtered, trained on or held out. It must add up."""
+"""The section on the inputs: how many were accepted, rejected by cause, filtered out, trained on and held out."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ def _count(count: int, of: int) -> Child:
     return [tag("span", f"{count:,}", class_="number"), " ", tag("small", f"{count / max(of, 1):.1%}" if count else "")]
 
 
-def _bar(of: int, *parts: tuple[int, str]) -> Html:
-    widths = [tag("i", style=f"width:{100 * count / max(of, 1):.2f}%;--ink:{ink}") for count, ink in parts if count]
+def _bar(of: int, *shares: tuple[int, str]) -> Html:
+    widths = [tag("i", style=f"width:{100 * count / max(of, 1):.2f}%;--ink:{ink}") for count, ink in shares if count]
     return tag("span", widths, class_="bar")
 
 
 def _by_kind(story: Story, number: int) -> Html | None:
-    found = story.fates.get(number)
-    if not found:
+    fates = story.fates.get(number)
+    if not fates:
         return None
-    names = [story.stages[k].stage for k in story.read_of(number)]
+    names = [story.stages[k].stage for k in story.snapshots_of(number)]
     head = ["made as", "files", "accepted", "rejected", *(f"in {name}" for name in names), "as training sees it"]
-    return tag("div", tag("h3", "By kind of file"), table(head, [_fate(fate, len(names)) for fate in found], "fates"))
+    return tag("div", tag("h3", "By kind of file"), table(head, [_fate(fate, len(names)) for fate in fates], "fates"))
 
 
 def _fate(fate: Fate, snapshots: int) -> list[Child]:
@@ -78,20 +78,20 @@ def _number(count: int) -> Child:
 
 def _funnel(story: Story, number: int) -> Html:
     record = story.snapshots[number]
-    begun = record.counts[0][1] if record.counts else 0
+    start = record.counts[0][1] if record.counts else 0
     body: list[list[Child]] = []
-    before = begun
+    before = start
     for label, count in record.counts:
         change = f"{count - before:+,}".replace("-", "−") if count != before else ""  # weights may repeat samples
-        body.append([label, f"{count:,}", _bar(begun, (count, QUIET)), change])
+        body.append([label, f"{count:,}", _bar(start, (count, QUIET)), change])
         before = count
     for label, count in (("→ training", record.rows), ("→ held out", record.held_out_rows)):
-        body.append([tag("b", label), tag("b", f"{count:,}"), _bar(begun, (count, GOOD)), ""])
+        body.append([tag("b", label), tag("b", f"{count:,}"), _bar(start, (count, GOOD)), ""])
     sizes = [size for summary in story.prepared.values() for size in summary.sizes.values()]
-    accepted = {size.accepted for size in sizes if size.shards == record.shards} or {begun}
+    accepted = {size.accepted for size in sizes if size.shards == record.shards} or {start}
     kept = record.rows + record.held_out_rows
-    holds = accepted == {begun} and kept == before
-    sums = f"{record.rows:,} training + {record.held_out_rows:,} held out + {begun - before:,} filtered out"
-    said = check(holds, f"{sums} {'= all' if holds else 'are not the'} {max(accepted):,} accepted")
+    holds = accepted == {start} and kept == before
+    sums = f"{record.rows:,} training + {record.held_out_rows:,} held out + {start - before:,} filtered out"
+    total = check(holds, f"{sums} {'= all' if holds else 'are not the'} {max(accepted):,} accepted")
     title = tag("h3", f"{story.stages[number].stage}: {record.size} px")
-    return tag("div", title, table([], body, "funnel"), said)
+    return tag("div", title, table([], body, "funnel"), total)

@@ -1,4 +1,4 @@
-"""From data to score: the graph of stages, where the time went, and which data led to which checkpoint and score."""
+"""The section from data to score: the graph of stages, the time each took, which data led to which checkpoint."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ LANES |= {"gate": 4, "register": 4}
 
 def section_of(story: Story) -> Html:
     about = "A box is a record in the store; arrows come from what it was made of. A colour is a training stage."
-    drawn = tag("div", graph(_boxes(story)), class_="scroll")
-    return section("From data to score", about, drawn, _times(story), _lineage(story))
+    svg = tag("div", graph(_boxes(story)), class_="scroll")
+    return section("From data to score", about, svg, _times(story), _lineage(story))
 
 
 def _boxes(story: Story) -> list[Box]:
@@ -39,19 +39,19 @@ def _boxes(story: Story) -> list[Box]:
 
 
 def _parents(story: Story, number: int) -> tuple[int, ...]:
-    """The stages that this one reads from, without those that it also reaches through another; its data always."""
+    """The stages that this one reads from, without those that others of them lead to; but its `data` always."""
     inputs = story.inputs(number)
-    far = {k for near in set(inputs.values()) for k in _above(story, near)}
-    return tuple(sorted({k for name, k in inputs.items() if name == "data" or k not in far}))
+    indirect = {k for parent in set(inputs.values()) for k in _ancestors(story, parent)}
+    return tuple(sorted({k for name, k in inputs.items() if name == "data" or k not in indirect}))
 
 
-def _above(story: Story, number: int) -> set[int]:
+def _ancestors(story: Story, number: int) -> set[int]:
     inputs = set(story.inputs(number).values())
-    return inputs.union(*(_above(story, k) for k in inputs))
+    return inputs.union(*(_ancestors(story, k) for k in inputs))
 
 
 def _fact(story: Story, number: int) -> str:
-    """The one thing to know about what a stage made."""
+    """The most important figure about what a stage made, for its box."""
     output = story.stages[number].output
     if number in story.prepared:
         summary = story.prepared[number]
@@ -79,38 +79,38 @@ def _fact(story: Story, number: int) -> str:
 
 def _times(story: Story) -> Html:
     total = sum(stage.seconds for stage in story.stages) or 1.0
-    parts = []
+    bars = []
     for number, stage in enumerate(story.stages):
         share, label = stage.seconds / total, f"{stage.stage} {duration(stage.seconds)}"
-        said = label if share > 0.12 else stage.stage if share > 0.06 else ""
+        text = label if share > 0.12 else stage.stage if share > 0.06 else ""  # what there is room for
         style = f"flex:{max(share, 0.001):.4f} 0 0;--ink:{ink(story, number)}"
         class_ = "dim" if number in story.reports else None
-        parts.append(tag("span", said, title=f"{label}, {share:.0%}", style=style, class_=class_))
-    return tag("div", tag("h3", f"Where {duration(total)} went"), tag("div", parts, class_="times"))
+        bars.append(tag("span", text, title=f"{label}, {share:.0%}", style=style, class_=class_))
+    return tag("div", tag("h3", f"Where {duration(total)} went"), tag("div", bars, class_="times"))
 
 
 def _lineage(story: Story) -> Html | None:
-    """Joined by the digests in the records themselves, so what stands in one line does belong together."""
+    """A table of checkpoints. It is joined by the digests in the records, so each line holds what belongs together."""
     if not story.checkpoints:
         return None
     head = ("trained", "on the snapshot", "started from", "giving the checkpoint", "which scores")
-    body = [[swatch(story, k, story.stages[k].stage), *_line(story, k)] for k in story.checkpoints]
+    body = [[swatch(story, k, story.stages[k].stage), *_cells(story, k)] for k in story.checkpoints]
     return tag("div", tag("h3", "Which data, which checkpoint, which score"), table(head, body, "lineage"))
 
 
-def _line(story: Story, number: int) -> list[Child]:
-    checkpoint, of = story.checkpoints[number], story.checkpoints[number].digest()
+def _cells(story: Story, number: int) -> list[Child]:
+    checkpoint, digest = story.checkpoints[number], story.checkpoints[number].digest()
     data = [k for k, snapshot in story.snapshots.items() if snapshot.digest() == checkpoint.snapshot]
     read = [f"{story.stages[k].stage}, {story.snapshots[k].rows:,} samples" for k in data[:1]]
     before = [story.stages[k].stage for k in story.before(number)[:1]]
     scores: list[Child] = []
     for k, report in story.reports.items():
-        if report.checkpoint == of and (name := overall(report)):
-            said = [short(report.digest()), " ", tag("small", f"{name}, {story.stages[k].stage}")]
-            scores.append(tag("div", tag("b", f"{report.scores[name].value:.3f} "), said))
+        if report.checkpoint == digest and (name := overall(report)):
+            source = [short(report.digest()), " ", tag("small", f"{name}, {story.stages[k].stage}")]
+            scores.append(tag("div", tag("b", f"{report.scores[name].value:.3f} "), source))
     return [
         [short(checkpoint.snapshot), " ", tag("small", read)],
         [short(checkpoint.start_from), " ", tag("small", before)] if checkpoint.start_from else "nothing",
-        [short(of), " ", tag("small", f"step {checkpoint.step:,}, {checkpoint.position:,} images")],
+        [short(digest), " ", tag("small", f"step {checkpoint.step:,}, {checkpoint.position:,} images")],
         scores or "–",
     ]

@@ -1,4 +1,4 @@
-"""HTML and SVG by construction: every string is escaped unless `tag` made it, so no caption can become markup."""
+"""HTML and SVG elements. Every string is escaped unless `tag` made it, so no caption can become markup."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0
 
 
 class Html(str):
-    """Markup. Any other string is text."""
+    """Markup. A string of any other class is text and will be escaped."""
 
 
 def text(value: object) -> Html:
@@ -23,13 +23,12 @@ def text(value: object) -> Html:
 
 
 def tag(name: str, /, *children: Child, **attributes: str | int | float | None) -> Html:
-    """An element; `class_` is the attribute `class`, `stroke_width` is `stroke-width`, and None leaves one out."""
-    said = "".join(
+    """An element. `class_` becomes the attribute `class`, `stroke_width` `stroke-width`; None leaves one out."""
+    written = "".join(
         f' {key.strip("_").replace("_", "-")}="{text(value)}"' for key, value in attributes.items() if value is not None
     )
-    if name in _VOID:
-        return Html(f"<{name}{said}>")
-    return Html(f"<{name}{said}>{join(*children)}</{name}>")
+    start = f"<{name}{written}>"
+    return Html(start if name in _VOID else f"{start}{join(*children)}</{name}>")
 
 
 def join(*children: Child) -> Html:
@@ -44,12 +43,12 @@ def join(*children: Child) -> Html:
     return Html("".join(parts))
 
 
-def cut(said: str, most: int) -> str:
-    return said if len(said) <= most else said[: most - 1] + "…"
+def cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def page(title: str, style: str, body: Html) -> str:
-    """A whole document. Its policy allows no script and no request, whatever might be in it."""
+    """A whole document. Its Content-Security-Policy allows no script and no request, whatever it contains."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = tag(
         "head",

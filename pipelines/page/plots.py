@@ -1,4 +1,4 @@
-"""Charts as inline SVG: lines over the images seen, and scores with their intervals."""
+"""Charts as inline SVG: lines over the number of images seen, and scores with their intervals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Point = tuple[float, float | None]  # None: a gap in the line
 
 WIDTH, HEIGHT = 520.0, 270.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 18.0, 30.0
-MOST_POINTS = 150  # of a line, or not many more: they could not be told apart at this width
+MOST_POINTS = 150  # of a line, about; more could not be told apart at this width
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Line:
 
 
 class Axis:
-    """Values -> pixels, with ticks at round numbers."""
+    """A linear or logarithmic scale from values to pixels, with ticks at round numbers."""
 
     def __init__(self, low: float, high: float, start: float, end: float, log: bool = False) -> None:
         if high - low <= 1e-9 * abs(high):
@@ -39,9 +39,9 @@ class Axis:
     def ticks(self) -> list[float]:
         if self.log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            found = [m * 10.0**p for p in powers for m in (1, 2, 5) if self.low <= m * 10.0**p <= self.high]
-            if len(found) > 2:
-                return found[:: math.ceil(len(found) / 8)]
+            ticks = [m * 10.0**p for p in powers for m in (1, 2, 5) if self.low <= m * 10.0**p <= self.high]
+            if len(ticks) > 2:
+                return ticks[:: math.ceil(len(ticks) / 8)]
         step = 10.0 ** math.floor(math.log10((self.high - self.low) / 2))
         while (self.high - self.low) / step > 6:
             step *= 2 if f"{step:e}"[0] != "2" else 2.5
@@ -50,7 +50,7 @@ class Axis:
 
 
 def short(value: float) -> str:
-    """A number as an axis has room for it."""
+    """A number short enough for a tick: 12.5k."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:.4g}{unit}"
@@ -58,17 +58,17 @@ def short(value: float) -> str:
 
 
 def lines(
-    found: Sequence[Line], label: str, *, marks: Mapping[float, str], log: bool = False, zero: bool = False
+    chart: Sequence[Line], label: str, *, marks: Mapping[float, str], log: bool = False, zero: bool = False
 ) -> Html | None:
-    """Lines over the number of images seen; `marks` are the places where a stage begins. None if there is no point."""
-    drawn = [_runs(line.points) for line in found]
-    known = [point for runs in drawn for run in runs for point in run]
-    if not known:
+    """Lines over the number of images seen; `marks` says where a stage begins. None if there is no point to draw."""
+    runs_of = [_runs(line.points) for line in chart]
+    points = [point for runs in runs_of for run in runs for point in run]
+    if not points:
         return None
-    reach, values = [0.0, *marks, *(x for x, _ in known)], [y for _, y in known]
-    low, high = (0.0 if zero else min(values)), max(values)
+    xs, ys = [0.0, *marks, *(x for x, _ in points)], [y for _, y in points]
+    low, high = (0.0 if zero else min(ys)), max(ys)
     slack = 0.0 if log or zero else 0.06 * (high - low)
-    x_axis = Axis(min(reach), max(reach), LEFT, WIDTH - RIGHT)
+    x_axis = Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT)
     y_axis = Axis(low - slack, high + slack, HEIGHT - BOTTOM, TOP, log)
     return tag(
         "svg",
@@ -76,7 +76,7 @@ def lines(
         [_tick(y_axis, y, upright=False) for y in y_axis.ticks()],
         tag("text", "images seen", x=WIDTH - RIGHT, y=HEIGHT - 2, class_="axis end"),
         [_mark(x_axis(x), name) for x, name in marks.items()],
-        [_line(line, runs, x_axis, y_axis) for line, runs in zip(found, drawn, strict=True)],
+        [_line(line, runs, x_axis, y_axis) for line, runs in zip(chart, runs_of, strict=True)],
         viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}",
         class_="chart",
         role="img",
@@ -85,7 +85,7 @@ def lines(
 
 
 def _runs(points: Sequence[Point]) -> list[list[tuple[float, float]]]:
-    """The line in pieces without gaps, long ones thinned out; each keeps its last point."""
+    """The line in pieces without gaps, long ones with fewer points; each keeps its last point."""
     runs: list[list[tuple[float, float]]] = [[]]
     for x, y in points:
         if y is None or not math.isfinite(y):
@@ -110,27 +110,27 @@ def _mark(x: float, name: str) -> Html:
 
 
 def _line(line: Line, runs: Sequence[Sequence[tuple[float, float]]], x_axis: Axis, y_axis: Axis) -> Html:
-    parts = []
+    shapes = []
     for run in runs:
         at = [(x_axis(x), y_axis(y)) for x, y in run]
         corners = " ".join(f"{x:g},{y:g}" for x, y in at)
-        parts.append(tag("polyline", points=corners, class_="dashed" if line.dashed else None))
+        shapes.append(tag("polyline", points=corners, class_="dashed" if line.dashed else None))
         for (images, value), (x, y) in zip(run, at, strict=True):
             tip = tag("title", f"{line.name}: {value:.4g} at {images:,.0f} images")
-            parts.append(tag("circle", tip, cx=x, cy=y, r=3.5, class_="dot" if len(run) > 1 else "point"))
-    return tag("g", parts, class_="line", style=f"--ink:{line.ink}")
+            shapes.append(tag("circle", tip, cx=x, cy=y, r=3.5, class_="dot" if len(run) > 1 else "point"))
+    return tag("g", shapes, class_="line", style=f"--ink:{line.ink}")
 
 
-def legend(found: Iterable[Line]) -> Html:
+def legend(lines: Iterable[Line]) -> Html:
     keys = [
         tag("span", tag("i", class_="dashed" if line.dashed else None), line.name, style=f"--ink:{line.ink}")
-        for line in found
+        for line in lines
     ]
     return tag("div", keys, class_="legend")
 
 
 def interval(value: float, low: float, high: float, most: float, ink: str) -> Html:
-    """A score on a scale from nought to `most`: a dot, and a bar from one end of the interval to the other."""
+    """A score on a scale from 0 to `most`: a dot, and a bar from one end of the interval to the other."""
     axis = Axis(0, most, 4, 136)
     return tag(
         "svg",

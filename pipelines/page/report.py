@@ -1,8 +1,8 @@
 """One self-contained page about a workflow: what went in, what came out, and how the one became the other.
 
-It is made of records alone, so it can be made again at any time and says the same. Nothing in it comes from elsewhere:
-no script, no font, no request. What is not there (no evaluation yet, a stage that failed, an object that was removed)
-is left out or named as missing; the rest of the page stays.
+It is made from what is in the store alone, so it can be made again at any time and says the same. It loads nothing: no
+script, no font, no request. What is missing (no evaluation yet, a stage that failed, an object that was removed) is
+left out or named as missing; the rest of the page stays.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipelines.page.style import STYLE
 def build(store: Store, title: str, records: list[StageRecord]) -> str:
     """The page, from the records of a workflow's finished stages in the order of the workflow."""
     story = read(store, records)
-    parts = (
+    sections = (
         lineage.section_of(story),
         drawn.section_of(story),
         scores.section_of(story),
@@ -31,12 +31,12 @@ def build(store: Store, title: str, records: list[StageRecord]) -> str:
         inputs.section_of(story),
         settings.section_of(story),
     )
-    return page(title, STYLE, tag("main", _head(story, title), parts, _foot(story)))
+    return page(title, STYLE, tag("main", _head(story, title), sections, _foot(story)))
 
 
 def _head(story: Story, title: str) -> Html:
-    words = tag("div", tag("h1", title), tag("p", _summary(story), class_="lead"), _verdict(story))
-    return tag("header", tag("div", words, _mosaic(story), class_="top"), tag("dl", _tiles(story), class_="tiles"))
+    text = tag("div", tag("h1", title), tag("p", _summary(story), class_="lead"), _verdict(story))
+    return tag("header", tag("div", text, _mosaic(story), class_="top"), tag("dl", _tiles(story), class_="tiles"))
 
 
 def _seconds(story: Story) -> float:
@@ -44,14 +44,14 @@ def _seconds(story: Story) -> float:
 
 
 def _model(story: Story) -> tuple[int, int, str] | None:
-    """Of the model that is judged: its parameters, the images it has seen, and in how many training stages."""
-    judged = story.judged()
-    owner = max(story.checkpoints, default=None) if judged is None else story.checkpoint_of(story.reports[judged])
-    if owner is None:
+    """Of the judged model, else the last: its parameters, the images it has seen, and "in 3 training stages"."""
+    judged, last = story.judged(), max(story.checkpoints, default=None)
+    trained = last if judged is None else story.checkpoint_number(story.reports[judged].checkpoint)
+    if trained is None:
         return None
-    chain = [owner, *story.before(owner)]
+    chain = [trained, *story.before(trained)]
     stages = f"in {len(chain)} training stages" if len(chain) > 1 else "in one training stage"
-    return story.checkpoints[owner].parameters, sum(story.checkpoints[k].position for k in chain), stages
+    return story.checkpoints[trained].parameters, sum(story.checkpoints[k].position for k in chain), stages
 
 
 def _summary(story: Story) -> str:
@@ -60,14 +60,14 @@ def _summary(story: Story) -> str:
     if model is None:
         return took
     parameters, images, stages = model
-    said = f"A PixNerd of {amount(parameters)} parameters that has seen {images:,} images {stages}"
+    seen = f"A PixNerd of {amount(parameters)} parameters that has seen {images:,} images {stages}"
     name = None if judged is None else overall(story.reports[judged])
     if judged is None or name is None:
-        return f"{said} is not measured yet. {took}"
+        return f"{seen} is not measured yet. {took}"
     report = story.reports[judged]
     score = report.scores[name]
     interval = "" if without_interval(score) else f" {ends(score)}"
-    return f"{said} scores {score.value:.3f}{interval} on {name}. {took}"
+    return f"{seen} scores {score.value:.3f}{interval} on {name}. {took}"
 
 
 def _tiles(story: Story) -> list[Html]:
@@ -75,14 +75,8 @@ def _tiles(story: Story) -> list[Html]:
     tiles = []
     if judged is not None and (name := overall(story.reports[judged])):
         score = story.reports[judged].scores[name]
-        tiles.append(
-            _tile(
-                name,
-                f"{score.value:.3f}",
-                "no 95 % interval" if without_interval(score) else f"95 % interval {ends(score)}",
-                "first",
-            )
-        )
+        interval = "no 95 % interval" if without_interval(score) else f"95 % interval {ends(score)}"
+        tiles.append(_tile(name, f"{score.value:.3f}", interval, "first"))
     if model is not None:
         parameters, images, stages = model
         tiles.append(_tile("parameters", amount(parameters), f"{parameters:,}"))
@@ -98,21 +92,21 @@ def _verdict(story: Story) -> Html:
     outputs = [stage.output for stage in story.stages]
     gates = [output for output in outputs if isinstance(output, GateOutput)]
     models = [output for output in outputs if isinstance(output, RegisterOutput)]
-    parts: list[Child] = [tag("b", "No gate yet", class_="chip")]
+    chips: list[Child] = [tag("b", "No gate yet", class_="chip")]
     if gates:
         passed = gates[-1].passed
-        parts = [tag("b", "Gate passed" if passed else "Gate closed", class_="chip good" if passed else "chip bad")]
+        chips = [tag("b", "Gate passed" if passed else "Gate closed", class_="chip good" if passed else "chip bad")]
         for rule in gates[-1].verdicts:
             mark, holds = ("✓", "is") if rule.passed else ("✗", "is not")
-            parts.append(tag("span", f"{mark} {rule.score} {rule.value:.3f} {holds} {rule.limit}"))
+            chips.append(tag("span", f"{mark} {rule.score} {rule.value:.3f} {holds} {rule.limit}"))
     if not models:
-        return tag("p", parts, tag("b", "Not registered", class_="chip"), class_="verdict")
-    said = tag("span", f"{models[-1].model} version {models[-1].version}, alias {models[-1].alias}")
-    return tag("p", parts, tag("b", "Registered", class_="chip good"), said, class_="verdict")
+        return tag("p", chips, tag("b", "Not registered", class_="chip"), class_="verdict")
+    version = tag("span", f"{models[-1].model} version {models[-1].version}, alias {models[-1].alias}")
+    return tag("p", chips, tag("b", "Registered", class_="chip good"), version, class_="verdict")
 
 
 def _mosaic(story: Story) -> Html | None:
-    """The judged model's first picture of each task, right or wrong; without a judge, of the captions drawn."""
+    """The judged model's first picture of each task, right or wrong; without an evaluation, of each caption drawn."""
     judged, first = story.judged(), dict[str, Picture]()
     for picture in [] if judged is None else story.pictures.get(judged, []):
         first.setdefault(picture.task, picture)
@@ -121,7 +115,7 @@ def _mosaic(story: Story) -> Html | None:
 
 
 def _foot(story: Story) -> Html:
-    lost = [check(False, f"not in the store any more: {said}") for said in story.lost]
+    lost = [check(False, f"not in the store any more: {missing}") for missing in story.lost]
     began = min((stage.started for stage in story.stages), default=None)
     when = f"; the first stage began {_moment(began)}" if began else ""
     return tag("footer", lost, tag("p", f"Made of the records in {story.store.url}{when}."))

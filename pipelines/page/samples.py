@@ -1,4 +1,4 @@
-"""Pictures of the same prompts from the same seeds, one column for each evaluation."""
+"""The section of evaluation pictures: the same prompts and seeds, with a column for each evaluation."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def _grid(story: Story, group: list[int]) -> Html:
     for k in group:
         for picture in story.pictures.get(k, []):
             by_prompt.setdefault(picture.prompt, {}).setdefault(k, []).append(picture)
-    for _, found in sorted(by_prompt.items()):
-        some = next(iter(found.values()))[0]
-        asked = tag("div", tag("small", words(some.task)), tag("bdi", some.text), class_="prompt")
-        cells = [_cell(found.get(k, []), name) for k, name in zip(group, names, strict=True)]
-        rows.append(tag("div", asked, cells, class_="samples"))
+    for _, pictures in sorted(by_prompt.items()):
+        first = next(iter(pictures.values()))[0]
+        prompt = tag("div", tag("small", words(first.task)), tag("bdi", first.text), class_="prompt")
+        cells = [_cell(pictures.get(k, []), name) for k, name in zip(group, names, strict=True)]
+        rows.append(tag("div", prompt, cells, class_="samples"))
     return tag("div", rows, class_="grid", style=f"--columns:{len(group)}")
 
 
 def _cell(pictures: list[Picture], name: Html) -> Html:
     right = sum(picture.correct for picture in pictures)
     reasons = "; ".join(dict.fromkeys(picture.reasons for picture in pictures if not picture.correct))
-    said = tag("p", tag("b", f"{right} of {len(pictures)} "), tag("bdi", reasons, title=reasons))
-    return tag("div", tag("strong", name), tag("div", [tile(picture) for picture in pictures], class_="four"), said)
+    verdict = tag("p", tag("b", f"{right} of {len(pictures)} "), tag("bdi", reasons, title=reasons))
+    return tag("div", tag("strong", name), tag("div", [tile(picture) for picture in pictures], class_="four"), verdict)
 
 
 def tile(picture: Picture) -> Html:

@@ -1,4 +1,4 @@
-"""The scores of every evaluation, side by side where they may be compared."""
+"""The section of scores: evaluations that may be compared stand side by side."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def section_of(story: Story) -> Html:
 
 
 def groups(story: Story) -> list[list[int]]:
-    """Evaluations that may be compared: one protocol, one judge, the same prompts."""
-    found: dict[tuple[str, str, str], list[int]] = {}
+    """Evaluations that may be compared: those with the same protocol, judge and prompts."""
+    by_method: dict[tuple[str, str, str], list[int]] = {}
     for number, report in story.reports.items():
-        found.setdefault((report.protocol, report.judge, report.prompts), []).append(number)
-    return list(found.values())
+        by_method.setdefault((report.protocol, report.judge, report.prompts), []).append(number)
+    return list(by_method.values())
 
 
 def column(story: Story, number: int) -> Html:
-    """An evaluation is headed by the training stage that it measures."""
-    owner, own = story.checkpoint_of(story.reports[number]), story.stages[number].stage
-    return swatch(story, number, own if owner is None else [story.stages[owner].stage, " ", tag("small", own)])
+    """The heading of an evaluation's column: the training stage that it measures, and its own name."""
+    trained, name = story.checkpoint_number(story.reports[number].checkpoint), story.stages[number].stage
+    return swatch(story, number, name if trained is None else [story.stages[trained].stage, " ", tag("small", name)])
 
 
 def _group(story: Story, group: list[int]) -> Html:
@@ -37,9 +37,7 @@ def _group(story: Story, group: list[int]) -> Html:
     most = max([1.0, *(score.value if score.high is None else score.high for score in scores)])
     body = [[tag("span", words(name.rpartition("/")[2]), title=name),
              *(_score(story, k, name, most) for k in group)] for name in names]  # fmt: skip
-    failed = ", ".join(
-        f"{report.failed:,} of {story.stages[k].stage}" for k, report in reports.items() if report.failed
-    )
+    failed = ", ".join(f"{r.failed:,} of {story.stages[k].stage}" for k, r in reports.items() if r.failed)
     first = reports[group[0]]
     about = [
         f"{first.protocol} by the judge “{first.judge}”, prompts ",

@@ -1,4 +1,4 @@
-"""The settings that change results, stage by stage, folded; and the versions of what ran."""
+"""The section of settings that change results, folded up stage by stage, and of the versions of what ran."""
 
 from __future__ import annotations
 
@@ -13,32 +13,24 @@ from pipelines.page.story import Story
 
 def section_of(story: Story) -> Html:
     about = "What results depend on. A stage's digest is made of its settings and its inputs, and names its work."
-    return section(
-        "Settings and versions", about, [_stage(story, k) for k in range(len(story.stages))], _versions(story)
-    )
+    stages = [_stage(story, k) for k in range(len(story.stages))]
+    return section("Settings and versions", about, stages, _versions(story))
 
 
 def _stage(story: Story, number: int) -> Html:
-    stage, above = story.stages[number], story.inputs(number)
+    stage, earlier = story.stages[number], story.inputs(number)
     about = tag("small", f"{stage.kind}, {duration(stage.seconds)}, {stage.started}")
     summary = tag("summary", swatch(story, number, stage.stage), about, short(stage.digest_of_work))
-    inputs: list[list[Child]] = [
-        [
-            name,
-            [
-                story.stages[above[name]].stage if name in above else "a stage that is not on this page",
-                " ",
-                short(work),
-            ],
-        ]
-        for name, work in stage.inputs.items()
-    ]
-    settings: list[list[Child]] = [[name, tag("code", value)] for name, value in _flat(stage.settings)]
-    return tag("details", summary, table([], inputs + settings, "settings"), id=f"stage-{number}")
+    rows: list[list[Child]] = []
+    for name, digest in stage.inputs.items():
+        target = story.stages[earlier[name]].stage if name in earlier else "a stage that is not on this page"
+        rows.append([name, [target, " ", short(digest)]])
+    rows += [[name, tag("code", value)] for name, value in _flat(stage.settings)]
+    return tag("details", summary, table([], rows, "settings"), id=f"stage-{number}")
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as lines: `sources.0.kind`, and what it is."""
+    """Nested settings as pairs of path and value: ("sources.0.kind", "url_list")."""
     inner: list[tuple[Any, Any]] = []
     if isinstance(value, dict):
         inner = list(value.items())
@@ -59,9 +51,7 @@ def _versions(story: Story) -> Html:
         for versions in summary.versions:
             sets.setdefault(_listed(versions), []).append(f"decoders of {story.stages[number].stage}")
     every = [stage.stage for stage in story.stages]
-    body: list[list[Child]] = [
-        ["all stages" if names == every else ", ".join(names), said] for said, names in sets.items()
-    ]
+    body = [["all stages" if names == every else ", ".join(names), versions] for versions, names in sets.items()]
     return tag("div", tag("h3", "Versions"), table([], body, "settings"))
 
 

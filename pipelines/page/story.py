@@ -1,4 +1,4 @@
-"""What a workflow's records tell, read once: for the page, which only writes it down."""
+"""All that the page shows, read once from a workflow's records and the data that they name."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from pipelines.sample import held_out
 
 Rows = list[dict[str, Any]]
 
-SEEDS = 4  # pictures shown of a prompt
-SHOWN = 24  # prompts, of the captions that were drawn
+SEEDS = 4  # evaluation pictures shown of a prompt
+SHOWN = 24  # captions shown, of those that were drawn
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A row of an evaluation's details, with the picture that it is about."""
+    """A row of an evaluation's table of verdicts, with the picture that it is about."""
 
     task: str
     prompt: int
@@ -49,7 +49,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Shown:
-    """What was drawn for captions of the data: each prompt, the picture that it belongs to, and the drawn ones."""
+    """What was drawn for captions of the data: prompts, each with its original picture and the drawn ones."""
 
     record: held_out.Drawn
     pictures: list[tuple[held_out.Prompt, bytes | None, list[bytes]]]
@@ -57,7 +57,7 @@ class Shown:
 
 @dataclass
 class Story:
-    """The stages in their order, and what their outputs name in the store, by the stage's number."""
+    """The stages in the workflow's order, and what their outputs name in the store, by the stage's number."""
 
     store: Store
     stages: list[StageRecord]
@@ -69,31 +69,29 @@ class Story:
     reports: dict[int, EvalReport] = field(default_factory=dict)
     pictures: dict[int, list[Picture]] = field(default_factory=dict)
     drawn: dict[int, Shown] = field(default_factory=dict)
-    lost: list[str] = field(default_factory=list)  # what should be in the store and is not
+    lost: list[str] = field(default_factory=list)  # what is missing in the store
 
     def inputs(self, number: int) -> dict[str, int]:
-        """Setting -> the earlier stage that it names, as far as that is here."""
+        """Setting -> the number of the earlier stage that it names, if that stage is among these."""
         earlier = {stage.digest_of_work: k for k, stage in enumerate(self.stages[:number])}
         return {name: earlier[work] for name, work in self.stages[number].inputs.items() if work in earlier}
 
-    def checkpoint_of(self, report: EvalReport) -> int | None:
-        return self._checkpoint(report.checkpoint)
+    def checkpoint_number(self, digest: str | None) -> int | None:
+        """The training stage whose checkpoint has this digest."""
+        return next((k for k, record in self.checkpoints.items() if record.digest() == digest), None)
 
     def before(self, number: int) -> list[int]:
         """The training stages whose weights this one inherited, the last of them first."""
-        above = self._checkpoint(self.checkpoints[number].start_from)
-        return [] if above is None else [above, *self.before(above)]
-
-    def _checkpoint(self, of: str | None) -> int | None:
-        return next((k for k, record in self.checkpoints.items() if record.digest() == of), None)
+        start = self.checkpoint_number(self.checkpoints[number].start_from)
+        return [] if start is None else [start, *self.before(start)]
 
     def judged(self) -> int | None:
-        """The evaluation that stands for the model: the one that the gate judged, else the last."""
-        gates = [self.inputs(k).get("scores.0") for k, record in enumerate(self.stages) if record.kind == "gate"]
-        known = [number for number in gates if number in self.reports]
-        return known[-1] if known else max(self.reports, default=None)
+        """The evaluation whose score the page names first: the one that the last gate judged, else the last one."""
+        of_gates = [self.inputs(k).get("scores.0") for k, record in enumerate(self.stages) if record.kind == "gate"]
+        evaluations = [number for number in of_gates if number in self.reports]
+        return evaluations[-1] if evaluations else max(self.reports, default=None)
 
-    def read_of(self, number: int) -> dict[int, SnapshotRecord]:
+    def snapshots_of(self, number: int) -> dict[int, SnapshotRecord]:
         """The snapshots that were made from a prepare stage's shards."""
         prefixes = {size.shards for size in self.prepared[number].sizes.values()}
         return {k: snapshot for k, snapshot in self.snapshots.items() if snapshot.shards in prefixes}
@@ -101,21 +99,17 @@ class Story:
 
 def read(store: Store, records: list[StageRecord]) -> Story:
     story = Story(store, records)
-    for number, record in enumerate(records):
-        try:
-            _read_named(story, number)
-        except NotFound as error:
-            story.lost.append(f"{record.stage}: {error.message}")
-    for number in story.prepared:
-        try:
-            _read_fates(story, number)
-        except NotFound as error:
-            story.lost.append(f"{story.stages[number].stage}: {error.message}")
+    for read_more, numbers in ((_read_output, range(len(records))), (_read_fates, story.prepared)):
+        for number in numbers:
+            try:
+                read_more(story, number)
+            except NotFound as error:
+                story.lost.append(f"{records[number].stage}: {error.message}")
     return story
 
 
-def _read_named(story: Story, number: int) -> None:
-    """What a stage's output names. A record counts as read even if the data that it names is gone."""
+def _read_output(story: Story, number: int) -> None:
+    """Read the record that a stage's output names, then its data; the record stays if the data is gone."""
     output, store = story.stages[number].output, story.store
     if isinstance(output, PrepareSummary):
         story.prepared[number] = output
@@ -133,11 +127,11 @@ def _read_named(story: Story, number: int) -> None:
 
 
 def _read_fates(story: Story, number: int) -> None:
-    """Of the shape world alone: of no other corpus is it known what is odd about each file."""
+    """Read what became of each kind of file, if the corpus is the shape world."""
     corpora = [story.stages[k] for k in story.inputs(number).values() if story.stages[k].kind == "corpus"]
     sizes = list(story.prepared[number].sizes.values())
     if len(corpora) == 1 and sizes:
-        snapshots = list(story.read_of(number).values())
+        snapshots = list(story.snapshots_of(number).values())
         story.fates[number] = fates(story.store, sizes[-1].shards, int(corpora[0].settings["seed"]), snapshots)
 
 
@@ -147,15 +141,15 @@ def _table(store: Store, data: DataObject) -> Rows:
 
 
 def _chosen(store: Store, report: EvalReport) -> list[Picture]:
-    """The first and the middle prompt of each task, whatever their pictures look like: nobody picks."""
+    """The first and the middle prompt of each task, so that nobody picks them by their pictures."""
     rows = [row for row in _table(store, report.details) if row["image"] < SEEDS]
     numbers: dict[str, set[int]] = {}
     for row in rows:
         numbers.setdefault(row["task"], set()).add(row["prompt"])
-    chosen = {k for found in map(sorted, numbers.values()) for k in (found[0], found[len(found) // 2])}
+    chosen = {k for of_task in map(sorted, numbers.values()) for k in (of_task[0], of_task[len(of_task) // 2])}
     rows = [row for row in rows if row["prompt"] in chosen]
     wanted = {(row["prompt"], row["image"]) for row in rows}
     pngs: dict[tuple[int, int], bytes] = {}
     for tar in report.pictures:  # one at a time: all pictures of a large evaluation would not fit in memory
-        pngs |= {where: png for where, png in read_pictures(store, [tar]).items() if where in wanted}
+        pngs |= {key: png for key, png in read_pictures(store, [tar]).items() if key in wanted}
     return [Picture(**row, png=pngs.get((row["prompt"], row["image"]))) for row in rows]

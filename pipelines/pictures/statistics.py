@@ -1,14 +1,12 @@
-"""What prepared shards hold, as one picture.
+"""Charts of what prepared shards hold, as one PNG.
 
-Whatever the corpus says is drawn as plain text: no markup, no control characters; letters that the font lacks are
-boxes.
+Text from the corpus is drawn as plain text: no markup, no control characters; letters that the font lacks are boxes.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,14 +27,15 @@ MOST_BARS = 10
 
 
 def draw(summary: Summary, path: Path) -> None:
-    """The summary as one picture."""
     import matplotlib
     from matplotlib.figure import Figure
 
     panels = _panels(summary)
     rows = -(-len(panels) // 3)
-    # Dollars in names are no formulas, and a letter that the font lacks is no reason to speak up.
-    with matplotlib.rc_context({"text.parse_math": False, "font.size": 9, "axes.edgecolor": MUTED}), _silence():
+    # `parse_math`: dollars in names begin no formula. A letter that the font lacks needs no warning.
+    rc = {"text.parse_math": False, "font.size": 9, "axes.edgecolor": MUTED}
+    with matplotlib.rc_context(rc), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
         figure = Figure(figsize=(15, 1.1 + 3.3 * rows), facecolor=PAPER, layout="constrained")
         figure.suptitle(_title(summary), fontsize=13, color=INK, linespacing=1.5)
         axes = list(figure.subplots(rows, 3, squeeze=False).flat)
@@ -48,13 +47,6 @@ def draw(summary: Summary, path: Path) -> None:
         for ax in axes[len(panels) :]:
             ax.set_axis_off()
         figure.savefig(path, dpi=110, format="png")
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
-        yield
 
 
 def _title(summary: Summary) -> str:
@@ -86,30 +78,29 @@ def _panels(summary: Summary) -> list[tuple[str, Callable[[Axes], None]]]:
         ("formats", partial(_bars, counts=_single(summary.formats), total=summary.accepted)),
         ("licences", partial(_bars, counts=_single(summary.licences), total=summary.accepted)),
     ]
-    values = [(printable(name), partial(_histogram, histogram=found)) for name, found in summary.values.items()]
-    whys = [
-        (
-            f"{printable(name)}: why there is no value",
-            partial(_bars, counts=_single(causes, BAD), total=summary.accepted),
-        )
-        for name, causes in summary.failures.items()
+    panels += [
+        (printable(name), partial(_histogram, histogram=histogram)) for name, histogram in summary.values.items()
     ]
-    return [*panels, *values, *whys]
+    for name, causes in summary.failures.items():
+        bars = partial(_bars, counts=_single(causes, BAD), total=summary.accepted)
+        panels.append((f"{printable(name)}: why there is no value", bars))
+    return panels
 
 
 def _single(counts: Mapping[str, int], colour: str = GOOD) -> dict[str, tuple[int, int]]:
+    """Counts for `_bars` that are all of one colour."""
     return {name: (0, count) if colour == BAD else (count, 0) for name, count in counts.items()}
 
 
 def _bars(ax: Axes, counts: Mapping[str, tuple[int, int]], total: int) -> None:
-    """A line for each name, the largest on top; those beyond the last line together."""
+    """A bar for each name in the order given, with its good and bad counts; the last bar sums up what has no room."""
     shown = list(counts.items())
     if len(shown) > MOST_BARS:
         rest = [count for _, count in shown[MOST_BARS - 1 :]]
         both = sum(good for good, _ in rest), sum(bad for _, bad in rest)
         shown = [*shown[: MOST_BARS - 1], (f"({len(rest)} others)", both)]
     if not shown:
-        ax.text(0.5, 0.5, "none", ha="center", va="center", color=MUTED, transform=ax.transAxes)
+        _none(ax)
         ax.set_axis_off()
         return
     good, bad = (np.array([count[k] for _, count in shown]) for k in (0, 1))
@@ -118,12 +109,12 @@ def _bars(ax: Axes, counts: Mapping[str, tuple[int, int]], total: int) -> None:
     ax.barh(places, bad, left=good, color=BAD, height=0.42)
     most = max(int((good + bad).max()), 1)
     for place, (name, (first, second)) in enumerate(shown):
-        # Inside of the panel, so that no name, however long, takes room from it.
+        # Above the bar and not left of the axis, where a long name would make the panel narrower.
         label = short(name, 40) or "(none)"
         ax.text(0, place - 0.2, label, va="center", color=INK, fontsize=8.5, clip_on=True)
         count = first + second
-        said = f"{count:,} ({count / max(total, 1):.1%})"
-        ax.text(most, place - 0.2, said, ha="right", va="center", color=MUTED, fontsize=8.5)
+        share = f"{count:,} ({count / max(total, 1):.1%})"
+        ax.text(most, place - 0.2, share, ha="right", va="center", color=MUTED, fontsize=8.5)
     ax.set_ylim(max(len(shown), 4) - 0.4, -0.6)
     ax.set_xlim(0, most)
     ax.set_axis_off()
@@ -133,26 +124,26 @@ def _histogram(ax: Axes, histogram: Histogram, base: int | None = None) -> None:
     edges = np.array(histogram.edges)
     ax.stairs(histogram.counts, edges, fill=True, color=GOOD)
     if histogram.mean is None:
-        ax.text(0.5, 0.5, "none", ha="center", va="center", color=MUTED, transform=ax.transAxes)
+        _none(ax)
         return
     if base:
         ax.set_xscale("log", base=base)
     else:
         ax.locator_params(axis="x", nbins=6)
-    there = np.flatnonzero(histogram.counts)
-    ax.set_xlim(edges[max(there[0] - 1, 0)], edges[min(there[-1] + 2, len(edges) - 1)])
+    filled = np.flatnonzero(histogram.counts)
+    ax.set_xlim(edges[max(filled[0] - 1, 0)], edges[min(filled[-1] + 2, len(edges) - 1)])
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
     ax.axvline(histogram.mean, color=INK, linewidth=1, linestyle=":")
-    said = f"{histogram.least:.4g} to {histogram.most:.4g}, mean {histogram.mean:.4g}"
-    ax.text(0.99, 0.97, said, ha="right", va="top", color=MUTED, fontsize=8, transform=ax.transAxes)
+    label = f"{histogram.least:.4g} to {histogram.most:.4g}, mean {histogram.mean:.4g}"
+    ax.text(0.99, 0.97, label, ha="right", va="top", color=MUTED, fontsize=8, transform=ax.transAxes)
     _plain_counts(ax)
 
 
 def _lines(ax: Axes, histograms: Mapping[str, Histogram]) -> None:
-    """Several histograms in one panel, over their bins, which grow with the lengths."""
+    """Several histograms with the same bins, all drawn equally wide, though the later bins span more lengths."""
     shown = list(histograms.items())[: len(LINES)]
     if not shown:
-        ax.text(0.5, 0.5, "none", ha="center", va="center", color=MUTED, transform=ax.transAxes)
+        _none(ax)
         return
     edges = shown[0][1].edges
     for colour, (kind, histogram) in zip(LINES, shown, strict=False):
@@ -160,12 +151,15 @@ def _lines(ax: Axes, histograms: Mapping[str, Histogram]) -> None:
         label = f"{short(kind, 24)}: {sum(histogram.counts):,}{mean}"
         ax.stairs(histogram.counts, np.arange(len(edges)), color=colour, linewidth=1.8, label=label)
     last = max(np.flatnonzero(histogram.counts)[-1] for _, histogram in shown if any(histogram.counts))
-    ax.set_xlim(0, min(last + 3, len(edges) - 1))
     ticks = np.arange(0, len(edges), 2)
     ax.set_xticks(ticks, [f"{edges[k]:g}" for k in ticks])
     ax.set_xlim(0, min(last + 3, len(edges) - 1))
     ax.legend(frameon=False, fontsize=8)
     _plain_counts(ax)
+
+
+def _none(ax: Axes) -> None:
+    ax.text(0.5, 0.5, "none", ha="center", va="center", color=MUTED, transform=ax.transAxes)
 
 
 def _plain_counts(ax: Axes) -> None:

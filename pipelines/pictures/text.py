@@ -1,4 +1,4 @@
-"""Words on pictures: one font, and lines that fit."""
+"""Text on pictures: one font, and lines that are cut to fit."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from infra.text import printable
 
 
 def short(text: str, most: int) -> str:
+    """The text without control characters, in at most so many letters; dots stand for the rest."""
     text = printable(text[: 4 * most])
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """The text in at most so many lines; dots stand for what had to go."""
+    """The text in at most so many lines of so many pixels; dots stand for what does not fit."""
 
     def fits(line: str) -> bool:
         return font.getlength(line) <= width
 
-    found: list[str] = []
+    wrapped: list[str] = []
     rest = " ".join(text.split())
-    while rest and len(found) < lines:
+    while rest and len(wrapped) < lines:
         line = _longest(rest, fits)
         rest = rest[len(line) :].lstrip()
-        found.append(line.rstrip())
+        wrapped.append(line.rstrip())
     if rest:
-        line = found[-1]
+        line = wrapped[-1]
         while line and not fits(line + "…"):
             line = line[:-1]
-        found[-1] = line.rstrip() + "…"
-    return found or [""]
+        wrapped[-1] = line.rstrip() + "…"
+    return wrapped or [""]
 
 
 def _longest(text: str, fits: Callable[[str], bool]) -> str:
     """The longest beginning that fits, whole words if that is possible; at least one letter."""
     if fits(text):
         return text
-    low, high = 1, len(text)  # low fits, or must do; high does not
+    low, high = 1, len(text)  # `low` letters fit, or are taken anyway; `high` do not fit
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(text[:middle]) else (low, middle)
@@ -50,7 +51,7 @@ def _longest(text: str, fits: Callable[[str], bool]) -> str:
 
 @cache
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu, which matplotlib brings: it has far more scripts than Pillow's own font."""
+    """DejaVu, which comes with matplotlib: it covers far more scripts than Pillow's own font."""
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"

@@ -6,10 +6,11 @@
       train: {batch: 64}
     stages:
       low: {kind: train, data: low_data, steps: 300}
-    store: {endpoint_url: "http://10.0.0.1:9000"}   # optional, as `cluster` and `tracking`: how the work is reached
+    store: {endpoint_url: "http://10.0.0.1:9000"}   # optional, like `cluster` and `tracking`: how to reach services
 
-A recipe is named by its file's name here, or by a path. `--set low.steps=100` changes a stage; `--set train.steps=100`,
-where no stage has that name, every stage of the kind; `--set defaults.train.batch=32` what they start from.
+A recipe is named by its file's name in this folder, or by a path. `--set low.steps=100` changes one stage;
+`--set train.steps=100`, where no stage is called `train`, every stage of that kind; `--set defaults.train.batch=32` the
+default that stages of the kind start from.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from infra.config import Settings, nearest, parse, spelt
 from infra.errors import Fault, SettingsError
 from infra.store import StoreSettings
 from infra.tracking import TrackingSettings
-from infra.written import lines_of, load_yaml, override
+from infra.yaml_settings import lines_of, load_yaml, override
 
 HERE = Path(__file__).parent
 KEYS = ("name", "about", "extends", "defaults", "stages", "store", "cluster", "tracking")
 
-# It becomes a folder (runs/NAME) and the name of a run; a stage's stands in paths of settings, where a point parts it.
+# A recipe's name becomes a folder (runs/NAME) and an MLflow run. A stage's name may hold no point, as points separate
+# the parts of a setting's path.
 RecipeName = Annotated[
     str, spelt(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "at most 100 letters, digits, `_`, `.` and `-`, no mark first")
 ]
@@ -46,12 +48,12 @@ class Recipe(Settings):
     store: StoreSettings = StoreSettings()
     cluster: ClusterSettings = ClusterSettings()
     tracking: TrackingSettings = TrackingSettings()
-    # They are in the stages already; here they tell where a setting was written.
+    # The stages contain them already; they are kept to tell in which line a setting was written.
     defaults: dict[str, dict[str, Any]] = Field({}, exclude=True, repr=False)
-    lines: dict[str, str] = Field({}, exclude=True, repr=False)  # a setting's whole path -> mine.yaml:12
+    lines: dict[str, str] = Field({}, exclude=True, repr=False)  # stages.train.steps -> mine.yaml:12
 
     def refused(self, faults: Sequence[Fault]) -> SettingsError:
-        """All that is wrong with it, each with the line that says so."""
+        """One error of all faults, each with the line of the recipe that it is in."""
         return _refused(self.name, self.lines, faults)
 
 
@@ -64,12 +66,13 @@ def load(name: str, assignments: Iterable[str] = ()) -> Recipe:
     data = _read(name, lines, seen=())
     faults = list(_unknown_keys(data))
     for assignment in assignments:
-        whole = _full(assignment, data)
-        data = override(data, whole)
+        full = _full_paths(assignment, data)
+        data = override(data, full)
         _check_effect(assignment, data)
-        for each in whole:
-            _written_over(lines, each.partition("=")[0].strip())
-            lines[each.partition("=")[0].strip()] = "--set"
+        for path in (each.partition("=")[0].strip() for each in full):
+            # Lines that set something below this path are no longer where those values come from.
+            lines = {other: line for other, line in lines.items() if not other.startswith(f"{path}.")}
+            lines[path] = "--set"
     known = {key: value for key, value in data.items() if key in KEYS} | {"defaults": data.get("defaults") or {}}
     try:
         recipe = parse(Recipe, known)
@@ -97,28 +100,22 @@ def _unused_defaults(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _refused(name: str, lines: Mapping[str, str], faults: Iterable[Fault]) -> SettingsError:
-    """In the order in which they are written. What is wrong with defaults, each of their stages says."""
-    found = sorted(dict.fromkeys(faults), key=lambda fault: _order(_place(fault.path, lines)))
-    placed = [fault._replace(message=f"{_place(fault.path, lines)}{fault.message}") for fault in found]
+    """The faults in the order of their lines; each once, though every stage that has a faulty default reports it."""
+    ordered = sorted(dict.fromkeys(faults), key=lambda fault: _order(_place(fault.path, lines)))
+    placed = [fault._replace(message=f"{_place(fault.path, lines)}{fault.message}") for fault in ordered]
     if len(placed) == 1:
         [(_, message, remedy)] = placed
         return SettingsError(message, remedy=remedy or "correct the value and run again", faults=placed)
-    told = [f"  {message}: {remedy}" if remedy else f"  {message}" for _, message, remedy in placed]
+    listed = [f"  {message}: {remedy}" if remedy else f"  {message}" for _, message, remedy in placed]
     return SettingsError(
         f"there are {len(placed)} mistakes in the recipe `{name}`",
-        remedy="\n".join(["correct them and run again", *told]),
+        remedy="\n".join(["correct them and run again", *listed]),
         faults=placed,
     )
 
 
-def _written_over(lines: dict[str, str], path: str) -> None:
-    """What lay below a setting that has another value by now was written by nobody."""
-    for below in [other for other in lines if other.startswith(f"{path}.")]:
-        del lines[below]
-
-
 def _place(path: str, lines: Mapping[str, str]) -> str:
-    """`mine.yaml:12: `, the line of the setting or of what it lies in; empty where nobody wrote it."""
+    """`mine.yaml:12: `, the line of the setting or of the closest one around it; empty for a default of the code."""
     path = path if path.partition(".")[0] in KEYS else f"stages.{path}"
     while path and path not in lines:
         path = path.rpartition(".")[0]
@@ -133,8 +130,7 @@ def _order(place: str) -> tuple[str, int]:
 def merge(base: Any, change: Any) -> Any:
     """`change` over `base`: mappings are merged key by key, everything else is replaced."""
     if isinstance(base, dict) and isinstance(change, dict):
-        return {k: merge(base[k], change[k]) if k in base and k in change else change.get(k, base.get(k))
-                for k in [*base, *(k for k in change if k not in base)]}  # fmt: skip
+        return base | {key: merge(base.get(key), value) for key, value in change.items()}
     return change
 
 
@@ -152,23 +148,26 @@ def find(name: str) -> Path:
 
 
 def _read(name: str, lines: dict[str, str], seen: tuple[Path, ...]) -> dict[str, Any]:
-    """What is written there, over what it extends; and where, in `lines`."""
+    """The recipe merged over the one that it extends. `lines` is filled with the line of every setting."""
     path = find(name)
     if path in seen:
         raise SettingsError(f"the recipe {path.name} extends itself", remedy="break the circle of `extends`")
     data = load_yaml(path)
-    base = data.pop("extends", None)
-    below = {} if base is None else _read(str(base), lines, (*seen, path))
+    extended = data.pop("extends", None)
+    base = {} if extended is None else _read(str(extended), lines, (*seen, path))
     lines |= {setting: f"{path.name}:{line}" for setting, line in lines_of(path).items()}
-    return data if base is None else merge(below, data)
+    return data if extended is None else merge(base, data)
 
 
 def _kind(stage: Any) -> str:
     return str(stage.get("kind", "")) if isinstance(stage, dict) else ""
 
 
-def _full(assignment: str, data: dict[str, Any]) -> list[str]:
-    """The assignment with whole paths: a stage's name may stand first, or a kind's, which means all of its stages."""
+def _full_paths(assignment: str, data: dict[str, Any]) -> list[str]:
+    """The assignment with full paths; it may begin with a stage's name, or with a kind, for all stages of the kind.
+
+    `train.steps=9` becomes `stages.low.steps=9` and `stages.high.steps=9`.
+    """
     path, equals, _ = assignment.partition("=")
     first = path.split(".")[0].strip()
     stages = data.get("stages")
@@ -187,16 +186,16 @@ def _full(assignment: str, data: dict[str, Any]) -> list[str]:
 
 
 def _check_effect(assignment: str, data: dict[str, Any]) -> None:
-    """A default that every stage of its kind overrides changes nothing, and looks as if it did."""
+    """Refuse to set a default that every stage of its kind overrides: it would change nothing."""
     first, *path = assignment.partition("=")[0].strip().split(".")
     if first != "defaults" or len(path) < 2:
         return
+    default = _at(data["defaults"], path)
     kind, *path = path
-    given = _at(data["defaults"], [kind, *path])
-    own = {name: stage for name, stage in data["stages"].items() if _kind(stage) == kind}
-    if own and all(_at(stage, leaf) is not None for stage in own.values() for leaf in _leaves(given, path)):
+    stages = {name: stage for name, stage in data["stages"].items() if _kind(stage) == kind}
+    if stages and all(_at(stage, leaf) is not None for stage in stages.values() for leaf in _leaves(default, path)):
         raise SettingsError(
-            f"`--set {assignment}` changes nothing: {', '.join(own)} say it for themselves",
+            f"`--set {assignment}` changes nothing: {', '.join(stages)} say it for themselves",
             remedy=f"write --set {assignment.strip().removeprefix('defaults.')} to change them all",
         )
 
@@ -208,6 +207,7 @@ def _at(data: Any, path: Iterable[str]) -> Any:
 
 
 def _leaves(value: Any, path: list[str]) -> Iterator[list[str]]:
+    """The paths of all values inside of nested mappings."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from _leaves(inner, [*path, key])

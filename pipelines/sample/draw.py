@@ -1,7 +1,7 @@
-"""`pixnerd sample`: what is asked for becomes pictures, a contact sheet and an index.
+"""`pixnerd sample`: pictures of prompts or classes in a folder, with a contact sheet and an index.
 
-A picture's PNG carries everything that decided its pixels, so a folder explains itself: a second call draws only what
-is missing, and pictures that another call made are never written over.
+Each PNG carries all that decided its pixels. So a second call draws only the pictures that are missing, and a folder
+with pictures of a different call is refused and never overwritten.
 """
 
 from __future__ import annotations
@@ -32,20 +32,19 @@ from training.sampling import Artist, SampleSettings, check_finite, defaults, en
 INDEX, SHEET = "index.json", "sheet.png"
 _PICTURE = re.compile(r"\d{3,}-\d+\.png")
 _SHEET = re.compile(r"sheet(-\d+)?\.png")
-_FAST = 1  # compression of the steps' frames, of which there are many
+_FAST = 1  # PNG compression of frames, as there are many: one for each step of each picture
 
-
-Show = Callable[[str, float, int], None]  # what is being done, how much of it is done, of how much
+Show = Callable[[str, float, int], None]  # a text, how much is done, of how much
 
 
 class Picture(NamedTuple):
     file: str
     subject: Subject
     seed: int
-    facts: dict[str, Any]  # what decided its pixels
+    facts: dict[str, Any]  # all that decides its pixels
 
     @property
-    def what(self) -> str | int:
+    def condition(self) -> str | int:
         """The prompt or the label that is drawn."""
         return self.subject.prompt if self.subject.label is None else self.subject.label
 
@@ -53,12 +52,10 @@ class Picture(NamedTuple):
         return Path(Path(self.file).stem) / f"step-{step:0{len(str(steps))}d}.png"
 
 
-class Drawn(NamedTuple):
-    """What came of a call."""
-
-    told: dict[str, Any]  # as the folder's index has it
+class DrawResult(NamedTuple):
+    index_json: dict[str, Any]  # the content of the folder's index
     pictures: int
-    new: int  # those that were not there before
+    new: int  # pictures that did not exist before
     size: tuple[int, int]
     device: str
     seconds: float
@@ -76,14 +73,14 @@ def draw(
     device: str,
     save_steps: bool,
     show: Show,
-) -> Drawn:
-    """`options` are sampling settings as the command line has them, without those that were not given."""
-    numbers, changes = parse_seeds(seeds), _changes(options)
+) -> DrawResult:
+    """`options` are the sampling settings that the command line gives, as text."""
+    seed_numbers, changes = parse_seeds(seeds), _changes(options)
     config, extra = models.read_config(checkpoint)
     if config.task == "text" and labels_file is not None:
         raise SettingsError(f"{checkpoint} draws from prompts, not from labels", remedy="leave --labels out")
     labels = read_labels(checkpoint, config.classes, extra, labels_file) if config.task == "class" else None
-    wanted = subjects(prompts, prompts_file, numbers, labels)
+    wanted = subjects(prompts, prompts_file, seed_numbers, labels)
     settings = resolved(checkpoint, defaults(checkpoint, changes))
     place = find_device(device)
     pictures = _pictures(wanted, settings, _origin(checkpoint, config, extra))
@@ -95,7 +92,7 @@ def draw(
             f"{out} cannot be written ({error.strerror or error})", remedy="name another --out"
         ) from None
     _refuse_others(out, pictures)
-    todo = {p.file for p in pictures if not _there(out, p, settings.steps if save_steps else 0)}
+    todo = {p.file for p in pictures if not _is_drawn(out, p, settings.steps if save_steps else 0)}
     began = time.monotonic()
     if todo:
         show("loading", 0, len(todo))
@@ -105,23 +102,19 @@ def draw(
     seconds = time.monotonic() - began
     index = _conclude(out, wanted, pictures, settings, save_steps, assumed)
     assert settings.size is not None
-    return Drawn(index, len(pictures), len(todo), settings.size, place, seconds)
+    return DrawResult(index, len(pictures), len(todo), settings.size, place, seconds)
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for
 
 
 def _changes(options: Mapping[str, Any]) -> dict[str, Any]:
-    changes = dict(options)
-    if "size" in changes:
-        changes["size"] = parse_size(changes["size"])
-    if "interval" in changes:
-        changes["interval"] = parse_interval(changes["interval"])
-    return changes
+    parsers: dict[str, Callable[[str], Any]] = {"size": parse_size, "interval": parse_interval}
+    return {name: parsers[name](value) if name in parsers else value for name, value in options.items()}
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """512, or 768x1024: height, then width."""
+    """Height and width: 512 is (512, 512), 768x1024 is (768, 1024)."""
     sides = text.lower().replace("×", "x").split("x")
     if len(sides) > 2 or not all(re.fullmatch(r"0{0,9}[1-9]\d{0,5}", side, re.ASCII) for side in sides):
         raise SettingsError(f"`{short(text)}` is no size", remedy="write 512, or 768x1024: height, then width")
@@ -129,6 +122,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_interval(text: str) -> tuple[float, float]:
+    """Two times: 0.1,1 is (0.1, 1.0)."""
     try:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
@@ -145,25 +139,26 @@ def find_device(name: str) -> str:
     if name == "auto":
         return "cuda" if gpus else "cpu"
     if name != "cpu" and int(name.partition(":")[2] or 0) >= gpus:
-        found = ", ".join(f"cuda:{number}" for number in range(gpus)) or "no GPU that PyTorch can use"
-        raise SettingsError(f"the device {name} is not there: this machine has {found}", remedy="use --device auto")
+        usable = ", ".join(f"cuda:{number}" for number in range(gpus)) or "no GPU that PyTorch can use"
+        raise SettingsError(f"the device {name} is not there: this machine has {usable}", remedy="use --device auto")
     return name
 
 
 def _pictures(wanted: Sequence[Subject], settings: SampleSettings, origin: dict[str, Any]) -> list[Picture]:
-    """A prompt's pictures stand together, so that its text is encoded once."""
-    found = []
+    """All pictures asked for; those of one prompt follow each other, so that its text is encoded once."""
+    made_with = {"settings": settings.results(), "checkpoint": origin, "pixnerd": version()}
+    pictures = []
     for number, subject in enumerate(wanted):
-        what = {"prompt": subject.prompt} | ({} if subject.label is None else {"label": subject.label})
+        condition = {"prompt": subject.prompt} | ({} if subject.label is None else {"label": subject.label})
         for seed in subject.seeds:
-            # Through JSON and back, so that they are equal to what is read from a file.
-            facts = {**what, "seed": seed, "settings": settings.results(), "checkpoint": origin, "pixnerd": version()}
-            found.append(Picture(f"{number:03d}-{seed}.png", subject, seed, json.loads(json.dumps(facts))))
-    return found
+            # Through JSON and back, so that they compare equal to facts that are read from a file.
+            facts = json.loads(json.dumps({**condition, "seed": seed, **made_with}))
+            pictures.append(Picture(f"{number:03d}-{seed}.png", subject, seed, facts))
+    return pictures
 
 
 def _assumed_size(folder: Path, config: ModelConfig, settings: SampleSettings) -> int | None:
-    """The trained size that the size asked for is taken for, where nobody told it."""
+    """The size to take for the trained one where the checkpoint does not tell it: the size asked for; else None."""
     assert settings.size is not None
     side = settings.size[0] if config.image_size is None else None
     if side is not None:
@@ -176,64 +171,61 @@ def _assumed_size(folder: Path, config: ModelConfig, settings: SampleSettings) -
 
 
 def _origin(folder: Path, config: ModelConfig, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint by its content, wherever it lies; its name is told, and decides nothing."""
+    """The checkpoint by its content, as its place may change; its name is only for people to read."""
     origin = {"name": folder.resolve().name, "model": digest(config)}
     if config.task == "text":
         source = encoder_source(folder, extra)
-        origin["text_encoder"] = _content(Path(source)) if Path(source).is_dir() else str(source)
+        origin["text_encoder"] = _content_digest(Path(source)) if Path(source).is_dir() else str(source)
     return origin | {"weights": sha256_of(folder / models.WEIGHTS)}
 
 
-def _content(folder: Path) -> str:
-    """Of all files but hidden ones, in which download tools keep dates."""
+def _content_digest(folder: Path) -> str:
+    """A digest of all files but hidden ones, in which download tools keep dates."""
     files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return digest(
-        {
-            name.as_posix(): sha256_of(path)
-            for name, path in files.items()
-            if not any(part.startswith(".") for part in name.parts)
-        }
-    )
+    visible = {name: path for name, path in files.items() if not any(part.startswith(".") for part in name.parts)}
+    return digest({name.as_posix(): sha256_of(path) for name, path in visible.items()})
 
 
-# ------------------------------------------------------------------------------------------------ what is there
+# ------------------------------------------------------------------------------------------------ existing files
 
 
 def _refuse_others(out: Path, pictures: Sequence[Picture]) -> None:
-    """Whatever has the name of a file of ours must be one of this very call."""
+    """Refuse a folder in which a file has a name that this command gives, but is of another call or program."""
     wanted = {picture.file: picture.facts for picture in pictures}
     for path in [*sorted(out.glob("*.png")), *sorted(out.glob("*/step-*.png"))]:
-        frame = path.parent != out
-        name = f"{path.parent.name}.png" if frame else path.name
+        name = path.name if path.parent == out else f"{path.parent.name}.png"  # a frame counts as its picture
         if not _PICTURE.fullmatch(name) and not _SHEET.fullmatch(name):
             continue
-        found = facts_of(path)
-        if found is None:
-            raise _another(out, f"{path.relative_to(out)} is not from this command")
+        facts = facts_of(path)
+        if facts is None:
+            raise _other_call(out, f"{path.relative_to(out)} is not from this command")
         if _PICTURE.fullmatch(name):
             if name not in wanted:
-                raise _another(out, f"it holds {path.relative_to(out)}, which this one does not draw")
-            if difference := _difference(found, wanted[name]):
-                raise _another(out, f"{path.relative_to(out)} has {difference}")
+                raise _other_call(out, f"it holds {path.relative_to(out)}, which this one does not draw")
+            if difference := _difference(facts, wanted[name]):
+                raise _other_call(out, f"{path.relative_to(out)} has {difference}")
     if (out / INDEX).exists() and not _is_index(out / INDEX):
-        raise _another(out, f"{INDEX} is not from this command")
+        raise _other_call(out, f"{INDEX} is not from this command")
 
 
-def _another(out: Path, why: str) -> SettingsError:
+def _other_call(out: Path, why: str) -> SettingsError:
     return SettingsError(f"{out} holds the pictures of another call: {why}", remedy="name another --out, or clear it")
 
 
-def _difference(there: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str:
-    """The first fact of ours that a file has otherwise; facts that decide nothing are not asked for."""
-    for key, value in now.items():
+def _difference(facts: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> str:
+    """The first wanted fact that a file has otherwise, but for the checkpoint's name, which decides no pixel.
+
+    For instance `settings.steps 20, not 25`; empty if there is none. A file may hold more facts.
+    """
+    for key, value in wanted.items():
         if f"{path}{key}" == "checkpoint.name":
             continue
-        found = there.get(key)
-        if isinstance(value, dict) and isinstance(found, dict):
-            if inner := _difference(found, value, f"{path}{key}."):
+        other = facts.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            if inner := _difference(other, value, f"{path}{key}."):
                 return inner
-        elif found != value:
-            return f"{path}{key} {json.dumps(found)}, not {json.dumps(value)}"
+        elif other != value:
+            return f"{path}{key} {json.dumps(other)}, not {json.dumps(value)}"
     return ""
 
 
@@ -245,8 +237,8 @@ def _is_index(path: Path) -> bool:
     return isinstance(data, dict) and {"pixnerd", "pictures"} <= data.keys()
 
 
-def _there(out: Path, picture: Picture, frames: int) -> bool:
-    """A picture is written after its frames, but perhaps by a call that kept none."""
+def _is_drawn(out: Path, picture: Picture, frames: int) -> bool:
+    """Whether the picture and its frames exist. It is written after them, but perhaps by a call that kept no frames."""
     files = [Path(picture.file), *(picture.frame(step, frames) for step in range(1, frames + 1))]
     return all((out / file).exists() for file in files)
 
@@ -277,52 +269,45 @@ def _draw(
     save_steps: bool,
     show: Show,
 ) -> None:
-    """A batch of which some are there is drawn whole: in another one a picture could differ by a grey level."""
-    machine = {"device": _machine(artist.device), "torch": torch.__version__}
-    parts = [pictures[start : start + settings.batch] for start in range(0, len(pictures), settings.batch)]
-    artist.expect([[p.what for p in part] for part in parts])
-    parts = [part for part in parts if any(p.file in todo for p in part)]
-    done, total = 0, sum(map(len, parts))
+    """Draw the batches with pictures that are missing, whole: in a smaller batch one could differ by a grey level."""
+    device = artist.device
+    machine = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+    }
+    batches = [pictures[start : start + settings.batch] for start in range(0, len(pictures), settings.batch)]
+    artist.expect([[p.condition for p in batch] for batch in batches])
+    batches = [batch for batch in batches if any(p.file in todo for p in batch)]
+    done, total = 0, sum(map(len, batches))
     if settings.compile:
         show("compiling", 0, total)
-    for part in parts:
-        watch = _watch(out, part, todo if save_steps else (), done, total, settings.steps, show)
-        drawn = artist.batch([p.what for p in part], [p.seed for p in part], settings, watch)
-        for picture, picture_HW3 in zip(part, drawn, strict=True):
+    for batch in batches:
+        on_step = _step_observer(out, batch, todo if save_steps else (), done, total, settings.steps, show)
+        drawn = artist.batch([p.condition for p in batch], [p.seed for p in batch], settings, on_step)
+        for picture, picture_HW3 in zip(batch, drawn, strict=True):
             if picture.file in todo:
                 facts = {**picture.facts, "machine": machine}
                 save(out / picture.file, Image.fromarray(picture_HW3), picture.subject.prompt, facts)
-        done += len(part)
+        done += len(batch)
 
 
-def _machine(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _watch(
-    out: Path,
-    part: Sequence[Picture],
-    framed: Collection[str],
-    start: int,
-    total: int,
-    steps: int,
-    show: Show,
+def _step_observer(
+    out: Path, batch: Sequence[Picture], framed: Collection[str], start: int, total: int, steps: int, show: Show
 ) -> Callable[[int, Tensor], None]:
-    """Tells how far a batch is, and writes each step's frames at once, so that none has to be kept."""
-    which = f"{start + 1}-{start + len(part)}" if len(part) > 1 else f"{start + 1}"
+    """Called at each sampling step: shows how far the batch is, and writes the step's frames of the files `framed`."""
+    which = f"{start + 1}-{start + len(batch)}" if len(batch) > 1 else f"{start + 1}"
 
-    def watch(step: int, x_BCHW: Tensor) -> None:
+    def on_step(step: int, x_BCHW: Tensor) -> None:
         if framed:
-            check_finite(x_BCHW, [p.what for p in part], [p.seed for p in part])
-            for picture, frame_HW3 in zip(part, pixels(x_BCHW), strict=True):
+            check_finite(x_BCHW, [p.condition for p in batch], [p.seed for p in batch])
+            for picture, frame_HW3 in zip(batch, pixels(x_BCHW), strict=True):
                 if picture.file in framed:
                     facts = {**picture.facts, "step": step}
                     path = out / picture.frame(step, steps)
                     save(path, Image.fromarray(frame_HW3), picture.subject.prompt, facts, level=_FAST)
-        text = f"drawing {which} of {total}, step {step} of {steps}"
-        show(text, start + len(part) * step / steps, total)
+        show(f"drawing {which} of {total}, step {step} of {steps}", start + len(batch) * step / steps, total)
 
-    return watch
+    return on_step
 
 
 # ------------------------------------------------------------------------------------------------ sheet and index
@@ -336,7 +321,7 @@ def _conclude(
     save_steps: bool,
     assumed: int | None,
 ) -> dict[str, Any]:
-    """Sheet and index tell of the files as they are, those of an earlier call included."""
+    """Write the sheets and the index from the files in the folder, so that earlier calls' pictures are in them."""
     entries = []
     for picture in pictures:
         facts = {k: v for k, v in (facts_of(out / picture.file) or {}).items() if k not in ("checkpoint", "pixnerd")}
@@ -353,7 +338,7 @@ def _conclude(
 
 
 def _measured(path: Path) -> dict[str, Any]:
-    """Size, and the sha256 of the pixels: rows from the top, 8-bit red, green and blue of each."""
+    """Size, and the sha256 of the pixels: rows from the top, of each pixel 8 bits of red, green and blue."""
     try:
         with Image.open(path) as image:
             pixels_sha256 = hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
@@ -367,19 +352,19 @@ def _measured(path: Path) -> dict[str, Any]:
 def _write_sheets(
     out: Path, wanted: Sequence[Subject], pictures: Sequence[Picture], settings: SampleSettings, name: str
 ) -> list[str]:
-    files: dict[Subject, list[Picture]] = {subject: [] for subject in wanted}
+    by_subject: dict[Subject, list[Picture]] = {subject: [] for subject in wanted}
     for picture in pictures:
-        files[picture.subject].append(picture)
+        by_subject[picture.subject].append(picture)
     rows = [
-        sheet.Row(_caption(subject), [out / p.file for p in some], [f"seed {p.seed}" for p in some])
-        for subject, some in files.items()
+        sheet.Row(_caption(subject), [out / p.file for p in drawn], [f"seed {p.seed}" for p in drawn])
+        for subject, drawn in by_subject.items()
     ]
     assert settings.size is not None
     names: list[str] = []
     for image in sheet.sheets(name, _about(settings), rows, settings.size):
         names.append(f"sheet-{len(names) + 1}.png" if names else SHEET)
         save(out / names[-1], image, f"contact sheet of {name}", {"sheet": len(names)})
-    for path in out.glob("sheet-*.png"):  # an earlier call's larger cells may have needed more sheets
+    for path in out.glob("sheet-*.png"):  # left by an earlier call that needed more sheets
         if _SHEET.fullmatch(path.name) and path.name not in names:
             path.unlink()
     return names

@@ -1,4 +1,4 @@
-"""PNGs that say how they were made: the facts stand in a text chunk of the file, as JSON under the key `pixnerd`."""
+"""PNGs that say how they were made: the facts are JSON in a text chunk of the file, under the key `pixnerd`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ def version() -> str:
     return importlib.metadata.version("pixnerd")
 
 
-def save(path: Path, image: Image.Image, words: str, facts: Mapping[str, Any], *, level: int = 6) -> None:
-    """There whole or not at all; the same pixels and facts give the same bytes. `words` are for other programs."""
+def save(path: Path, image: Image.Image, description: str, facts: Mapping[str, Any], *, level: int = 6) -> None:
+    """Write the PNG whole or not at all; the same pixels and facts give the same bytes.
+
+    `description` is shown by other programs. `level` is that of the compression.
+    """
     chunks = PngInfo()
-    chunks.add_itxt("Description", words)
+    chunks.add_itxt("Description", description)
     chunks.add_itxt("Software", f"pixnerd {version()}")
     chunks.add_itxt(KEY, json.dumps(facts, ensure_ascii=False))
     with written_whole(path) as unfinished:
@@ -34,7 +37,7 @@ def save(path: Path, image: Image.Image, words: str, facts: Mapping[str, Any], *
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A file to write into, which takes its name only when all of it is there; its folder is made if need be."""
+    """A temporary file that is renamed to `path` when all of it is written; its folder is made if it is missing."""
     try:
         path.parent.mkdir(exist_ok=True)
         with appearing(path) as unfinished:
@@ -50,7 +53,7 @@ def facts_of(path: Path) -> dict[str, Any] | None:
     """What `save` wrote into a PNG; None for any other file."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            facts = json.loads(image.info[KEY])  # it stands before the pixels, which are not read
+            facts = json.loads(image.info[KEY])  # it precedes the pixels, which are not read
     except (OSError, SyntaxError, KeyError, ValueError, Image.DecompressionBombError):
         return None
     return facts if isinstance(facts, dict) else None

@@ -1,6 +1,6 @@
-"""Pictures that a checkpoint draws for captions which training never saw, each beside the picture that has the caption.
+"""Pictures that a checkpoint draws for held-out captions, each beside the original picture that has the caption.
 
-They are for looking at: nobody scores them. The originals stay where they lie, in the shards; the record says where.
+They are to be looked at; no score is made of them. The record says where in the shards the originals are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from training.sampling import SampleSettings
 
 
 class DrawSettings(Settings):
-    count: int = Field(8, ge=0, le=1000, description="captions of the data's held-out samples that are drawn")
+    count: int = Field(8, ge=0, le=1000, description="how many captions of the data's held-out samples are drawn")
     prompts: list[str] = Field([], description="prompts of one's own, drawn before those")
     images: int = Field(4, ge=1, le=100, description="pictures a prompt, from seeds 0, 1, ...")
     sampling: SampleSettings = SampleSettings()
@@ -37,7 +37,7 @@ class DrawSettings(Settings):
 
 
 class Original(BaseModel):
-    """Where the picture lies whose caption is drawn."""
+    """Where the picture lies that has the caption: these bytes of a shard's tar."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     tar: str
@@ -54,7 +54,7 @@ class Prompt(BaseModel):
 class Drawn(Record):
     checkpoint: str  # digest of its record
     prompts: list[Prompt]
-    seen: bool  # whether training saw these captions: of data that holds nothing out there are no others
+    seen: bool  # whether training saw these captions, as it does if the snapshot holds nothing out
     images: int
     tars: list[DataObject]  # of PNGs, <prompt>-<image>.png
 
@@ -70,8 +70,7 @@ def draw(
     key = layout.SAMPLES.at(stage=stage)
     if store.exists(key):
         return read_record(store, key, Drawn)
-    own = [Prompt(text=text) for text in settings.prompts]
-    prompts = [*own, *_captions(store, data, settings.count)]
+    prompts = [*(Prompt(text=text) for text in settings.prompts), *_captions(store, data, settings.count)]
     tars = generate(
         store,
         layout.SAMPLED.at(stage=stage),
@@ -93,22 +92,22 @@ def draw(
 
 
 def _captions(store: Store, data: SnapshotRecord, count: int) -> list[Prompt]:
-    """The likeliest captions of samples that lie evenly over the data, no text twice."""
+    """The likeliest captions of samples that are spread evenly over the data, no text twice."""
     rows = read_selection(store, data, held_out=data.held_out_rows > 0)
-    found: dict[str, Prompt] = {}
+    prompts: dict[str, Prompt] = {}
     for number in _spread(rows.num_rows):
-        if len(found) >= count:
+        if len(prompts) >= count:
             break
         [row] = rows.slice(number, 1).to_pylist()
         weights = row["caption_weights"]
         text = row["captions"][max(range(len(weights)), key=weights.__getitem__)]
         original = Original(tar=row["tar"], offset=row["offset"], length=row["length"])
-        found.setdefault(text, Prompt(text=text, original=original))
-    return list(found.values())
+        prompts.setdefault(text, Prompt(text=text, original=original))
+    return list(prompts.values())
 
 
 def _spread(rows: int) -> Iterator[int]:
-    """All numbers below `rows`, so that those up to any place are far from each other: halves, quarters and so on."""
+    """All numbers below `rows`, ordered so that any first few of them lie far apart: 0, 8, 4, 2, 6, 10, 1, ..."""
     step = 1 << max(rows - 1, 0).bit_length()
     if rows:
         yield 0
@@ -118,41 +117,36 @@ def _spread(rows: int) -> Iterator[int]:
 
 
 def pictures(store: Store, drawn: Drawn, most: int | None = None) -> list[tuple[Prompt, bytes | None, list[bytes]]]:
-    """The first prompts, the original of each if it has one that is still there, and what was drawn."""
+    """Up to `most` prompts, each with its original (None if it has none or it is gone) and what was drawn for it."""
     pngs = read_pictures(store, drawn.tars)
     return [
-        (prompt, original(store, prompt), [pngs[number, image] for image in range(drawn.images)])
+        (prompt, _original(store, prompt.original), [pngs[number, image] for image in range(drawn.images)])
         for number, prompt in enumerate(drawn.prompts[:most])
     ]
 
 
-def original(store: Store, prompt: Prompt) -> bytes | None:
-    if prompt.original is None:
-        return None
+def _original(store: Store, at: Original | None) -> bytes | None:
     try:
-        return store.get(prompt.original.tar, prompt.original.offset, prompt.original.offset + prompt.original.length)
+        return None if at is None else store.get(at.tar, at.offset, at.offset + at.length)
     except NotFound:
         return None
 
 
 def write_sheet(store: Store, drawn: Drawn, title: str, path: Path) -> None:
-    """One picture of all of them, or of as many as fit, for those who look at files and not at pages."""
-    of = "training" if drawn.seen else "held out"
+    """One contact sheet with as many of the prompts as fit, as a file beside the page."""
+    original_name = "training" if drawn.seen else "held out"
     with tempfile.TemporaryDirectory() as folder:
         rows = []
-        for number, (prompt, first, pngs) in enumerate(pictures(store, drawn)):
-            named = [(f"seed {image}", png) for image, png in enumerate(pngs)]
-            named = [(of, first), *named] if first else named
-            paths = [_put(Path(folder, f"{number}-{place}"), data) for place, (_, data) in enumerate(named)]
+        for number, (prompt, original, pngs) in enumerate(pictures(store, drawn)):
+            named = [(original_name, original)] if original else []
+            named += [(f"seed {image}", png) for image, png in enumerate(pngs)]
+            paths = [Path(folder, f"{number}-{place}") for place in range(len(named))]
+            for file, (_, data) in zip(paths, named, strict=True):
+                file.write_bytes(data)
             rows.append(sheet.Row(prompt.text, paths, [name for name, _ in named]))
-        with Image.open(rows[0].pictures[-1]) as some:
-            size = some.height, some.width
+        with Image.open(rows[0].pictures[-1]) as picture:
+            size = picture.height, picture.width
         about = f"{len(rows)} captions, {drawn.images} pictures of each" + (
             "; on the left the picture that has the caption" if any(p.original for p in drawn.prompts) else ""
         )
         next(sheet.sheets(title, about, rows, size)).save(path, "PNG")
-
-
-def _put(path: Path, data: bytes) -> Path:
-    path.write_bytes(data)
-    return path

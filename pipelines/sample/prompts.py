@@ -1,4 +1,4 @@
-"""What `pixnerd sample` is asked to draw: prompts or classes, from the line and from a file, each with its seeds."""
+"""What `pixnerd sample` is asked to draw: prompts or classes of the command line and of a file, each with seeds."""
 
 from __future__ import annotations
 
@@ -11,54 +11,50 @@ from typing import Any, NamedTuple
 from infra.config import nearest
 from infra.errors import CheckpointError, SettingsError
 
-MOST_SEEDS = 100_000  # more can only be a slip of the finger
-_NUMBER = r"\d{1,99}"  # Python reads 4,300 digits at most
-_KEYS = ("prompt", "seed", "seeds")  # of a .jsonl's rows
+MOST_SEEDS = 100_000  # in one range; more can only be a typing error
+_NUMBER = r"\d{1,99}"  # int() refuses more than 4,300 digits
+_KEYS = ("prompt", "seed", "seeds")  # in a row of a .jsonl file
 
 
 class Subject(NamedTuple):
-    """One prompt, or one class under its name, and the seeds that it is drawn from."""
+    """One prompt, or one class (`prompt` is then its name), and the seeds that it is drawn from."""
 
     prompt: str
     label: int | None
     seeds: tuple[int, ...]
 
 
-class Asked(NamedTuple):
+class Request(NamedTuple):
     text: str
-    seeds: tuple[int, ...] | None  # None: those of the call
+    seeds: tuple[int, ...] | None  # None: the seeds of the command line
 
 
 def subjects(
     line: Sequence[str], file: Path | None, seeds: Sequence[int], labels: Labels | None = None
 ) -> list[Subject]:
-    """Everything asked for; what is asked twice is there once, at its first place, with the seeds of both."""
-    asked = [Asked(prompt, None) for prompt in line] + (read_prompts(file) if file is not None else [])
-    if not asked:
+    """Everything asked for; what is asked for twice is drawn once, at its first place, with the seeds of both."""
+    requests = [Request(prompt, None) for prompt in line] + (read_prompts(file) if file is not None else [])
+    if not requests:
         raise SettingsError(
             "there is nothing to draw", remedy='give a prompt (an empty one, "", is one too), or --prompts FILE'
         )
-    found: dict[tuple[str, int | None], dict[int, None]] = {}
-    for text, own in asked:
-        _check_text(text)
-        name, label = (text, None) if labels is None else labels.find(text)
-        found.setdefault((name, label), {}).update(dict.fromkeys(seeds if own is None else own))
-    return [Subject(name, label, tuple(own)) for (name, label), own in found.items()]
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise SettingsError(f"the prompt {text!r} is not valid text", remedy="write it in UTF-8") from None
+    seeds_of: dict[tuple[str, int | None], dict[int, None]] = {}  # the inner keys are an ordered set
+    for text, own_seeds in requests:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise SettingsError(f"the prompt {text!r} is not valid text", remedy="write it in UTF-8") from None
+        subject: tuple[str, int | None] = (text, None) if labels is None else labels.find(text)
+        seeds_of.setdefault(subject, {}).update(dict.fromkeys(seeds if own_seeds is None else own_seeds))
+    return [Subject(name, label, tuple(numbers)) for (name, label), numbers in seeds_of.items()]
 
 
 # ------------------------------------------------------------------------------------------------ seeds
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """0, 0-3, or 1,5,9; each once, in the order given."""
-    found: dict[int, None] = {}
+    """Seeds and ranges, each seed once and in the order given: 5,0-2,1 is (5, 0, 1, 2)."""
+    seeds: dict[int, None] = {}
     for part in text.split(","):
         first, dash, last = (piece.strip() for piece in part.partition("-"))
         numbers = [first, last] if dash else [first, first]
@@ -71,8 +67,8 @@ def parse_seeds(text: str) -> tuple[int, ...]:
             raise SettingsError(
                 f"`{short(text)}` names more than {MOST_SEEDS:,} seeds", remedy="draw fewer in one call"
             )
-        found.update(dict.fromkeys(range(low, high + 1)))
-    return tuple(found)
+        seeds.update(dict.fromkeys(range(low, high + 1)))
+    return tuple(seeds)
 
 
 def _no_seeds(text: str) -> SettingsError:
@@ -80,6 +76,7 @@ def _no_seeds(text: str) -> SettingsError:
 
 
 def short(text: str, most: int = 60) -> str:
+    """The text in one line of at most so many letters."""
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 1] + "…"
 
@@ -87,22 +84,20 @@ def short(text: str, most: int = 60) -> str:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def read_prompts(path: Path) -> list[Asked]:
-    """.txt: one prompt a line, # begins a comment; .jsonl: objects with `prompt` and perhaps `seed` or `seeds`."""
+def read_prompts(path: Path) -> list[Request]:
+    """.txt: one prompt a line; .jsonl: {"prompt": "two cats", "seeds": [0, 1]} a line; # begins a comment in both."""
     if path.suffix not in (".txt", ".jsonl"):
         raise SettingsError(f"{path} is of no known kind of prompt file", remedy="name a .txt or a .jsonl file")
     lines = [(number, line.strip()) for number, line in enumerate(_read(path).split("\n"), start=1)]
     kept = [(number, line) for number, line in lines if line and not line.startswith("#")]
-    if path.suffix == ".txt":
-        asked = [Asked(line, None) for _, line in kept]
-    else:
-        asked = [_row(line, f"line {number} of {path}") for number, line in kept]
-    if not asked:
+    if not kept:
         raise SettingsError(f"{path} holds no prompts", remedy="write one a line")
-    return asked
+    if path.suffix == ".txt":
+        return [Request(line, None) for _, line in kept]
+    return [_row(line, f"line {number} of {path}") for number, line in kept]
 
 
-def _row(line: str, where: str) -> Asked:
+def _row(line: str, where: str) -> Request:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -115,15 +110,15 @@ def _row(line: str, where: str) -> Asked:
         raise SettingsError(f"{where} has no `prompt`", remedy='write {"prompt": "...", "seeds": [0, 1]}')
     if "seed" in row and "seeds" in row:
         raise SettingsError(f"{where} has both `seed` and `seeds`", remedy="write one of them")
-    for key in row.keys() - _KEYS:  # what else describes a prompt may stay: evaluation's files have tags
+    for key in row.keys() - _KEYS:  # other keys are allowed, as evaluation's prompt files have tags; typing errors not
         if near := nearest(key, _KEYS):
             raise SettingsError(f"{where} has `{short(key)}`", remedy=f"did you mean `{near}`?")
     seeds = row.get("seeds", row.get("seed"))
     if seeds is None:
-        return Asked(prompt, None)
+        return Request(prompt, None)
     text = ",".join(map(str, seeds)) if isinstance(seeds, list) else str(seeds)
     try:
-        return Asked(prompt, parse_seeds(text))
+        return Request(prompt, parse_seeds(text))
     except SettingsError as error:
         raise SettingsError(f"{where}: {error.message}", remedy=error.remedy) from None
 
@@ -143,17 +138,18 @@ def _read(path: Path) -> str:
 
 
 class Labels:
-    """The classes of a class-to-image checkpoint, by number and, where they have names, by name."""
+    """The classes of a class-to-image checkpoint, found by number and, if they have names, by name."""
 
     def __init__(self, classes: int, names: Sequence[str] | None = None) -> None:
         self.classes, self.names = classes, names
-        self._numbers: dict[str, list[int]] = {}  # a whole name, or one of several between commas, in small letters
+        # A whole name, or one of its synonyms between commas (`tench, Tinca tinca`), in lower case -> class numbers.
+        self._numbers: dict[str, list[int]] = {}
         for number, name in enumerate(names or []):
             for part in dict.fromkeys([name, *name.split(",")]):
                 self._numbers.setdefault(part.strip().casefold(), []).append(number)
 
     def find(self, text: str) -> tuple[str, int]:
-        """A class's name and number; the empty prompt is no class at all, for which a label of its own stands."""
+        """A class's name and number; an empty text means no class, for which the network has one label more."""
         text = text.strip()
         if not text:
             return "", self.classes
@@ -166,9 +162,9 @@ class Labels:
                 f"{text!r} is no label number, and this checkpoint's classes have no names",
                 remedy=f"give a number from 0 to {self.classes - 1}, or --labels FILE with a name a line",
             )
-        # The name as a whole goes before one of its parts: `crane` may be a bird's only name and a machine's second.
-        whole = [number for number, name in enumerate(self.names) if name.strip().casefold() == text.casefold()]
-        numbers = whole or list(dict.fromkeys(self._numbers.get(text.casefold(), [])))
+        # A whole name goes before a synonym: `crane` may be the only name of a bird and the second of a machine.
+        exact = [number for number, name in enumerate(self.names) if name.strip().casefold() == text.casefold()]
+        numbers = exact or list(dict.fromkeys(self._numbers.get(text.casefold(), [])))
         if len(numbers) > 1:
             raise SettingsError(
                 f"{len(numbers)} classes are called {text!r}", remedy=f"give the number: {_either(numbers)}"
@@ -196,7 +192,7 @@ def _either(numbers: Iterable[int]) -> str:
 
 
 def read_labels(folder: Path, classes: int, extra: Mapping[str, Any], file: Path | None) -> Labels:
-    """The names come from a file of the caller's, else from the checkpoint's own settings, else there are none."""
+    """The checkpoint's classes, with the names in `file`, else those in its config.json (`extra`), else without."""
     if file is not None:
         names = [line.strip() for line in _read(file).splitlines()]
         if len(names) != classes:
@@ -204,12 +200,12 @@ def read_labels(folder: Path, classes: int, extra: Mapping[str, Any], file: Path
                 f"{file} has {len(names)} lines, {folder} has {classes} classes", remedy="write one name a line"
             )
         return Labels(classes, names)
-    own = extra.get("labels")
-    if own is None:
+    own_names = extra.get("labels")
+    if own_names is None:
         return Labels(classes)
-    if not isinstance(own, list) or len(own) != classes or not all(isinstance(name, str) for name in own):
+    if not (isinstance(own_names, list) and len(own_names) == classes and all(isinstance(n, str) for n in own_names)):
         raise CheckpointError(
             f"{folder}: extra.labels of its config.json is not a list of {classes} names",
             remedy="correct it, or take it out and give --labels FILE",
         )
-    return Labels(classes, own)
+    return Labels(classes, own_names)

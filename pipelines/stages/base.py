@@ -1,4 +1,4 @@
-"""What a stage of a workflow is: its settings, what it may use, and the function that does its work."""
+"""What a stage of a workflow is: its settings, the context it works in, and the function that does its work."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ from infra.store import Store
 from infra.tracking import NOWHERE, Run, Tracker
 
 Inputs = Mapping[str, StageRecord]
-Below = Mapping[str, Any]  # `data` or `scored.0` -> the settings of the stage that it names, which is of the right kind
+# What a stage refers to, such as `data` or `scored.0` -> the settings of that stage, whose kind has been checked.
+Below = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage is: what a terminal draws as a bar and a log file gets as a line now and then."""
+    """How far a stage is. A terminal draws it as a bar, a log file gets a line of it now and then."""
 
     text: str
     done: int = 0
     total: int = 0
-    own: float = 0.0  # the part of all that this run did, where it tells: others may work beside it
+    own: float = 0.0  # share of the total that this run did itself, if known; other runs may work on the same stage
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage may use: the store, a folder of this machine, the tracker, and somebody who listens."""
+    """What a stage may use: the store, a local folder, the tracker, and a callback that shows progress."""
 
     store: Store
     home: Path
@@ -53,31 +54,31 @@ class Context:
     digest: str = ""
     run: Run = NOWHERE
 
-    def for_stage(self, stage: str, kind: str, of: str) -> Context:
-        run = self.tracker.run(stage, of, self.parent, {"pixnerd.kind": kind})
-        return replace(self, stage=stage, digest=of, run=run)
+    def for_stage(self, stage: str, kind: str, digest: str) -> Context:
+        run = self.tracker.run(stage, digest, self.parent, {"pixnerd.kind": kind})
+        return replace(self, stage=stage, digest=digest, run=run)
 
     def progress(self, text: str, done: int = 0, total: int = 0, own: float = 0.0) -> None:
         self.show(self.stage, Progress(text, done, total, own))
 
 
 def stage_reference(default: Any = ...) -> Any:
-    """A setting that names another stage. The name itself changes no result: that stage's digest does."""
+    """A setting that names another stage. Results depend on that stage's digest, not on its name."""
     return Field(default, json_schema_extra={"operational": True, "stage": True})
 
 
 def references(settings: Settings) -> dict[str, str]:
-    """`field` or `field.number` -> the stage that it names."""
-    found: dict[str, str] = {}
+    """Setting -> the stage that it names: {"shards": "prepare", "scored.0": "clip"}."""
+    targets: dict[str, str] = {}
     for name, info in type(settings).model_fields.items():
         if not (isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("stage")):
             continue
         value = getattr(settings, name)
         if isinstance(value, str):
-            found[name] = value
+            targets[name] = value
         elif value is not None:
-            found |= {f"{name}.{number}": target for number, target in enumerate(value)}
-    return found
+            targets |= {f"{name}.{number}": target for number, target in enumerate(value)}
+    return targets
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,15 @@ class StageKind:
     settings: type[Settings]
     work: Callable[[Context, Any, Inputs], Output]
     references: Callable[[Any], dict[str, str]] = references
-    # What the stage reads that no setting tells, such as hashes of files. It is given the records of the stages that
-    # this one names, as far as those are done.
+    # What results depend on besides the settings, such as hashes of local files; it is part of the stage's digest. The
+    # inputs are the records of the stages that this one names, as far as those are done.
     outside: Callable[[Any, Store | None, Inputs], Any] = lambda settings, store, inputs: None
-    # What is wrong beside the settings of the stages that it names, found before any work begins.
+    # Mistakes that show only beside the settings of the stages that it names; they are told before any work begins.
     check: Callable[[Any, Below], Iterable[Wrong]] = lambda settings, below: ()
-    # A setting that names stages -> the kind that they must be.
+    # Setting that names stages -> the kind that those stages must be of.
     takes: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    format: int = 1  # raised when the same settings and inputs would come to something else
-    reads_all: bool = False  # it reads every other stage of the workflow, those that failed left out
+    format: int = 1  # raised when the code would make other bytes of the same settings and inputs
+    reads_all: bool = False  # it reads every other stage of the workflow that did not fail
 
 
 def snapshot_of(store: Store, stage: StageRecord) -> SnapshotRecord:

@@ -1,4 +1,4 @@
-"""Stages that make data: a corpus of one's own, shards, scores of their images, and what training reads."""
+"""Stages that make data: the demo's corpus, shards, scores of their images, and snapshots, which training reads."""
 
 from __future__ import annotations
 
@@ -17,21 +17,9 @@ from data_prep.snapshots.settings import SnapshotSettings
 from infra import layout, scratch
 from infra.config import Settings
 from infra.problems import Wrong
-from infra.records import (
-    CorpusOutput,
-    Output,
-    PrepareSummary,
-    ScoreSummary,
-    SnapshotOutput,
-)
+from infra.records import CorpusOutput, Output, PrepareSummary, ScoreSummary, SnapshotOutput
 from infra.store import Store
-from pipelines.stages.base import (
-    Below,
-    Context,
-    Inputs,
-    StageKind,
-    stage_reference,
-)
+from pipelines.stages.base import Below, Context, Inputs, StageKind, stage_reference
 
 
 class CorpusStage(Settings):
@@ -41,7 +29,7 @@ class CorpusStage(Settings):
 
 
 def corpus(context: Context, settings: CorpusStage, inputs: Inputs) -> Output:
-    """The shape world, written as an ordinary image folder with a table of captions, as any corpus would come."""
+    """The shape world, a synthetic corpus, written as an ordinary image folder with a table of captions."""
     from data_prep.shapes.corpus import write_corpus
 
     folder = context.home / layout.CORPUS.at(stage=context.digest)
@@ -54,7 +42,7 @@ def corpus(context: Context, settings: CorpusStage, inputs: Inputs) -> Output:
     return CorpusOutput(folder=str(folder.absolute()), files=dict(sorted(files.items())))
 
 
-STAGE_URL = "stage:"  # a source's url may be another stage's folder: `url: stage:corpus`
+STAGE_URL = "stage:"  # `url: stage:corpus` means the folder that the stage `corpus` writes
 
 
 def source_references(settings: PrepareSettings) -> dict[str, str]:
@@ -66,24 +54,23 @@ def source_references(settings: PrepareSettings) -> dict[str, str]:
 
 
 def source_inputs(settings: PrepareSettings, store: Store | None, inputs: Inputs) -> Any:
-    """The user's own corpora by their files, and the retries that were asked for: more of either is more to do."""
+    """The files of the user's own corpora and the retries asked for so far: each new one is new work."""
     from data_prep.prepare import links, retries
     from data_prep.sources import UrlSource
 
-    found: list[Any] = []
+    files: list[Any] = []
     for source in settings.sources:
-        for given in () if source.url.startswith(STAGE_URL) else source.inputs():
-            again = []
+        for file in () if source.url.startswith(STAGE_URL) else source.inputs():
+            retried = []
             if store is not None and isinstance(source, UrlSource):
-                place = links.place(source, given.name, given.sha256, settings.fetch)
-                again = retries.retries(store, place)
-            found.append([source.name, given[:3], [record.digest() for record in again]])
-    return found
+                retried = retries.retries(store, links.place(source, file.name, file.sha256, settings.fetch))
+            files.append([source.name, file[:3], [record.digest() for record in retried]])
+    return files
 
 
 def prepare(context: Context, settings: PrepareSettings, inputs: Inputs) -> Output:
-    """Raw images -> shards in the store, every input accounted for."""
-    from data_prep.prepare.job import Progress as Prepared
+    """Raw images -> shards in the store; every input ends as a sample or as a rejection with a cause."""
+    from data_prep.prepare.job import Progress as PrepareProgress
     from data_prep.prepare.job import check_accepted
     from data_prep.prepare.job import prepare as run
 
@@ -92,7 +79,7 @@ def prepare(context: Context, settings: PrepareSettings, inputs: Inputs) -> Outp
         number = int(field.rpartition(".")[2])
         sources[number] = sources[number].model_copy(update={"url": record.of(CorpusOutput).folder})
 
-    def show(so_far: Prepared) -> None:
+    def show(so_far: PrepareProgress) -> None:
         rejected = next(iter(so_far.rejected.values()), {})
         parts = [
             f"{so_far.shards:,} of {so_far.planned_shards:,} shards",
@@ -118,7 +105,7 @@ class ScoreStage(ScoreSettings):
 
 
 def scorer_weights(settings: ScoreStage, store: Store | None, inputs: Inputs) -> Any:
-    """Weights in local files count by their bytes."""
+    """Scorer weights that are local files count by their bytes, not by their path."""
     return scorer_digest(settings)
 
 
@@ -127,11 +114,11 @@ def check_score(settings: ScoreStage, below: Below) -> Iterator[Wrong]:
 
 
 def score(context: Context, settings: ScoreStage, inputs: Inputs) -> Output:
-    """Shards -> scores or captions of their images, in tables of their own."""
-    from data_prep.scores.job import Progress as Scored
+    """Shards -> scores or captions of their images, in tables beside the shards."""
+    from data_prep.scores.job import Progress as ScoreProgress
     from data_prep.scores.job import score as run
 
-    def show(so_far: Scored) -> None:
+    def show(so_far: ScoreProgress) -> None:
         text = f"{so_far.shards} of {so_far.planned_shards} shards, {so_far.per_second:.1f} images/s"
         failed = sum(so_far.failures.values())
         context.progress(f"{text}, {failed:,} failed" if failed else text, so_far.shards, so_far.planned_shards)
@@ -149,14 +136,14 @@ class SnapshotStage(SnapshotSettings):
 
 
 def forgotten_lists(settings: SnapshotStage, store: Store | None, inputs: Inputs) -> Any:
-    """The lists that may concern its shards: others make no snapshot anew, nor the training after it.
+    """The lists of `pixnerd data forget` that may concern its shards; others renew neither snapshot nor training.
 
-    Which shards it has is not known before they are prepared; until then it counts as if nothing were forgotten.
+    Which shards it reads is known only once they are prepared; until then no list counts.
     """
     prepared = inputs["shards"].of(PrepareSummary) if "shards" in inputs else None
     size = str(settings.size)
     if store is None or prepared is None or size not in prepared.sizes:
-        return []  # a size that was not prepared is the stage's own error
+        return []  # the stage itself refuses a size that was not prepared
     plan = read_plan(store, prepared.plan, prepared.edition)
     return [layout.FORGOTTEN.at(items=name) for name in concerning(store, plan, size)]
 
@@ -168,7 +155,7 @@ def check_snapshot(settings: SnapshotStage, below: Below) -> Iterator[Wrong]:
 
 
 def snapshot(context: Context, settings: SnapshotStage, inputs: Inputs) -> Output:
-    """Shards + scores + filter + caption mix -> the rows that training reads."""
+    """Shards + scores + filter + caption mix -> the list of samples that training reads."""
     from data_prep.snapshots.build import snapshot as run
     from data_prep.snapshots.build import snapshot_key
 

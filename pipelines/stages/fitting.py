@@ -1,4 +1,4 @@
-"""Whether what a recipe joins fits together, told before anything is built: training, its encoders and its data."""
+"""Whether a recipe's training stages fit their encoders and their data, checked before any work begins."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from pipelines.stages.train import EncodersStage, TrainStage, fitted
 from training.encoders.known import Known, known
 from training.loop import TrainSettings
 
+# The remedy where a published encoder cannot be had.
 _SMALL = "or let `{stage}.encoders` name a stage of kind `encoders`: its small ones need no hub and suit `preset: tiny`"
 
 
 def check_training(stages: Mapping[str, Settings], todo: Iterable[str]) -> None:
-    """Refuse stages that cannot be trained as they are set; `todo` are those that will run.
+    """Refuse stages that cannot be trained with their settings; `todo` are those that will run.
 
-    Their encoders are looked for where they will be loaded from: this may ask the hub, once and for seconds.
+    Their encoders are looked up where they will be loaded from, so this may ask the hub once, which takes seconds.
     """
     for name in todo:
         settings = stages[name]
@@ -41,8 +42,7 @@ def _check_network(name: str, settings: TrainStage, stages: Mapping[str, Setting
             f"`{name}.model.text_dim` is {set_width}, but the text encoder's features are {width} wide",
             remedy="leave model.text_dim out: it follows the encoder; or name another encoder",
         )
-    plain = settings.model_dump(include=set(TrainSettings.model_fields))
-    parse(TrainSettings, {**plain, "model": fitted(settings.model, size, width)}, where=name)
+    parse(TrainSettings, fitted(settings, size, width), where=name)
 
 
 def _size(data: Settings | None) -> int | None:
@@ -50,18 +50,18 @@ def _size(data: Settings | None) -> int | None:
 
 
 def _text_width(name: str, settings: TrainStage, stages: Mapping[str, Settings]) -> int:
-    """Of the encoder that the stage inherits with its weights, is given by another stage, or names."""
+    """The width of the text encoder's features: one inherited with the weights, another stage's, or a published one."""
     above = stages.get(settings.start_from or "")
     if isinstance(above, TrainStage) and _has_text(above, stages):
         return _text_width(str(settings.start_from), above, stages)
-    made = stages.get(settings.encoders or "")
-    if isinstance(made, EncodersStage):
-        return made.text.hidden
+    encoders = stages.get(settings.encoders or "")
+    if isinstance(encoders, EncodersStage):
+        return encoders.text.hidden
     return _known(name, "text", settings.text_encoder, _SMALL.format(stage=name)).width
 
 
 def _has_text(settings: TrainStage, stages: Mapping[str, Settings]) -> bool:
-    """Whether a stage's checkpoint holds its text encoder, which a stage that starts from it then takes over."""
+    """Whether a stage's checkpoint holds its text encoder; a stage that starts from it then inherits that one."""
     above = stages.get(settings.start_from or "")
     own = settings.encoders is not None or settings.train_text > 0 or Path(settings.text_encoder).exists()
     return own or (isinstance(above, TrainStage) and _has_text(above, stages))
@@ -71,7 +71,7 @@ def _check_vision(name: str, settings: TrainStage) -> None:
     ways = f"or set `{name}.objective.repa` to 0, {_SMALL.format(stage=name)}"
     if _known(name, "vision", settings.vision_encoder, ways).patch_size is None:
         raise SettingsError(
-            f"`{name}.vision_encoder` is {settings.vision_encoder}, which has no patches: it does not look at images",
+            f"`{name}.vision_encoder` is {settings.vision_encoder}, which has no patches: it is no image encoder",
             remedy="name a DINOv2 of transformers' format",
         )
 

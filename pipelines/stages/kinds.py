@@ -2,8 +2,8 @@
 
     corpus -> prepare -> score -> snapshot -> encoders -> train -> sample, evaluate -> gate -> register -> report
 
-A stage's function gets its context, its settings, and the records of the stages that its settings name; what it returns
-becomes the `output` of its record, which is all that later stages know of it.
+A stage's function gets its context, its settings, and the records of the stages that its settings name. What it returns
+becomes the `output` of its own record; later stages learn about it from there alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stages that look at a checkpoint: pictures for captions, scores, and whether they are good enough."""
+"""Stages that measure a checkpoint: sample pictures, GenEval scores, and a gate that the scores must pass."""
 
 from __future__ import annotations
 
@@ -10,14 +10,7 @@ from infra import layout
 from infra.config import Settings, nearest
 from infra.errors import SettingsError
 from infra.problems import Wrong
-from infra.records import (
-    EvalReport,
-    EvaluateOutput,
-    GateOutput,
-    Output,
-    SampleOutput,
-    Verdict,
-)
+from infra.records import EvalReport, EvaluateOutput, GateOutput, Output, SampleOutput, Verdict
 from pipelines.evaluation.prompts import TASKS
 from pipelines.evaluation.run import GenevalSettings, prompts_digest
 from pipelines.sample import held_out
@@ -40,7 +33,7 @@ class SampleStage(DrawSettings):
 
 
 def sample(context: Context, settings: SampleStage, inputs: Inputs) -> Output:
-    """A checkpoint -> pictures for captions that training never saw, on the page and on a sheet of their own."""
+    """A checkpoint -> pictures for captions that training never saw, on the page and on a contact sheet."""
     checkpoint, data = checkpoint_of(context.store, inputs["checkpoint"]), snapshot_of(context.store, inputs["data"])
     plain = DrawSettings(**settings.model_dump(exclude={"checkpoint", "data"}))
     drawn = held_out.draw(context.store, context.digest, checkpoint, data, plain, context.progress)
@@ -84,7 +77,7 @@ class Rule(Settings):
 
 
 class GateStage(Settings):
-    scores: list[str] = stage_reference()  # the first is judged
+    scores: list[str] = stage_reference()  # the rules judge the first; the others are there to be compared with
     rules: list[Rule] = Field(min_length=1)
 
 
@@ -116,15 +109,13 @@ def gate(context: Context, settings: GateStage, inputs: Inputs) -> Output:
     verdicts = []
     for rule in settings.rules:
         value = _score(judged, rule.score)
-        limits = [("at least", rule.at_least, rule.at_least is None or value >= rule.at_least)]
+        if rule.at_least is not None:
+            limit, passed = f"at least {rule.at_least:.3f}", value >= rule.at_least
+            verdicts.append(Verdict(score=rule.score, value=value, limit=limit, passed=passed))
         if rule.above is not None:
             other = _score(reports[rule.above], rule.score)
-            limits.append((f"above {rule.above}'s", other, value > other))
-        verdicts += [
-            Verdict(score=rule.score, value=value, limit=f"{text} {limit:.3f}", passed=passed)
-            for text, limit, passed in limits
-            if limit is not None
-        ]
+            limit, passed = f"above {rule.above}'s {other:.3f}", value > other
+            verdicts.append(Verdict(score=rule.score, value=value, limit=limit, passed=passed))
     passed = all(verdict.passed for verdict in verdicts)
     context.run.tags({"pixnerd.gate": "passed" if passed else "failed"})
     return GateOutput(passed=passed, verdicts=verdicts)

@@ -1,4 +1,4 @@
-"""Stages that tell the world: a version in the model registry, and the page."""
+"""Stages that publish: a version in the model registry, and the report page."""
 
 from __future__ import annotations
 
@@ -7,22 +7,8 @@ from typing import Annotated
 from infra import layout
 from infra.config import Settings, spelt
 from infra.errors import StageFailed
-from infra.records import (
-    GateOutput,
-    Output,
-    RegisterOutput,
-    ReportOutput,
-    TrainOutput,
-    put_data,
-)
-from pipelines.stages.base import (
-    Context,
-    Inputs,
-    StageKind,
-    checkpoint_of,
-    report_of,
-    stage_reference,
-)
+from infra.records import GateOutput, Output, RegisterOutput, ReportOutput, TrainOutput, put_data
+from pipelines.stages.base import Context, Inputs, StageKind, checkpoint_of, report_of, stage_reference
 
 
 class RegisterStage(Settings):
@@ -38,7 +24,7 @@ class RegisterStage(Settings):
 
 
 def register(context: Context, settings: RegisterStage, inputs: Inputs) -> Output:
-    """The checkpoint as a version of a registered model in MLflow; its weights stay where they are."""
+    """The checkpoint as a version of a registered model in MLflow; its weights stay in the store."""
     verdict = inputs["gate"].of(GateOutput)
     if not verdict.passed:
         missed = [f"{rule.score} is {rule.value:.3f}, not {rule.limit}" for rule in verdict.verdicts if not rule.passed]
@@ -50,8 +36,8 @@ def register(context: Context, settings: RegisterStage, inputs: Inputs) -> Outpu
     source = f"{context.store.url}/{inputs['checkpoint'].of(TrainOutput).record}"
     tags = {"pixnerd.checkpoint": checkpoint.digest(), "pixnerd.snapshot": checkpoint.snapshot, "judge": report.judge}
     scores = {name: interval.value for name, interval in report.scores.items()}
-    made = context.tracker.register(settings.model, settings.alias, context.run, source, tags, scores)
-    return RegisterOutput(model=settings.model, version=made, alias=settings.alias, source=source)
+    version = context.tracker.register(settings.model, settings.alias, context.run, source, tags, scores)
+    return RegisterOutput(model=settings.model, version=version, alias=settings.alias, source=source)
 
 
 class ReportStage(Settings):
@@ -59,7 +45,7 @@ class ReportStage(Settings):
 
 
 def report(context: Context, settings: ReportStage, inputs: Inputs) -> Output:
-    """One self-contained page: what went in, what came out, and how the one became the other."""
+    """One self-contained HTML page about the whole workflow: its data, training, scores and pictures."""
     from pipelines.page.report import build
 
     page = build(context.store, settings.title, list(inputs.values()))

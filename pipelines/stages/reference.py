@@ -1,10 +1,10 @@
-"""Every setting that a recipe may hold, told from the classes themselves: for `pixnerd settings` and SETTINGS.md."""
+"""Every setting that a recipe may hold, read from the classes: for `pixnerd settings` and SETTINGS.md."""
 
 from __future__ import annotations
 
 import json
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -23,14 +23,14 @@ _NAMES = {str: "text", int: "number", float: "number", bool: "true or false", di
 
 
 class Setting(NamedTuple):
-    name: str  # with those above it: `optim.lr`
+    name: str  # its path within the stage: `optim.lr`
     type: str
-    default: str  # as YAML would have it; empty where it must be given
+    default: str  # as YAML writes it; empty if the setting must be given
     meaning: str
     counts: bool  # whether it changes results
 
 
-# What stands beside the stages in a recipe.
+# Sections that a recipe may hold beside its stages -> what each is for, and its class.
 BESIDE: dict[str, tuple[str, type[Settings]]] = {
     "store": ("How the store is reached; what is not set comes from the AWS_* variables and files.", StoreSettings),
     "cluster": ("The Ray cluster that does the work; `--on` names another one.", ClusterSettings),
@@ -40,12 +40,12 @@ KNOWN = (*KINDS, *BESIDE)
 
 
 def about(kind: str) -> str:
-    """What a stage of the kind does, in a line."""
+    """One line on what a stage of the kind does: the first of its function's docstring."""
     return BESIDE[kind][0] if kind in BESIDE else (KINDS[kind].work.__doc__ or "").strip().splitlines()[0]
 
 
 def settings_of(kind: str) -> list[Setting]:
-    """The settings of a kind of stage, or of what stands beside them, each followed by the settings inside of it."""
+    """The settings of a kind of stage, or of a section beside them, each followed by the settings nested in it."""
     if kind not in KNOWN:
         near = nearest(kind, KNOWN)
         raise SettingsError(
@@ -56,20 +56,20 @@ def settings_of(kind: str) -> list[Setting]:
 
 
 def page() -> str:
-    """All kinds as one page."""
-    parts = [
+    """SETTINGS.md: a table for each kind of stage."""
+    lines = [
         "# Settings",
         "",
         "Made by `python -m pipelines.stages.reference` from the classes that read them; `pixnerd settings KIND` "
         "prints the same.",
-        "What was made stays when a setting marked with = changes: it is of speed alone, or says where something lies "
-        "whose content counts.",
+        "A setting marked with = changes no result, so changing it makes nothing anew: it is about speed alone, or "
+        "says where something lies whose content counts.",
     ]
     for name in KNOWN:
-        parts += ["", f"## {name}", "", about(name), ""]
-        parts += ["| Setting | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
-        parts += [_row(setting) for setting in settings_of(name)]
-    return "\n".join(parts) + "\n"
+        lines += ["", f"## {name}", "", about(name), ""]
+        lines += ["| Setting | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
+        lines += [_row(setting) for setting in settings_of(name)]
+    return "\n".join(lines) + "\n"
 
 
 def _row(setting: Setting) -> str:
@@ -78,16 +78,16 @@ def _row(setting: Setting) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
-def _settings(cls: type[Settings], above: str, counts: bool) -> Iterator[Setting]:
+def _settings(cls: type[Settings], prefix: str, counts: bool) -> Iterator[Setting]:
+    """`counts`: whether the setting that holds these changes results; only then can they."""
     for name, field in cls.model_fields.items():
-        path, own = f"{above}{name}", counts and changes_results(field)
-        inner = list(_classes(field.annotation))
-        kind = " or ".join(dict.fromkeys(_type(field.annotation)))
-        yield Setting(path, kind, _default(field), field.description or "", own)
-        several = get_origin(_bare(field.annotation)) is list
-        for one in inner:
-            known_by = f"{path}[{_kind_of(one)}]." if len(inner) > 1 else f"{path}[]." if several else f"{path}."
-            yield from _settings(one, known_by, own)
+        path, field_counts = f"{prefix}{name}", counts and changes_results(field)
+        nested = list(_classes(field.annotation))
+        yield Setting(path, _or(_types(field.annotation)), _default(field), field.description or "", field_counts)
+        is_list = get_origin(_bare(field.annotation)) is list
+        for inner in nested:
+            key = f"{path}[{_kind_of(inner)}]." if len(nested) > 1 else f"{path}[]." if is_list else f"{path}."
+            yield from _settings(inner, key, field_counts)
 
 
 def _kind_of(cls: type[Settings]) -> str:
@@ -99,40 +99,45 @@ def _bare(annotation: Any) -> Any:
     return _bare(get_args(annotation)[0]) if get_origin(annotation) is Annotated else annotation
 
 
-def _parts(annotation: Any) -> Iterator[Any]:
-    """What a type is put together of, but for what only says how it is checked."""
+def _members(annotation: Any) -> Iterator[Any]:
+    """The members of a union, or the type itself; without `Annotated`, which only says how values are checked."""
     annotation = _bare(annotation)
     if get_origin(annotation) in (Union, types.UnionType):
-        for part in get_args(annotation):
-            yield from _parts(part)
+        for member in get_args(annotation):
+            yield from _members(member)
     else:
         yield annotation
 
 
 def _classes(annotation: Any) -> Iterator[type[Settings]]:
-    """The settings that a field may hold."""
-    for part in _parts(annotation):
-        if isinstance(part, type) and issubclass(part, Settings):
-            yield part
-        elif get_origin(part) in (list, tuple):
-            yield from _classes(get_args(part)[0])
+    """The Settings classes that a field may hold, also as items of a list."""
+    for member in _members(annotation):
+        if isinstance(member, type) and issubclass(member, Settings):
+            yield member
+        elif get_origin(member) in (list, tuple):
+            yield from _classes(get_args(member)[0])
 
 
-def _type(annotation: Any) -> Iterator[str]:
-    for part in _parts(annotation):
-        origin, inner = get_origin(part), get_args(part)
-        if part is type(None):
+def _types(annotation: Any) -> Iterator[str]:
+    """The types that a field may have, as a reader of YAML calls them."""
+    for member in _members(annotation):
+        origin, inner = get_origin(member), get_args(member)
+        if member is type(None):
             yield "none"
         elif origin is Literal:
-            yield from (json.dumps(value) if not isinstance(value, str) else value for value in inner)
+            yield from (value if isinstance(value, str) else json.dumps(value) for value in inner)
         elif origin in (list, tuple):
-            yield f"list of {' or '.join(dict.fromkeys(_type(inner[0])))}"
-        elif isinstance(part, type) and issubclass(part, Settings):
+            yield f"list of {_or(_types(inner[0]))}"
+        elif isinstance(member, type) and issubclass(member, Settings):
             yield "settings"
-        elif part is Secret:
+        elif member is Secret:
             yield "env:NAME or file:PATH"
         else:
-            yield _NAMES.get(origin or part, "value")
+            yield _NAMES.get(origin or member, "value")
+
+
+def _or(names: Iterable[str]) -> str:
+    return " or ".join(dict.fromkeys(names))
 
 
 def _default(field: FieldInfo) -> str:

@@ -1,4 +1,4 @@
-"""Stages that train: small encoders where no hub is needed, and the network."""
+"""Stages that train: small encoders for runs without a hub, and the network."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class EncodersStage(Settings):
 
 
 def encoders(context: Context, settings: EncodersStage, inputs: Inputs) -> Output:
-    """A small Qwen3 with a tokenizer of the corpus's own captions, and a small DINOv2, where no hub is needed."""
+    """A small Qwen3 with a tokenizer made from the corpus's captions, and a small DINOv2, for runs without a hub."""
     from infra.shards import read_selection
     from training.encoders import text, vision
 
@@ -74,8 +74,8 @@ def encoders(context: Context, settings: EncodersStage, inputs: Inputs) -> Outpu
 
 
 def _put_encoder(context: Context, name: str, folder: Path) -> dict[str, DataObject]:
-    where = layout.ENCODER_FILES.at(stage=context.digest, encoder=name)
-    return {path.name: put_data(context.store, where, path.name, path) for path in sorted(folder.iterdir())}
+    prefix = layout.ENCODER_FILES.at(stage=context.digest, encoder=name)
+    return {path.name: put_data(context.store, prefix, path.name, path) for path in sorted(folder.iterdir())}
 
 
 class TrainStage(TrainSettings):
@@ -87,7 +87,7 @@ class TrainStage(TrainSettings):
 
 
 def check_train(settings: TrainStage, below: Below) -> Iterator[Wrong]:
-    """Encoders and sizes are looked at in pipelines.stages.fitting, which may have to ask a hub."""
+    """Encoders and sizes are checked in pipelines.stages.fitting instead, which may have to ask a hub."""
     size = below["data"].size
     if isinstance(size, str):
         yield Wrong(
@@ -101,17 +101,17 @@ def check_train(settings: TrainStage, below: Below) -> Iterator[Wrong]:
 
 def _other_network(start: str, before: TrainStage, settings: TrainStage) -> Iterator[Wrong]:
     theirs, ours = before.network(), settings.network()
-    if not ("text_dim" in before.model and "text_dim" in settings.model):  # it follows the encoder
+    if not ("text_dim" in before.model and "text_dim" in settings.model):  # else it follows from the encoder
         ours = ours.model_copy(update={"text_dim": theirs.text_dim})
     if shapes(outline(theirs).state_dict()) == shapes(outline(ours).state_dict()):
         return
-    # What differs and decides a shape; neither the size of images nor how training begins does.
+    # These three decide no tensor's shape: two are about the size of images, one about how training begins.
     names = [name for name in ModelConfig.model_fields if name not in ("image_size", "fixed_grid", "open_gates")]
     pairs = [(name, getattr(theirs, name), getattr(ours, name)) for name in names]
-    said = [f"{name} {there} there, {here} here" for name, there, here in pairs if there != here]
+    differences = [f"{name} {theirs} there, {ours} here" for name, theirs, ours in pairs if theirs != ours]
     yield Wrong(
         "model",
-        f"is another network than that of `{start}`, whose weights it starts from ({', '.join(said)})",
+        f"is another network than that of `{start}`, whose weights it starts from ({', '.join(differences)})",
         "give both stages the same preset and model",
     )
 
@@ -121,23 +121,21 @@ def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
     from training.loop import Job
     from training.ray_train import fit
 
-    store, own = context.store, {"data", "start_from", "encoders", "text_encoder", "vision_encoder"}
-    given = inputs["encoders"].of(EncodersOutput) if "encoders" in inputs else None
+    store = context.store
+    encoders = inputs["encoders"].of(EncodersOutput) if "encoders" in inputs else None
     start = inputs.get("start_from")
     data = snapshot_of(store, inputs["data"])
-    plain = settings.model_dump(exclude=own)
     size = int(data.size) if data.size.isdigit() else None
-    plain["model"] = fitted(settings.model, size, _text_width(store, settings, inputs))
     job = Job(
         store=store,
         prefix=layout.TRAINING.at(run=context.digest),
         digest=context.digest,
-        settings=parse(TrainSettings, plain),
+        settings=parse(TrainSettings, fitted(settings, size, _text_width(store, settings, inputs))),
         snapshot=data,
-        text=given.text if given else settings.text_encoder,
-        vision=given.vision if given else settings.vision_encoder,
+        text=encoders.text if encoders else settings.text_encoder,
+        vision=encoders.vision if encoders else settings.vision_encoder,
         start_from=checkpoint_of(store, start) if start else None,
-        run=NOWHERE,  # rank 0 may be on a machine that does not see the tracker's database
+        run=NOWHERE,  # rank 0 may be on a machine that cannot reach the tracker's database
     )
     _log_lineage(context, settings, data, inputs["data"].of(SnapshotOutput).record)
 
@@ -164,13 +162,14 @@ def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
     )
 
 
-def fitted(model: Mapping[str, Any], size: int | None, width: int) -> dict[str, Any]:
-    """A network's settings; where they do not say otherwise, its sides are its data's, and its text its encoder's."""
-    return {"text_dim": width, **({} if size is None else {"image_size": size}), **model}
+def fitted(settings: TrainStage, size: int | None, text_width: int) -> dict[str, Any]:
+    """The stage's TrainSettings; image size and text width follow its data and its encoder unless `model` says them."""
+    model = {"text_dim": text_width, **({} if size is None else {"image_size": size}), **settings.model}
+    return settings.model_dump(include=set(TrainSettings.model_fields)) | {"model": model}
 
 
 def _text_width(store: Store, settings: TrainStage, inputs: Inputs) -> int:
-    """As it is set; else of the network whose weights are inherited, or of the text encoder."""
+    """The width that is set, else that of the network whose weights are inherited, else the text encoder's."""
     if "text_dim" in settings.model:
         return int(settings.model["text_dim"])
     if "start_from" in inputs:
@@ -184,15 +183,16 @@ def _text_width(store: Store, settings: TrainStage, inputs: Inputs) -> int:
 
 def _log_lineage(context: Context, settings: Settings, data: SnapshotRecord, key: str) -> None:
     context.run.params(_flat(settings.results()))
-    where = f"{context.store.url}/{key}"
-    context.run.dataset(f"snapshot-{data.size}", data.digest(), where, {"rows": data.rows}, "training")
+    url = f"{context.store.url}/{key}"
+    context.run.dataset(f"snapshot-{data.size}", data.digest(), url, {"rows": data.rows}, "training")
 
 
 def _flat(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    """Nested settings as one level: {"optim": {"lr": 1}} becomes {"optim.lr": 1}."""
+    leaves: dict[str, Any] = {}
     for key, inner in value.items():
-        found |= _flat(inner, f"{path}{key}.") if isinstance(inner, dict) else {f"{path}{key}": inner}
-    return found
+        leaves |= _flat(inner, f"{path}{key}.") if isinstance(inner, dict) else {f"{path}{key}": inner}
+    return leaves
 
 
 KINDS = (
