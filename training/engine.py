@@ -1,28 +1,30 @@
-"""The only user of DeepSpeed: a ZeRO engine whose state is, on each rank, a few flat fp32 tensors.
+"""The only user of DeepSpeed beside `zero.py`: a ZeRO engine (Rajbhandari et al. 2019, arXiv 1910.02054).
 
-ZeRO (Rajbhandari et al. 2019, arXiv 1910.02054) stages 1 and 2 concatenate the parameters of a group into one flat
-vector and give each rank an equal range of it. Positions in that vector do not depend on the number of ranks (only the
-padding at its end does), so a training state is saved as ranges of it in safetensors: without pickle, and any other
-number of ranks can read the ranges that it needs.
+A rank's fp32 state is a few flat tensors, cut as the stage of ZeRO and the number of ranks have it. What is saved of it
+is named by parameter and range, in safetensors: no pickle, and any other number of ranks, at any stage, reads back what
+it owns.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from training.optim import OptimSettings, adamw
+from training.muon import Muon, Piece
+from training.optim import OptimSettings, optimiser
+from training.zero import Fragment, fragments, gather_by_block, masters, refresh_weights
 
 Precision = Literal["fp32", "bf16"]
-KINDS = ("master", "exp_avg", "exp_avg_sq")
+Stage = Literal[1, 2, 3]
 
 
 def prepare_environment() -> None:
@@ -77,129 +79,169 @@ class Engine:
         module: nn.Module,
         optim: OptimSettings,
         *,
-        zero: Literal[1, 2] = 1,
+        zero: Stage = 1,
+        offload: bool = False,
+        exact_gradients: bool = False,
         precision: Precision = "fp32",
         micro_batch: int,
         accumulate: int = 1,
     ) -> None:
         deepspeed = import_deepspeed()
         deepspeed.utils.logger.setLevel(logging.ERROR)
-        ranks = dist.get_world_size()
-        self.module, self.rank, self.ranks = module, dist.get_rank(), ranks
+        self.module, self.rank, self.ranks = module, dist.get_rank(), dist.get_world_size()
         self.micro_batch = micro_batch
-        config = {
-            "train_batch_size": micro_batch * accumulate * ranks,
-            "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": accumulate,
-            "gradient_clipping": optim.clip,
-            # On a GPU, copying gradients into one buffer avoids fragmented memory; on a CPU it only costs time.
-            "zero_optimization": {"stage": zero, "contiguous_gradients": torch.cuda.is_available()},
-            "bf16": {"enabled": precision == "bf16"},
-            "steps_per_print": sys.maxsize,
-            "wall_clock_breakdown": False,
-        }
-        rounded = precision == "bf16"
-        exact = {p: p.detach().clone() for p in module.parameters() if rounded and p.requires_grad}
+        names = {parameter: name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        exact = {name: p.detach().clone() for p, name in names.items()} if precision == "bf16" else {}
+        if zero == 3:
+            gather_by_block(module)
+        optimizer = optimiser(module.named_parameters(), optim)
+        groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
         self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=adamw(module.parameters(), optim), config=config, dist_init_required=False
+            model=module,
+            optimizer=optimizer,
+            config={
+                "train_batch_size": micro_batch * accumulate * self.ranks,
+                "train_micro_batch_size_per_gpu": micro_batch,
+                "gradient_accumulation_steps": accumulate,
+                "gradient_clipping": optim.clip,
+                "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},  # in fp32 it always looks
+                "data_types": {"grad_accum_dtype": "fp32" if exact_gradients else None},
+                "zero_optimization": _zero_config(zero, offload),
+                "zero_allow_untested_optimizer": True,  # Muon is AdamW by class, but not by name
+                "zero_force_ds_cpu_optimizer": False,  # PyTorch's own AdamW is fused on CPUs, and needs no compiler
+                "steps_per_print": sys.maxsize,
+                "wall_clock_breakdown": False,
+            },
+            dist_init_required=False,
         )
         self._zero = self._engine.optimizer
         self.device = self._engine.device
-        if rounded:
-            self._restore_masters(exact)
+        self.masters = masters(self._zero)
+        self.fragments = fragments(self._zero, names, self.rank)
+        for fragment in self.fragments if exact else ():
+            # DeepSpeed makes the masters of weights that it has rounded to bf16; here they get their own again. Else a
+            # stage would begin with every weight moved by up to 0.4 %, before it has learnt anything.
+            fragment.of(self.masters[fragment.flat]).copy_(
+                exact[fragment.name].flatten()[fragment.start : fragment.end]
+            )
+        self._shapes = {name: tuple(_full_shape(parameter)) for parameter, name in names.items()}
+        self._groups = groups
+        if isinstance(self._optimizer, Muon):
+            self._optimizer.pieces = self._pieces()
 
-    @torch.no_grad()
-    def _restore_masters(self, exact: dict[nn.Parameter, torch.Tensor]) -> None:
-        """Overwrite the fp32 masters, which DeepSpeed makes of weights already rounded to bf16, with the exact weights.
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = self._zero.optimizer
+        return optimizer
 
-        Otherwise a stage would start with every weight changed by up to 0.4 %.
-        """
-        for group, (master, (start, end)) in enumerate(zip(self.masters, self.ranges(), strict=True)):
-            for parameter, offset in self._layout(group):
-                first, last = max(start, offset), min(end, offset + parameter.numel())
-                if first < last:
-                    master[first - start : last - start] = exact[parameter].flatten()[first - offset : last - offset]
-
-    def step(self, micro_batches: Iterable[Any], lr: float) -> tuple[list[Any], float]:
+    def step(self, micro_batches: Iterable[Any], lr: float) -> tuple[list[Any], torch.Tensor | float]:
         """Forward, backward and update; the module returns (loss, report) for each micro-batch.
 
-        Returns the reports and the gradient's norm before clipping.
+        Returns the reports and the gradient's norm before clipping. Where that is not finite nothing was updated.
         """
         for group in self._zero.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["share"]
         reports = []
         for inputs in micro_batches:
             loss, report = self._engine(inputs)
             self._engine.backward(loss)
             self._engine.step()
             reports.append(report)
-        return reports, float(self._engine.get_global_grad_norm() or 0.0)
-
-    @property
-    def masters(self) -> list[torch.Tensor]:
-        """This rank's range of each group's fp32 weights."""
-        return cast(list[torch.Tensor], self._zero.single_partition_of_fp32_groups)
-
-    def ranges(self) -> list[tuple[int, int]]:
-        """(start, end) of this rank's part of each group's flat vector, without the padding at the vector's end."""
-        ranges = []
-        for group, master in enumerate(self.masters):
-            *_, (last, offset) = self._layout(group)
-            start, length = self.rank * master.numel(), offset + last.numel()
-            ranges.append((start, max(start, min(start + master.numel(), length))))
-        return ranges
-
-    def _layout(self, group: int) -> Iterator[tuple[nn.Parameter, int]]:
-        """A group's parameters in the order of its flat vector, each with its offset in it."""
-        offsets = self._zero.round_robin_bit16_offsets[group]
-        return zip(self._zero.round_robin_bit16_groups[group], offsets, strict=True)
+        norm: torch.Tensor | float = self._engine.get_global_grad_norm()
+        return reports, 0.0 if norm is None else norm
 
     def state(self) -> dict[str, torch.Tensor]:
-        """This rank's range of each flat vector, by `<kind>.<group>`, such as `exp_avg.0`."""
+        """`kind/parameter` -> this rank's fragment of it, for the masters and the optimiser's moments."""
         tensors: dict[str, torch.Tensor] = {}
-        for group, (master, (start, end)) in enumerate(zip(self.masters, self.ranges(), strict=True)):
-            moments = self._zero.optimizer.state.get(master, {})
-            for kind in KINDS:
-                value = master if kind == "master" else moments.get(kind, torch.zeros_like(master))
-                tensors[f"{kind}.{group}"] = value.detach()[: end - start]
+        for number, master in enumerate(self.masters):
+            moments = {"master": master, **self._optimizer.state.get(master, {})}
+            for kind in self._kinds(master):
+                flat = moments[kind] if kind in moments else torch.zeros_like(master)  # before the first step
+                own = (fragment for fragment in self.fragments if fragment.flat == number)
+                tensors |= {f"{kind}/{fragment.name}": fragment.of(flat) for fragment in own}
         return tensors
 
-    def load_state(self, read: Callable[[str, int, int], torch.Tensor], step: int) -> None:
-        """Load the state saved after `step` updates; `read(name, start, end)` gives a range of a flat vector."""
-        optimizer, moments = self._zero.optimizer, {}
-        for group, (master, (start, end)) in enumerate(zip(self.masters, self.ranges(), strict=True)):
-            values = {}
-            for kind in KINDS:
-                flat = torch.zeros_like(master)
-                flat[: end - start] = read(f"{kind}.{group}", start, end).to(master)
-                values[kind] = flat.detach()
+    def load_state(self, read: Callable[[str, Fragment], torch.Tensor], step: int) -> None:
+        """`read(kind, fragment)` gives a fragment of what `state` told after `step` updates."""
+        for number, master in enumerate(self.masters):
+            values = {kind: torch.zeros_like(master).detach() for kind in self._kinds(master)}
+            for kind, flat in values.items():
+                for fragment in self.fragments:
+                    if fragment.flat == number:
+                        fragment.of(flat).copy_(read(kind, fragment))
             with torch.no_grad():
                 master.copy_(values.pop("master"))
-            moments[group] = {"step": torch.tensor(float(step)), **values}
-        if step:  # through load_state_dict, which moves each tensor where it belongs: a fused AdamW's `step` to the GPU
-            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        self._zero.update_lp_params()
+            if step:  # a fused optimiser counts its steps beside the weights
+                self._optimizer.state[master] = {"step": torch.tensor(float(step), device=master.device), **values}
+        refresh_weights(self._zero)
+
+    def _kinds(self, master: torch.Tensor) -> tuple[str, ...]:
+        muon = isinstance(self._optimizer, Muon) and master in self._optimizer.pieces
+        return ("master", "exp_avg") if muon else ("master", "exp_avg", "exp_avg_sq")
+
+    def begins(self) -> dict[str, tuple[int, int]]:
+        """The group of every parameter, and where it begins if a group's parameters are laid end to end."""
+        places = {}
+        for number, group in enumerate(self._groups):
+            begin = 0
+            for name in group:
+                places[name] = (number, begin)
+                begin += math.prod(self._shapes[name])
+        return places
 
     def gather(self, shards: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """All ranks' flat shards, cut like the masters, as parameters by name in CPU memory of rank 0.
 
         Every rank must call it; all but rank 0 get an empty dict.
         """
-        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        tensors: dict[str, torch.Tensor] = {}
-        for group, shard in enumerate(shards):
-            parts = [torch.empty_like(shard) for _ in range(self.ranks)]
-            dist.all_gather(parts, shard.detach().contiguous())
-            if self.rank:
-                continue
-            flat = torch.cat(parts).cpu()
-            for parameter, offset in self._layout(group):
-                values = flat[offset : offset + parameter.numel()]
-                tensors[names[id(parameter)]] = values.view(parameter.shape).clone()
+        first = self.rank == 0
+        fragments: list[Any] = [None] * self.ranks
+        dist.all_gather_object(fragments, self.fragments)
+        tensors = {name: torch.empty(shape) for name, shape in self._shapes.items()} if first else {}
+        for number, shard in enumerate(shards):
+            own = shard.detach().to(self.device).contiguous()
+            parts = [torch.empty_like(own) for _ in range(self.ranks)] if first else None
+            dist.gather(own, parts)
+            for rank, part in enumerate(parts or ()):
+                for fragment in fragments[rank]:
+                    if fragment.flat == number:
+                        values = part[fragment.offset : fragment.offset + fragment.end - fragment.start]
+                        tensors[fragment.name].view(-1)[fragment.start : fragment.end] = values.cpu()
         return tensors
+
+    def _pieces(self) -> dict[torch.Tensor, list[Piece]]:
+        """The matrices of every flat tensor that Muon moves."""
+        pieces: dict[torch.Tensor, list[Piece]] = {}
+        for number, (master, group) in enumerate(zip(self.masters, self._zero.param_groups, strict=True)):
+            if group["muon"]:
+                own = [fragment for fragment in self.fragments if fragment.flat == number]
+                pieces[master] = [self._piece(fragment, len(master)) for fragment in own]
+        return pieces
+
+    def _piece(self, fragment: Fragment, size: int) -> Piece:
+        """Ranks own ranges of `size` of a group's vector, so where a matrix begins says who has the rest of it."""
+        rows, columns = self._shapes[fragment.name]
+        begin = self.rank * size + fragment.offset - fragment.start
+        first, last = begin // size, (begin + rows * columns - 1) // size
+        cuts = (0, *(owner * size - begin for owner in range(first + 1, last + 1)), rows * columns)
+        return Piece((rows, columns), fragment.start, fragment.end, fragment.offset, cuts, first)
 
     def close(self) -> None:
         self._engine.destroy()
+
+
+def _zero_config(stage: Stage, offload: bool) -> dict[str, Any]:
+    gpu = torch.cuda.is_available()
+    # On a GPU, copying gradients into one buffer avoids fragmented memory; on a CPU it only costs time.
+    config: dict[str, Any] = {"stage": stage, "contiguous_gradients": gpu}
+    if offload:
+        config["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
+    return config
+
+
+def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """ZeRO 3 leaves a parameter empty between its uses, and remembers what it was."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 if __name__ == "__main__":  # `make setup`

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 from infra import layout
@@ -46,13 +47,24 @@ def _unused(store: Store, home: str, entries: list[Entry], limit: float) -> Iter
     records = [entry for entry in entries if entry.key.startswith(layout.STATE.under(home=home))]
     parts = [entry for entry in entries if layout.STATE_PARTS.holds(entry.key)]
     if any(entry.key == layout.CHECKPOINT.at(home=home) for entry in entries):
-        yield from records
-        yield from parts
+        stay = _kept(store, records)
+        yield from (entry for entry in (*records, *parts) if entry.key not in stay)
         return
     old = [part for part in parts if part.modified <= limit]
     named = _named(store, [record.key for record in records], layout.STATE_PARTS.at(home=home)) if old else None
     if named is not None:
         yield from (part for part in old if part.key not in named)
+
+
+def _kept(store: Store, records: list[Entry]) -> set[str]:
+    """States that their run keeps for good, and their parts. (Read as JSON: their class would import PyTorch.)"""
+    keys: set[str] = set()
+    for record in records:
+        with suppress(NotFound, ValueError, KeyError, TypeError, RecursionError):
+            state = json.loads(store.get(record.key))
+            if state["kept"]:
+                keys |= {record.key, *(file["data"]["key"] for file in state["files"])}
+    return keys
 
 
 def _named(store: Store, records: list[str], prefix: str) -> set[str] | None:

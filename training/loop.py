@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import math
 import shutil
+import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,13 +36,13 @@ from infra.records import CheckpointRecord, DataObject, SnapshotRecord, put_data
 from infra.shards import read_selection
 from infra.store import Store
 from infra.tracking import Run
-from training import checkpoint
+from training import checkpoint, states
 from training import model as models
 from training.ema import Ema, EmaSettings
 from training.encoders.text import TextEncoder
 from training.encoders.vision import VisionEncoder
-from training.engine import Engine, Precision
-from training.loader.batches import Batch, Batches
+from training.engine import Engine, Precision, Stage
+from training.loader.batches import Batches
 from training.loader.order import DataSettings
 from training.loader.reader import Reader
 from training.meter import Meter
@@ -51,8 +53,10 @@ from training.model.repa_head import RepaHead
 from training.optim import OptimSettings, learning_rate
 from training.step import ObjectiveSettings, Preparer, Trained
 from training.team import Team
+from training.watchdog import Watchdog
 
 Files = dict[str, DataObject]  # by path in the folder that they make up
+_RECENT = 10  # log lines that a loss is compared with
 
 
 class TrainSettings(Settings):
@@ -65,16 +69,28 @@ class TrainSettings(Settings):
     optim: OptimSettings = OptimSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     ema: EmaSettings = EmaSettings()
+    spike: float = Field(
+        0.0, ge=0, description="a loss so many times that of the log lines before is a break; 0: none is"
+    )
+    returns: int = Field(3, ge=0, description="how often a broken run goes back to its last good state before it ends")
     reading: DataSettings = DataSettings()
+    exact_gradients: bool = Field(False, description="with bf16: add the gradients of micro-batches up in fp32")
     train_text: int = Field(0, ge=0, description="layers of the text encoder, from its last, to train along")
 
     workers: int = operational(1, ge=1, description="ranks: GPUs, or processes on CPUs")
+    device: Literal["auto", "gpu", "cpu"] = operational("auto", description="auto: GPUs where the cluster has some")
     micro_batch: int | None = operational(None, ge=1, description="images a rank takes at once; none: its whole share")
-    zero: Literal[1, 2] = operational(1)
+    zero: Stage = operational(1, description="what ranks share out: moments (1), gradients too (2), weights too (3)")
+    offload: bool = operational(False, description="keep masters and moments in host memory, and update them there")
     compile: bool = operational(False, description="let torch.compile build the network: minutes first, then faster")
     log_every: int = operational(20, ge=1)
     save_every: int = operational(500, ge=1, description="steps between committed states; a multiple of log_every")
-    retries: int = operational(2, ge=0, description="restarts after a worker died")
+    keep: int = operational(2, ge=1, description="newest states that are kept; the second is there if one is damaged")
+    keep_every: int = operational(0, ge=0, description="steps; states at multiples of it are kept for good; 0: none")
+    retries: int = operational(
+        2, ge=0, description="further attempts after a rank died, hung, or lost the store; each state renews them"
+    )
+    hang_after: float = operational(600.0, gt=0, description="seconds without a step after which a run is ended")
 
     @model_validator(mode="before")
     @classmethod
@@ -104,13 +120,15 @@ class TrainSettings(Settings):
             raise ValueError("batch must be a multiple of workers x micro_batch")
         if self.reading.lanes % self.workers:
             raise ValueError(f"reading.lanes ({self.reading.lanes}) must be a multiple of workers ({self.workers})")
-        if self.save_every % self.log_every:
-            raise ValueError("save_every must be a multiple of log_every")
+        if self.save_every % self.log_every or self.keep_every % self.save_every:
+            raise ValueError("save_every must be a multiple of log_every, and keep_every one of save_every")
         network = self.network()
         if network.task != "text":
             raise ValueError("only text-to-image networks are trained here; this one draws from labels")
         if network.image_size is None:
             raise ValueError("model.image_size must be the size that is trained at")
+        if self.optim.matrices == "muon" and (self.zero == 3 or self.offload):
+            raise ValueError("optim.matrices: muon needs whole matrices: use zero 1 or 2, without offload")
         if self.objective.repa and self.objective.repa_block > network.blocks:
             raise ValueError(
                 f"objective.repa_block is {self.objective.repa_block}, but there are {network.blocks} blocks"
@@ -137,6 +155,7 @@ class Job:
     start_from: CheckpointRecord | None
     run: Run
     claim: Claim | None = None  # the driver's, if several drivers may start this run
+    ends_soon: Callable[[], bool] | None = None  # asked on all ranks alike: whether machines will be taken away
     scratch: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))  # for temporary files
 
     def check_claim(self) -> None:
@@ -152,102 +171,241 @@ def train(job: Job, send: Send) -> CheckpointRecord:
     team = Team()
     if (done := team.on_rank_0(lambda: checkpoint.published(job.store, job.prefix))) is not None:
         return done
-    settings = job.settings
-    attempt = team.on_rank_0(lambda: uuid.uuid4().hex[:12])
     folder = Path(tempfile.mkdtemp(prefix="pixnerd-train-", dir=job.scratch))
     try:
-        networks = _build(job, folder)
-        engine = _shard(networks, settings, team.size)
-        ema = Ema(engine.masters, settings.ema)
-        state = checkpoint.resume(
-            job.store, job.prefix, team, engine, ema, lambda text: send({"event": "told", "text": text})
-        )
-        step, position, curve = (state.step, state.position, list(state.curve)) if state else (0, 0, [])
-        send({"event": "start", "step": step, "steps": settings.steps})
-        reader = Reader(job.store, read_selection(job.store, job.snapshot), folder, settings.seed)
-        batches = Batches(
-            reader, settings.reading, batch=settings.batch, rank=engine.rank, ranks=engine.ranks, seed=settings.seed
-        ).iterate(position)
-
-        def save(step: int) -> None:
-            checkpoint.save_state(
-                job.store,
-                job.prefix,
-                team,
-                engine,
-                ema,
-                run=job.digest,
-                attempt=attempt,
-                step=step,
-                position=step * settings.batch,
-                curve=curve,
-                allowed=job.check_claim,
-            )
-            job.run.flush()
-            send({"event": "saved", "step": step})
-
+        training = Training(job, send, team, folder)
         try:
-            _steps(job, networks, engine, ema, batches, step, curve, send, save)
+            training.run()
         finally:
-            batches.close()
-            reader.close()
-        return _publish(job, networks, team, engine, ema, curve)
+            training.close()
+        return training.publish()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+class Training:
+    """A run on one rank: where it stands, and what moves it."""
+
+    def __init__(self, job: Job, send: Send, team: Team, folder: Path) -> None:
+        self.job, self.settings, self.send, self.team = job, job.settings, send, team
+        self.origins = _fetch(job, folder)
+        self.networks = _build(self.settings, self.origins)
+        if self.settings.compile:
+            compile_network(self.networks.trained.net)
+        self.engine = _shard(self.networks, self.settings, team.size)
+        self.ema = Ema(self.engine.masters, self.settings.ema)
+        self.prepare = _preparer(self.networks, self.settings, self.engine.device)
+        self.reader = Reader(job.store, read_selection(job.store, job.snapshot), folder, self.settings.seed)
+        self.batches = Batches(
+            self.reader,
+            self.settings.reading,
+            batch=self.settings.batch,
+            rank=team.rank,
+            ranks=team.size,
+            seed=self.settings.seed,
+        )
+        self.saver = states.Saver(
+            job.store,
+            job.prefix,
+            run=job.digest,
+            attempt=team.on_rank_0(lambda: uuid.uuid4().hex[:12]),
+            keep=self.settings.keep,
+            keep_every=self.settings.keep_every,
+            allowed=job.check_claim,
+        )
+        self.step, self.position = 0, 0
+        self.curve: list[dict[str, float]] = []
+        self.returns: list[states.Return] = []
+
+    def run(self) -> None:
+        """From the newest committed state to the last step; back to the last good state where the weights break."""
+        self._resume()
+        self.send({"event": "start", "step": self.step, "steps": self.settings.steps})
+        while self.step < self.settings.steps:
+            if broken := self._steps():
+                self._return(broken)
+        self.saver.wait()
+
+    def _resume(self) -> bool:
+        state = states.resume(self.job.store, self.job.prefix, self.team, self.engine, self.ema, self._tell)
+        if state is not None:
+            self.step, self.position, self.curve = state.step, state.position, list(state.curve)
+            self.returns = list(state.returns)
+        return state is not None
+
+    def _tell(self, text: str) -> None:
+        self.send({"event": "told", "text": text})
+
+    def _steps(self) -> str:
+        """Steps until the last one, or until the weights are broken, which it then says."""
+        settings, meter, clock = self.settings, Meter(self.engine.device), time.perf_counter()
+        warned = False  # that this machine will be taken away: a state is committed at once
+        with closing(self.batches.iterate(self.position)) as batches, closing(self._watchdog()) as watchdog:
+            while self.step < settings.steps:
+                self.saver.check()
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - asked
+                rate = learning_rate(settings.optim, self.step, settings.steps)
+                reports, norm = self.engine.step(map(self.prepare, batch.split(self.engine.micro_batch)), rate)
+                meter.add(reports, norm, waited)
+                self.ema.update(self.engine.masters, self.step)
+                watchdog.beat()
+                self.step += 1
+                self.position += settings.batch
+                due = self.step % settings.save_every == 0
+                if self.step % settings.log_every == 0 or self.step == settings.steps:
+                    seconds, clock = time.perf_counter() - clock, time.perf_counter()
+                    row, meter = meter.read(self.team.size, seconds, rate), Meter(self.engine.device)
+                    if broken := self._broken(row):
+                        return broken
+                    self._log(row)
+                    if not warned and self.job.ends_soon is not None and self.job.ends_soon():
+                        warned = due = True
+                if due and self.step < settings.steps:
+                    self._save()
+        return ""
+
+    def _watchdog(self) -> Watchdog:
+        rank = self.team.rank
+        return Watchdog(
+            self.settings.hang_after, rank, lambda text: self.send({"event": "hung", "rank": rank, "text": text})
+        )
+
+    def _broken(self, row: dict[str, float]) -> str:
+        """What is wrong with the steps since the last log line; nothing if training may go on from them.
+
+        DeepSpeed leaves out a step whose gradient is not finite. One such batch is counted; where all are, it is the
+        weights. `row` is the mean over all ranks, so they all judge alike.
+        """
+        if not math.isfinite(row["train/loss"]):
+            return "the loss or the gradient is not finite"
+        before = [old["train/loss"] for old in self.curve[-_RECENT:]]
+        spike = self.settings.spike
+        if spike and len(before) == _RECENT and row["train/loss"] > spike * statistics.median(before):
+            return f"the loss is more than {spike:g} times that of the {_RECENT} log lines before"
+        return ""
+
+    def _return(self, broken: str) -> None:
+        """To the last committed state, and past the batches since: on all ranks, as they all saw the same."""
+        stopped, position, returns = self.step, self.position, self.returns
+        if len(returns) >= self.settings.returns:
+            raise _diverged(broken, stopped, len(returns))
+        self.saver.wait()
+        if not self._resume():
+            raise _diverged(broken, stopped, 0)
+        self.position = position
+        self.returns = [*returns, states.Return(at=stopped, to=self.step, past=position)]
+        self._tell(f"{broken} near step {stopped}: back to step {self.step}, and past the batches since then")
+
+    def _log(self, row: dict[str, float]) -> None:
+        self.curve.append({"step": self.step, "images": self.position, **row})
+        if self.team.rank == 0:
+            self.job.run.metrics(row, self.step)
+            self.send({"event": "log", "step": self.step, "steps": self.settings.steps, **row})
+
+    def _save(self) -> None:
+        step = self.step
+
+        def then() -> None:
+            self.job.run.flush()
+            self.send({"event": "saved", "step": step})
+
+        facts = {"step": step, "position": self.position, "curve": list(self.curve), "returns": list(self.returns)}
+        self.saver.begin(states.collected(self.engine, self.ema), facts, then)
+
+    def publish(self) -> CheckpointRecord:
+        """The EMA weights, gathered on rank 0, as a checkpoint folder; the run's states are needed no more."""
+        job, weights = self.job, self.engine.gather(self.ema.shards)
+
+        def publish() -> CheckpointRecord:
+            job.check_claim()
+            networks = _build(self.settings, self.origins)
+            record = checkpoint.publish(
+                job.store,
+                job.prefix,
+                lambda folder: _write(networks, self.origins, weights, folder),
+                run=job.digest,
+                step=self.step,
+                position=self.position,
+                snapshot=job.snapshot.digest(),
+                start_from=job.start_from.digest() if job.start_from is not None else None,
+                parameters=sum(p.numel() for p in networks.trained.net.parameters()),
+                curve=_store_curve(job, self.curve),
+            )
+            states.drop(job.store, job.prefix, keep=0)
+            job.run.flush()
+            return record
+
+        return self.team.on_rank_0(publish)
+
+    def close(self) -> None:
+        self.reader.close()
+
+
+def _diverged(broken: str, step: int, returns: int) -> TrainingError:
+    after = f", after {returns} returns to an earlier state" if returns else ""
+    return TrainingError(
+        f"{broken} near step {step}{after}",
+        remedy="lower optim.lr, or set optim.clip: another setting is another run, from its start",
+    )
+
+
+@dataclass
+class Origins:
+    """What a network and its encoders are made from, as it lies on this machine."""
+
+    start: Path | None  # the checkpoint whose EMA weights are inherited
+    text: Path | str  # a folder, or the name of a published encoder
+    vision: Path | str | None
+
+
+def _fetch(job: Job, folder: Path) -> Origins:
+    start = checkpoint.fetch(job.store, job.start_from, folder / "start") if job.start_from is not None else None
+
+    def local(encoder: Files | str, name: str) -> Path | str:
+        if isinstance(encoder, dict):
+            return checkpoint.fetch_files(job.store, encoder, folder / name)
+        return Path(encoder) if Path(encoder).exists() else encoder
+
+    inherited = start / "text" if start is not None and (start / "text").exists() else None
+    text = inherited or local(job.text, "text")
+    if job.settings.objective.repa and job.vision is None:
+        raise SettingsError("objective.repa needs a vision encoder", remedy="name one, or set objective.repa to 0")
+    vision = local(job.vision, "vision") if job.settings.objective.repa and job.vision is not None else None
+    return Origins(start, text, vision)
 
 
 @dataclass
 class Networks:
     trained: Trained
     text: TextEncoder
-    text_folder: Path | None  # the files of an encoder that came from the store or a folder; None: it is published
-    frozen_text: TextEncoder | None  # None: it is trained
     vision: VisionEncoder | None
 
+    @property
+    def frozen_text(self) -> TextEncoder | None:
+        return self.text if self.trained.text is None else None
 
-def _build(job: Job, folder: Path) -> Networks:
+
+def _build(settings: TrainSettings, origins: Origins) -> Networks:
     """The denoiser, initialised from the seed or from another run's checkpoint, and its encoders."""
-    settings = job.settings
     torch.manual_seed(settings.seed)
     net = PixNerd(settings.network())
-    source: Files | str = job.text
-    inherited = None
-    if job.start_from is not None:
-        inherited = checkpoint.fetch(job.store, job.start_from, folder / "start")
-        checkpoint.load_part(inherited / models.WEIGHTS, net, "the network")
-        if (inherited / "text").exists():
-            source = str(inherited / "text")
-    text_folder = None
-    if isinstance(source, dict):
-        text_folder = checkpoint.fetch_files(job.store, source, folder / "text")
-    elif Path(source).exists():
-        text_folder = Path(source)
+    if origins.start is not None:
+        checkpoint.load_part(origins.start / models.WEIGHTS, net, "the network")
     text = TextEncoder(
-        text_folder or str(source),
-        net.config.text_tokens,
-        train_layers=settings.train_text,
-        rounded=net.config.round_text,
+        origins.text, net.config.text_tokens, train_layers=settings.train_text, rounded=net.config.round_text
     )
     if text.width != net.config.text_dim:
         raise SettingsError(
             f"the text encoder's features are {text.width} wide, the network expects {net.config.text_dim}",
             remedy=f"set model.text_dim to {text.width}, or name another encoder",
         )
-    vision = head = None
-    if settings.objective.repa:
-        if job.vision is None:
-            raise SettingsError("objective.repa needs a vision encoder", remedy="name one, or set objective.repa to 0")
-        if isinstance(job.vision, str):
-            vision = VisionEncoder(job.vision)
-        else:
-            vision = VisionEncoder(checkpoint.fetch_files(job.store, job.vision, folder / "vision"))
-        head = RepaHead(net.config.hidden, vision.width)
-        if inherited is not None and (inherited / models.HEAD).exists():
-            checkpoint.load_part(inherited / models.HEAD, head, "the REPA head")
-    if settings.compile:
-        compile_network(net)
-    trained = Trained(net, head, text if settings.train_text else None, settings.objective)
-    return Networks(trained, text, text_folder, None if settings.train_text else text, vision)
+    vision = VisionEncoder(origins.vision) if origins.vision is not None else None
+    head = RepaHead(net.config.hidden, vision.width) if vision is not None else None
+    if head is not None and origins.start is not None and (origins.start / models.HEAD).exists():
+        checkpoint.load_part(origins.start / models.HEAD, head, "the REPA head")
+    return Networks(Trained(net, head, text if settings.train_text else None, settings.objective), text, vision)
 
 
 def _shard(networks: Networks, settings: TrainSettings, ranks: int) -> Engine:
@@ -257,103 +415,33 @@ def _shard(networks: Networks, settings: TrainSettings, ranks: int) -> Engine:
         networks.trained,
         settings.optim,
         zero=settings.zero,
+        offload=settings.offload,
+        exact_gradients=settings.exact_gradients,
         precision=settings.precision,
         micro_batch=micro,
         accumulate=share // micro,
     )
 
 
-def _steps(
-    job: Job,
-    networks: Networks,
-    engine: Engine,
-    ema: Ema,
-    batches: Iterator[Batch],
-    first: int,
-    curve: list[dict[str, float]],
-    send: Send,
-    save: Callable[[int], None],
-) -> None:
-    settings, meter = job.settings, Meter()
+def _preparer(networks: Networks, settings: TrainSettings, device: torch.device) -> Preparer:
     for encoder in (networks.frozen_text, networks.vision):
         if encoder is not None:
-            encoder.to(engine.device)
+            encoder.to(device)
     grid = (networks.trained.net.config.grid,) * 2
-    prepare = Preparer(settings.objective, settings.seed, engine.device, networks.frozen_text, networks.vision, grid)
-    clock = time.perf_counter()
-    for step in range(first, settings.steps):
-        wait_began = time.perf_counter()
-        batch = next(batches)
-        waited = time.perf_counter() - wait_began
-        rate = learning_rate(settings.optim, step, settings.steps)
-        reports, norm = engine.step(map(prepare, batch.split(engine.micro_batch)), rate)
-        meter.add(reports, norm, waited)
-        ema.update(engine.masters, step)
-        done = step + 1
-        if done % settings.log_every == 0 or done == settings.steps:
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            row, meter = meter.read(engine.ranks, seconds, rate), Meter()
-            _log(job, engine, row, done, curve, send)
-        if done % settings.save_every == 0 and done < settings.steps:
-            save(done)
+    return Preparer(settings.objective, settings.seed, device, networks.frozen_text, networks.vision, grid)
 
 
-def _log(job: Job, engine: Engine, row: dict[str, float], step: int, curve: list[dict[str, float]], send: Send) -> None:
-    if not all(map(math.isfinite, row.values())):
-        raise TrainingError(
-            f"the loss or the gradient is not finite near step {step}",
-            remedy="lower optim.lr, or set optim.clip: another setting is another run, from its start",
-        )
-    curve.append({"step": step, "images": step * job.settings.batch, **row})
-    if engine.rank == 0:
-        job.run.metrics(row, step)
-        send({"event": "log", "step": step, "steps": job.settings.steps, **row})
-
-
-def _publish(
-    job: Job, networks: Networks, team: Team, engine: Engine, ema: Ema, curve: list[dict[str, float]]
-) -> CheckpointRecord:
-    """Publish the EMA weights, gathered on rank 0, as a checkpoint; then delete the run's training states."""
-    settings = job.settings
-    weights = engine.gather(ema.shards)
-
-    def write(folder: Path) -> None:
-        _load_weights(networks.trained, weights)
-        own_text = networks.text_folder is not None or settings.train_text > 0
-        models.save(folder, networks.trained.net, {"text_encoder": "text" if own_text else job.text})
-        if own_text:
-            networks.text.save(folder / "text")
-        if networks.trained.head is not None:
-            save_file(networks.trained.head.state_dict(), folder / models.HEAD)
-        models.write_sums(folder)
-
-    def publish() -> CheckpointRecord:
-        job.check_claim()
-        record = checkpoint.publish(
-            job.store,
-            job.prefix,
-            write,
-            run=job.digest,
-            step=settings.steps,
-            position=settings.steps * settings.batch,
-            snapshot=job.snapshot.digest(),
-            start_from=job.start_from.digest() if job.start_from is not None else None,
-            parameters=sum(p.numel() for p in networks.trained.net.parameters()),
-            curve=_store_curve(job, curve),
-        )
-        checkpoint.drop_states(job.store, job.prefix, kept=0)
-        job.run.flush()
-        return record
-
-    return team.on_rank_0(publish)
-
-
-def _load_weights(trained: Trained, weights: dict[str, torch.Tensor]) -> None:
-    """Replace the module's parameters by EMA weights, as training is over and its parts save themselves."""
-    with torch.no_grad():
-        for name, parameter in trained.named_parameters():
-            if name in weights:
-                parameter.data = weights[name].to(torch.float32)
+def _write(networks: Networks, origins: Origins, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """A checkpoint folder. The networks were built anew, so what training rounds or shares out does not touch them."""
+    trained = networks.trained
+    trained.load_state_dict(weights, strict=False)  # what stays frozen is as it was
+    own_text = trained.text is not None or isinstance(origins.text, Path)
+    models.save(folder, trained.net, {"text_encoder": "text" if own_text else origins.text})
+    if own_text:
+        networks.text.save(folder / "text")
+    if trained.head is not None:
+        save_file(trained.head.state_dict(), folder / models.HEAD)
+    models.write_sums(folder)
 
 
 def _store_curve(job: Job, curve: list[dict[str, float]]) -> DataObject:

@@ -10,38 +10,48 @@ from training.step import TIME_BINS, Report
 class Meter:
     """Adds up this rank's steps between two log lines; `read` adds the ranks up."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.steps = self.reports = self.images = 0
-        self.sums = torch.zeros(3 + 2 * TIME_BINS, dtype=torch.float64)  # loss, 2 cosines, losses by bin, counts by bin
-        self.grad_norm = self.waited = 0.0
+        # Loss, 2 cosines, losses by bin, counts by bin; they stay on the device, as reading them back stalls a step.
+        self.sums = torch.zeros(3 + 2 * TIME_BINS, dtype=torch.float64, device=device)
+        self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
+        self.taken = torch.zeros((), dtype=torch.int64, device=device)  # steps whose gradient was finite
+        self.waited = 0.0
         self.aligned = False
 
-    def add(self, reports: list[Report], grad_norm: float, waited: float) -> None:
+    def add(self, reports: list[Report], grad_norm: torch.Tensor | float, waited: float) -> None:
+        """A step whose gradient is not finite, which no rank has taken, counts as skipped and adds nothing else."""
+        norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=self.sums.device)
+        finite = norm.isfinite()
         self.steps += 1
-        self.grad_norm += grad_norm
+        self.taken += finite
+        self.grad_norm += torch.where(finite, norm, 0.0)
         self.waited += waited
+        self.reports = len(reports)
         for report in reports:
-            self.reports += 1
             self.images += report.images
             self.aligned = report.alignment is not None
-            cosines = report.alignment or (torch.zeros(()), torch.zeros(()))
-            means = torch.stack([value.float().cpu() for value in (report.loss, *cosines)])
-            self.sums += torch.cat([means, report.loss_by_time.float().cpu(), report.count_by_time.float().cpu()])
+            cosines = report.alignment or (torch.zeros_like(report.loss),) * 2
+            means = torch.stack([value.float() for value in (report.loss, *cosines)])
+            values = torch.cat([means, report.loss_by_time.float(), report.count_by_time.float()])
+            self.sums += torch.where(finite, values, 0.0)
 
     def read(self, ranks: int, seconds: float, rate: float) -> dict[str, float]:
-        """The means over steps and ranks so far; every rank must call it."""
-        sums = self.sums
+        """The means over steps and ranks so far; every rank must call it. The loss is NaN where no step was taken."""
+        sums, taken = self.sums, int(self.taken)
         if ranks > 1:
-            sums = sums.cuda() if torch.distributed.get_backend() == "nccl" else sums.clone()
+            sums = sums.clone()
             torch.distributed.all_reduce(sums)
-        loss, matched, shuffled = (sums[:3] / (self.reports * ranks)).tolist()
+        loss, matched, shuffled = (sums[:3] / (taken * self.reports * ranks)).tolist()
         values: dict[str, float] = {
             "train/loss": loss,
-            "train/grad_norm": self.grad_norm / self.steps,
+            "train/grad_norm": float(self.grad_norm) / max(1, taken),
             "train/lr": rate,
             "train/images_per_second": self.images * ranks / seconds,
             "data/wait_share": self.waited / seconds,
         }
+        if taken < self.steps:
+            values["train/skipped_steps"] = self.steps - taken
         if self.aligned:
             values |= {"repa/cosine": matched, "repa/cosine_shuffled": shuffled}
         totals, counts = sums[3 : 3 + TIME_BINS].tolist(), sums[3 + TIME_BINS :].tolist()

@@ -1,18 +1,20 @@
-"""AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101), and the learning rate as a pure function of the step, so that a
-resumed run needs no scheduler's state.
-"""
+"""The optimiser's settings, what it treats alike, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from infra.config import Settings
+from training.muon import Muon
+
+TEXT = "text."  # what the names of the text encoder's parameters begin with
 
 
 class OptimSettings(Settings):
@@ -21,29 +23,41 @@ class OptimSettings(Settings):
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, ge=0, description="norm at which gradients are clipped; 0: never")
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
-    schedule: Literal["constant", "cosine"] = "constant"
-    final: float = Field(0.0, ge=0, le=1, description="cosine: the share of lr that is left at the last step")
+    schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="what follows the warm-up")
+    final: float = Field(0.0, ge=0, le=1, description="cosine, linear: the share of lr that is left at the last step")
+    matrices: Literal["adamw", "muon"] = Field("adamw", description="what moves the weight matrices of the blocks")
+    text_lr: float = Field(1.0, ge=0, description="the share of lr for the layers of the text encoder")
 
 
 def learning_rate(settings: OptimSettings, step: int, steps: int) -> float:
-    """The rate at step number `step` of `steps`, counted from 0."""
+    """The rate at step number `step` of `steps`, counted from 0; a resumed run needs no scheduler's state."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     if settings.schedule == "constant":
         return settings.lr
-    progress = (step - settings.warmup) / max(1, steps - settings.warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return settings.lr * (settings.final + (1 - settings.final) * cosine)
+    progress = min(1.0, (step - settings.warmup) / max(1, steps - settings.warmup))
+    left = 1 - progress if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.lr * (settings.final + (1 - settings.final) * left)
 
 
-def adamw(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only, not on gains, biases and position tables."""
-    trained = [p for p in parameters if p.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": trained}]
-    if settings.weight_decay:
-        groups = [
-            {"params": [p for p in trained if p.ndim == 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in trained if p.ndim != 2], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, weight_decay=0.0, fused=True)
+def optimiser(parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimSettings) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) or Muon, with weight decay on matrices only."""
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            muon = settings.matrices == "muon" and parameter.ndim == 2 and is_in_a_block(name)
+            decay = settings.weight_decay if parameter.ndim == 2 else 0.0
+            share = settings.text_lr if name.startswith(TEXT) else 1.0
+            groups.setdefault((muon, decay, share), []).append(parameter)
+    kind = Muon if settings.matrices == "muon" else torch.optim.AdamW
+    return kind(
+        [{"params": members, "muon": m, "weight_decay": d, "share": s} for (m, d, s), members in groups.items()],
+        lr=settings.lr,
+        betas=settings.betas,
+        fused=True,
+    )
+
+
+def is_in_a_block(name: str) -> bool:
+    """Of one of the repeated blocks of a network, which its name numbers: `net.trunk.3.attn.out.weight`."""
+    return re.search(r"\.\d+\.", name) is not None

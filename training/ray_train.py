@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -18,15 +19,18 @@ from infra import scratch
 from infra.causes import explained
 from infra.claim import held
 from infra.cluster import Channel
-from infra.errors import PixnerdError, TrainingError
+from infra.errors import ClusterError, PixnerdError, SettingsError, StoreError, TrainingError
 from infra.records import CheckpointRecord
 from training import checkpoint
 from training.loop import Job
 
+Show = Callable[[dict[str, Any]], None]
 _ABORT_SECONDS = 4.0
+_PAUSE_SECONDS = 5.0  # before another attempt: what has just died may take others along
+_OF_A_DEAD_PEER = ("connection", "socket", "nccl", "timed out", "peer")  # words of PyTorch's exchanges
 
 
-def fit(job: Job, show: Callable[[dict[str, Any]], None]) -> CheckpointRecord:
+def fit(job: Job, show: Show) -> CheckpointRecord:
     """Trains to the end, or raises; `show` gets rank 0's messages while it runs.
 
     If several drivers call it for the same run, one trains and the others wait until it has published or ended.
@@ -44,30 +48,93 @@ def fit(job: Job, show: Callable[[dict[str, Any]], None]) -> CheckpointRecord:
     return record
 
 
-def _fit(job: Job, show: Callable[[dict[str, Any]], None]) -> None:
-    import torch
+def _fit(job: Job, show: Show) -> None:
+    """Attempt after attempt, each from the last committed state; the allowance is renewed by each state."""
+    left = job.settings.retries
+    while True:
+        news = _News(show)
+        try:
+            _attempt(job, news)
+            return
+        except PixnerdError as error:
+            left = job.settings.retries if news.committed else left
+            if repeats(error) or not left:
+                raise
+            text = f"{error.message}; starting again from the last committed state (attempts left: {left})"
+            show({"event": "told", "text": text})
+            left -= 1
+            time.sleep(_PAUSE_SECONDS)
+
+
+class _News:
+    """Passes messages on, and remembers what decides about another attempt."""
+
+    def __init__(self, show: Show) -> None:
+        self._show, self.committed, self.hung = show, False, dict[int, str]()
+
+    def __call__(self, message: dict[str, Any]) -> None:
+        self.committed |= message["event"] == "saved"
+        if message["event"] == "hung":
+            self.hung[message["rank"]] = message["text"]
+        else:
+            self._show(message)
+
+
+class Interrupted(TrainingError):
+    """What may go well another time: a rank that died, or that stood still."""
+
+
+def repeats(error: PixnerdError) -> bool:
+    """Whether another attempt would come to the same: a fault of settings, data or code."""
+    return not isinstance(error, Interrupted | StoreError | ClusterError)
+
+
+def _attempt(job: Job, news: _News) -> None:
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
-    gpu = torch.cuda.is_available()
+    gpu = wants_gpus(job.settings.device, job.settings.workers, ray.cluster_resources().get("GPU", 0))
     channel = Channel()
-    with scratch.folder("ray") as folder, channel.watched(show):
+    with scratch.folder("ray") as folder, channel.watched(news):
         trainer = _trainer()(
             _worker,
-            train_loop_config={"job": job, "channel": channel, "threads": None if gpu else _threads(job)},
+            train_loop_config={"job": job, "channel": channel},
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
             scaling_config=ScalingConfig(num_workers=job.settings.workers, use_gpu=gpu),
-            run_config=RunConfig(
-                name="train", storage_path=str(folder), failure_config=FailureConfig(max_failures=job.settings.retries)
-            ),
+            run_config=RunConfig(name="train", storage_path=str(folder), failure_config=FailureConfig(max_failures=0)),
         )
         try:
             trainer.fit()
+            return
         except KeyboardInterrupt:
             trainer.abort()
             raise
-        except Exception as error:  # Ray wraps what a worker raised
-            raise _cause(error) from error
+        except Exception as error:  # noqa: BLE001 - Ray wraps what a worker raised; ours is taken out again below
+            failure = error
+    raise (_stood_still(job, news.hung) if news.hung else _cause(failure)) from failure
+
+
+def wants_gpus(device: str, workers: int, gpus: float) -> bool:
+    """The cluster's GPUs count: the driver may well have none."""
+    if device == "cpu" or (device == "auto" and not gpus):
+        return False
+    if workers > gpus:
+        raise SettingsError(
+            f"{workers} workers need as many GPUs, and the cluster has {gpus:g}",
+            remedy="set workers to that number, or device to cpu",
+        )
+    return True
+
+
+def _stood_still(job: Job, hung: dict[int, str]) -> Interrupted:
+    silent = [str(rank) for rank in range(job.settings.workers) if rank not in hung]
+    if silent:
+        hung[-1] = f"nothing was heard of rank {', '.join(silent)}"
+    return Interrupted(
+        f"training stood still ({'; '.join(text for _, text in sorted(hung.items()))})",
+        remedy="look at the machine of the rank that is elsewhere than the others; hang_after sets the limit",
+    )
 
 
 def _trainer() -> Any:
@@ -90,28 +157,31 @@ def _trainer() -> Any:
     return Trainer
 
 
-def _threads(job: Job) -> int:
-    """Threads of a CPU rank: the ranks share this machine's cores, and more threads than cores would be slower."""
-    return max(1, len(os.sched_getaffinity(0)) // job.settings.workers)
-
-
 def _worker(config: dict[str, Any]) -> None:
     from training.engine import prepare_environment
 
     prepare_environment()
     scratch.sweep()
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+    import ray.train
     import torch
 
     from training.loop import train
 
-    if config["threads"]:
-        torch.set_num_threads(config["threads"])
+    if not torch.cuda.is_available():
+        # Ranks of one machine share its cores; more threads than cores would only wait for each other.
+        beside = ray.train.get_context().get_local_world_size()
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
     job: Job = config["job"]
     channel: Channel = config["channel"]
-    silent = torch.distributed.get_rank() != 0
+    rank = torch.distributed.get_rank()
+
+    def send(message: dict[str, Any]) -> None:
+        if rank == 0 or message["event"] == "hung":
+            channel.send(message)
+
     with scratch.folder("train") as folder, scratch.everything_in(folder):
-        train(replace(job, scratch=folder), (lambda message: None) if silent else channel.send)
+        train(replace(job, scratch=folder, ends_soon=lambda: ray.train.get_preemption_info() is not None), send)
 
 
 def _cause(error: BaseException) -> PixnerdError:
@@ -119,7 +189,15 @@ def _cause(error: BaseException) -> PixnerdError:
     if ours := explained(error):
         return ours
     last = str(error).strip().splitlines() or [type(error).__name__]
-    return TrainingError(
+    kind = Interrupted if _of_a_death(error) else TrainingError
+    return kind(
         f"training stopped ({last[-1][:300]})",
         remedy="run again: it resumes from the last committed state; --debug shows the whole error",
     )
+
+
+def _of_a_death(error: BaseException) -> bool:
+    """Whether a rank died, or only heard of another one's death, rather than met a mistake in the code."""
+    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
+    said = [f"{type(failure).__module__} {failure}".lower() for failure in failures]
+    return all(text.startswith("ray.") or any(word in text for word in _OF_A_DEAD_PEER) for text in said)

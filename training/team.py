@@ -20,10 +20,15 @@ T = TypeVar("T")
 class Team:
     """The ranks of one training run; `torch.distributed` is up."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: Any = None) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         # Python objects go over gloo: NCCL needs each rank's GPU, which is not chosen yet, and waits for its stream.
-        self._group: Any = dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
+        self._group: Any = group or (dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None)
+
+    @classmethod
+    def apart(cls) -> Team:
+        """The same ranks with connections of their own, for use in another thread."""
+        return cls(dist.new_group(backend="gloo"))
 
     def on_rank_0(self, work: Callable[[], T]) -> T:
         """Rank 0 alone calls `work`; every rank gets what it returned."""

@@ -20,7 +20,7 @@ from training.diffusion.objective import draw, velocity_loss
 from training.ema import Ema, EmaSettings
 from training.engine import Engine
 from training.model import PixNerd, Text, preset
-from training.optim import OptimSettings, adamw
+from training.optim import OptimSettings, optimiser
 
 OPTIM = OptimSettings(lr=1e-3)
 
@@ -35,14 +35,14 @@ class Step(nn.Module):
 
 
 def bare(module: Step) -> Callable[[object], None]:
-    optimiser = adamw(module.parameters(), OPTIM)
+    adamw = optimiser(module.named_parameters(), OPTIM)
 
     def step(inputs: object) -> None:
         loss, _ = module(inputs)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), OPTIM.clip)
-        optimiser.step()
-        optimiser.zero_grad()
+        adamw.step()
+        adamw.zero_grad()
 
     return step
 

@@ -32,7 +32,7 @@ from training.diffusion.samplers import adams, guided, timesteps
 from training.model import ModelConfig, PixNerd, Text, preset
 from training.model.compiled import compile_network
 from training.model.published import reference
-from training.optim import OptimSettings, adamw
+from training.optim import OptimSettings, optimiser
 
 SMALL = ModelConfig(
     image_size=128,
@@ -147,14 +147,15 @@ class Bench:
         """Forward, backward, AdamW: ours as training makes it, the others' with PyTorch's defaults, as published."""
         images, text = self._images(batch), self.features(batch)
         loss = self.make_of(name).loss
-        parameters = net.parameters()
-        ours = isinstance(net, PixNerd)
-        optimiser = adamw(parameters, OptimSettings(lr=1e-6)) if ours else torch.optim.AdamW(parameters, lr=1e-6)
+        if isinstance(net, PixNerd):
+            adamw = optimiser(net.named_parameters(), OptimSettings(lr=1e-6))
+        else:
+            adamw = torch.optim.AdamW(net.parameters(), lr=1e-6)
 
         def step() -> None:
             loss(net, images, text).backward()
-            optimiser.step()
-            optimiser.zero_grad()
+            adamw.step()
+            adamw.zero_grad()
 
         return step
 

@@ -16,7 +16,7 @@ from infra.records import Record
 
 ROOT = Path(__file__).parents[2]
 # Records of a folder that an export fills, and a part of another record.
-ELSEWHERE = {"Begun", "Exported", "StateFile"}
+ELSEWHERE = {"Begun", "Exported", "Return", "StateFile"}
 WORDS = st.from_regex(r"[a-z0-9][a-z0-9-]{0,20}", fullmatch=True)
 
 

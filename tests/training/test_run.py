@@ -11,18 +11,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 
 from infra.claim import held
 from infra.config import canonical_json
 from infra.errors import CheckpointError, SettingsError, StoreError, TakenOver, TrainingError
-from infra.records import CheckpointRecord, DataObject, SnapshotRecord, get_data, read_record
+from infra.records import CheckpointRecord, DataObject, SnapshotRecord, get_data, put_data, read_record
 from infra.store import FileStore, Store, open_store
 from tests.training import small_run
-from training import checkpoint, loop
+from training import checkpoint, loop, states, step
 from training import model as models
 from training.ema import Ema
+from training.leftovers import collect_states
 from training.loop import Job, train
 from training.sampling import Artist, SampleSettings
 from training.team import Team
@@ -128,9 +130,9 @@ def test_a_finished_run_is_not_run_again(make: Any, undisturbed: CheckpointRecor
     assert train(job, lambda message: pytest.fail(f"it ran again: {message}")) == undisturbed
 
 
-def states(store: Store, job: Job) -> list[int]:
+def committed(store: Store, job: Job) -> list[int]:
     """The steps of the committed states, each of them whole."""
-    found = [read_record(store, e.key, checkpoint.TrainingState) for e in store.list(f"{job.prefix}/states/")]
+    found = [read_record(store, e.key, states.TrainingState) for e in store.list(f"{job.prefix}/states/")]
     parts = {entry.key for entry in store.list(f"{job.prefix}/state/")}
     assert parts == {file.data.key for state in found for file in state.files}
     return [state.step for state in found]
@@ -140,9 +142,9 @@ def test_only_the_newest_states_are_kept_and_none_of_a_finished_run(store: Store
     job = make("states", steps=9, save_every=1)
     with pytest.raises(Killed):
         run(job, kill_after=7)
-    assert states(store, job) == [6, 7]
+    assert committed(store, job) == [6, 7]
     run(job)
-    assert states(store, job) == []
+    assert committed(store, job) == []
 
 
 def test_micro_batches_give_the_same_model(store: Store, make: Any, undisturbed: CheckpointRecord, tmp_path: Path):
@@ -198,9 +200,9 @@ def test_a_resumed_optimiser_is_as_pytorch_itself_loads_it(store: Store, make: A
     job = make("optimiser")
     with pytest.raises(Killed):
         run(job, kill_after=3)
-    parts = loop._build(job, tmp_path)
+    parts = loop._build(job.settings, loop._fetch(job, tmp_path))
     engine = loop._shard(parts, job.settings, 1)
-    assert checkpoint.resume(store, job.prefix, Team(), engine, Ema(engine.masters, job.settings.ema), pytest.fail)
+    assert states.resume(store, job.prefix, Team(), engine, Ema(engine.masters, job.settings.ema), pytest.fail)
     inner = engine._zero.optimizer
     twin = torch.optim.AdamW([{"params": group["params"]} for group in inner.param_groups], fused=True)
     twin.load_state_dict(inner.state_dict())
@@ -227,6 +229,91 @@ def test_a_loss_that_is_not_finite_stops_the_run(make: Any, alone: None):
         run(make("diverged", optim={"lr": 1e30, "clip": 0.0}))
 
 
+def poisoned(monkeypatch: pytest.MonkeyPatch, positions: range) -> None:
+    """The noise of these positions is no number."""
+    true = step.draw
+
+    def draw(seed: int, asked: list[int], *args: Any, **kwargs: Any) -> Any:
+        noise, t, drop = true(seed, asked, *args, **kwargs)
+        for row, position in enumerate(asked):
+            if position in positions:
+                noise[row] = torch.nan
+        return noise, t, drop
+
+    monkeypatch.setattr(step, "draw", draw)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_batch_without_a_finite_gradient_is_left_out_and_counted(
+    store: Store, make: Any, alone: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: str
+):
+    poisoned(monkeypatch, range(9, 10))  # of the third step
+    record = run(make(f"one-nan-{precision}", precision=precision, log_every=3))
+    first, second = curve(store, record)
+    assert (first["train/skipped_steps"], second.get("train/skipped_steps")) == (1, None)
+    assert all(torch.isfinite(tensor).all() for tensor in weights(store, record, tmp_path).values())
+
+
+def test_a_broken_run_goes_back_to_its_last_state_and_past_what_broke_it(
+    store: Store, make: Any, alone: None, monkeypatch: pytest.MonkeyPatch
+):
+    told: list[str] = []
+    poisoned(monkeypatch, range(16, 20))  # of the fifth step; the state is of the third
+    job = make("broken", save_every=3)
+    record = train(job, lambda message: told.append(message["text"]) if message["event"] == "told" else None)
+    assert told == [
+        "the loss or the gradient is not finite near step 5: back to step 3, and past the batches since then"
+    ]
+    assert (record.step, record.position) == (6, 32)  # two steps were for nothing
+    assert [row["images"] for row in curve(store, record)] == [4, 8, 12, 24, 28, 32]
+
+
+def test_where_a_run_went_back_to_is_in_its_next_state(
+    store: Store, make: Any, alone: None, monkeypatch: pytest.MonkeyPatch
+):
+    poisoned(monkeypatch, range(8, 12))
+    job = make("broken-told", save_every=1, steps=5)
+    with pytest.raises(Killed):
+        run(job, kill_after=4)
+    _, state, _ = states.newest(store, job.prefix)
+    assert state.position == 20
+    assert state.returns == (states.Return(at=3, to=2, past=12),)
+
+
+def test_a_run_goes_back_so_often_and_then_ends(make: Any, alone: None, monkeypatch: pytest.MonkeyPatch):
+    poisoned(monkeypatch, range(12, 1000))
+    with pytest.raises(TrainingError, match="not finite near step 4, after 2 returns"):
+        run(make("breaks", returns=2))
+
+
+def test_a_loss_far_above_those_before_breaks_a_run(make: Any, alone: None, monkeypatch: pytest.MonkeyPatch):
+    told: list[str] = []
+    true = step.velocity_loss
+
+    def spiking(*args: Any) -> Any:
+        calls.append(1)
+        loss = true(*args)
+        return loss._replace(per_sample_B=loss.per_sample_B * 50) if len(calls) == 12 else loss
+
+    calls: list[int] = []
+    monkeypatch.setattr(step, "velocity_loss", spiking)
+    job = make("spike", spike=10, steps=14, save_every=2)
+    record = train(job, lambda message: told.append(message["text"]) if message["event"] == "told" else None)
+    assert told == [
+        "the loss is more than 10 times that of the 10 log lines before near step 12: back to step 10,"
+        " and past the batches since then"
+    ]
+    assert record.position == 64
+
+
+def test_states_at_certain_steps_are_kept_for_good(store: Store, make: Any, alone: None):
+    job = make("kept", steps=6, save_every=1, keep=1, keep_every=2)
+    run(job)
+    assert committed(store, job) == [2, 4]
+    assert collect_states(store, older_than_hours=-1).objects == 0
+    assert committed(store, job) == [2, 4]
+
+
 def test_alignment_learns_this_image_and_not_the_average_one(store: Store, make: Any, alone: None):
     settings = {"steps": 240, "batch": 16, "log_every": 20, "save_every": 240, "optim": {"lr": 3e-3}}
     first, *_, last = curve(store, run(make("repa", **settings)))
@@ -238,7 +325,7 @@ def test_a_damaged_state_is_not_resumed_from(store: Store, make: Any, alone: Non
     job = make("damaged")
     with pytest.raises(Killed):
         run(job, kill_after=3)
-    _, state, _ = checkpoint.newest_state(store, job.prefix)
+    _, state, _ = states.newest(store, job.prefix)
     data = bytearray(store.get(state.files[0].data.key))
     data[-1] ^= 1
     store.put(state.files[0].data.key, bytes(data))
@@ -259,7 +346,7 @@ def test_behind_a_damaged_state_the_one_before_is_resumed_from_and_it_is_told(
     job = make(f"older-{damage.replace(' ', '-')}", save_every=1)
     with pytest.raises(Killed):
         run(job, kill_after=3)
-    key, state, _ = checkpoint.newest_state(store, job.prefix)
+    key, state, _ = states.newest(store, job.prefix)
     part = state.files[0].data.key
     if damage == "part flipped":
         data = store.get(part)
@@ -275,16 +362,29 @@ def test_behind_a_damaged_state_the_one_before_is_resumed_from_and_it_is_told(
     assert record.files["model.safetensors"].sha256 == undisturbed.files["model.safetensors"].sha256
 
 
-def test_a_state_of_an_earlier_version_is_resumed_from(store: Store, make: Any, undisturbed: CheckpointRecord):
+def in_one_vector(job: Job, file: states.StateFile, names: list[str]) -> dict[str, Any]:
+    """A part as schemas 1 and 2 had it: each kind is a range of one vector, in which all parameters lie end to end."""
+    tensors = safetensors.torch.load(get_data(job.store, file.data))
+    vectors = {
+        f"{kind}.0": torch.cat([tensors[f"{kind}/{name}"] for name in names])
+        for kind in ("master", "exp_avg", "exp_avg_sq", "ema")
+    }
+    data = put_data(job.store, f"{job.prefix}/state", "00000003-00000.safetensors", safetensors.torch.save(vectors))
+    ranges = {name: (0, len(vector)) for name, vector in vectors.items()}
+    return {"data": data.model_dump(mode="json"), "ranges": ranges, "schema_version": 1}
+
+
+def test_a_state_of_an_earlier_version_is_resumed_from(
+    store: Store, make: Any, undisturbed: CheckpointRecord, tmp_path: Path
+):
     job = make("earlier")
+    parts = loop._build(job.settings, loop._fetch(job, tmp_path))
+    names = [name for name, parameter in parts.trained.named_parameters() if parameter.requires_grad]
     with pytest.raises(Killed):
         run(job, kill_after=3)
-    key, state, _ = checkpoint.newest_state(store, job.prefix)
+    key, state, _ = states.newest(store, job.prefix)
     old = {name: value for name, value in state.model_dump(mode="json").items() if name != "attempt"}
-    old |= {
-        "schema_version": 1,
-        "files": [{k: f[k] for k in ("data", "ranges", "schema_version")} for f in old["files"]],
-    }
+    old |= {"schema_version": 1, "files": [in_one_vector(job, state.files[0], names)]}
     store.delete(key)
     store.put(f"{job.prefix}/states/00000003.json", json.dumps(old).encode())
     assert run(job).files["model.safetensors"].sha256 == undisturbed.files["model.safetensors"].sha256
@@ -294,11 +394,11 @@ def test_a_state_of_mixed_parts_can_be_neither_written_nor_read(store: Store, ma
     job = make("mixed")
     with pytest.raises(Killed):
         run(job, kill_after=3)
-    key, state, _ = checkpoint.newest_state(store, job.prefix)
+    key, state, _ = states.newest(store, job.prefix)
     for change in ({"step": 2}, {"attempt": "another"}):
         mixed = [*state.files, state.files[0].model_copy(update=change)]
         with pytest.raises(ValueError, match="several steps or attempts"):
-            checkpoint.TrainingState(**state.model_dump(exclude={"files"}), files=mixed)
+            states.TrainingState(**state.model_dump(exclude={"files"}), files=mixed)
         store.put(key, canonical_json(state.model_copy(update={"files": mixed})).encode())
         with pytest.raises(CheckpointError, match="every training state"):
             run(job)
@@ -340,7 +440,7 @@ def test_two_ranks_give_what_one_gives_and_one_resumes_what_two_began(
 
     # A run of one rank goes on from the two ranks' state.
     store.delete(f"{job.prefix}/checkpoint.json")
-    _, state, _ = checkpoint.newest_state(store, job.prefix)
+    _, state, _ = states.newest(store, job.prefix)
     assert (state.step, len(state.files)) == (3, 2)
     resumed = weights(store, run(replace(job, settings=make("two").settings)), tmp_path / "3")
     assert all(torch.allclose(parts[name], resumed[name], atol=2e-4) for name in parts)
@@ -355,7 +455,7 @@ def test_an_error_of_the_last_step_reaches_the_driver_and_its_states_are_resumed
     began = make("began", workers=2, retries=0)
     with pytest.raises(StoreError, match="the store is full"):
         fit(replace(began, store=Unpublished(store.root)), lambda message: None)
-    _, state, _ = checkpoint.newest_state(store, began.prefix)
+    _, state, _ = states.newest(store, began.prefix)
     assert len(state.files) == 2
     resumed = weights(store, run(replace(began, settings=make("began").settings)), tmp_path / "2")
     whole = weights(store, undisturbed, tmp_path / "1")

@@ -1,0 +1,192 @@
+"""Training runs of several ranks over gloo, forked from one process that has imported everything: a second a run.
+
+A pytest process has threads and cannot be forked safely, so `python -m tests.training.ranks FOLDER NAME...` does it.
+Of each name it writes what two runs came to, one straight to its end and one that was killed in the middle: their
+curves, the hashes of what they published, and whole states, put together from the ranks' parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, load_file, save_file
+
+from infra.records import CheckpointRecord, DataObject, SnapshotRecord, get_data, read_record
+from infra.store import FileStore
+from tests.training import small_run
+from tests.training.races import forked
+from training import loop, states
+from training.ema import Ema
+from training.loop import Job, train
+from training.team import Team
+
+SETTINGS = {"steps": 20, "save_every": 7, "objective": {"repa": 0.0}, "batch": 8, "reading": {"lanes": 8}}
+STAGES: dict[str, dict[str, Any]] = {
+    "zero-1": {"zero": 1},
+    "zero-2": {"zero": 2},
+    "zero-3": {"zero": 3},
+    "offload": {"zero": 2, "offload": True},
+    "muon": {"zero": 1, "optim": {"lr": 1e-3, "matrices": "muon", "weight_decay": 0.1, "text_lr": 0.1}},
+    "bf16": {"zero": 1, "precision": "bf16"},
+    "bf16-exact": {"zero": 1, "precision": "bf16", "exact_gradients": True, "micro_batch": 2},
+    "bf16-3": {"zero": 3, "precision": "bf16"},
+}
+LOADED: dict[str, tuple[int, dict[str, Any]]] = {  # how many ranks load the state of two ranks at ZeRO 3, and how
+    "1-zero-1": (1, {"zero": 1}),
+    "4-zero-1": (4, {"zero": 1}),
+    "2-zero-2": (2, {"zero": 2}),
+    "2-zero-3": (2, {"zero": 3}),
+    "4-zero-3": (4, {"zero": 3}),
+    "2-offload": (2, {"zero": 1, "offload": True}),
+    "2-decay": (2, {"zero": 1, "optim": {"lr": 1e-3, "weight_decay": 0.1}}),  # in two groups: another order
+}
+
+
+class Keeps(FileStore):
+    """Nothing is deleted, so that the states which led to a checkpoint stay."""
+
+    def delete(self, key: str) -> None: ...
+
+
+def together(ranks: int, work: Callable[[int], None]) -> list[int]:
+    """`work(rank)` on so many ranks; where one ends with an error the others, who would wait for it, are killed."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def rank(number: int) -> int:
+            os.environ["LOCAL_RANK"] = str(number)
+            dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=number, world_size=ranks)
+            work(number)
+            return 0
+
+        pids = [forked(lambda number=number: rank(number)) for number in range(ranks)]
+        codes = []
+        for _ in pids:
+            pid, status = os.wait()
+            codes.append(os.waitstatus_to_exitcode(status))
+            for other in set(pids) - {pid} if codes[-1] else ():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(other, signal.SIGKILL)
+    return codes
+
+
+def trained(job: Job, kill_after: int | None = None) -> list[int]:
+    def work(rank: int) -> None:
+        def say(message: dict[str, Any]) -> None:
+            if message["event"] == "saved" and message["step"] == kill_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        train(job, say)
+
+    return together(job.settings.workers, work)
+
+
+def whole_state(job: Job, step: int) -> dict[str, torch.Tensor]:
+    """A committed state's tensors by kind and parameter, each put together from its ranges."""
+    [key] = [key for at, key in states._keys(job.store, job.prefix) if at == step]
+    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for file in read_record(job.store, key, states.TrainingState).files:
+        for name, tensor in load(get_data(job.store, file.data)).items():
+            pieces.setdefault(name, []).append((file.ranges[name.partition("/")[2]][0], tensor))
+    return {
+        name: torch.cat([tensor for _, tensor in sorted(parts, key=lambda part: part[0])])
+        for name, parts in pieces.items()
+    }
+
+
+def write_run(job: Job, folder: Path) -> None:
+    record = read_record(job.store, f"{job.prefix}/checkpoint.json", CheckpointRecord)
+    key = states.newest(job.store, job.prefix)
+    assert key is not None and key.state is not None
+    facts = {
+        "losses": [row["train/loss"] for row in key.state.curve],
+        "files": {name: file.sha256 for name, file in record.files.items()},
+    }
+    (folder / f"{job.digest}.json").write_text(json.dumps(facts))
+    save_file(whole_state(job, key.state.step), folder / f"{job.digest}.safetensors")
+
+
+def loads(job: Job, state: Job, folder: Path) -> list[int]:
+    """What each rank has after it has loaded another run's state, written whole."""
+
+    def work(rank: int) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            parts = loop._build(job.settings, loop._fetch(job, Path(scratch)))
+            engine = loop._shard(parts, job.settings, job.settings.workers)
+            ema = Ema(engine.masters, job.settings.ema)
+            assert states.resume(job.store, state.prefix, Team(), engine, ema, print)
+            tensors, ranges = states.collected(engine, ema)
+            named = {f"{name}@{ranges[name.partition('/')[2]][0]}": t.contiguous() for name, t in tensors.items()}
+            save_file(named, folder / f"part-{rank}.safetensors")
+
+    codes = together(job.settings.workers, work)
+    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for path in folder.glob("part-*.safetensors"):
+        for name, tensor in load_file(path).items():
+            pieces.setdefault(name.partition("@")[0], []).append((int(name.partition("@")[2]), tensor))
+        path.unlink()
+    whole = {name: torch.cat([t for _, t in sorted(p, key=lambda part: part[0])]) for name, p in pieces.items()}
+    save_file(whole, folder / f"{job.digest}.safetensors")
+    return codes
+
+
+def write_inputs(folder: Path, store: FileStore) -> dict[str, Any]:
+    """The snapshot and the encoders; a child makes them, since what that starts must not be forked along."""
+    path = folder / "inputs.json"
+
+    def write() -> int:
+        snapshot = small_run.write_data(folder / "corpus", store)
+        encoders = small_run.write_encoders(folder / "encoders", store)
+        files = {part: {k: f.model_dump() for k, f in files.items()} for part, files in encoders.items()}
+        path.write_text(json.dumps({"snapshot": snapshot.model_dump(mode="json"), "encoders": files}))
+        return 0
+
+    assert os.waitpid(forked(write), 0)[1] == 0
+    written = json.loads(path.read_text())
+    encoders = {
+        part: {name: DataObject.model_validate(file) for name, file in files.items()}
+        for part, files in written["encoders"].items()
+    }
+    return {"snapshot": SnapshotRecord.model_validate(written["snapshot"]), "encoders": encoders}
+
+
+def main(folder: Path, names: list[str]) -> None:
+    from training.engine import import_deepspeed
+
+    import_deepspeed()
+    torch.set_num_threads(1)
+    store = Keeps(folder / "store")
+    inputs = write_inputs(folder, store)
+
+    def job(name: str, ranks: int, changes: dict[str, Any]) -> Job:
+        return small_run.job_in(store, **inputs, name=name, workers=ranks, **(SETTINGS | changes))
+
+    codes: dict[str, list[int]] = {}
+    runs = {name: (2, changes) for name, changes in STAGES.items()} | {"muon-alone": (1, STAGES["muon"])}
+    for name in runs.keys() & names:
+        straight = job(name, *runs[name])
+        codes[name] = trained(straight)
+        write_run(straight, folder)
+    for name in STAGES:
+        if f"{name}-killed" in names:
+            broken = job(f"{name}-killed", 2, STAGES[name])
+            codes[f"{name}-killed"] = trained(broken, kill_after=7)
+            codes[f"{name}-resumed"] = trained(broken)
+            write_run(broken, folder)
+    for name in LOADED.keys() & names:
+        ranks, changes = LOADED[name]
+        codes[name] = loads(job(name, ranks, changes), job("zero-3", 2, {}), folder)
+    (folder / "codes.json").write_text(json.dumps(codes))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

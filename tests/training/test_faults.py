@@ -1,0 +1,140 @@
+"""Faults in real ranks under a real Ray, each survived, each told, none longer than the watchdog."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.records import CheckpointRecord, DataObject, SnapshotRecord
+from infra.store import FileStore, Store, open_store
+from tests.training import small_run
+from training import ray_train
+from training.loop import Job
+from training.model import WEIGHTS
+
+pytestmark = pytest.mark.slow
+STEPS = {"workers": 2, "steps": 40, "save_every": 4, "log_every": 4, "objective": {"repa": 0.0}}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, SnapshotRecord, dict[str, dict[str, DataObject]]]:
+    folder = tmp_path_factory.mktemp("run")
+    store = open_store(str(folder / "store"))
+    return store, small_run.write_data(folder / "corpus", store), small_run.write_encoders(folder / "encoders", store)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(made: Any, ray_cluster: str) -> CheckpointRecord:
+    return ray_train.fit(small_run.job_in(*made, name="undisturbed", **STEPS), lambda message: None)
+
+
+def ranks() -> list[int]:
+    """The processes of the ranks, on this machine."""
+    pids = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                title = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if title.startswith(b"ray::RayTrainWorker"):
+                pids.append(int(entry.name))
+    return sorted(pids)
+
+
+class Disturbed:
+    """Shows a run's messages, and does something to it behind each of the first states."""
+
+    def __init__(self, disturb: Callable[[int], None], times: int) -> None:
+        self._disturb, self._left = disturb, times
+        self.told: list[str] = []
+        self.steps: list[int] = []
+
+    def __call__(self, message: dict[str, Any]) -> None:
+        if message["event"] == "told":
+            self.told.append(message["text"])
+        if message["event"] == "log":
+            self.steps.append(message["step"])
+        if message["event"] == "log" and self._left and message["step"] >= 8:
+            self._left -= 1
+            self._disturb(self._left)
+
+
+def test_a_killed_rank_brings_all_back(made: Any, undisturbed: CheckpointRecord):
+    show = Disturbed(lambda left: os.kill(ranks()[0], signal.SIGKILL), times=3)
+    record = ray_train.fit(small_run.job_in(*made, name="killed", **STEPS, retries=1), show)
+    assert record.files[WEIGHTS].sha256 == undisturbed.files[WEIGHTS].sha256
+    assert len(show.told) == 3
+    assert all("starting again from the last committed state" in text for text in show.told)
+
+
+def test_a_stopped_rank_is_noticed_and_named(made: Any, undisturbed: CheckpointRecord):
+    show = Disturbed(lambda left: os.kill(ranks()[-1], signal.SIGSTOP), times=1)
+    began = time.monotonic()
+    record = ray_train.fit(small_run.job_in(*made, name="stopped", **STEPS, hang_after=20), show)
+    assert record.files[WEIGHTS].sha256 == undisturbed.files[WEIGHTS].sha256
+    [told] = show.told
+    assert "training stood still (" in told
+    assert "has taken no step for 20 s" in told
+    assert "nothing was heard of rank" in told
+    assert time.monotonic() - began < 300
+
+
+class StuckOnce(FileStore):
+    """The first read of a tar after the first state never ends."""
+
+    def download(self, key: str, path: Path) -> None:
+        mark = Path(self.root) / "stuck"
+        if key.endswith(".tar") and mark.exists():
+            mark.unlink()
+            threading.Event().wait()
+        super().download(key, path)
+
+
+def test_a_rank_that_is_stuck_in_a_read_says_so(made: Any, undisturbed: CheckpointRecord):
+    store, snapshot, encoders = made
+    (Path(store.root) / "stuck").touch()
+    show = Disturbed(lambda left: None, times=0)
+    job = small_run.job_in(StuckOnce(store.root), snapshot, encoders, "stuck", **STEPS, hang_after=20)
+    record = ray_train.fit(job, show)
+    assert record.files[WEIGHTS].sha256 == undisturbed.files[WEIGHTS].sha256
+    [told] = show.told
+    assert told.count("has taken no step for 20 s") == 2
+    assert "from _steps in loop.py" in told or "reader.py" in told
+
+
+def test_a_store_that_is_away_for_longer_than_it_is_waited_for(made: Any, undisturbed: CheckpointRecord):
+    """Its calls wait a while by themselves; then the run starts again until it is back."""
+    store, snapshot, encoders = made
+    away = Path(store.root) / "away"
+    show = Disturbed(lambda left: away.touch(), times=1)
+    job = small_run.job_in(Away(store.root), snapshot, encoders, "away", **STEPS, retries=9)
+    threading.Timer(45, lambda: away.unlink(missing_ok=True)).start()
+    record = ray_train.fit(job, show)
+    assert record.files[WEIGHTS].sha256 == undisturbed.files[WEIGHTS].sha256
+    assert show.told
+
+
+class Away(FileStore):
+    def create(self, key: str, data: bytes | Path) -> bool:
+        if (Path(self.root) / "away").exists() and "/state" in key:
+            from infra.errors import StoreError
+
+            raise StoreError("the store is away", remedy="wait")
+        return super().create(key, data)
+
+
+def test_faults_of_settings_end_a_run_at_once(made: Any, ray_cluster: str):
+    show = Disturbed(lambda left: None, times=0)
+    job: Job = small_run.job_in(*made, name="wrong", **{**STEPS, "model": {**small_run.MODEL, "text_dim": 48}})
+    with pytest.raises(ray_train.SettingsError, match="32 wide, the network expects 48"):
+        ray_train.fit(replace(job), show)
+    assert show.told == []

@@ -1,0 +1,96 @@
+"""Several ranks at every stage of ZeRO: killed and resumed to the same bytes, and each reads what another wrote."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.ranks import LOADED, STAGES
+
+FAST = ["zero-3", "zero-3-killed", "4-zero-1", "muon", "muon-alone"]
+FAST_NAMES = {"zero-3", "4-zero-1"}
+SLOW = [*STAGES, *(f"{name}-killed" for name in STAGES), *LOADED]
+
+
+class Runs(NamedTuple):
+    folder: Path
+    codes: dict[str, list[int]]
+
+    def told(self, name: str) -> Any:
+        return json.loads((self.folder / f"{name}.json").read_text())
+
+    def state(self, name: str) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return made(tmp_path_factory.mktemp("fast"), FAST)
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return made(tmp_path_factory.mktemp("slow"), SLOW)
+
+
+@pytest.fixture
+def runs(name: str, request: pytest.FixtureRequest) -> Runs:
+    return request.getfixturevalue("fast" if name in FAST_NAMES else "slow")
+
+
+def made(folder: Path, names: list[str]) -> Runs:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.training.ranks", str(folder), *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Runs(folder, json.loads((folder / "codes.json").read_text()))
+
+
+def named(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in FAST_NAMES else pytest.mark.slow) for name in sorted(names)]
+
+
+@pytest.mark.parametrize("name", named(STAGES))
+def test_killed_ranks_resume_to_the_same_bytes(name: str, runs: Runs):
+    """Twenty steps are seven and thirteen: losses, and so the order of samples, weights, moments and averages."""
+    assert runs.codes[f"{name}-killed"] == [-9, -9]
+    assert runs.codes[name] == runs.codes[f"{name}-resumed"] == [0, 0]
+    straight, resumed = runs.told(name), runs.told(f"{name}-killed")
+    assert len(straight["losses"]) == 14
+    assert straight == resumed
+    expected, state = runs.state(name), runs.state(f"{name}-killed")
+    assert expected.keys() == state.keys()
+    assert all(torch.equal(expected[tensor], state[tensor]) for tensor in expected)
+
+
+@pytest.mark.parametrize("name", named(LOADED))
+def test_other_ranks_and_stages_load_the_state_bit_for_bit(name: str, runs: Runs):
+    assert set(runs.codes[name]) == {0}
+    written, loaded = runs.state("zero-3"), runs.state(name)
+    assert written.keys() == loaded.keys()
+    assert all(torch.equal(written[tensor], loaded[tensor]) for tensor in written)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero-2", "zero-3", "offload", "bf16", "bf16-exact", "bf16-3"])
+def test_all_stages_learn_the_same(name: str, slow: Runs):
+    near = 1e-4 if "bf16" not in name else 1e-2
+    assert slow.told(name)["losses"] == pytest.approx(slow.told("zero-1")["losses"], rel=near)
+
+
+def test_muon_on_two_ranks_is_muon_on_one(fast: Runs):
+    """Matrices that lie across the border of two ranks' ranges are put together again."""
+    one, two = fast.state("muon-alone"), fast.state("muon")
+    assert one.keys() == two.keys()
+    assert "exp_avg/net.trunk.0.mlp.out.weight" in one
+    assert "exp_avg_sq/net.trunk.0.mlp.out.weight" not in one  # Muon has no second moment
+    for tensor in one:
+        assert torch.allclose(one[tensor], two[tensor], rtol=1e-3, atol=1e-5), tensor
+    assert fast.told("muon")["losses"][-1] != fast.told("zero-3")["losses"][-1]
