@@ -30,7 +30,7 @@ def test_recipes_are_offered_by_name():
     [
         ("lo", ["low.", "low_data.", "low_score."]),
         ("low.objective.", ["low.objective.drop=0.05", "low.objective.repa=0.1", "low.objective.repa_block=2", "..."]),
-        ("low.optim.l", ["low.optim.lr=0.001"]),
+        ("low.optim.l", ["low.optim.lr=0.002"]),
         ("train.op", ["train.optim.betas=", "train.optim.final=", "train.optim.lr=", "..."]),
         ("gate.r", ["gate.rules="]),
         ("low.optim.zzz", []),
@@ -67,4 +67,4 @@ def test_bash_completes_the_line(tmp_path: Path):
     result = subprocess.run(
         ["bash", "-c", asked], capture_output=True, text=True, check=True, env=environment, timeout=120
     )
-    assert (result.stdout, result.stderr) == ("low.steps=1000\n", "")
+    assert (result.stdout, result.stderr) == ("low.steps=500\n", "")
