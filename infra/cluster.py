@@ -19,8 +19,8 @@ from infra.background import repeated
 from infra.causes import exhausted, first_line
 from infra.config import Settings, operational
 from infra.errors import ClusterError
-from infra.head import check_head, own_token
 from infra.notices import Mailbox
+from infra.ray_head import check_head, own_token
 
 
 class ClusterSettings(Settings):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from infra.head import own_token
+from infra.ray_head import own_token
 
 # A deadline for a single example would fail on a busy machine; pytest's timeout is the one that counts.
 settings.register_profile("pixnerd", deadline=None)

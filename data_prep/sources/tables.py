@@ -22,7 +22,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from data_prep.rejections import Rejection
-from data_prep.sources import checksums, fields, named, parquet, words
+from data_prep.sources import checksums, fields, parquet, table_identity, words
 from data_prep.sources.base import Input, Range, RawItem, Rows, Source, Url, check_kept, foreign, missing_column
 from data_prep.sources.convert import Columns, converted
 from data_prep.sources.folders import Folder, matching, open_folder
@@ -114,15 +114,15 @@ class Tables(Source):
         beside = self.beside(folder)
         if beside is None:
             return tables
-        sizes = named.Sizes(beside.folder)
+        sizes = table_identity.Sizes(beside.folder)
         return [
-            named.with_images(
+            table_identity.with_images(
                 table,
                 partial(_image_names, self, folder, table.name, beside),
                 sizes,
                 beside.folder,
                 self.max_bytes,
-                (store, named.corpus_id(self.name, folder, table.name)) if store else None,
+                (store, table_identity.corpus_id(self.name, folder, table.name)) if store else None,
             )
             for table in tables
         ]
@@ -184,7 +184,7 @@ class Reading:
         self.source, self.table = source, part.input
         folder = open_folder(source.url)
         self.beside = source.beside(folder)
-        corpus = named.corpus_id(source.name, folder, part.input) if self.beside else ""
+        corpus = table_identity.corpus_id(source.name, folder, part.input) if self.beside else ""
         self.files = checksums.Recorder(store, corpus, part)
 
     def read(self, number: int, name: str) -> bytes | Rejection:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from infra.records import SizeSummary
 from pipelines.page.elements import QUIET, check, image, section, table, words
-from pipelines.page.fates import ABOUT, Fate
 from pipelines.page.markup import Child, Html, tag
+from pipelines.page.shape_outcomes import ABOUT, Fate
 from pipelines.page.story import Story
 
 GOOD, BAD = "var(--good)", "var(--bad)"

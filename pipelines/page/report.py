@@ -12,7 +12,7 @@ from datetime import datetime
 from infra.records import GateOutput, RegisterOutput, StageRecord
 from infra.store import Store
 from pipelines.evaluation.statistics import ends, without_interval
-from pipelines.page import curves, drawn, inputs, lineage, samples, scores, settings
+from pipelines.page import curves, held_out, inputs, lineage, samples, scores, settings
 from pipelines.page.elements import amount, check, duration, overall
 from pipelines.page.markup import Child, Html, page, tag
 from pipelines.page.story import Picture, Story, read
@@ -24,7 +24,7 @@ def build(store: Store, title: str, records: list[StageRecord]) -> str:
     story = read(store, records)
     sections = (
         lineage.section_of(story),
-        drawn.section_of(story),
+        held_out.section_of(story),
         scores.section_of(story),
         samples.section_of(story),
         curves.section_of(story),
@@ -110,7 +110,7 @@ def _mosaic(story: Story) -> Html | None:
     judged, first = story.judged(), dict[str, Picture]()
     for picture in [] if judged is None else story.pictures.get(judged, []):
         first.setdefault(picture.task, picture)
-    tiles = [samples.tile(picture) for picture in first.values()] or drawn.mosaic(story)
+    tiles = [samples.tile(picture) for picture in first.values()] or held_out.mosaic(story)
     return tag("div", tiles, class_="mosaic") if tiles else None
 
 

@@ -25,7 +25,7 @@ from infra.records import (
 )
 from infra.store import Store
 from pipelines.evaluation.generate import read_pictures
-from pipelines.page.fates import Fate, fates
+from pipelines.page.shape_outcomes import Fate, fates
 from pipelines.sample import held_out
 
 Rows = list[dict[str, Any]]

@@ -11,7 +11,7 @@ from pydantic import Field
 from data_prep.prepare.plan import PrepareSettings, read_plan
 from data_prep.rejections import counted
 from data_prep.scores.job import ScoreSettings, scorer_digest
-from data_prep.snapshots import foresee
+from data_prep.snapshots import checks
 from data_prep.snapshots.forget import concerning
 from data_prep.snapshots.settings import SnapshotSettings
 from infra import layout, scratch
@@ -110,7 +110,7 @@ def scorer_weights(settings: ScoreStage, store: Store | None, inputs: Inputs) ->
 
 
 def check_score(settings: ScoreStage, below: Below) -> Iterator[Wrong]:
-    yield from foresee.size(settings.size, settings.shards, below["shards"])
+    yield from checks.size(settings.size, settings.shards, below["shards"])
 
 
 def score(context: Context, settings: ScoreStage, inputs: Inputs) -> Output:
@@ -149,9 +149,9 @@ def forgotten_lists(settings: SnapshotStage, store: Store | None, inputs: Inputs
 
 
 def check_snapshot(settings: SnapshotStage, below: Below) -> Iterator[Wrong]:
-    yield from foresee.size(settings.size, settings.shards, below["shards"])
+    yield from checks.size(settings.size, settings.shards, below["shards"])
     scorers = [below[f"scored.{number}"].scorer for number in range(len(settings.scored))]
-    yield from foresee.snapshot(settings, below["shards"], scorers)
+    yield from checks.snapshot(settings, below["shards"], scorers)
 
 
 def snapshot(context: Context, settings: SnapshotStage, inputs: Inputs) -> Output:

@@ -16,11 +16,11 @@ from torch import Tensor
 from infra.config import parse
 from infra.errors import CheckpointError, SettingsError
 from infra.files import appearing, sha256_of
+from training.model.checksums import SUMS, check_files, sums_text, write_sums
 from training.model.condition import Text
 from training.model.fit import Shape, differences, refuse, shapes
 from training.model.pixnerd import PixNerd
 from training.model.presets import PRESETS, ModelConfig, preset
-from training.model.sums import SUMS, check_files, sums_text, write_sums
 
 # Names of the modules below that are used as `training.model.<name>`.
 __all__ = ["PRESETS", "SUMS", "ModelConfig", "PixNerd", "Text", "check_files", "preset", "write_sums"]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from infra import head
+from infra import ray_head
 from infra.cluster import ClusterSettings, connect
 from infra.errors import ClusterError, SettingsError
-from infra.head import check_head
+from infra.ray_head import check_head
 
 SECRET = "keep-this-to-yourself"
 TOKENS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -31,7 +31,7 @@ def silent() -> Iterator[str]:
     ("address", "says", "instead"),
     [
         ("http://10.0.0.7:8265", "dashboard", "write 10.0.0.7:6379"),
-        (f"https://me:{SECRET}@head.example:8265/", "dashboard", "write head.example:6379"),
+        (f"https://me:{SECRET}@ray_head.example:8265/", "dashboard", "write ray_head.example:6379"),
         ("ray://head:10001", "client server", "write head:6379"),
         ("head", "a host and a port", "HOST:6379"),
         ("head:port", "a host and a port", "HOST:6379"),
@@ -57,25 +57,25 @@ def connect_elsewhere(address: str) -> None:
 
 
 def test_a_host_where_nobody_listens_is_told(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(head, "_PATIENCE", 1.0)
+    monkeypatch.setattr(ray_head, "_PATIENCE", 1.0)
     with pytest.raises(ClusterError, match=r"no head .* 127\.0\.0\.1:1 \(.*refused\)"):
         connect_elsewhere("127.0.0.1:1")
 
 
 def test_a_host_without_a_name_is_told(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(head, "_PATIENCE", 1.0)
+    monkeypatch.setattr(ray_head, "_PATIENCE", 1.0)
     with pytest.raises(ClusterError, match=r"no head of a Ray cluster answers at nowhere\.invalid:6379"):
         connect_elsewhere("nowhere.invalid:6379")
 
 
 def test_a_host_that_says_nothing_is_told(silent: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(head, "_PATIENCE", 1.0)
+    monkeypatch.setattr(ray_head, "_PATIENCE", 1.0)
     with pytest.raises(ClusterError, match="it says nothing"):
         connect_elsewhere(silent)
 
 
 def test_it_is_told_well_within_twenty_seconds():
-    assert head._PATIENCE <= 15
+    assert ray_head._PATIENCE <= 15
 
 
 def test_a_real_head_lets_in_who_brings_its_token(ray_cluster: str):
@@ -85,7 +85,7 @@ def test_a_real_head_lets_in_who_brings_its_token(ray_cluster: str):
 def test_a_real_head_without_its_token_is_told_with_the_way_in(
     ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    token = head._token()
+    token = ray_head._token()
     assert token is not None
     for name in TOKENS:
         monkeypatch.delenv(name, raising=False)
