@@ -8,7 +8,6 @@ from typing import cast
 
 import numpy as np
 import pyarrow as pa
-import simplejpeg
 from PIL import Image
 
 from infra.errors import DataError
@@ -58,6 +57,8 @@ class Reader:
 def _decoded(data: bytes) -> np.ndarray:
     """An image of a shard, which `prepare` has written as JPEG, PNG or WebP, upright and of its final size."""
     if data.startswith(b"\xff\xd8"):
+        import simplejpeg  # where no image is a JPEG, training needs no JPEG library
+
         return cast(np.ndarray, simplejpeg.decode_jpeg(data, colorspace="RGB"))
     with Image.open(io.BytesIO(data), formats=["PNG", "WEBP"]) as image:
         return np.array(image.convert("RGB"))
