@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,37 +17,55 @@ from tests.bench.sides import Side, compare, show, show_floor
 from training import kernels
 from training.kernels import plain
 
-IMAGES, TOKENS, HEADS, HEAD_DIM = 8, 1024, 24, 64
-CHANNELS, RATIO, PIXELS = 64, 2, 256
 CALLS = 10  # a round, so that launching does not drown what runs
+SIDES = ("twin, eager", "twin, compiled", "kernel")
 
 Function = Callable[..., Tensor]
 Case = tuple[Function, Function, list[Tensor]]  # the kernel, its twin, what both are given
 
 
-def field() -> Case:
-    patches = IMAGES * TOKENS
-    leaves = [(patches, PIXELS, CHANNELS), (CHANNELS,), (patches, 2 * RATIO * CHANNELS**2)]
-    return _both("field_product", (True,), leaves)
+@dataclass(frozen=True)
+class Sizes:
+    images: int = 8
+    tokens: int = 1024
+    heads: int = 24
+    head_dim: int = 64
+    channels: int = 64
+    ratio: int = 2
+    pixels: int = 256
+    device: str = "cuda"
 
 
-def modulate() -> Case:
-    hidden = HEADS * HEAD_DIM
-    leaves = [(IMAGES, TOKENS, hidden), (hidden,), (IMAGES, 1, hidden), (IMAGES, 1, hidden)]
-    return _both("norm_modulate", (True,), leaves)
+def field(sizes: Sizes) -> Case:
+    patches, channels = sizes.images * sizes.tokens, sizes.channels
+    leaves = [(patches, sizes.pixels, channels), (channels,), (patches, 2 * sizes.ratio * channels**2)]
+    return _both("field_product", (True,), leaves, sizes.device)
 
 
-def rotate() -> Case:
-    angles = torch.rand(TOKENS, HEAD_DIM // 2, device="cuda")
-    leaves = [(IMAGES, TOKENS, HEADS, HEAD_DIM), (HEAD_DIM,)]
-    return _both("norm_rotate", (angles.cos(), angles.sin(), True), leaves)
+def modulate(sizes: Sizes) -> Case:
+    hidden = sizes.heads * sizes.head_dim
+    own = (sizes.images, 1, hidden)
+    return _both("norm_modulate", (True,), [(sizes.images, sizes.tokens, hidden), (hidden,), own, own], sizes.device)
 
 
-def _both(name: str, rest: tuple[object, ...], shapes: list[tuple[int, ...]]) -> Case:
+def rotate(sizes: Sizes) -> Case:
+    angles = torch.rand(sizes.tokens, sizes.head_dim // 2, device=sizes.device)
+    leaves = [(sizes.images, sizes.tokens, sizes.heads, sizes.head_dim), (sizes.head_dim,)]
+    return _both("norm_rotate", (angles.cos(), angles.sin(), True), leaves, sizes.device)
+
+
+CASES: dict[str, Callable[[Sizes], Case]] = {
+    "field": field,
+    "norm and modulation": modulate,
+    "norm and rotary": rotate,
+}
+
+
+def _both(name: str, rest: tuple[object, ...], shapes: list[tuple[int, ...]], device: str) -> Case:
     def bound(function: Function) -> Function:
         return lambda *tensors: function(*tensors, *rest)
 
-    leaves = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    leaves = [torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     return bound(getattr(kernels, name)), bound(getattr(plain, name)), leaves
 
 
@@ -69,19 +88,35 @@ def both_ways(function: Function, tensors: list[Tensor]) -> Side:
     return run
 
 
-def bench(name: str, make: Callable[[], Case], options: argparse.Namespace) -> None:
-    kernel, twin, tensors = make()
+MODES: dict[str, Callable[[Function, list[Tensor]], Side]] = {"forward": forward, "forward and backward": both_ways}
+
+
+def traffic(mode: str, bytes_each: list[int]) -> int:
+    """The bytes of reading every input and writing every output once; the first input is x.
+
+    Forward reads all and writes an x; backward reads all and a gradient, and writes a gradient for each.
+    """
+    return sum(bytes_each) + bytes_each[0] if mode == "forward" else 3 * sum(bytes_each) + 2 * bytes_each[0]
+
+
+def measured(case: Case, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of CALLS calls, by mode and side."""
+    kernel, twin, tensors = case
     torch._dynamo.reset()  # of the kernels before
-    compiled = torch.compile(twin, dynamic=False)
-    sides = {"twin, eager": twin, "twin, compiled": compiled, "kernel": kernel}
-    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-    # Forward reads all and writes an x; backward reads all and a gradient, and writes a gradient for each.
-    floors = {forward: sum(sizes) + sizes[0], both_ways: 3 * sum(sizes) + 2 * sizes[0]}
-    for mode, title in ((forward, "forward"), (both_ways, "forward and backward")):
-        print(f"\n{name}, {title}, {CALLS} calls")
-        times = compare({side: mode(function, tensors) for side, function in sides.items()}, options.rounds)
-        show(times, ("twin, eager", "twin, compiled"))
-        show_floor(times, CALLS * floors[mode] / (options.tb_per_second * 1e12))
+    functions = dict(zip(SIDES, (twin, torch.compile(twin, dynamic=False), kernel), strict=True))
+    return {
+        mode: compare({side: make(function, tensors) for side, function in functions.items()}, rounds)
+        for mode, make in MODES.items()
+    }
+
+
+def bench(name: str, options: argparse.Namespace) -> None:
+    case = CASES[name](Sizes())
+    bytes_each = [tensor.numel() * tensor.element_size() for tensor in case[2]]
+    for mode, times in measured(case, options.rounds).items():
+        print(f"\n{name}, {mode}, {CALLS} calls")
+        show(times, SIDES[:2])
+        show_floor(times, CALLS * traffic(mode, bytes_each) / (options.tb_per_second * 1e12))
 
 
 def main() -> None:
@@ -92,9 +127,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("skipped: there is no GPU here")
         return
-    print(f"{torch.cuda.get_device_name()}, bf16, {IMAGES} images of {TOKENS} tokens")
-    for name, make in (("field", field), ("norm and modulation", modulate), ("norm and rotary", rotate)):
-        bench(name, make, options)
+    print(f"{torch.cuda.get_device_name()}, bf16, {Sizes().images} images of {Sizes().tokens} tokens")
+    for name in CASES:
+        bench(name, options)
 
 
 if __name__ == "__main__":
