@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUNS ?= runs
 
-.PHONY: help setup demo test test-slow test-s3 check format bench bench-model bench-data serve-mlflow clean
+.PHONY: help setup demo test test-slow test-s3 gpu check format bench bench-model bench-data serve-mlflow clean
 
 help:           ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -33,6 +33,10 @@ test-slow: $(READY)  ## faults and soaks: whole workflows killed at every stage,
 
 test-s3: $(READY)    ## the tests that want object storage, against a real radosgw
 	$(BIN)/python -m tests.infra.radosgw -- $(BIN)/python -m pytest tests/infra/test_store.py tests/data_prep/test_prepare_s3.py $(ARGS)
+
+# A machine with a GPU need not have a network: what is installed there is taken, and what lacks is named.
+gpu:            ## what needs a GPU, without Ray or a network: make gpu ARGS='--parts kernels,train256'
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -W ignore -m tests.gpu $(ARGS)
 
 check: $(READY)  ## lint, types, architecture
 	$(BIN)/ruff check .
