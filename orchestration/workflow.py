@@ -60,20 +60,17 @@ def graph(recipe: Recipe, store: Store | None = None) -> list[Node]:
     A digest also covers what a stage reads from outside of the workflow, such as files of a corpus, as they are now.
     Where that depends on the output of a stage that has not run, `run` computes the digest again after that stage.
     """
-    parsed = _parsed(recipe)
+    parsed = parse_stages(recipe)
     nodes: dict[str, Node] = {}
     done_records: dict[str, StageRecord] = {}
 
-    def add(name: str, readers: tuple[str, ...]) -> None:
+    def add(name: str) -> None:
         if name in nodes:
             return
-        if name in readers:
-            circle = f"the stages {' -> '.join([*readers, name])} wait for each other"
-            raise recipe.refused([Fault(name, circle, "break the circle")])
         kind, settings = parsed[name]
         inputs = _inputs(name, parsed)
         for target in inputs.values():
-            add(target, (*readers, name))
+            add(target)
         digests = {field: nodes[target].digest for field, target in inputs.items()}
         records = {field: done_records[target] for field, target in inputs.items() if target in done_records}
         node = nodes[name] = _node(name, kind, settings, inputs, digests, store, records)
@@ -81,14 +78,14 @@ def graph(recipe: Recipe, store: Store | None = None) -> list[Node]:
             done_records[name] = read_record(store, node.key, StageRecord)
 
     for name in parsed:
-        add(name, ())
+        add(name)
     return list(nodes.values())
 
 
 Parsed = Mapping[str, tuple[StageKind, Settings]]
 
 
-def _parsed(recipe: Recipe) -> Parsed:
+def parse_stages(recipe: Recipe) -> Parsed:
     """Each stage's kind and settings; one error tells all that is wrong with them and between them."""
     parsed: dict[str, tuple[StageKind, Settings]] = {}
     faults: list[Fault] = []
@@ -101,7 +98,24 @@ def _parsed(recipe: Recipe) -> Parsed:
         faults += _misfits(name, recipe, parsed)
     if faults:
         raise recipe.refused(faults)
+    _refuse_circles(recipe, parsed)
     return parsed
+
+
+def _refuse_circles(recipe: Recipe, parsed: Parsed) -> None:
+    fine: set[str] = set()
+
+    def visit(name: str, readers: tuple[str, ...]) -> None:
+        if name in readers:
+            circle = f"the stages {' -> '.join([*readers, name])} wait for each other"
+            raise recipe.refused([Fault(name, circle, "break the circle")])
+        if name not in fine:
+            for target in _inputs(name, parsed).values():
+                visit(target, (*readers, name))
+            fine.add(name)
+
+    for name in parsed:
+        visit(name, ())
 
 
 def _inputs(name: str, parsed: Parsed) -> dict[str, str]:

@@ -30,7 +30,7 @@ def check_training(stages: Mapping[str, Settings], todo: Iterable[str]) -> None:
 
 
 def _check_network(name: str, settings: TrainStage, stages: Mapping[str, Settings], width: int) -> None:
-    size = _size(stages.get(settings.data))
+    size = size_of(stages.get(settings.data))
     set_size, set_width = (settings.model.get(field) for field in ("image_size", "text_dim"))
     if size is not None and set_size not in (None, size):
         raise SettingsError(
@@ -45,26 +45,34 @@ def _check_network(name: str, settings: TrainStage, stages: Mapping[str, Setting
     parse(TrainSettings, fitted(settings, size, width), where=name)
 
 
-def _size(data: Settings | None) -> int | None:
+def size_of(data: Settings | None) -> int | None:
     return data.size if isinstance(data, SnapshotStage) and isinstance(data.size, int) else None
 
 
 def _text_width(name: str, settings: TrainStage, stages: Mapping[str, Settings]) -> int:
-    """The width of the text encoder's features: one inherited with the weights, another stage's, or a published one."""
+    """The width of the text encoder's features."""
+    stage, source = text_encoder(name, settings, stages)
+    return source.text.hidden if isinstance(source, EncodersStage) else _known_text(stage, source).width
+
+
+def text_encoder(name: str, settings: TrainStage, stages: Mapping[str, Settings]) -> tuple[str, EncodersStage | str]:
+    """A stage's text encoder, and the stage that says so: one inherited with the weights, another's, or a published."""
     above = stages.get(settings.start_from or "")
-    if isinstance(above, TrainStage) and _has_text(above, stages):
-        return _text_width(str(settings.start_from), above, stages)
+    if isinstance(above, TrainStage) and has_text(above, stages):
+        return text_encoder(str(settings.start_from), above, stages)
     encoders = stages.get(settings.encoders or "")
-    if isinstance(encoders, EncodersStage):
-        return encoders.text.hidden
-    return _known(name, "text", settings.text_encoder, _SMALL.format(stage=name)).width
+    return name, encoders if isinstance(encoders, EncodersStage) else settings.text_encoder
 
 
-def _has_text(settings: TrainStage, stages: Mapping[str, Settings]) -> bool:
+def _known_text(stage: str, source: str) -> Known:
+    return _known(stage, "text", source, _SMALL.format(stage=stage))
+
+
+def has_text(settings: TrainStage, stages: Mapping[str, Settings]) -> bool:
     """Whether a stage's checkpoint holds its text encoder; a stage that starts from it then inherits that one."""
     above = stages.get(settings.start_from or "")
     own = settings.encoders is not None or settings.train_text > 0 or Path(settings.text_encoder).exists()
-    return own or (isinstance(above, TrainStage) and _has_text(above, stages))
+    return own or (isinstance(above, TrainStage) and has_text(above, stages))
 
 
 def _check_vision(name: str, settings: TrainStage) -> None:

@@ -30,14 +30,19 @@ class Known(NamedTuple):
 @cache
 def known(source: str) -> Known:
     """The encoder that `source` names: a folder, or a model of the hub such as Qwen/Qwen3-1.7B."""
+    return _read(source, config_of(source))
+
+
+def config_of(source: str) -> Path:
+    """The config.json of an encoder, fetched from the hub if that is where it lies."""
     folder = Path(source)
     if folder.is_dir():
         if not any((folder / name).is_file() for name in _WEIGHTS):
             raise CheckpointError(f"the folder {folder} holds no model.safetensors", remedy=FORMAT)
-        return _read(source, folder / _CONFIG)
+        return folder / _CONFIG
     if not _HUB_NAME.fullmatch(source):
         raise SettingsError(f"there is no folder {source}", remedy=FORMAT)
-    return _read(source, _of_hub(source))
+    return _of_hub(source)
 
 
 def _of_hub(name: str) -> Path:
