@@ -135,7 +135,7 @@ class StagePlan:
     def _changes(self) -> list[dict[str, Any]]:
         """What may be changed without changing what is learnt, the fewest settings first and then the cheapest."""
         now = self.setup()
-        zeros: list[Stage] = [stage for stage in (2, 3) if stage > now.zero and now.ranks > 1]  # type: ignore[misc]
+        zeros: list[Stage] = [stage for stage in (2, 3) if stage > now.zero and now.ranks > 1]
         values: dict[str, list[Any]] = {
             "offload": [None] if now.offload else [None, True],
             "exact_gradients": [None, False] if now.exact_gradients else [None],
