@@ -46,7 +46,7 @@ def _plan(
     text = _text(name, settings, stages)
     own = fitted(settings, size_of(stages.get(settings.data)), text.width)
     try:
-        on_these = parse(TrainSettings, own | {"workers": machines.ranks}, where=name)
+        on_these = parse(TrainSettings, own | {"workers": machines.ranks})
     except SettingsError as error:
         raise SettingsError(
             f"`{name}` cannot be trained on {machines}: {error.message}",
@@ -78,7 +78,7 @@ def _shape(source: str, read: Callable[[Mapping[str, Any]], S]) -> S:
         return read(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(
-            f"{source} cannot be planned with: its config.json does not tell its size ({type(error).__name__}: {error})",
+            f"{source} cannot be planned with: its config.json tells no size of it ({type(error).__name__}: {error})",
             remedy=f"name a Qwen3 or a DINOv2, such as {', '.join([*PUBLISHED_TEXT, *PUBLISHED_VISION])}",
         ) from None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-_LEFT_OUT = (
-    "All of it is arithmetic, and nothing here was run. Time is FLOP / (ranks x peak x mfu), frozen encoders by the peak "
-    "of fp32, in which they run; evaluation, start-up, saving and Muon's own products are left out. Activations are "
-    "those without `compile`. Memory contains an allowance: 2 GB for CUDA and NCCL, and a tenth of the activations. "
+_NOTES = (
+    "All of it is arithmetic: nothing was run. Time is FLOP / (ranks x peak x mfu), that of frozen encoders by the "
+    "peak of fp32, in which they run; evaluation, start-up, saving and Muon's own products are left out. Activations "
+    "are those without `compile`. The allowance is 2 GB for CUDA and NCCL, and a tenth of the activations. "
     "GB are 10^9 bytes."
 )
+_WIDTH = 116  # of a line
 
 
 @app.command(epilog="Example: pixnerd plan mine.yaml --gpus 16xH200 --price-per-gpu-hour 3.5 --images 45e6")
@@ -30,7 +32,7 @@ def plan(
     set_: SetOption = None,
     mfu: Annotated[
         float,
-        typer.Option("--mfu", min=0.001, max=1.0, help="The share of its peak that a GPU reaches: an assumption."),
+        typer.Option("--mfu", min=0.001, max=1.0, help="The share of its peak that a GPU reaches, an assumption."),
     ] = 0.4,
     peak: Annotated[
         float | None,
@@ -42,7 +44,7 @@ def plan(
     ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Say what training will need: parameters, memory a rank, FLOP, time, cost, disk, network; and what does not fit."""
+    """Say what training will need: memory, FLOP, time, cost, disk, network; and what to set where it does not fit."""
     from pipelines.recipes import load
     from training.plan.machines import TERA, machines
 
@@ -63,7 +65,7 @@ def plan(
     for stage in planned:
         _show_stage(stage)
     _show_total(planned, prepared)
-    print(f"\n{_LEFT_OUT}")
+    print(f"\n{textwrap.fill(_NOTES, _WIDTH)}")
 
 
 def _show_machines(plan: StagePlan) -> None:
@@ -100,31 +102,40 @@ def _show_stage(plan: StagePlan) -> None:
 
 def _facts(plan: StagePlan) -> list[tuple[str, str]]:
     work, text, vision = plan.work, plan.encoders.text, plan.encoders.vision
-    parts = [f"{name} {flop / 1e9:,.3g}" for name, flop in work.forward.items()]
-    encoders = [
-        f"text encoder {work.text / 1e9:,.4g}",
-        *([f"vision encoder {work.vision / 1e9:,.4g}"] if vision else []),
-    ]
     sizes = [f"network {_count(plan.network)}", f"text encoder {_count(text.parameters)}"]
     sizes += [f"vision encoder {_count(vision.parameters)}", f"REPA head {_count(plan.head)}"] if vision else []
-    host = plan.memory()
+    encoders = {"text": work.text, **({"vision": work.vision, "REPA head": work.head} if vision else {})}
+    forward = {**work.forward, "in all": sum(work.forward.values())}
     return [
         ("parameters", f"{', '.join(sizes)}; trained {_count(plan.sizes.trained)}"),
-        ("forward GFLOP", f"{', '.join(parts)}; in all {sum(work.forward.values()) / 1e9:,.4g}; {', '.join(encoders)}"),
-        ("a step", f"{work.step / 1e12:.3g} TFLOP an image ({work.frozen / 1e12:.3g} in frozen encoders, in fp32)"),
+        ("forward", f"FLOP an image: {_each(forward)}"),
+        ("encoders", f"FLOP an image: {_each(encoders)}"),
+        ("training", f"{_flop(work.step)}FLOP an image, {_flop(work.frozen)}FLOP of them in frozen encoders"),
         ("time", _time(plan)),
         ("network", _network(plan)),
-        ("disk", f"{plan.states} states of {_gb(plan.state)}, a checkpoint of {_gb(plan.checkpoint)}"),
-        ("host memory", f"{_gb(host.on_host)} a rank, without Python and libraries; times the ranks of a machine"),
+        ("disk", f"{plan.states} training states of {_gb(plan.state)}, a checkpoint of {_gb(plan.checkpoint)}"),
+        ("host memory", f"{_gb(plan.memory().on_host)} a rank, beside what Python and its libraries take"),
     ]
+
+
+def _each(parts: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {_flop(flop).strip()}" for name, flop in parts.items() if flop)
+
+
+def _flop(flop: float) -> str:
+    for unit, of in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if flop >= of:
+            return f"{flop / of:.4g} {unit}"
+    return f"{flop:.4g} "
 
 
 def _time(plan: StagePlan) -> str:
+    in_all = f"{plan.flop:.3g} FLOP in all"
     if plan.step_seconds is None or plan.hours is None:
-        return f"not known; {plan.flop:.3g} FLOP in all"
-    speed = plan.settings.batch / plan.step_seconds
+        return f"not known; {in_all}"
+    speed = f"{plan.settings.batch / plan.step_seconds:,.0f} images/s"
     cost = "" if plan.cost is None else f", costs {plan.cost:,.0f}"
-    return f"{plan.step_seconds:.3g} s a step, {speed:,.0f} images/s, {plan.hours:,.3g} h{cost}; {plan.flop:.3g} FLOP in all"
+    return f"{plan.step_seconds:.3g} s a step, {speed}, {_number(plan.hours)} h{cost}; {in_all}"
 
 
 def _network(plan: StagePlan) -> str:
@@ -190,7 +201,7 @@ def _as_json(plans: Sequence[StagePlan], prepared: Sequence[Shards]) -> dict[str
             "disk": sum(map(_disk, plans)),
         },
         "shards": [{"stage": s.stage, "images": s.images, "bytes": s.sizes} for s in prepared],
-        "note": _LEFT_OUT,
+        "note": _NOTES,
     }
 
 
@@ -231,11 +242,11 @@ def _stage_json(plan: StagePlan) -> dict[str, Any]:
 
 def _lines(facts: Iterable[tuple[str, str]]) -> None:
     for name, text in facts:
-        print(f"  {name:<14} {text}")
+        print(textwrap.fill(text, _WIDTH, initial_indent=f"  {name:<14} ", subsequent_indent=" " * 17))
 
 
 def _fits(answer: bool | None) -> str:
-    return {True: "yes", False: "no", None: "-"}[answer]
+    return {True: "yes", False: "no", None: "not known"}[answer]
 
 
 def _number(value: float | None) -> str:

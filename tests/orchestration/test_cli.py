@@ -30,7 +30,7 @@ from training import model as models
 from training.encoders import text
 
 COMMANDS = [
-    ["new"], ["run"], ["prepare"], ["train"], ["sample"], ["report"], ["doctor"], ["evaluate", "geneval"],
+    ["new"], ["plan"], ["run"], ["prepare"], ["train"], ["sample"], ["report"], ["doctor"], ["evaluate", "geneval"],
     ["checkpoint", "show"], ["checkpoint", "import"], ["checkpoint", "export"], ["checkpoint", "fetch"],
     ["data", "show"], ["data", "verify"], ["data", "forget"], ["data", "gc"],
 ]  # fmt: skip
