@@ -104,8 +104,7 @@ TEXT = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "nu
 def test_a_text_encoders_shape_is_that_of_the_real_one():
     from transformers import Qwen3Config, Qwen3Model
 
-    with torch.device("meta"):
-        model = Qwen3Model(Qwen3Config(**TEXT))
+    model = Qwen3Model(Qwen3Config(**TEXT, attn_implementation="eager"))  # a fused one is not counted on CPUs
     shape = text_shape(TEXT)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert shape.matrices == sum(p.numel() for p in model.layers[0].parameters() if p.ndim == 2)
@@ -113,7 +112,7 @@ def test_a_text_encoders_shape_is_that_of_the_real_one():
     assert shape.trained(2) == sum(p.numel() for p in last)
     assert (shape.trained(0), shape.trained(3)) == (0, shape.parameters)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(input_ids=torch.zeros(2, 10, dtype=torch.long, device="meta"), use_cache=False)
+        model(input_ids=torch.zeros(2, 10, dtype=torch.long), use_cache=False)
     # The angles of its rotary positions are a product as well: one for each token and pair.
     assert counter.get_total_flops() == pytest.approx(2 * shape.forward(10), rel=1e-3)
 
@@ -123,12 +122,11 @@ def test_a_vision_encoders_shape_is_that_of_the_real_one(gated: bool):
     from transformers import Dinov2Config, Dinov2Model
 
     config = {"hidden_size": 48, "num_hidden_layers": 2, "patch_size": 8, "image_size": 32, "use_swiglu_ffn": gated}
-    with torch.device("meta"):
-        model = Dinov2Model(Dinov2Config(num_attention_heads=4, **config))
+    model = Dinov2Model(Dinov2Config(num_attention_heads=4, attn_implementation="eager", **config))
     shape = vision_shape(config)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(3, 3, 32, 32, device="meta"))
+        model(torch.zeros(3, 3, 32, 32))
     assert counter.get_total_flops() == 3 * shape.forward(16)
 
 
@@ -217,7 +215,7 @@ def test_a_higher_stage_of_zero_never_needs_more_memory_for_the_published_networ
         for settings in ({}, {"precision": "fp32"}, {"exact_gradients": True}, {"offload": True}):
             planned = plan(gpus, micro_batch=8, **settings)
             one, two, three = (planned.memory(zero=zero).on_device for zero in (1, 2, 3))
-            assert three <= two <= one or (gpus, settings) == ("1xH200", {}), (gpus, settings)
+            assert three <= two <= one, (gpus, settings)
 
 
 def test_a_batch_twice_as_large_costs_twice_the_flop_and_the_time():
@@ -272,11 +270,9 @@ def test_the_largest_micro_batch_that_fits_is_named():
 
 def test_settings_that_a_run_would_refuse_are_not_named():
     """REPA needs two images at once, and Muon whole matrices."""
-    narrow = plan("16xRTX4090", model={"image_size": 1024}, optim={"matrices": "muon"})
-    for way in narrow.ways():
-        assert way.get("micro_batch", 2) >= 2
-        assert way.get("zero") != 3
-        assert not way.get("offload")
+    large: dict[str, Any] = {"model": {"image_size": 1024}}
+    assert plan("16xRTX4090", Encoders(QWEN, None), objective={"repa": 0}, **large).ways()
+    assert plan("16xRTX4090", optim={"matrices": "muon"}, **large).ways() == []
 
 
 def test_no_setting_helps_where_the_encoders_alone_are_too_large():

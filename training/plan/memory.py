@@ -118,17 +118,16 @@ def _host(setup: Setup, sizes: Sizes, state: float, average: float) -> dict[str,
 def activations(config: ModelConfig, encoders: Encoders, *, bf16: bool, gpu: bool) -> dict[str, float]:
     """Bytes that autograd keeps of one image, by part.
 
-    Where no kernel of ours runs (on CPUs, and for text), a norm keeps its normed input as well, and with bf16 that and
-    the input in fp32.
+    Where no kernel of ours runs (on CPUs), a norm keeps more than its input: see `_copies`.
     """
     n, t, h = config.grid**2, config.text_tokens, config.hidden
     b = 2 if bf16 else FP32
     trunk = config.blocks * _block(config, n, t, b, plain=not gpu)
     parts = {
-        "trunk": trunk + config.blocks * t * h * (3 * b + FP32),
+        "trunk": trunk + config.blocks * t * h * (2 * b + FP32),  # keys, values and a norm in fp32 of the text
         "text refine": config.text_blocks * _block(config, t, 0, b, plain=not gpu),
-        "text in": t * (config.text_dim * (FP32 + b) + h * (2 * b + FP32)),
-        "field": _field(config, n, b) if config.field_blocks else n * 2 * h * b,
+        "text in": t * (config.text_dim * (FP32 + (b if bf16 else 0)) + h * (2 * b + FP32)),
+        "field": _field(config, n, b, plain=not gpu) if config.field_blocks else n * 2 * h * b,
         "image and loss": 6.0 * FP32 * 3 * n * config.patch_size**2,
         # The largest values of the backward pass itself: the gradients of one block's feed-forward part.
         "gradients of a block": n * b * (4.0 * config.mlp_hidden + h),
@@ -145,20 +144,26 @@ def activations(config: ModelConfig, encoders: Encoders, *, bf16: bool, gpu: boo
 def _block(config: ModelConfig, tokens: int, text: int, b: int, *, plain: bool) -> float:
     """A transformer block; see `training.model.blocks` for the operations in this order."""
     h, inner = config.hidden, config.mlp_hidden
-    copies = (1 if b == FP32 else 4) if plain else 0  # of a norm's input, in values of b bytes, without the kernel
-    norms = 2 * (2 + copies) * h  # input and output
+    norms = 2 * (2 + (_copies(b) + 1 if plain else 0)) * h  # input and output; without the kernel what is between too
     attention = 3 * h + h + 2 * h  # q, k and v together, q with positions, the result before and after its projection
     joined = 2 * h * (tokens + text) / tokens  # k and v, with the text's behind
-    rotated = 2 * h * (2 if b == 2 else 1) if plain or not text else 0  # q and k in fp32, or normed
+    # The norms of q and k. Those of text have no kernel, but on a GPU PyTorch's own, which keeps the input in fp32.
+    between = 2 * h * (_copies(b) if plain else 0 if text or b == FP32 else 2)
     feed_forward = 4 * inner + h  # gate and value, SiLU(gate), their product; and the result
-    return b * tokens * (norms + attention + joined + rotated + feed_forward)
+    return b * tokens * (norms + attention + joined + between + feed_forward)
 
 
-def _field(config: ModelConfig, patches: int, b: int) -> float:
+def _copies(b: int) -> int:
+    """What PyTorch's norm on a CPU keeps beside its input, in values of b bytes: the normed one, and both in fp32."""
+    return 1 if b == FP32 else 4
+
+
+def _field(config: ModelConfig, patches: int, b: int, *, plain: bool) -> float:
     k, c = config.patch_size**2, config.field_channels
     weights = 2 * c * c * config.field_ratio
     blocks = config.field_blocks * b * (k * c + weights)  # the product keeps its inputs and recomputes the rest
-    last = k * c * (2 * FP32 + b) if config.field_norm == "fc1_fc2_out" else k * c * b
+    normed = k * c * (FP32 + b + (FP32 if plain else 0))
+    last = normed if config.field_norm == "fc1_fc2_out" else k * c * b
     return patches * (blocks + last + b * (2 * config.hidden + 2 * 3 * k))
 
 
