@@ -37,7 +37,6 @@ STAGES: dict[str, dict[str, Any]] = {
     "zero-3": {"zero": 3},
     "offload": {"zero": 2, "offload": True},
     "muon": {"zero": 1, "optim": {"lr": 1e-3, "matrices": "muon", "weight_decay": 0.1, "text_lr": 0.1}},
-    "bf16": {"zero": 1, "precision": "bf16"},
     "bf16-exact": {"zero": 1, "precision": "bf16", "exact_gradients": True, "micro_batch": 2},
     "bf16-3": {"zero": 3, "precision": "bf16"},
 }
