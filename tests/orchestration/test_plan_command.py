@@ -74,7 +74,7 @@ def test_a_recipe_without_training_is_refused():
 
 
 def test_stages_that_wait_for_each_other_are_refused():
-    stage = {"kind": "train", "data": "data", "steps": 1, "batch": 1}
+    stage = {"kind": "train", "data": "data", "steps": 1, "batch": 2}
     data = {"data": {"kind": "snapshot", "shards": "corpus"}, "corpus": {"kind": "prepare", "sources": []}}
     source = {"kind": "table_folder", "name": "a", "url": "/nowhere", "tables": ["a.csv"], "captions": ["b"]}
     data["corpus"]["sources"] = [source]
