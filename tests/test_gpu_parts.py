@@ -18,6 +18,7 @@ from tests.gpu.parts import MODES, OPERATIONS, PARTS, TB_PER_SECOND, TRAFFIC_FLO
 from tests.gpu.report import Options
 from tests.gpu.results import NOT_RUN, Row
 
+pytestmark = pytest.mark.timeout(900)  # the process of all parts takes a minute of CPU, and others use it as well
 # What is small has one size: the parts at 512 px would run the same once more.
 RUN = [name for name in PARTS if "512" not in name]
 CPU = Options("cpu", tiny=True)
