@@ -42,6 +42,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     return {name: [json.loads(line) for line in (folder / name).read_text().splitlines()] for name in RUN}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUN)
 def test_a_part_gives_all_its_figures_on_a_bare_machine(lines: dict[str, list[dict[str, object]]], name: str):
     rows = [Row(**line["row"]) for line in lines[name]]  # type: ignore[arg-type]
