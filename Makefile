@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUNS ?= runs
 
-.PHONY: help setup demo test test-slow test-s3 gpu check format bench bench-model bench-data serve-mlflow clean
+.PHONY: help setup demo test test-slow test-faults test-s3 gpu check format bench bench-model bench-data serve-mlflow clean
 
 help:           ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -30,6 +30,9 @@ test: $(READY)   ## the test suite
 
 test-slow: $(READY)  ## faults and soaks: whole workflows killed at every stage, races, 100,000 downloads
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --timeout 1500 $(ARGS)
+
+test-faults: $(READY)  ## training ranks that are killed, stopped and stuck, and a store that is away: minutes each
+	$(BIN)/python -m pytest -m faults --timeout 1500 $(ARGS)
 
 test-s3: $(READY)    ## the tests that want object storage, against a real radosgw
 	$(BIN)/python -m tests.infra.radosgw -- $(BIN)/python -m pytest tests/infra/test_store.py tests/data_prep/test_prepare_s3.py $(ARGS)

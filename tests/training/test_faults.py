@@ -20,7 +20,7 @@ from training import ray_train
 from training.loop import Job
 from training.model import WEIGHTS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1500)]
 STEPS = {"workers": 2, "steps": 40, "save_every": 4, "log_every": 4, "objective": {"repa": 0.0}}
 
 
