@@ -447,5 +447,6 @@ def _write(networks: Networks, origins: Origins, weights: dict[str, torch.Tensor
 def _store_curve(job: Job, curve: list[dict[str, float]]) -> DataObject:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "curve.parquet"
-        pq.write_table(pa.Table.from_pylist(curve), path)
+        names = dict.fromkeys(name for row in curve for name in row)  # a figure may first appear in a later row
+        pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in names} for row in curve]), path)
         return put_data(job.store, layout.CURVES.at(home=job.prefix), "curve.parquet", path)
