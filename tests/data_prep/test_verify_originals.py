@@ -11,9 +11,11 @@ import pytest
 from data_prep.prepare import catalogue, originals
 from data_prep.prepare.plan import PrepareSettings
 from data_prep.upkeep.drop import drop_shared
+from data_prep.upkeep.verify import originals as verified
 from data_prep.upkeep.verify import verify_shared
 from infra import layout
-from infra.records import read_record
+from infra.errors import StoreError
+from infra.records import DataObject, read_record
 from infra.store import Store
 from tests.data_prep.corpora import contents, prepare_here, retry_failed
 from tests.data_prep.test_linking import asked, made, pages, photo, rows, settings_for, write
@@ -92,6 +94,24 @@ def test_nothing_is_wrong_with_what_was_downloaded(prepared: Prepared) -> None:
     found = verify_shared(prepared.store)
     assert (found.problems, found.damaged, found.batches) == ([], False, len(originals.states(prepared.store)))
     assert any(prepared.store.list(layout.CATALOGUE.under())) and found.batches == 5
+
+
+def test_a_store_that_fails_while_an_index_is_read_makes_no_tar_useless(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, read_parquet = prepared.batches()[0], verified.read_parquet
+
+    def failing(store: Store, table: DataObject, columns: Any) -> Any:
+        if table.key == batch.index.key:
+            raise StoreError("the store is away", remedy="try again")
+        return read_parquet(store, table, columns)
+
+    monkeypatch.setattr(verified, "read_parquet", failing)
+    found = verify_shared(prepared.store)
+    assert any("the store is away" in problem for problem in found.problems)
+    before = contents(prepared.store)
+    drop_shared(prepared.store, found)
+    assert contents(prepared.store) == before
 
 
 def gone(store: Store, key: str) -> str:
