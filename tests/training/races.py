@@ -16,17 +16,16 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from infra.claim import held
-from infra.errors import PixnerdError
 from infra.records import CheckpointRecord, canonical_json
 from infra.store import Entry, FileStore
 from tests.training import small_run
+from tests.training.forks import forked, together
 from training import checkpoint
 from training.loop import Job, train
 
@@ -64,47 +63,15 @@ class Slow(FileStore):
         yield from super().list_unchecked(prefix)
 
 
-def forked(work: Callable[[], int]) -> int:
-    """The number of a child process that does the work and ends with what it gives."""
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
-        random.seed(os.getpid())
-        code = work()
-    except PixnerdError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    except Exception:  # noqa: BLE001 - whatever it is, the child must not go on as its parent
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def rank(job: Job, number: int, rendezvous: Path, out: Path) -> int:
-    import torch.distributed as dist
-
-    os.environ["LOCAL_RANK"] = str(number)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=number, world_size=RANKS)
-    record = train(job, lambda message: None)
-    if number == 0:
-        out.write_text(canonical_json(record))
-    return 0
-
-
 def attempt(job: Job, out: Path) -> bool:
-    """One start of all ranks; when one of them dies the others, who would wait for it, are ended too."""
-    with tempfile.TemporaryDirectory() as folder:
-        meeting = Path(folder) / "meeting"
-        pids = [forked(lambda number=number: rank(job, number, meeting, out)) for number in range(RANKS)]
-        codes = []
-        for _ in pids:
-            pid, status = os.wait()
-            codes.append(os.waitstatus_to_exitcode(status))
-            for other in set(pids) - {pid} if codes[-1] else ():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(other, signal.SIGKILL)
-    return not any(codes)
+    """One start of all ranks; rank 0 writes the record that it got."""
+
+    def rank(number: int) -> None:
+        record = train(job, lambda message: None)
+        if number == 0:
+            out.write_text(canonical_json(record))
+
+    return not any(together(RANKS, rank))
 
 
 def driver(job: Job, out: Path, claims: bool) -> int:

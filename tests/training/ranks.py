@@ -7,24 +7,21 @@ curves, the hashes of what they published, and whole states, put together from t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load, load_file, save_file
 
 from infra.records import CheckpointRecord, DataObject, SnapshotRecord, get_data, read_record
 from infra.store import FileStore
 from tests.training import small_run
-from tests.training.races import forked
+from tests.training.forks import forked, together
 from training import loop, states
 from training.ema import Ema
 from training.loop import Job, train
@@ -55,27 +52,6 @@ class Keeps(FileStore):
     """Nothing is deleted, so that the states which led to a checkpoint stay."""
 
     def delete(self, key: str) -> None: ...
-
-
-def together(ranks: int, work: Callable[[int], None]) -> list[int]:
-    """`work(rank)` on so many ranks; where one ends with an error the others, who would wait for it, are killed."""
-    with tempfile.TemporaryDirectory() as folder:
-
-        def rank(number: int) -> int:
-            os.environ["LOCAL_RANK"] = str(number)
-            dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=number, world_size=ranks)
-            work(number)
-            return 0
-
-        pids = [forked(lambda number=number: rank(number)) for number in range(ranks)]
-        codes = []
-        for _ in pids:
-            pid, status = os.wait()
-            codes.append(os.waitstatus_to_exitcode(status))
-            for other in set(pids) - {pid} if codes[-1] else ():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(other, signal.SIGKILL)
-    return codes
 
 
 def trained(job: Job, kill_after: int | None = None) -> list[int]:
