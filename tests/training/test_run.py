@@ -306,6 +306,13 @@ def test_a_loss_far_above_those_before_breaks_a_run(make: Any, alone: None, monk
     assert record.position == 64
 
 
+def test_a_notice_that_machines_will_go_commits_a_state_once(make: Any, alone: None):
+    saved: list[int] = []
+    job = replace(make("noticed", save_every=6, log_every=2), ends_soon=lambda: True)
+    train(job, lambda message: saved.append(message["step"]) if message["event"] == "saved" else None)
+    assert saved == [2]
+
+
 def test_states_at_certain_steps_are_kept_for_good(store: Store, make: Any, alone: None):
     job = make("kept", steps=6, save_every=1, keep=1, keep_every=2)
     run(job)
