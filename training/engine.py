@@ -88,14 +88,14 @@ class Engine:
     ) -> None:
         deepspeed = import_deepspeed()
         deepspeed.utils.logger.setLevel(logging.ERROR)
-        self.module, self.rank, self.ranks = module, dist.get_rank(), dist.get_world_size()
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.micro_batch = micro_batch
         names = {parameter: name for name, parameter in module.named_parameters() if parameter.requires_grad}
         exact = {name: p.detach().clone() for p, name in names.items()} if precision == "bf16" else {}
         if zero == 3:
             gather_by_block(module)
         optimizer = optimiser(module.named_parameters(), optim)
-        groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+        self._groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -125,7 +125,6 @@ class Engine:
                 exact[fragment.name].flatten()[fragment.start : fragment.end]
             )
         self._shapes = {name: tuple(_full_shape(parameter)) for parameter, name in names.items()}
-        self._groups = groups
         if isinstance(self._optimizer, Muon):
             self._optimizer.pieces = self._pieces()
 
@@ -205,8 +204,7 @@ class Engine:
             for rank, part in enumerate(parts or ()):
                 for fragment in fragments[rank]:
                     if fragment.flat == number:
-                        values = part[fragment.offset : fragment.offset + fragment.end - fragment.start]
-                        tensors[fragment.name].view(-1)[fragment.start : fragment.end] = values.cpu()
+                        tensors[fragment.name].view(-1)[fragment.start : fragment.end] = fragment.of(part).cpu()
         return tensors
 
     def _pieces(self) -> dict[torch.Tensor, list[Piece]]:

@@ -1,8 +1,8 @@
 """Deletes training states that no run will resume from: those of finished runs, and parts that no state names.
 
 A run deletes its own old states. These were left by runs that were killed after they published and before they deleted
-their states, or between a state's parts and its record. Only keys are looked at, so states are recognised whichever
-version wrote them and however damaged they are.
+their states, or between a state's parts and its record. States are recognised by their keys, whichever version wrote
+them and however damaged they are; records only say which states are kept for good, and which parts are in use.
 """
 
 from __future__ import annotations

@@ -434,7 +434,8 @@ def _preparer(networks: Networks, settings: TrainSettings, device: torch.device)
 def _write(networks: Networks, origins: Origins, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """A checkpoint folder. The networks were built anew, so what training rounds or shares out does not touch them."""
     trained = networks.trained
-    trained.load_state_dict(weights, strict=False)  # what stays frozen is as it was
+    unknown = trained.load_state_dict(weights, strict=False).unexpected_keys  # what stays frozen is as it was
+    assert not unknown, f"weights of parameters that the network does not have: {unknown}"
     own_text = trained.text is not None or isinstance(origins.text, Path)
     models.save(folder, trained.net, {"text_encoder": "text" if own_text else origins.text})
     if own_text:

@@ -83,7 +83,10 @@ class Muon(torch.optim.AdamW):
 
     def _update(self, flat: Tensor, lr: float, weight_decay: float) -> None:
         assert flat.grad is not None
-        momentum = self.state[flat].setdefault("exp_avg", torch.zeros_like(flat))
+        state = self.state[flat]
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(flat)
+        momentum = state["exp_avg"]
         momentum.lerp_(flat.grad, 1 - MOMENTUM)
         nesterov = flat.grad.lerp(momentum, MOMENTUM)
         flat.mul_(1 - lr * weight_decay)

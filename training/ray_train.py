@@ -1,4 +1,4 @@
-"""A training run on a Ray cluster: Ray Train starts the ranks, and restarts all of them when one dies.
+"""A training run on a Ray cluster: Ray Train starts the ranks; when one dies or hangs, the driver starts all again.
 
 The result is the record in the store; Ray's own checkpoints are not used. A rank writes to one folder of its machine's
 disk only, which a later run removes if the rank was killed.
