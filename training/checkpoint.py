@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -39,6 +41,14 @@ def publish(store: Store, prefix: str, write: Callable[[Path], None], **facts: A
     record = CheckpointRecord(folder=layout.TRAINED_FILES.at(home=prefix), files=files, **facts)
     write_record(store, layout.CHECKPOINT.at(home=prefix), record)
     return read_record(store, layout.CHECKPOINT.at(home=prefix), CheckpointRecord)
+
+
+def store_curve(store: Store, prefix: str, curve: list[dict[str, float]]) -> DataObject:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "curve.parquet"
+        names = dict.fromkeys(name for row in curve for name in row)  # a figure may first appear in a later row
+        pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in names} for row in curve]), path)
+        return put_data(store, layout.CURVES.at(home=prefix), "curve.parquet", path)
 
 
 def publish_folder(store: Store, folder: Path) -> CheckpointRecord:

@@ -22,17 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from safetensors.torch import save_file
 
-from infra import layout
 from infra.claim import Claim
 from infra.config import Refused, Settings, check, operational
 from infra.errors import SettingsError, TrainingError
-from infra.records import CheckpointRecord, DataObject, SnapshotRecord, put_data
+from infra.records import CheckpointRecord, DataObject, SnapshotRecord
 from infra.shards import read_selection
 from infra.store import Store
 from infra.tracking import Run
@@ -331,7 +328,7 @@ class Training:
                 snapshot=job.snapshot.digest(),
                 start_from=job.start_from.digest() if job.start_from is not None else None,
                 parameters=sum(p.numel() for p in networks.trained.net.parameters()),
-                curve=_store_curve(job, self.curve),
+                curve=checkpoint.store_curve(job.store, job.prefix, self.curve),
             )
             states.drop(job.store, job.prefix, keep=0)
             job.run.flush()
@@ -443,11 +440,3 @@ def _write(networks: Networks, origins: Origins, weights: dict[str, torch.Tensor
     if trained.head is not None:
         save_file(trained.head.state_dict(), folder / models.HEAD)
     models.write_sums(folder)
-
-
-def _store_curve(job: Job, curve: list[dict[str, float]]) -> DataObject:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "curve.parquet"
-        names = dict.fromkeys(name for row in curve for name in row)  # a figure may first appear in a later row
-        pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in names} for row in curve]), path)
-        return put_data(job.store, layout.CURVES.at(home=job.prefix), "curve.parquet", path)
