@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,18 +31,20 @@ from infra.claim import Claim
 from infra.config import Refused, Settings, check, operational
 from infra.errors import SettingsError, TrainingError
 from infra.records import CheckpointRecord, DataObject, SnapshotRecord
-from infra.shards import read_selection
 from infra.store import Store
 from infra.tracking import Run
 from training import checkpoint, states
 from training import model as models
+from training.diffusion.draws import draw
 from training.ema import Ema, EmaSettings
 from training.encoders.text import TextEncoder
 from training.encoders.vision import VisionEncoder
 from training.engine import Engine, Precision, Stage
-from training.loader.batches import Batches
+from training.loader import cache
+from training.loader.batches import Batch, Batches
 from training.loader.order import DataSettings
 from training.loader.reader import Reader
+from training.loader.selection import Selection
 from training.meter import Meter
 from training.model.compiled import compile_network
 from training.model.pixnerd import PixNerd
@@ -154,6 +157,7 @@ class Job:
     claim: Claim | None = None  # the driver's, if several drivers may start this run
     ends_soon: Callable[[], bool] | None = None  # asked on all ranks alike: whether machines will be taken away
     scratch: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))  # for temporary files
+    cache: Path = field(default_factory=cache.default_folder)  # where `reading.cache` names none
 
     def check_claim(self) -> None:
         if self.claim is not None:
@@ -192,15 +196,9 @@ class Training:
         self.engine = _shard(self.networks, self.settings, team.size)
         self.ema = Ema(self.engine.masters, self.settings.ema)
         self.prepare = _preparer(self.networks, self.settings, self.engine.device)
-        self.reader = Reader(job.store, read_selection(job.store, job.snapshot), folder, self.settings.seed)
-        self.batches = Batches(
-            self.reader,
-            self.settings.reading,
-            batch=self.settings.batch,
-            rank=team.rank,
-            ranks=team.size,
-            seed=self.settings.seed,
-        )
+        self.reader = _reader(job)
+        self.batches = _batches(self.reader, self.networks, self.settings, team, self.engine.device)
+        self.unreadable: set[int] = set()  # rows that were told of
         self.saver = states.Saver(
             job.store,
             job.prefix,
@@ -217,10 +215,13 @@ class Training:
     def run(self) -> None:
         """From the newest committed state to the last step; back to the last good state where the weights break."""
         self._resume()
-        self.send({"event": "start", "step": self.step, "steps": self.settings.steps})
+        order = self.batches.order
+        left_out = {"rows": order.total, "left_out": order.total - order.epoch_length}
+        self.send({"event": "start", "step": self.step, "steps": self.settings.steps, **left_out})
         while self.step < self.settings.steps:
             if broken := self._steps():
                 self._return(broken)
+        self.reader.settle()
         self.saver.wait()
 
     def _resume(self) -> bool:
@@ -233,6 +234,13 @@ class Training:
     def _tell(self, text: str) -> None:
         self.send({"event": "told", "text": text})
 
+    def _tell_unreadable(self, batch: Batch) -> None:
+        """Name each image that could not be decoded once; every rank tells of its own."""
+        for row in batch.unreadable.keys() - self.unreadable:
+            self.unreadable.add(row)
+            text = f"{batch.unreadable[row]}: it counts with weight 0; run `pixnerd data verify`"
+            self.send({"event": "unreadable", "text": text})
+
     def _steps(self) -> str:
         """Steps until the last one, or until the weights are broken, which it then says."""
         settings, meter, clock = self.settings, Meter(self.engine.device), time.perf_counter()
@@ -243,6 +251,7 @@ class Training:
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - asked
+                self._tell_unreadable(batch)
                 rate = learning_rate(settings.optim, self.step, settings.steps)
                 reports, norm = self.engine.step(map(self.prepare, batch.split(self.engine.micro_batch)), rate)
                 meter.add(reports, norm, waited)
@@ -302,6 +311,8 @@ class Training:
             self.send({"event": "log", "step": self.step, "steps": self.settings.steps, **row})
 
     def _save(self) -> None:
+        """Commit a state, once all that it was trained on is known to be undamaged."""
+        self.reader.settle()
         step = self.step
 
         def then() -> None:
@@ -425,7 +436,29 @@ def _preparer(networks: Networks, settings: TrainSettings, device: torch.device)
         if encoder is not None:
             encoder.to(device)
     grid = (networks.trained.net.config.grid,) * 2
-    return Preparer(settings.objective, settings.seed, device, networks.frozen_text, networks.vision, grid)
+    return Preparer(device, networks.frozen_text, networks.vision, grid)
+
+
+def _reader(job: Job) -> Reader:
+    reading = job.settings.reading
+    folder = cache.Folder(reading.cache or job.cache, reading.cache_gb)
+    selection = Selection.open(job.store, job.snapshot.selection, folder)
+    return Reader(selection, cache.Tars(job.store, folder), job.settings.seed)
+
+
+def _batches(reader: Reader, networks: Networks, settings: TrainSettings, team: Team, device: torch.device) -> Batches:
+    objective, seed = settings.objective, settings.seed
+    return Batches(
+        reader,
+        settings.reading,
+        batch=settings.batch,
+        draw=partial(draw, seed, shift=objective.time_shift, drop=objective.drop),
+        tokenize=networks.text.tokenize,
+        rank=team.rank,
+        ranks=team.size,
+        seed=seed,
+        device=device,
+    )
 
 
 def _write(networks: Networks, origins: Origins, weights: dict[str, torch.Tensor], folder: Path) -> None:

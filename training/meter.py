@@ -12,15 +12,16 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self.steps = self.reports = self.images = 0
-        # Loss, 2 cosines, losses by bin, counts by bin; they stay on the device, as reading them back stalls a step.
-        self.sums = torch.zeros(3 + 2 * TIME_BINS, dtype=torch.float64, device=device)
+        # Loss, 2 cosines, losses by bin, counts by bin, images that could not be decoded. They stay on the device, as
+        # reading them back stalls a step.
+        self.sums = torch.zeros(4 + 2 * TIME_BINS, dtype=torch.float64, device=device)
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self.taken = torch.zeros((), dtype=torch.int64, device=device)  # steps whose gradient was finite
         self.waited = 0.0
         self.aligned = False
 
     def add(self, reports: list[Report], grad_norm: torch.Tensor | float, waited: float) -> None:
-        """A step whose gradient is not finite, which no rank has taken, counts as skipped and adds nothing else."""
+        """A step whose gradient is not finite, which no rank has taken, adds to the counts of what went wrong only."""
         norm = torch.as_tensor(grad_norm, dtype=torch.float64, device=self.sums.device)
         finite = norm.isfinite()
         self.steps += 1
@@ -34,7 +35,8 @@ class Meter:
             cosines = report.alignment or (torch.zeros_like(report.loss),) * 2
             means = torch.stack([value.float() for value in (report.loss, *cosines)])
             values = torch.cat([means, report.loss_by_time.float(), report.count_by_time.float()])
-            self.sums += torch.where(finite, values, 0.0)
+            self.sums[:-1] += torch.where(finite, values, 0.0)
+            self.sums[-1] += report.unreadable
 
     def read(self, ranks: int, seconds: float, rate: float) -> dict[str, float]:
         """The means over steps and ranks so far; every rank must call it. The loss is NaN where no step was taken."""
@@ -54,7 +56,9 @@ class Meter:
             values["train/skipped_steps"] = self.steps - taken
         if self.aligned:
             values |= {"repa/cosine": matched, "repa/cosine_shuffled": shuffled}
-        totals, counts = sums[3 : 3 + TIME_BINS].tolist(), sums[3 + TIME_BINS :].tolist()
+        if unreadable := int(sums[-1]):
+            values["data/unreadable"] = unreadable
+        totals, counts = sums[3 : 3 + TIME_BINS].tolist(), sums[3 + TIME_BINS : -1].tolist()
         for k, (total, count) in enumerate(zip(totals, counts, strict=True)):
             if count:
                 values[f"train/loss_t{k / TIME_BINS:.1f}"] = total / count

@@ -166,6 +166,7 @@ def _worker(config: dict[str, Any]) -> None:
     import ray.train
     import torch
 
+    from training.loader.cache import default_folder
     from training.loop import train
 
     if not torch.cuda.is_available():
@@ -177,11 +178,13 @@ def _worker(config: dict[str, Any]) -> None:
     rank = torch.distributed.get_rank()
 
     def send(message: dict[str, Any]) -> None:
-        if rank == 0 or message["event"] == "hung":
+        if rank == 0 or message["event"] in ("hung", "unreadable"):
             channel.send(message)
 
+    cache = default_folder()  # asked before the run's temporary files get a folder of their own, which goes with it
     with scratch.folder("train") as folder, scratch.everything_in(folder):
-        train(replace(job, scratch=folder, ends_soon=lambda: ray.train.get_preemption_info() is not None), send)
+        ends_soon = lambda: ray.train.get_preemption_info() is not None  # noqa: E731
+        train(replace(job, scratch=folder, cache=cache, ends_soon=ends_soon), send)
 
 
 def _cause(error: BaseException) -> PixnerdError:

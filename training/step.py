@@ -13,7 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from infra.config import Fraction, Settings
-from training.diffusion.objective import by_time, draw, velocity_loss
+from training.diffusion.draws import normal
+from training.diffusion.objective import by_time, velocity_loss
 from training.diffusion.prediction import as_velocity
 from training.diffusion.repa import Alignment, alignment, alignment_loss
 from training.encoders.text import TextEncoder
@@ -43,17 +44,19 @@ class Trained(nn.Module):
         self.net, self.head, self.text, self.settings = net, head, text, settings
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Report]:
-        text = inputs.text if self.text is None else self.text.encode(inputs.captions)
+        text = inputs.text if self.text is None else self.text(inputs.ids_BT, inputs.mask_BT)
         assert text is not None
         tap = self.settings.repa_block if self.head is not None else None
         loss = velocity_loss(as_velocity(self.net), inputs.images_BCHW, text, inputs.noise_BCHW, inputs.t_B, tap)
-        total = loss.per_sample_B.mean()
-        by_bin = by_time(loss.per_sample_B, inputs.t_B, TIME_BINS)
-        report = Report(len(loss.per_sample_B), total.detach(), *by_bin)
+        # The mean is over all places of the batch, also those of weight 0: else it would depend on the micro-batches.
+        total = (loss.per_sample_B * inputs.weight_B).mean()
+        by_bin = by_time(loss.per_sample_B, inputs.t_B, TIME_BINS, inputs.weight_B)
+        unreadable = (1 - inputs.weight_B).sum()
+        report = Report(len(loss.per_sample_B), total.detach(), *by_bin, unreadable)
         if self.head is not None:
             assert loss.tokens_BNH is not None and inputs.features_BNV is not None
             projected = self.head(loss.tokens_BNH)
-            total = total + self.settings.repa * alignment_loss(projected, inputs.features_BNV)
+            total = total + self.settings.repa * alignment_loss(projected, inputs.features_BNV, inputs.weight_B)
             report.alignment = alignment(projected, inputs.features_BNV)
         return total, report
 
@@ -61,7 +64,9 @@ class Trained(nn.Module):
 @dataclass
 class Inputs:
     images_BCHW: Tensor  # in [-1, 1]
-    captions: list[str]  # the dropped ones are empty
+    weight_B: Tensor  # 0 where there was no image to read, else 1
+    ids_BT: Tensor  # tokens of the captions
+    mask_BT: Tensor
     noise_BCHW: Tensor
     t_B: Tensor
     text: Text | None  # features of a frozen text encoder
@@ -76,15 +81,14 @@ class Report:
     loss: Tensor
     loss_by_time: Tensor
     count_by_time: Tensor
+    unreadable: Tensor  # images that could not be decoded
     alignment: Alignment | None = None
 
 
 @dataclass
 class Preparer:
-    """Turns batches as they are read into the module's inputs: draws noise and times, encodes, moves to the device."""
+    """Turns batches into the module's inputs, on the device: the noise from its bits, features from frozen encoders."""
 
-    settings: ObjectiveSettings
-    seed: int
     device: torch.device
     frozen_text: TextEncoder | None
     vision: VisionEncoder | None
@@ -92,12 +96,9 @@ class Preparer:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Inputs:
-        images_BCHW = batch.images_BCHW.to(self.device).float() / 127.5 - 1
-        shape = tuple(images_BCHW.shape[1:])
-        noise, t, drop = draw(
-            self.seed, batch.positions.tolist(), shape, shift=self.settings.time_shift, drop=self.settings.drop
-        )
-        captions = ["" if dropped else caption for dropped, caption in zip(drop, batch.captions, strict=True)]
-        text = self.frozen_text.encode(captions) if self.frozen_text is not None else None
+        batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
+        images_BCHW = batch.images_BCHW.contiguous().float() / 127.5 - 1
+        noise_BCHW = normal(batch.bits_BN, tuple(images_BCHW.shape[1:]))
+        text = self.frozen_text(batch.ids_BT, batch.mask_BT) if self.frozen_text is not None else None
         features = self.vision(images_BCHW, self.grid) if self.vision is not None else None
-        return Inputs(images_BCHW, captions, noise.to(self.device), t.to(self.device), text, features)
+        return Inputs(images_BCHW, batch.weight_B, batch.ids_BT, batch.mask_BT, noise_BCHW, batch.t_B, text, features)

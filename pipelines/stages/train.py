@@ -142,12 +142,15 @@ def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
     def show(message: dict[str, Any]) -> None:
         if message["event"] == "start":
             context.progress(f"step {message['step']} of {message['steps']}", message["step"], message["steps"])
+            if message["left_out"]:
+                left_out = f"{message['left_out']:,} of {message['rows']:,} samples, others in each"
+                log.info("%s: an epoch leaves out %s", context.stage, left_out)
         if message["event"] == "log":
             speed = f"{message['train/images_per_second']:.0f} images/s"
             text = f"step {message['step']} of {message['steps']}, loss {message['train/loss']:.4f}, {speed}"
             context.progress(text, message["step"], message["steps"])
             context.run.metrics({name: value for name, value in message.items() if "/" in name}, message["step"])
-        if message["event"] == "told":
+        if message["event"] in ("told", "unreadable"):
             log.warning("%s: %s", context.stage, message["text"])
         if message["event"] == "waiting":
             context.progress(f"another run on {message['host']} trains this already; waiting for it to end")
@@ -201,6 +204,7 @@ KINDS = (
         "train",
         TrainStage,
         train,
+        format=2,  # in which the lanes' windows are staggered, and the noise is drawn in another way
         check=check_train,
         takes={"data": "snapshot", "start_from": "train", "encoders": "encoders"},
     ),

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from training.diffusion.objective import draw, velocity_loss
+from training.diffusion.draws import draw, normal
+from training.diffusion.objective import velocity_loss
 from training.ema import Ema, EmaSettings
 from training.engine import Engine
 from training.model import PixNerd, Text, preset
@@ -74,7 +75,9 @@ def main() -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     config = preset("tiny")
-    noise, t, _ = draw(0, range(options.batch), (3, config.image_size, config.image_size))
+    shape = (3, config.image_size, config.image_size)
+    bits, t, _ = draw(0, range(options.batch), shape)
+    noise = normal(bits, shape)
     text = Text(torch.randn(options.batch, config.text_tokens, config.text_dim))
     inputs = (torch.rand_like(noise) * 2 - 1, text, noise, t)
     sides = {"bare PyTorch": bare(Step()), "engine": through_engine(Step(), options.batch)}

@@ -230,17 +230,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(make: Any, alone: None):
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, positions: range) -> None:
-    """The noise of these positions is no number."""
-    true = step.draw
+    """The time of these positions is no number, and so neither is what is made of their noise."""
+    true = loop.draw
 
     def draw(seed: int, asked: list[int], *args: Any, **kwargs: Any) -> Any:
-        noise, t, drop = true(seed, asked, *args, **kwargs)
+        drawn = true(seed, asked, *args, **kwargs)
         for row, position in enumerate(asked):
             if position in positions:
-                noise[row] = torch.nan
-        return noise, t, drop
+                drawn.t_B[row] = torch.nan
+        return drawn
 
-    monkeypatch.setattr(step, "draw", draw)
+    monkeypatch.setattr(loop, "draw", draw)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

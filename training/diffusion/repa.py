@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def alignment_loss(projected_BNV: Tensor, features_BNV: Tensor) -> Tensor:
-    """1 - cosine similarity, averaged over all patches."""
-    return 1 - F.cosine_similarity(projected_BNV.float(), features_BNV.float(), dim=-1).mean()
+def alignment_loss(projected_BNV: Tensor, features_BNV: Tensor, weight_B: Tensor | None = None) -> Tensor:
+    """1 - cosine similarity, averaged over all patches; an image of weight 0 adds nothing to the sum."""
+    apart_BN = 1 - F.cosine_similarity(projected_BNV.float(), features_BNV.float(), dim=-1)
+    return apart_BN.mean() if weight_B is None else (apart_BN.mean(1) * weight_B).mean()
 
 
 class Alignment(NamedTuple):
