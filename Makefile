@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUNS ?= runs
 
-.PHONY: help setup demo test test-slow test-faults test-s3 gpu check format bench bench-model bench-data serve-mlflow clean
+.PHONY: help setup demo test test-slow test-faults test-s3 gpu check format bench bench-model bench-order bench-loader bench-data serve-mlflow clean
 
 help:           ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -56,6 +56,12 @@ bench: $(READY)  ## the benchmarks, each printing its ratios side by side
 
 bench-model: $(READY)  ## the network against the published one: make bench-model ARGS='--reference CHECKOUT'
 	@$(BIN)/python -W ignore -m tests.bench.bench_model $(ARGS)
+
+bench-order: $(READY)  ## what 16 ranks fetch of 45 million images, and when
+	@$(BIN)/python -m tests.bench.bench_order $(ARGS)
+
+bench-loader: $(READY)  ## images a second of the loader on one core, against webdataset
+	@$(BIN)/python -W ignore -m tests.bench.bench_loader $(ARGS)
 
 IMG2DATASET := build/img2dataset
 

@@ -90,7 +90,7 @@ def test_every_shard_that_is_read_is_due_before(rows, lanes, window, ranks, star
     order = Order(np.array(rows), 0, DataSettings(lanes=lanes, window=window))
     for rank in range(ranks):
         fetching = Fetching(order, rank, ranks, start)
-        fetching._gap = 0  # the pace only spreads what is due
+        fetching._gap = fetching._next = 0  # the pace only spreads what is due
         begun: set[int] = set()
         for position in range(start, start + 3 * order.epoch_length, ranks):
             begun.update(fetching.until(position + ranks))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch.distributed as dist
 
 from infra.claim import held
 from infra.config import canonical_json
-from infra.errors import CheckpointError, SettingsError, StoreError, TakenOver, TrainingError
+from infra.errors import CheckpointError, DataError, SettingsError, StoreError, TakenOver, TrainingError
 from infra.records import CheckpointRecord, DataObject, SnapshotRecord, get_data, put_data, read_record
 from infra.store import FileStore, Store, open_store
 from tests.training import small_run
@@ -25,6 +27,7 @@ from training import checkpoint, loop, states, step
 from training import model as models
 from training.ema import Ema
 from training.leftovers import collect_states
+from training.loader import reader
 from training.loop import Job, train
 from training.sampling import Artist, SampleSettings
 from training.team import Team
@@ -278,6 +281,50 @@ def test_where_a_run_went_back_to_is_in_its_next_state(
     _, state, _ = states.newest(store, job.prefix)
     assert state.position == 20
     assert state.returns == (states.Return(at=3, to=2, past=12),)
+
+
+def test_images_that_do_not_decode_are_counted_and_named_and_a_resume_counts_them_alike(
+    store: Store, make: Any, alone: None, monkeypatch: pytest.MonkeyPatch
+):
+    true = reader._decode
+
+    def decode(data: bytes, out_HWC: Any) -> None:
+        if hashlib.sha256(data).digest()[0] < 64:
+            raise ValueError("it is worn out")
+        true(data, out_HWC)
+
+    monkeypatch.setattr(reader, "_decode", decode)
+    told: list[str] = []
+    record = train(
+        make("worn"), lambda message: told.append(message["text"]) if "unreadable" in message.values() else 0
+    )
+    counted = [row.get("data/unreadable", 0) for row in curve(store, record)]
+    assert 0 < sum(counted) < 24
+    assert len(set(told)) == len(told) <= sum(counted)
+    assert all("cannot be decoded (it is worn out)" in text for text in told)
+    job = make("worn-killed")
+    with pytest.raises(Killed):
+        run(job, kill_after=3)
+    again = run(job)
+    assert again.files["model.safetensors"].sha256 == record.files["model.safetensors"].sha256
+    assert [row.get("data/unreadable", 0) for row in curve(store, again)] == counted
+
+
+def test_a_shard_that_lost_a_bit_ends_the_run_before_a_state_is_committed(
+    snapshot: SnapshotRecord, store: Store, make: Any, alone: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(reader, "_decode", lambda data, out_HWC: out_HWC.fill(128))  # no decoder finds this damage
+    lost = FileStore(tmp_path / "store")
+    shutil.copytree(store.root, lost.root, dirs_exist_ok=True)
+    for entry in [e for e in lost.list("data/") if e.key.endswith(".tar")]:
+        data = bytearray(lost.get(entry.key))
+        data[5000] ^= 1
+        lost.put(entry.key, bytes(data))
+    job = replace(make("lost"), store=lost, cache=tmp_path / "cache")
+    with pytest.raises(DataError, match="do not have the hash in its name"):
+        run(job)
+    assert committed(lost, job) == []
+    assert checkpoint.published(lost, job.prefix) is None
 
 
 def test_a_run_goes_back_so_often_and_then_ends(make: Any, alone: None, monkeypatch: pytest.MonkeyPatch):

@@ -1,9 +1,10 @@
 """A snapshot as an endless, ordered stream of batches, the same whatever number of ranks reads it.
 
     order     position -> row of the selection, by arithmetic and small permutations
-    cache     the tars with the images, each fetched once and checked against its hash
+    cache     a machine's folder of tars, each fetched once and checked against its hash
+    selection the snapshot's rows and captions, mapped into memory
     reader    row -> image and caption
-    batches   a rank's share of every global batch, read ahead
+    batches   a rank's share of every global batch, read ahead in threads
 
 The whole state of reading is one integer: the position, which is the number of samples consumed.
 """

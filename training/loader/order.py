@@ -132,7 +132,7 @@ class Fetching:
             self._ahead.append((epoch * order.lane_length + order.bounds(lane, window)[0], lane, window))
         heapq.heapify(self._ahead)
         self._gap = ranks * max(1.0, order.total / max(1, len(order.rows_per_shard)) / FETCHES_A_SHARD)
-        self._next, self._asked = float(position), position  # when the next may begin; the position asked for before
+        self._next, self._asked = position + self._gap, position  # when the next may begin; what was asked for before
 
     def until(self, position: int) -> Iterator[int]:
         """The shards to begin before the samples up to `position`, counted over all ranks, are read."""
