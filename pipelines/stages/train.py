@@ -142,7 +142,7 @@ def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
     def show(message: dict[str, Any]) -> None:
         if message["event"] == "start":
             context.progress(f"step {message['step']} of {message['steps']}", message["step"], message["steps"])
-            if message["left_out"]:
+            if message.get("left_out"):
                 left_out = f"{message['left_out']:,} of {message['rows']:,} samples, others in each"
                 log.info("%s: an epoch leaves out %s", context.stage, left_out)
         if message["event"] == "log":

@@ -295,9 +295,7 @@ def test_images_that_do_not_decode_are_counted_and_named_and_a_resume_counts_the
 
     monkeypatch.setattr(reader, "_decode", decode)
     told: list[str] = []
-    record = train(
-        make("worn"), lambda message: told.append(message["text"]) if "unreadable" in message.values() else 0
-    )
+    record = train(make("worn"), lambda m: told.append(m["text"]) if m["event"] == "unreadable" else None)
     counted = [row.get("data/unreadable", 0) for row in curve(store, record)]
     assert 0 < sum(counted) < 24
     assert len(set(told)) == len(told) <= sum(counted)

@@ -37,7 +37,11 @@ def default_folder() -> Path:
 
     Its name does not begin like those of the folders that `infra.scratch` sweeps.
     """
-    return Path(tempfile.gettempdir()) / f"pixnerd_cache-{os.geteuid()}"
+    return Path(tempfile.gettempdir()) / _own_name()
+
+
+def _own_name() -> str:
+    return f"pixnerd_cache-{os.geteuid()}"
 
 
 class Folder:
@@ -48,10 +52,10 @@ class Folder:
         self.kept: set[Path] = set()  # files that this process maps into memory
         with self._writing():
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = path.lstat()
-        if not path.is_dir() or path.is_symlink() or about.st_uid != os.geteuid():
+        if path.name == _own_name() and (path.is_symlink() or path.stat().st_uid != os.geteuid()):
+            # Anybody may make a folder of this name among the temporary ones; a folder that was set is the user's word.
             raise SettingsError(
-                f"{path} is not a folder of this user, so others could change what is read",
+                f"{path} is not this user's own folder, so others could change what is read",
                 remedy="set reading.cache to a folder of your own",
             )
         self._sweep()
