@@ -51,13 +51,12 @@ class Meter:
             "train/lr": rate,
             "train/images_per_second": self.images * ranks / seconds,
             "data/wait_share": self.waited / seconds,
+            "data/unreadable": float(sums[-1]),
         }
         if taken < self.steps:
             values["train/skipped_steps"] = self.steps - taken
         if self.aligned:
             values |= {"repa/cosine": matched, "repa/cosine_shuffled": shuffled}
-        if unreadable := int(sums[-1]):
-            values["data/unreadable"] = unreadable
         totals, counts = sums[3 : 3 + TIME_BINS].tolist(), sums[3 + TIME_BINS : -1].tolist()
         for k, (total, count) in enumerate(zip(totals, counts, strict=True)):
             if count:

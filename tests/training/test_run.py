@@ -296,7 +296,7 @@ def test_images_that_do_not_decode_are_counted_and_named_and_a_resume_counts_the
     monkeypatch.setattr(reader, "_decode", decode)
     told: list[str] = []
     record = train(make("worn"), lambda m: told.append(m["text"]) if m["event"] == "unreadable" else None)
-    counted = [row.get("data/unreadable", 0) for row in curve(store, record)]
+    counted = [row["data/unreadable"] for row in curve(store, record)]
     assert 0 < sum(counted) < 24
     assert len(set(told)) == len(told) <= sum(counted)
     assert all("cannot be decoded (it is worn out)" in text for text in told)
@@ -305,7 +305,7 @@ def test_images_that_do_not_decode_are_counted_and_named_and_a_resume_counts_the
         run(job, kill_after=3)
     again = run(job)
     assert again.files["model.safetensors"].sha256 == record.files["model.safetensors"].sha256
-    assert [row.get("data/unreadable", 0) for row in curve(store, again)] == counted
+    assert [row["data/unreadable"] for row in curve(store, again)] == counted
 
 
 def test_a_shard_that_lost_a_bit_ends_the_run_before_a_state_is_committed(
