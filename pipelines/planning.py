@@ -24,10 +24,10 @@ from training.encoders.shapes import (
     tiny_vision,
     vision_shape,
 )
-from training.loop import TrainSettings
 from training.plan.machines import Machines
 from training.plan.stage import Rates, StagePlan
 from training.plan.work import Encoders
+from training.settings import TrainSettings
 
 S = TypeVar("S")
 

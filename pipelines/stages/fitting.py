@@ -10,7 +10,7 @@ from infra.errors import PixnerdError, SettingsError
 from pipelines.stages.data import SnapshotStage
 from pipelines.stages.train import EncodersStage, TrainStage, fitted
 from training.encoders.known import Known, known
-from training.loop import TrainSettings
+from training.settings import TrainSettings
 
 # The remedy where a published encoder cannot be had.
 _SMALL = "or let `{stage}.encoders` name a stage of kind `encoders`: its small ones need no hub and suit `preset: tiny`"

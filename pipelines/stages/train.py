@@ -28,10 +28,10 @@ from infra.store import Store
 from infra.tracking import NOWHERE
 from pipelines.stages.base import Below, Context, Inputs, StageKind, checkpoint_of, snapshot_of, stage_reference
 from training.encoders.known import known
-from training.loop import TrainSettings
 from training.model import outline
 from training.model.fit import shapes
 from training.model.presets import ModelConfig
+from training.settings import TrainSettings
 
 log = logging.getLogger(__name__)
 

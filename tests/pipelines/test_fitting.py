@@ -23,7 +23,7 @@ from pipelines.stages import train as stages
 from pipelines.stages.fitting import check_training
 from pipelines.stages.train import TrainStage
 from training.encoders import known as encoders
-from training.loop import TrainSettings
+from training.settings import TrainSettings
 
 DATA = {"kind": "snapshot", "shards": "prepare", "size": 64}
 TINY = {"kind": "train", "preset": "tiny", "data": "data", "encoders": "encoders", "steps": 10, "batch": 4}

@@ -14,7 +14,8 @@ from infra.store import Store
 from infra.tracking import NOWHERE
 from tests.data_prep.corpora import prepare_here, settings_for
 from training.encoders import text, vision
-from training.loop import Job, TrainSettings
+from training.loop import Job
+from training.settings import TrainSettings
 
 MODEL = {
     "image_size": 16,

@@ -19,7 +19,6 @@ from training.encoders.shapes import (
     tiny_vision,
     vision_shape,
 )
-from training.loop import TrainSettings
 from training.model import PRESETS, ModelConfig, PixNerd, Text, outline
 from training.model.repa_head import RepaHead
 from training.optim import OptimSettings, optimiser
@@ -27,6 +26,7 @@ from training.plan.machines import DEVICES, machines
 from training.plan.memory import Setup, Sizes, activations, memory
 from training.plan.stage import Rates, StagePlan
 from training.plan.work import Encoders, forward
+from training.settings import TrainSettings
 
 QWEN, DINO = PUBLISHED_TEXT["Qwen/Qwen3-1.7B"], PUBLISHED_VISION["facebook/dinov2-base"]
 XXL = PRESETS["XXL/16"]

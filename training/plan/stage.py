@@ -10,12 +10,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from training.loop import TrainSettings
 from training.model import ModelConfig, outline
 from training.optim import is_in_a_block
 from training.plan.machines import Machines
 from training.plan.memory import FP32, Memory, Setup, Sizes, Stage, activations, encoding, memory
 from training.plan.work import Encoders, Work, work
+from training.settings import TrainSettings
 
 
 @dataclass(frozen=True)

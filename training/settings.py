@@ -1,0 +1,98 @@
+"""The settings of a training run. Those that are operational change how it runs and not what comes out."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from infra.config import Refused, Settings, check, operational
+from infra.errors import SettingsError
+from training.ema import EmaSettings
+from training.engine import Precision, Stage
+from training.loader.order import DataSettings
+from training.model.presets import ModelConfig, preset, training_settings
+from training.optim import OptimSettings
+from training.step import ObjectiveSettings
+
+
+class TrainSettings(Settings):
+    preset: str = "XXL/16-dct"
+    model: dict[str, Any] = Field(default_factory=dict, description="what differs from the preset")
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1, description="images a step, over all ranks")
+    seed: int = Field(0, ge=0)
+    precision: Precision = "bf16"
+    optim: OptimSettings = OptimSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    ema: EmaSettings = EmaSettings()
+    spike: float = Field(
+        0.0, ge=0, description="a loss so many times that of the log lines before is a break; 0: none is"
+    )
+    returns: int = Field(3, ge=0, description="how often a broken run goes back to its last good state before it ends")
+    reading: DataSettings = DataSettings()
+    exact_gradients: bool = Field(False, description="with bf16: add the gradients of micro-batches up in fp32")
+    train_text: int = Field(0, ge=0, description="layers of the text encoder, from its last, to train along")
+
+    workers: int = operational(1, ge=1, description="ranks: GPUs, or processes on CPUs")
+    device: Literal["auto", "gpu", "cpu"] = operational("auto", description="auto: GPUs where the cluster has some")
+    micro_batch: int | None = operational(None, ge=1, description="images a rank takes at once; none: its whole share")
+    zero: Stage = operational(1, description="what ranks share out: moments (1), gradients too (2), weights too (3)")
+    offload: bool = operational(False, description="keep masters and moments in host memory, and update them there")
+    compile: bool = operational(False, description="let torch.compile build the network: minutes first, then faster")
+    log_every: int = operational(20, ge=1)
+    save_every: int = operational(500, ge=1, description="steps between committed states; a multiple of log_every")
+    keep: int = operational(2, ge=1, description="newest states that are kept; the second is there if one is damaged")
+    keep_every: int = operational(0, ge=0, description="steps; states at multiples of it are kept for good; 0: none")
+    retries: int = operational(
+        2, ge=0, description="further attempts after a rank died, hung, or lost the store; each state renews them"
+    )
+    hang_after: float = operational(600.0, gt=0, description="seconds without a step after which a run is ended")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset_defaults(cls, settings: Any) -> Any:
+        return training_settings(settings) if isinstance(settings, dict) else settings
+
+    @field_validator("preset")
+    @classmethod
+    def _is_a_preset(cls, name: str) -> str:
+        try:
+            preset(name)
+        except SettingsError as error:
+            raise Refused(error.message, remedy=error.remedy) from None
+        return name
+
+    @field_validator("model")
+    @classmethod
+    def _fits_the_preset(cls, changes: dict[str, Any], settings: ValidationInfo) -> dict[str, Any]:
+        if "preset" in settings.data:
+            check(ModelConfig, preset(settings.data["preset"]).model_dump() | changes)
+        return changes
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainSettings:
+        share = self.batch // self.workers
+        if self.batch % self.workers or share % (self.micro_batch or share):
+            raise ValueError("batch must be a multiple of workers x micro_batch")
+        if self.reading.lanes % self.workers:
+            raise ValueError(f"reading.lanes ({self.reading.lanes}) must be a multiple of workers ({self.workers})")
+        if self.save_every % self.log_every or self.keep_every % self.save_every:
+            raise ValueError("save_every must be a multiple of log_every, and keep_every one of save_every")
+        network = self.network()
+        if network.task != "text":
+            raise ValueError("only text-to-image networks are trained here; this one draws from labels")
+        if network.image_size is None:
+            raise ValueError("model.image_size must be the size that is trained at")
+        if self.optim.matrices == "muon" and (self.zero == 3 or self.offload):
+            raise ValueError("optim.matrices: muon needs whole matrices: use zero 1 or 2, without offload")
+        if self.objective.repa and self.objective.repa_block > network.blocks:
+            raise ValueError(
+                f"objective.repa_block is {self.objective.repa_block}, but there are {network.blocks} blocks"
+            )
+        if self.objective.repa and (self.micro_batch or share) < 2:
+            raise ValueError("REPA's control needs at least two images in a micro-batch")
+        return self
+
+    def network(self) -> ModelConfig:
+        return ModelConfig(**(preset(self.preset).model_dump() | self.model))
