@@ -65,7 +65,7 @@ def write_plan(store: Store, shards: int, rows: int) -> None:
     for number in range(shards):
         here = inputs[number % len(inputs)]
         part = Rows(here.input, "", True, number // len(inputs) * rows, rows)
-        planned.append(plan.PlannedShard(number, here.source, here.sha256, 0, rows, True, part))
+        planned.append(plan.PlannedShard(number, here.source, here.sha256, 0, rows, part))
     edition = plan.Edition(inputs=inputs, sizes={SIZE: 1}, settings={})
     store.put(f"plans/{PLAN}/00000.parquet", plan._to_parquet(planned))
     store.put(layout.EDITION.at(plan=PLAN, edition=EDITION), edition.model_dump_json().encode())
