@@ -47,4 +47,4 @@ def test_every_command_that_the_text_names_is_one():
         command, words = groups, said.split()
         while isinstance(command, typer.core.TyperGroup) and words and not words[0].startswith("-"):
             assert words[0] in command.commands, said
-            command = command.commands[words.pop(0)]  # type: ignore[assignment]
+            command = command.commands[words.pop(0)]

@@ -75,6 +75,7 @@ def main() -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     config = preset("tiny")
+    assert config.image_size is not None
     shape = (3, config.image_size, config.image_size)
     bits, t, _ = draw(0, range(options.batch), shape)
     noise = normal(bits, shape)

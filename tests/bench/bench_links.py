@@ -89,7 +89,7 @@ def answer(store: FileStore) -> str:
         gone = np.arange(rows) % 10 == 3
         columns: dict[str, Any] = {
             "url": found,
-            "cause": pa.array(np.where(gone, "gone", None), pa.string()),
+            "cause": pa.array(np.full(rows, "gone", object), pa.string(), mask=~gone),
             "status": pa.array(np.where(gone, 404, 200), pa.int32()),
             "answered_by": found,
             "content_type": pa.array(["image/jpeg"] * rows),

@@ -102,7 +102,7 @@ def main() -> None:
     torch.set_num_threads(1)
     photos = sorted(path for path in given.photos.rglob("*") if path.is_file()) if given.photos else []
     photos = photos[:: max(1, len(photos) // given.items)]
-    sides = {
+    sides: dict[str, Callable[[Path, Path, int, int], int]] = {
         OURS: ours,
         "webdataset, Pillow": partial(plainly, by_pillow),
         "webdataset, simplejpeg and torch": partial(plainly, by_torch),

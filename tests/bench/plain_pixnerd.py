@@ -184,7 +184,7 @@ class PlainPixNerd(nn.Module):
         f = torch.exp(-math.log(10) * torch.arange(128, device=t_B.device).float() / 128)
         angles = t_B.float()[:, None] * f
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.t_embedder["mlp"](features.to(self.s_embedder["proj"].weight.dtype))
+        return self.t_embedder["mlp"](features.to(self.y_pos_embedding.dtype))
 
     def _rotary(self, rows: int, columns: int, device: torch.device) -> Tensor:
         if (rows, columns) not in self._tables:

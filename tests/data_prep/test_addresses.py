@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -279,7 +281,7 @@ LINK_LOCAL_OR_METADATA = [
     "64:ff9b::a9fe:a9fe",
 ]
 TUNNELS = ["2002:a9fe:a9fe::", "2001:0:4136:e378:8000:63bf:3fff:fdd2", "::169.254.169.254", "64:ff9b:1::a9fe:a9fe"]
-EVERYTHING = {"allow_private": True, "allow_networks": ["0.0.0.0/0", "::/0"]}
+EVERYTHING: dict[str, Any] = {"allow_private": True, "allow_networks": ["0.0.0.0/0", "::/0"]}
 
 
 def opened(**changed: object) -> Opened:
@@ -313,7 +315,7 @@ def test_a_network_that_is_named_is_opened_and_no_other():
 def test_a_server_in_a_network_that_is_named_is_asked(web: Web):
     web.pages["/"] = b"ours"
     lookup = {"ours.example": ["127.0.0.1"], "theirs.example": ["127.0.0.9"]}.__getitem__
-    settings = {"allow_private": False, "allow_networks": ["127.0.0.0/30"]}
+    settings: dict[str, Any] = {"allow_private": False, "allow_networks": ["127.0.0.0/30"]}
     assert one(web.url("/", "ours.example"), lookup=lookup, **settings).data == b"ours"
     assert one(web.url("/"), lookup=lookup, **settings).data == b"ours"
     assert cause(one(web.url("/", "theirs.example"), lookup=lookup, **settings)) is Cause.PRIVATE_ADDRESS

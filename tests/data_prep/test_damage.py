@@ -329,7 +329,7 @@ def test_the_alpha_of_a_bmp_counts() -> None:
     opaque = np.broadcast_to([10, 20, 30], (2, 2, 3))
     for header, packing in ((40, 0), (40, 3), (52, 3)):  # they know of no alpha
         assert_same(pixels_of(zoo.bmp(words, masks, header, packing)), opaque)
-    assert_same(pixels_of(zoo.bmp(words & 0xFFFFFF, masks)), opaque)  # nor does who wrote zeros all over
+    assert_same(pixels_of(zoo.bmp(words & np.uint32(0xFFFFFF), masks)), opaque)  # nor does who wrote zeros all over
     matte = pixels_of(zoo.bmp(words, masks), matte=(1, 2, 3))
     assert_same(matte[0], [[1, 2, 3], [10, 20, 30]])
 

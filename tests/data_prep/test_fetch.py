@@ -31,6 +31,11 @@ from tests.data_prep.web import Page, Request, Stream, Web, head
 pytestmark = pytest.mark.filterwarnings("error")
 
 
+def answering(body: bytes = b"", status: int = 200, **headers: str) -> Page:
+    """A page that always gives this answer."""
+    return lambda _, stream: stream.answer(body, status, **headers)
+
+
 def fetch_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "fetch"]
 
@@ -278,7 +283,7 @@ def test_packed_bodies(web: Web):
         "/unknown": (b"\xff\xd8\xff", "aws-chunked"),
     }
     for path, (body, coding) in bodies.items():
-        web.pages[path] = lambda _, stream, body=body, coding=coding: stream.answer(body, Content_Encoding=coding)
+        web.pages[path] = answering(body, Content_Encoding=coding)
     assert one(web.url("/packed"), max_bytes=500).data == b"photo" * 100
     assert one(web.url("/longer"), max_bytes=500).data == b"photo" * 100
     assert one(web.url("/lie")).data == one(web.url("/unknown")).data == b"\xff\xd8\xff"
@@ -512,7 +517,7 @@ def test_waits_as_long_as_it_is_told(web: Web):
 
 def test_does_not_wait_beyond_the_deadline(web: Web):
     for wait in ("3600", format_datetime(dt.datetime.now(dt.UTC) + dt.timedelta(hours=1), usegmt=True)):
-        web.pages["/"] = lambda _, stream, wait=wait: stream.answer(status=429, Retry_After=wait)
+        web.pages["/"] = answering(status=429, Retry_After=wait)
         began = time.monotonic()
         found = one(web.url("/"))
         assert cause(found) is Cause.RATE_LIMITED and found.tries == 1 and time.monotonic() - began < 5

@@ -69,7 +69,7 @@ def test_what_is_forgotten_is_in_no_later_snapshot(prepared: tuple[Store, Plan],
     store, _ = prepared
     for entry in [*store.list(layout.FORGOTTEN.under()), *store.list("snapshots/")]:
         store.delete(entry.key)
-    wanted = data.draw(
+    wanted: dict[str, Any] = data.draw(
         st.fixed_dictionaries(
             {
                 "filter": st.sampled_from(["", "not duplicate", "objects > 0 and not duplicate"]),

@@ -17,6 +17,7 @@ from infra.config import parse
 from infra.errors import DataError, SettingsError
 from infra.store import Store, open_store
 from tests.data_prep.corpora import contents, settings_for, write_corpus
+from tests.data_prep.test_sources import spans
 from tests.data_prep.test_sources_sa1b import write_tar
 
 
@@ -34,7 +35,7 @@ def store(tmp_path: Path) -> Store:
 def test_shards_are_row_ranges_that_cover_the_input_once(corpus: Path, store: Store) -> None:
     plan = make_plan(store, settings_for(corpus))
     assert [shard.number for shard in plan.shards] == [0, 1, 2]
-    assert [(shard.part.first, shard.part.rows) for shard in plan.shards] == [(0, 8), (8, 8), (16, 4)]
+    assert spans([shard.part for shard in plan.shards]) == [(0, 8), (8, 8), (16, 4)]
     assert plan.rows == 20
     assert read_plan(store, plan.digest, plan.edition) == plan
 
@@ -83,10 +84,9 @@ def test_an_input_that_comes_later_extends_the_plan(corpus: Path, store: Store) 
     assert second.digest == first.digest
     assert second.edition != first.edition
     assert [shard for shard in second.shards if shard.part.input == "table.parquet"] == first.shards
-    assert [(s.number, s.part.first, s.part.rows) for s in second.shards if s.part.input == "later.parquet"] == [
-        (3, 0, 8),
-        (4, 8, 1),
-    ]
+    later = [shard for shard in second.shards if shard.part.input == "later.parquet"]
+    assert [shard.number for shard in later] == [3, 4]
+    assert spans([shard.part for shard in later]) == [(0, 8), (8, 1)]
     after = contents(store)
     assert {key: after[key] for key in before} == before
     assert read_plan(store, first.digest, first.edition) == replace(first, planned=5)
@@ -198,13 +198,14 @@ def test_an_empty_corpus_is_an_error(tmp_path: Path, store: Store) -> None:
 
 def test_settings_that_cannot_be(corpus: Path) -> None:
     source = settings_for(corpus).sources[0].model_dump()
-    for changes, message in [
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"sources": [source, source]}, "two sources are called `small`"),
         ({"sizes": [32, 32]}, "two sizes have the same name"),
         ({"sources": [source | {"kind": "tabel_folder"}]}, "kind"),
         ({"sources": [source | {"captoins": ["x"]}]}, "did you mean `captions`"),
         ({"qualty": 3}, "did you mean `quality`"),
-    ]:
+    ]
+    for changes, message in wrong:
         with pytest.raises(SettingsError) as error:
             parse(type(settings_for(corpus)), settings_for(corpus).model_dump() | changes)
         assert message in str(error.value)

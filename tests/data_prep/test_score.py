@@ -33,7 +33,7 @@ from data_prep.scores.job import Place, Progress, ScoreSettings, read_scores, sc
 from data_prep.scores.settings import ClipSettings
 from infra.config import digest, parse
 from infra.errors import CheckpointError, ClusterError, DataError, PixnerdError, SettingsError
-from infra.records import PrepareSummary, ScoreRecord, ScoreSummary, ShardRecord, StageRecord, read_record
+from infra.records import PrepareSummary, ScoreRecord, ScoreSummary, ShardRecord, read_record
 from infra.shards import list_shards, read_index, shard_key, shard_prefix
 from infra.store import FileStore, Store, open_store
 from infra.tracking import NOWHERE
@@ -52,6 +52,7 @@ from tests.data_prep.small_scorers import (
     sample,
     serve,
 )
+from tests.infra.stage_records import record_of
 from tests.orchestration.test_workflow import NoTracker
 
 # ------------------------------------------------------------------------------------------------ CLIP
@@ -190,7 +191,7 @@ def test_heads_of_every_shape_and_file(clip: Path, tmp_path: Path):
     expect(head_values(clip, tmp_path, state, ".safetensors"), chain(unit)[:, 0])
     expect(head_values(clip, tmp_path, {"state_dict": state}, ".pth"), chain(unit)[:, 0])
     expect(head_values(clip, tmp_path, state, normalise=False), chain(raw)[:, 0])
-    found = {"between": "relu", "output": "softmax", "index": 2}
+    found: dict[str, Any] = {"between": "relu", "output": "softmax", "index": 2}
     expect(head_values(clip, tmp_path, layered.state_dict(), **found), layered(unit).softmax(-1)[:, 2])
     plain = nn.Linear(CLIP_WIDTH, 1).half()
     expected = F.linear(unit, plain.weight.float(), plain.bias.float()).sigmoid()[:, 0]
@@ -475,9 +476,11 @@ def test_the_stage_scores_its_edition_and_no_older_one(tmp_path: Path, url: str,
         """Which shards have scores once the stage has run."""
         settings = parse(ScoreStage, {**endpoint(url).model_dump(), "shards": "prepare", "size": 32})
         context = Context(store, tmp_path, NoTracker(), NOWHERE, lambda stage, progress: None)  # type: ignore[arg-type]
-        output = PrepareSummary.model_construct(plan=plan.digest, edition=plan.edition)
-        summary = score_stage(context, settings, {"shards": StageRecord.model_construct(output=output)})
-        assert summary.shards == 3
+        prepared = PrepareSummary(
+            plan=plan.digest, edition=plan.edition, inputs=plan.rows, tried_again={}, sizes={}, versions=[]
+        )
+        summary = score_stage(context, settings, {"shards": record_of(prepared)})
+        assert isinstance(summary, ScoreSummary) and summary.shards == 3
         return {read_record(store, entry.key, ScoreRecord).number for entry in store.list("scores/")}
 
     place = shard_key(new.digest, "32", 3)

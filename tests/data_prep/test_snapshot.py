@@ -323,9 +323,9 @@ def test_each_edition_of_a_plan_has_its_own_snapshots(tmp_path: Path) -> None:
         record, training, _ = made((store, plan), filter="not duplicate")
         names = {row["name"] for row in index((store, plan)).to_pylist() if row["key"] in training["key"].to_pylist()}
         found.append((plan, record, len(names), training.num_rows))
-    (first, before, _, _), (second, after, names, rows) = found
+    (first, before, _, _), (second, after, named, rows) = found
     assert (first.digest, first.edition) != (second.digest, second.edition) and first.digest == second.digest
-    assert after.counts[0][1] < before.counts[0][1] and names == rows
+    assert after.counts[0][1] < before.counts[0][1] and named == rows
     store.delete(snapshot_key(first.digest, first.edition, SnapshotSettings(size=16, filter="not duplicate")))
     assert made((store, first), filter="not duplicate")[0] == before
 

@@ -42,6 +42,13 @@ def all_ranges(store: Store, source: sources.Source, rows: int = 100) -> list[so
     return [part for each in found for part in source.ranges(store, each, rows)]
 
 
+def spans(parts: Sequence[Range]) -> list[tuple[int, int]]:
+    """The first row and the number of rows of each range; none may be one of bytes."""
+    found = [(part.first, part.rows) for part in parts if isinstance(part, Rows)]
+    assert len(found) == len(parts)
+    return found
+
+
 def table_folder(folder: Path, *tables: str, **changes: Any) -> TableFolder:
     plain = {"kind": "table_folder", "name": "s", "url": str(folder), "tables": list(tables)}
     return parse(TableFolder, plain | changes)
@@ -59,7 +66,7 @@ def said(item: RawItem) -> list[tuple[str, str]]:
     return [(caption["kind"], caption["text"]) for caption in item.captions]
 
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"image": "a.jpg", "caption": "one", "more": ["x", " ", "y"], "n": 1},
     {"image": "b.jpg", "caption": "two, with a comma", "more": None, "n": 2},
     {"image": "c.jpg", "caption": 'say "three"\nthen rest', "more": [], "n": None},
@@ -248,7 +255,7 @@ def test_a_corpus_in_a_store_gives_the_same_items_as_on_disk(three: Path, store:
 
 def test_wrong_columns_are_named_with_the_nearest_right_one(three: Path, store: Store) -> None:
     pq.write_table(pa.Table.from_pylist([{**row, "width": 3, "odd": {"a": 1}} for row in ROWS]), three / "t.parquet")
-    for changes, message in [
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"captions": ["captoin"]}, "did you mean `caption`"),
         ({"captions": ["n"]}, "is int64, not text"),
         ({"keep": ["width"]}, "the index has its own column `width`"),
@@ -256,7 +263,8 @@ def test_wrong_columns_are_named_with_the_nearest_right_one(three: Path, store: 
         ({"tables": ["none.parquet"]}, "none.parquet cannot be read"),
         ({"tables": ["a.jpg"]}, "is no table"),
         ({"url": str(three / "nowhere")}, "there is no folder"),
-    ]:
+    ]
+    for changes, message in wrong:
         with pytest.raises(SettingsError) as error:
             all_items(store, table_folder(three, "t.parquet", **changes))
         assert message in str(error.value)
@@ -499,7 +507,7 @@ def test_types_do_not_depend_on_where_a_value_stands(three: Path, store: Store) 
     (three / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = table_folder(three, "t.jsonl", keep=["v"])
     parts = all_ranges(store, source, 15_000)
-    assert [(part.first, part.rows) for part in parts] == [(0, 15_000), (15_000, 5_001)]
+    assert spans(parts) == [(0, 15_000), (15_000, 5_001)]
     assert [source.kept_fields(store, part)[0].type for part in parts] == [pa.float64()] * 2
 
 

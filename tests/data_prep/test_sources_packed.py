@@ -19,9 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import sources
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import RawItem, json_array, packed
+from data_prep.sources.folders import open_folder
 from data_prep.sources.json_array import Elements
 from data_prep.sources.lines import lines
 from infra.errors import DataError, SettingsError
@@ -335,7 +335,7 @@ def test_captions_within_structs(
 
 @pytest.mark.parametrize("kind", [".parquet", ".jsonl"])
 def test_other_columns_may_lie_within_structs(folder: Path, store: Store, kind: str) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"at": {"url": f"https://h.example/{n}.jpg", "n": n}, "c": "x", "l": [{"w": "a"}, {"w": "b"}]} for n in range(3)
     ]
     if kind == ".parquet":
@@ -458,4 +458,4 @@ def test_mosaics_shards_are_refused_with_a_word_on_how_to_convert_them(folder: P
                 source.inputs()
     (folder / "t.xlsx").write_bytes(b"PK")
     with pytest.raises(SettingsError, match="is no table: write it as CSV"):
-        list(lines(sources.tables.open_folder(str(folder)), "t.xlsx"))
+        list(lines(open_folder(str(folder)), "t.xlsx"))

@@ -332,7 +332,7 @@ def tar_of(members: dict[str, bytes]) -> bytes:
 @pytest.mark.parametrize("beside", ["txt", "json"])
 def test_tars_of_pictures_with_words_beside_them(folder: Path, store: Store, beside: str) -> None:
     for part in range(2):
-        members = {}
+        members: dict[str, bytes] = {}
         for number in range(3 * part, 3 * part + 3):
             words = WORDS[number] if beside == "txt" else json.dumps({"prompt": WORDS[number], "uid": "a7", "width": 9})
             members |= {f"{number}.jpg": PHOTO, f"{number}.{beside}": words.encode(), f"{number}.cls": b"3"}
@@ -354,7 +354,7 @@ def test_tars_without_words_or_pictures_are_told_of(folder: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["tar.gz", "tgz", "tar.bz2", "tar.zst"])
 def test_packed_tars_are_unpacked_into_the_store(folder: Path, store: Store, ending: str) -> None:
-    members = {}
+    members: dict[str, bytes] = {}
     for number, words in enumerate(WORDS):
         members |= {f"{number}.jpg": PHOTO, f"{number}.txt": words.encode()}
     pack = PACKERS[".gz" if ending == "tgz" else f".{ending.rpartition('.')[2]}"]
@@ -364,7 +364,7 @@ def test_packed_tars_are_unpacked_into_the_store(folder: Path, store: Store, end
 
 
 def test_of_a_large_packed_tar_the_beginning_is_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    members = {}
+    members: dict[str, bytes] = {}
     for number in range(500):
         members |= {f"{number}.jpg": PHOTO + os.urandom(2000), f"{number}.txt": b"words of some picture"}
     (folder / "a.tar.gz").write_bytes(PACKERS[".gz"](tar_of(members)))

@@ -15,7 +15,8 @@ from data_prep.upkeep.verify import originals as verified
 from data_prep.upkeep.verify import verify_shared
 from infra import layout
 from infra.errors import StoreError
-from infra.records import DataObject, read_record
+from infra.records import DataObject, put_data, read_record
+from infra.shards import read_parquet
 from infra.store import Store
 from tests.data_prep.corpora import contents, prepare_here, retry_failed
 from tests.data_prep.test_linking import asked, made, pages, photo, rows, settings_for, write
@@ -99,7 +100,7 @@ def test_nothing_is_wrong_with_what_was_downloaded(prepared: Prepared) -> None:
 def test_a_store_that_fails_while_an_index_is_read_makes_no_tar_useless(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch, read_parquet = prepared.batches()[0], verified.read_parquet
+    batch = prepared.batches()[0]
 
     def failing(store: Store, table: DataObject, columns: Any) -> Any:
         if table.key == batch.index.key:
@@ -169,7 +170,7 @@ def test_images_that_are_not_those_of_the_index_are_found(prepared: Prepared) ->
     first, second, _ = prepared.batches()
     assert second.tar is not None
     data = prepared.store.get(second.tar.key)
-    wrong = originals.put_data(prepared.store, layout.ORIGINALS.at(), f"{first.batch}.tar", data)
+    wrong = put_data(prepared.store, layout.ORIGINALS.at(), f"{first.batch}.tar", data)
     record = first.model_copy(update={"tar": wrong})
     prepared.store.put(originals.batch_key(first.batch, 0), record.model_dump_json().encode())
     found = verify_shared(prepared.store)

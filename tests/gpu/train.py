@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from infra.store import FileStore
@@ -111,7 +110,7 @@ def kernel_shares(found: profile, seconds: float, gpu: bool) -> dict[str, float]
     """Name -> share of the profiled time; on a GPU of its kernels alone, as an operation holds its kernels' time."""
     shares = {}
     for event in found.key_averages():
-        if gpu and event.device_type == DeviceType.CUDA:
+        if gpu and event.device_type.name == "CUDA":
             shares[event.key] = event.self_device_time_total / 1e6 / seconds
         elif not gpu and event.self_cpu_time_total:
             shares[event.key] = event.self_cpu_time_total / 1e6 / seconds

@@ -41,7 +41,7 @@ def mlflow_server() -> Iterator[str]:
     """The URL of a server with a database and artifacts of its own, started without any special flags."""
     (port,) = free_ports(1)
     with tempfile.TemporaryDirectory(prefix="pn-mlflow-") as name:
-        command = [COMMANDS / "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+        command = [str(COMMANDS / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
         places = ["--backend-store-uri", f"sqlite:///{name}/db", "--artifacts-destination", f"{name}/artifacts"]
         settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         url = f"http://127.0.0.1:{port}"
@@ -69,7 +69,7 @@ def _ray_head(environment: Mapping[str, str]) -> Iterator[str]:
     ports = dict(zip(flags, free_ports(len(flags)), strict=True))
     folder = Path(tempfile.mkdtemp(prefix="pn-", dir="/tmp"))  # short: sockets in it have at most 107 characters
     try:
-        command = [COMMANDS / "ray", "start", "--head", "--block", "--num-cpus=2", "--include-dashboard=false"]
+        command = [str(COMMANDS / "ray"), "start", "--head", "--block", "--num-cpus=2", "--include-dashboard=false"]
         command += ["--object-store-memory=200000000", f"--temp-dir={folder}", "--disable-usage-stats"]
         command += ["--min-worker-port=0", "--max-worker-port=0", "--node-ip-address=127.0.0.1"]
         command += [f"--{flag}={number}" for flag, number in ports.items()]
@@ -90,7 +90,7 @@ def _healthy(url: str) -> bool:
 
 @contextmanager
 def _running(
-    command: Sequence[str | Path], environment: Mapping[str, str], folder: Path, up: Callable[[], bool]
+    command: Sequence[str], environment: Mapping[str, str], folder: Path, up: Callable[[], bool]
 ) -> Iterator[None]:
     log = folder / "server.log"
     with log.open("wb") as file:

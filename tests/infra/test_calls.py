@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,7 @@ class Server:
     """What is called: it can be away, faulty or unwilling, or let a call hang."""
 
     def __init__(self) -> None:
-        self.took: list[object] = []
+        self.took: list[Any] = []
         self.tries = 0
         self.verdict = ""
         self.answers = threading.Event()
@@ -61,7 +63,7 @@ def until(condition) -> None:
 
 def test_calls_are_made_in_order(server: Server, made: Calls):
     for number in range(100):
-        made.add(lambda number=number: server.take(number))
+        made.add(partial(server.take, number))
     assert made.wait(60)
     assert server.took == list(range(100))
     assert made.ask(lambda: server.take("answer"), 60) == "answer"
@@ -72,7 +74,7 @@ def test_while_it_is_away_nobody_waits_and_afterwards_nothing_is_missing(
 ):
     server.verdict = "away"
     for number in range(100):
-        made.add(lambda number=number: server.take(number))
+        made.add(partial(server.take, number))
     until(lambda: server.tries > 5)
     assert not made.wait(0.01)
     server.verdict = ""
@@ -129,7 +131,7 @@ def test_an_answer_that_does_not_come_is_not_waited_for(server: Server, made: Ca
 
 def test_the_end_waits_for_what_is_on_its_way(server: Server, made: Calls, caplog: pytest.LogCaptureFixture):
     for number in range(100):
-        made.add(lambda number=number: server.take(number))
+        made.add(partial(server.take, number))
     made.close(60, 0.01)
     assert (len(server.took), told(caplog)) == (100, [])
 
@@ -143,7 +145,7 @@ def test_what_is_lost_at_the_end_is_told_with_its_number(
     if hangs:
         server.answers.clear()
     for number in range(7):
-        made.add(lambda number=number: server.take(number))
+        made.add(partial(server.take, number))
         made.add_row(server.take, number)
     until(lambda: server.tries)
     made.close(600, 0.02)
@@ -160,7 +162,7 @@ def test_no_more_waits_than_memory_bears(
     monkeypatch.setattr(calls, "MOST", 10)
     server.answers.clear()
     for number in range(100):
-        made.add(lambda number=number: server.take(number))
+        made.add(partial(server.take, number))
     server.answers.set()
     made.close(60, 60)
     assert server.took == [0, *range(91, 100)]

@@ -18,7 +18,7 @@ class SafetensorError(Exception):
     """As safetensors raises it."""
 
 
-class TrainFailed(exceptions.RayError):
+class TrainFailed(exceptions.RayError):  # type: ignore[misc]  # Ray is Any to the checker
     """As Ray Train raises it: an error of each rank's."""
 
     def __init__(self, **failures: Exception) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def test_a_second_driver_waits_until_the_first_has_ended(store: Store):
         with held(store, HOME, never, nobody) as claim:
             other = pool.submit(second)
             assert waits.wait(30)
+            assert claim is not None
             claim.check()
             order.append("first")
             ended.set()
@@ -102,7 +104,7 @@ def test_a_number_that_another_process_has_by_now_is_another_process(store: Stor
 def test_a_driver_elsewhere_is_followed_when_its_beat_stands_still(store: Store, monkeypatch: pytest.MonkeyPatch):
     """The clock that counts is that of the one who waits."""
     now = [1000.0]
-    monkeypatch.setattr(claims.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     theirs, asked = claim_of(store, "another boot of another machine"), []
 
     def waiting(host: str) -> None:
@@ -113,6 +115,7 @@ def test_a_driver_elsewhere_is_followed_when_its_beat_stands_still(store: Store,
 
     with held(store, HOME, never, waiting, every=0.0) as claim:
         assert asked == [1000, 1050, 1100, 1150, 1200, 1250]
+        assert claim is not None
         claim.check()
     with pytest.raises(TakenOver, match="taken this work over"):
         theirs.check()

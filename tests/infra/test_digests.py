@@ -121,7 +121,7 @@ def test_the_demos_work_keeps_its_names() -> None:
 
 def test_a_format_number_renames_its_kind_and_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     before = demo()
-    monkeypatch.setitem(workflow.KINDS, "snapshot", replace(KINDS["snapshot"], format=2))
+    monkeypatch.setitem(KINDS, "snapshot", replace(KINDS["snapshot"], format=2))
     after = demo()
     same = {name for name in before if after[name] == before[name]}
     assert same == {"corpus", "prepare"}

@@ -60,7 +60,7 @@ def test_patience_ends_after_its_seconds_and_not_before(monkeypatch: pytest.Monk
 def test_what_does_not_pass_is_said_at_once(monkeypatch: pytest.MonkeyPatch):
     clock = faked_time(monkeypatch)
     with pytest.raises(KeyError):
-        ride_out("it", lambda: {}["a"], cause, PATIENCE, 0.2)
+        ride_out("it", lambda: {"b": 1}["a"], cause, PATIENCE, 0.2)
     assert clock.slept == []
 
 

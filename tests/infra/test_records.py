@@ -112,7 +112,7 @@ def test_reports_without_an_interval_are_of_a_newer_schema_and_others_are_as_the
     given = {"protocol": "geneval", "judge": "j", "prompts": "p", "checkpoint": "c", "images": 1, "failed": 0}
     for low, schema in ((0.5, 1), (None, 2)):
         score = Interval(value=0.75, low=low, high=low)
-        report = EvalReport(**given, scores={"a": score}, details=data, pictures=[])  # type: ignore[arg-type]
+        report = EvalReport(**given, scores={"a": score}, details=data, pictures=[])
         assert report.schema_version == schema
         write_record(store, f"{schema}.json", report)
         assert read_record(store, f"{schema}.json", EvalReport) == report

@@ -39,7 +39,7 @@ def store(tmp_path: Path) -> FileStore:
 def tar_of(members: list[tuple[str, bytes]]) -> tuple[bytes, list[tuple[int, int]]]:
     file = io.BytesIO()
     writer = TarWriter(file)
-    places = [tuple(writer.add(name, data)) for name, data in members]
+    places: list[tuple[int, int]] = [writer.add(name, data) for name, data in members]
     writer.finish()
     return file.getvalue(), places
 

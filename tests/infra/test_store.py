@@ -467,7 +467,7 @@ def test_probe_leaves_a_live_writers_file_whatever_the_clocks_say(
         seen.append(source)
         os.rename(source, target)
 
-    monkeypatch.setattr(file.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     store.put("key", b"data")
     with store.spool() as spool:
         spool.write(b"large")

@@ -78,11 +78,15 @@ tracker.close()
 
 def test_two_processes_that_open_a_fresh_database_at_once_both_log(tmp_path: Path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen([sys.executable, "-c", OPENS, uri, name], **pipes) for name in ("one", "two")]
+    pipe = subprocess.PIPE
+    both = [
+        subprocess.Popen([sys.executable, "-c", OPENS, uri, name], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        for name in ("one", "two")
+    ]
     for process in both:
-        assert process.stdout.readline() == "ready\n"
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
     for process in both:
+        assert process.stdin is not None
         process.stdin.close()
         process.stdin = None
     said = [process.communicate(timeout=280) for process in both]

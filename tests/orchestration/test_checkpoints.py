@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from torch import nn
 
 from orchestration import cli
 from orchestration.commands.checkpoint import export, import_, preset_of, show
@@ -57,7 +58,8 @@ def test_an_import_says_what_was_taken_and_what_is_not_known(
 def test_a_folder_is_shown_with_every_parameter_in_its_part(folder: Path, capsys: pytest.CaptureFixture[str]):
     text, facts = printed(capsys, folder)
     net = models.load(folder)
-    parts = {"stem": net.stem, "time embedding": net.time, "trunk": net.trunk, "field": net.field}
+    assert net.field is not None and net.text is not None
+    parts: dict[str, nn.Module] = {"stem": net.stem, "time embedding": net.time, "trunk": net.trunk, "field": net.field}
     parts["text-refine blocks"] = net.text.blocks
     for name, part in parts.items():
         assert facts["parameters"][name] == sum(p.numel() for p in part.parameters()), name
@@ -181,15 +183,16 @@ def test_the_commands_work_from_the_line(line: Line, file: Path, tmp_path: Path)
 def test_bad_usage_and_bad_files_are_one_line_each(line: Line, file: Path, tmp_path: Path):
     out = tmp_path / "out"
     models.save(tmp_path / "mine", models.PixNerd(models.preset("tiny")))
-    for code, says, *arguments in [
-        (2, "no multiple of the patch size 4", "import", file, out, "--trained-size", "18"),
-        (2, "best", "import", file, out, "--network", "best"),
-        (2, "is there already", "import", file, tmp_path),
-        (1, "holds a NaN", "import", _with_nan(tmp_path), out),
-        (1, "there is no file", "import", tmp_path / "nowhere.ckpt", out),
-        (1, "no published layout", "export", tmp_path / "mine", tmp_path / "mine.ckpt"),
-        (1, "no whole PyTorch file", "show", tmp_path / "mine" / "config.json"),
-    ]:
+    wrong: list[tuple[int, str, list[str | Path]]] = [
+        (2, "no multiple of the patch size 4", ["import", file, out, "--trained-size", "18"]),
+        (2, "best", ["import", file, out, "--network", "best"]),
+        (2, "is there already", ["import", file, tmp_path]),
+        (1, "holds a NaN", ["import", _with_nan(tmp_path), out]),
+        (1, "there is no file", ["import", tmp_path / "nowhere.ckpt", out]),
+        (1, "no published layout", ["export", tmp_path / "mine", tmp_path / "mine.ckpt"]),
+        (1, "no whole PyTorch file", ["show", tmp_path / "mine" / "config.json"]),
+    ]
+    for code, says, arguments in wrong:
         found = line(*arguments)
         assert found[0] == code, found
         assert says in found[1]

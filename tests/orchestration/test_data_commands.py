@@ -20,11 +20,12 @@ from data_prep.upkeep.drop import drop
 from data_prep.upkeep.verify import verify
 from infra.errors import DataError, SettingsError
 from infra.records import (
+    PrepareSummary,
     ScoreRecord,
     ScoreSummary,
     ShardRecord,
+    SnapshotOutput,
     SnapshotRecord,
-    StageRecord,
     put_data,
     read_record,
     write_record,
@@ -39,6 +40,7 @@ from pipelines import recipes
 from pipelines.stages.base import Context
 from tests.data_prep.corpora import contents, settings_for, write_corpus
 from tests.data_prep.test_snapshot import scored
+from tests.infra.stage_records import record_of
 from tests.infra.stores import misplaced
 from tests.orchestration.test_workflow import NoTracker
 
@@ -51,18 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Store:
     write_corpus(folder / "corpus", 30)
     store = open_store(str(folder / "store"))
     summary = prepare(store, settings_for(folder / "corpus"))
-    record = StageRecord(
-        stage="prepare",
-        kind="prepare",
-        digest_of_work="d",
-        inputs={},
-        settings={},
-        output=summary.model_dump(mode="json"),
-        versions={},
-        started="2026-01-01T00:00:00+00:00",
-        seconds=1.0,
-    )
-    write_record(store, "stages/prepare/d.json", record)
+    write_record(store, "stages/prepare/d.json", record_of(summary, "prepare"))
     return store
 
 
@@ -85,8 +76,8 @@ def summary_of(place: Place) -> ScoreSummary:
 
 
 def test_show_joins_the_scores_of_a_stage(made: Store, capsys: pytest.CaptureFixture[str]):
-    plan = stage_records(made, "prepare")[0].output.plan
-    edition = stage_records(made, "prepare")[0].output.edition
+    prepared = stage_records(made, "prepare")[0].of(PrepareSummary)
+    plan, edition = prepared.plan, prepared.edition
     with pytest.raises(SettingsError, match="no scores called `clip`"):
         data.show(made.url, size=None, column=[], score=["clip"], out=None, seed=0, json_=False)
     scored(
@@ -221,13 +212,15 @@ def test_what_was_made_of_damaged_shards_is_made_again_as_well(tmp_path: Path):
     run = run_of(tmp_path, prepare={"sizes": [32, 16]}, small=chosen | {"size": 16}, large=chosen | {"size": 32})
     run()
     [stage] = stage_records(run.store, "prepare")
-    plan, edition = stage.output.plan, stage.output.edition
+    plan, edition = stage.of(PrepareSummary).plan, stage.of(PrepareSummary).edition
     scored(
         (run.store, read_plan(run.store, plan, edition)), "clip", clip_score=lambda keys: pa.array([1.0] * len(keys))
     )
     before = contents(run.store)
     small, large = (
-        next(record.output.record for record in stage_records(run.store, "snapshot") if record.stage == name)
+        next(
+            record.of(SnapshotOutput).record for record in stage_records(run.store, "snapshot") if record.stage == name
+        )
         for name in ("small", "large")
     )
     broken = run.records()[1]
@@ -257,7 +250,7 @@ def test_export_writes_the_newest_snapshot_of_a_stage(tmp_path: Path, capsys: py
     assert capsys.readouterr().out == f"file://{out}/train: 18 samples in 1 folders of pictures\n"
     lines = (tmp_path / "out" / "train" / "metadata.jsonl").read_text().splitlines()
     assert len(lines) == len(list((tmp_path / "out").rglob("*.jpg"))) == 18
-    [key] = {record.output.record for record in stage_records(run.store, "snapshot")}
+    [key] = {record.of(SnapshotOutput).record for record in stage_records(run.store, "snapshot")}
     data.export(Path(key).stem, run.store.url, f"{out}2", layout="webdataset", tar_mib=1, json_=True)
     told = json.loads(capsys.readouterr().out)
     assert (told["snapshot"], told["splits"], told["tar_mib"]) == (key, {"train": {"rows": 18, "parts": 1}}, 1)
@@ -283,7 +276,7 @@ def test_damaged_snapshots_are_made_again_by_the_same_run(tmp_path: Path, capsys
     )
     run()
     before = contents(run.store)
-    made = {record.stage: record.output.record for record in stage_records(run.store, "snapshot")}
+    made = {record.stage: record.of(SnapshotOutput).record for record in stage_records(run.store, "snapshot")}
     held_out = read_record(run.store, made["spoilt"], SnapshotRecord).held_out.key
     spoil(run.store, held_out)
     run.store.put(made["unread"], b"{not JSON")
@@ -309,7 +302,7 @@ def test_damaged_scores_go_with_what_says_that_they_are_done(tmp_path: Path):
     run()
     assert misplaced(run.store) == []
     [stage] = stage_records(run.store, "prepare")
-    plan, edition = stage.output.plan, stage.output.edition
+    plan, edition = stage.of(PrepareSummary).plan, stage.of(PrepareSummary).edition
     planned = read_plan(run.store, plan, edition)
     for scorer in ("clip", "vlm"):
         scored((run.store, planned), scorer, score=lambda keys: pa.array([1.0] * len(keys)))
@@ -337,8 +330,8 @@ def test_one_that_is_killed_while_it_drops_is_finished_by_the_next(tmp_path: Pat
     run()
     before = contents(run.store)
     [stage] = stage_records(run.store, "prepare")
-    plan, edition = stage.output.plan, stage.output.edition
-    [key] = [record.output.record for record in stage_records(run.store, "snapshot")]
+    plan, edition = stage.of(PrepareSummary).plan, stage.of(PrepareSummary).edition
+    [key] = [record.of(SnapshotOutput).record for record in stage_records(run.store, "snapshot")]
     spoil(run.store, read_record(run.store, key, SnapshotRecord).selection.key)
     spoil(run.store, run.tar(run.records()[1]))
 
@@ -439,7 +432,7 @@ def test_every_edition_that_says_that_it_is_done_is_told_otherwise(tmp_path: Pat
         }
     )
     write_record(run.store, "stages/prepare/older.json", older)
-    run.store.put(f"prepared/{stage.output.plan}/older.json", b"{}")
+    run.store.put(f"prepared/{stage.of(PrepareSummary).plan}/older.json", b"{}")
     spoil(run.store, run.tar(run.records()[0]))
     data.verify(run.store.url, drop_damaged=True, json_=True)
     assert done_in(run.store, contents(run.store)) == []

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infra.records import CheckpointRecord, StageRecord, read_record
+from infra.records import CheckpointRecord, StageRecord, TrainOutput, read_record
 from infra.store import Store, open_store
 from pipelines import recipes
 from tests.infra.stores import misplaced
@@ -99,7 +99,7 @@ def checkpoints(store: Path) -> dict[str, dict[str, str]]:
     found = {}
     for entry in opened.list("stages/train/"):
         record = read_record(opened, entry.key, StageRecord)
-        made = read_record(opened, record.output.record, CheckpointRecord)
+        made = read_record(opened, record.of(TrainOutput).record, CheckpointRecord)
         found[record.stage] = {name: data.sha256 for name, data in made.files.items()}
     return found
 

@@ -75,9 +75,8 @@ def test_a_recipe_without_training_is_refused():
 
 def test_stages_that_wait_for_each_other_are_refused():
     stage = {"kind": "train", "data": "data", "steps": 1, "batch": 2}
-    data = {"data": {"kind": "snapshot", "shards": "corpus"}, "corpus": {"kind": "prepare", "sources": []}}
     source = {"kind": "table_folder", "name": "a", "url": "/nowhere", "tables": ["a.csv"], "captions": ["b"]}
-    data["corpus"]["sources"] = [source]
+    data = {"data": {"kind": "snapshot", "shards": "corpus"}, "corpus": {"kind": "prepare", "sources": [source]}}
     both = {"a": stage | {"start_from": "b"}, "b": stage | {"start_from": "a"}}
     with pytest.raises(SettingsError, match="wait for each other"):
         planned(parse(recipes.Recipe, {"name": "x", "stages": data | both}), "1xcpu")

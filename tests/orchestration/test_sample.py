@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from infra.errors import SettingsError
 from orchestration import cli, terminal
@@ -143,6 +144,7 @@ def test_a_picture_says_how_it_was_made(text: Path, sample: Call, tmp_path: Path
     )
     with Image.open(tmp_path / "o" / "000-7.png") as image:
         image.load()
+        assert isinstance(image, PngImageFile)
         words = image.text
     facts = json.loads(words["pixnerd"])
     assert words["Description"] == facts["prompt"] == prompt

@@ -15,7 +15,7 @@ from data_prep.snapshots.forget import forget
 from infra.cluster import ClusterSettings
 from infra.config import Settings, operational
 from infra.errors import ClusterError, DataError, SettingsError, StageFailed, Stopped, StoreUnreachable
-from infra.records import Output, StageRecord
+from infra.records import Output, PrepareSummary, SnapshotOutput, StageRecord
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import Store, open_store
 from infra.tracking import NOWHERE, Run
@@ -51,7 +51,15 @@ class NoTracker:
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def kinds(monkeypatch: pytest.MonkeyPatch) -> dict[str, StageKind]:
+    """The kinds of stages that there are for a test, which may add to them."""
+    found: dict[str, StageKind] = {}
+    monkeypatch.setattr(workflow, "KINDS", found)
+    return found
+
+
+@pytest.fixture
+def ran(kinds: dict[str, StageKind]) -> list[str]:
     """The names of the stages that ran, in order. A negative value fails."""
     names: list[str] = []
 
@@ -59,9 +67,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(context.stage)
         if settings.value < 0:
             raise DataError("it is negative", remedy="be positive")
-        return kind(sum=settings.value + sum(record.output.sum for record in inputs.values()))
+        return kind(sum=settings.value + sum(record.of(MakeOutput).sum for record in inputs.values()))
 
-    kinds = {
+    kinds |= {
         "make": StageKind("make", Made, partial(work, MakeOutput)),
         "tell": StageKind("tell", Made, partial(work, TellOutput), reads_all=True),
         # What it reads from outside, only the stages before it can tell.
@@ -69,10 +77,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             "find",
             Made,
             partial(work, FindOutput),
-            outside=lambda settings, store, inputs: [r.output.sum for r in inputs.values()],
+            outside=lambda settings, store, inputs: [r.of(MakeOutput).sum for r in inputs.values()],
         ),
     }
-    monkeypatch.setattr(workflow, "KINDS", kinds)
     return names
 
 
@@ -85,7 +92,12 @@ def recipe(**stages: dict[str, Any]) -> Recipe:
     return Recipe(name="test", stages={name: {"kind": "make", **data} for name, data in stages.items()})
 
 
-CHAIN = {"a": {"value": 1}, "b": {"above": "a", "value": 2}, "c": {"above": "b"}, "d": {"value": 7}}
+CHAIN: dict[str, dict[str, Any]] = {
+    "a": {"value": 1},
+    "b": {"above": "a", "value": 2},
+    "c": {"above": "b"},
+    "d": {"value": 7},
+}
 
 
 def states(store: Store, made: Recipe) -> dict[str, str]:
@@ -228,19 +240,19 @@ def test_commands_take_no_record_for_a_stages_own_before_its_digest_is_settled(
 
 
 def test_a_stage_that_reads_all_is_not_reused_while_one_of_them_fails(
-    store: Store, ran: list[str], monkeypatch: pytest.MonkeyPatch
+    store: Store, ran: list[str], kinds: dict[str, StageKind]
 ):
     made = recipe(a={"value": 1}, all={"kind": "tell"})
     go(store, made)
     drop(store, made, "a")
     ran.clear()
-    monkeypatch.setitem(workflow.KINDS, "make", StageKind("make", Made, failing))
+    kinds["make"] = StageKind("make", Made, failing)
     with pytest.raises(StageFailed):
         go(store, made)
     assert ran == ["all"]
 
 
-def failing(context: Context, settings: Made, inputs: Any) -> dict[str, Any]:
+def failing(context: Context, settings: Made, inputs: Any) -> Output:
     raise DataError("the disk is full", remedy="make room")
 
 
@@ -261,23 +273,23 @@ def test_a_failure_stops_what_needs_it_and_nothing_else(store: Store, ran: list[
 
 @pytest.mark.parametrize("wish", [KeyboardInterrupt(), Stopped("stopped by SIGTERM", remedy="run again")], ids=repr)
 def test_who_is_asked_to_stop_runs_no_other_stage(
-    store: Store, ran: list[str], monkeypatch: pytest.MonkeyPatch, wish: BaseException
+    store: Store, ran: list[str], kinds: dict[str, StageKind], wish: BaseException
 ):
-    def stop(context: Context, settings: Made, inputs: Any) -> dict[str, Any]:
+    def stop(context: Context, settings: Made, inputs: Any) -> Output:
         ran.append(context.stage)
         raise wish
 
-    monkeypatch.setitem(workflow.KINDS, "stop", StageKind("stop", Made, stop))
+    kinds["stop"] = StageKind("stop", Made, stop)
     with pytest.raises(type(wish)):
         go(store, recipe(a={}, b={"kind": "stop"}, c={"value": 3}))
     assert ran == ["a", "b"]
 
 
-def test_a_full_disk_fails_a_stage_as_other_errors_do(store: Store, ran: list[str], monkeypatch: pytest.MonkeyPatch):
-    def fail(context: Context, settings: Made, inputs: Any) -> dict[str, Any]:
+def test_a_full_disk_fails_a_stage_as_other_errors_do(store: Store, ran: list[str], kinds: dict[str, StageKind]):
+    def fail(context: Context, settings: Made, inputs: Any) -> Output:
         raise OSError(errno.ENOSPC, "No space left on device", "/tmp/x")
 
-    monkeypatch.setitem(workflow.KINDS, "fail", StageKind("fail", Made, fail))
+    kinds["fail"] = StageKind("fail", Made, fail)
     with pytest.raises(StageFailed, match=r"the stage `b` failed: the disk is full \(/tmp/x\)") as caught:
         go(store, recipe(a={}, b={"kind": "fail"}, c={"value": 3}))
     assert "TMPDIR" in caught.value.remedy
@@ -304,7 +316,7 @@ def corpus(folder: Path, name: str, count: int) -> dict[str, Any]:
 
 
 def accepted(store: Store, record: StageRecord) -> list[dict[str, Any]]:
-    shards = list_shards(store, shard_prefix(record.output.plan, "16"))
+    shards = list_shards(store, shard_prefix(record.of(PrepareSummary).plan, "16"))
     return [row for shard in shards for row in read_index(store, shard).to_pylist() if row["accepted"]]
 
 
@@ -334,14 +346,14 @@ def test_what_is_forgotten_renews_the_snapshots_that_it_may_concern(store: Store
     assert states(store, made) == {"one": "done", "data_one": "new", "two": "new", "data_two": "new"}
     done = run()
     assert set(states(store, made).values()) == {"done"}, "the digest with the list in it is found again"
-    counts = {name: dict(done[name].output.counts) for name in ("data_one", "data_two")}
+    counts = {name: dict(done[name].of(SnapshotOutput).counts) for name in ("data_one", "data_two")}
     assert counts["data_one"]["not forgotten"] == counts["data_one"]["accepted"] - 1
     assert counts["data_two"]["not forgotten"] == counts["data_two"]["accepted"] - 1, "its twin, in shards made since"
     forget(store, [late["key"]], "of the first corpus alone", twins=False)
     assert states(store, made) == {"one": "done", "data_one": "new", "two": "done", "data_two": "done"}
     [why] = [plan.why for plan in workflow.plan(nodes("one", "data_one"), store) if plan.node.name == "data_one"]
     assert "what is forgotten" in why
-    assert dict(run()["data_one"].output.counts)["not forgotten"] == counts["data_one"]["accepted"] - 2
+    assert dict(run()["data_one"].of(SnapshotOutput).counts)["not forgotten"] == counts["data_one"]["accepted"] - 2
 
 
 @pytest.mark.usefixtures("ray_cluster")

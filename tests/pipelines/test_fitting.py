@@ -16,12 +16,15 @@ from huggingface_hub import constants
 
 from infra.config import Settings, parse
 from infra.errors import CheckpointError, SettingsError
-from infra.records import EncodersOutput, SnapshotOutput, StageRecord
+from infra.records import EncodersOutput, Output, SnapshotOutput
 from infra.store import open_store
+from infra.tracking import NOWHERE
 from orchestration import launch, workflow
 from pipelines.stages import train as stages
+from pipelines.stages.base import Context
 from pipelines.stages.fitting import check_training
 from pipelines.stages.train import TrainStage
+from tests.infra.stage_records import record_of
 from training.encoders import known as encoders
 from training.settings import TrainSettings
 
@@ -32,7 +35,7 @@ TINY = {"kind": "train", "preset": "tiny", "data": "data", "encoders": "encoders
 def recipe(**train: Any) -> dict[str, Settings]:
     """The stages of a recipe whose one train stage has these settings besides those it must have."""
     source = {"kind": "text_folder", "name": "own", "url": "photos"}
-    plain = {
+    plain: dict[str, dict[str, Any]] = {
         "prepare": {"kind": "prepare", "sources": [source], "sizes": [64]},
         "data": DATA,
         "encoders": {"kind": "encoders", "captions": "data"},
@@ -93,12 +96,12 @@ def test_width_and_sides_follow_the_encoder_and_the_data(monkeypatch: pytest.Mon
     counts = {"rows": 1, "held_out_rows": 0, "counts": [], "by_source": {}, "caption_shares": {}, "forgotten": []}
     write_record(store, "snapshot.json", SnapshotRecord(shards="s", size="24", **names, **counts))
     config = put_data(store, "x", "config.json", b'{"hidden_size": 40}')
-    outputs = {
+    outputs: dict[str, Output] = {
         "data": SnapshotOutput(record="snapshot.json", rows=1, counts=[], size="24"),
         "encoders": EncodersOutput(text={"config.json": config}, vision={}),
     }
-    inputs = {name: StageRecord.model_construct(output=output) for name, output in outputs.items()}
-    context = stages.Context(store, tmp_path, None, stages.NOWHERE, lambda stage, progress: None, digest="d")  # type: ignore[arg-type]
+    inputs = {name: record_of(output) for name, output in outputs.items()}
+    context = Context(store, tmp_path, None, NOWHERE, lambda stage, progress: None, digest="d")  # type: ignore[arg-type]
     settings = parse(TrainStage, {k: v for k, v in TINY.items() if k != "kind"})
     with pytest.raises(CheckpointError, match="far enough"):
         stages.train(context, settings, inputs)

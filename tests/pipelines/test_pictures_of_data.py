@@ -20,6 +20,7 @@ from infra.shards import CAPTIONS, list_shards, parquet_bytes, read_index, shard
 from infra.store import Store, open_store
 from pipelines.pictures import samples
 from pipelines.pictures.samples import contact_sheet
+from pipelines.pictures.sheet import MARGIN
 from pipelines.pictures.statistics import draw
 from tests.data_prep.corpora import prepare_here, settings_for, write_corpus
 from tests.data_prep.test_snapshot import scored
@@ -261,9 +262,9 @@ def test_a_sheet_shows_the_samples_themselves(prepared: tuple[Store, Plan], tmp_
 
 def _picture_places(sheet: Image.Image, count: int, columns: int) -> list[tuple[int, int]]:
     rows = -(-count // columns)
-    step = (sheet.height - 2 * samples.MARGIN - 34 + samples.GAP) // rows
+    step = (sheet.height - 2 * MARGIN - 34 + samples.GAP) // rows
     across = samples.CELL + samples.GAP
-    left, top = samples.MARGIN, samples.MARGIN + 34
+    left, top = MARGIN, MARGIN + 34
     return [(left + n % columns * across, top + n // columns * step) for n in range(count)]
 
 

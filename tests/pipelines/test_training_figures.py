@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from infra.config import parse
-from infra.records import SnapshotOutput, SnapshotRecord, StageRecord, put_data, write_record
+from infra.records import SnapshotOutput, SnapshotRecord, put_data, write_record
 from infra.store import open_store
 from infra.tracking import Tracker
 from pipelines.stages import train as stages
+from pipelines.stages.base import Context
+from tests.infra.stage_records import record_of
 from training import ray_train
 
 SETTINGS = {"preset": "tiny", "data": "data", "text_encoder": "none", "steps": 30, "batch": 4}
@@ -41,10 +43,10 @@ def test_the_driver_logs_what_rank_0_says(tmp_path: Path, monkeypatch: pytest.Mo
     counts = {"rows": 1, "held_out_rows": 0, "counts": [], "by_source": {}, "caption_shares": {}, "forgotten": []}
     write_record(store, "snapshot.json", SnapshotRecord(shards="s", size="24", **names, **counts))
     output = SnapshotOutput(record="snapshot.json", rows=1, counts=[], size="24")
-    inputs = {"data": StageRecord.model_construct(output=output)}
+    inputs = {"data": record_of(output)}
     with closing(Tracker(f"sqlite:///{tmp_path}/mlflow.db", "test", tmp_path / "artifacts")) as tracker:
         run = tracker.run("train", "d")
-        context = stages.Context(store, tmp_path, tracker, run, lambda stage, said: None, digest="d", run=run)
+        context = Context(store, tmp_path, tracker, run, lambda stage, said: None, digest="d", run=run)
         stages.train(context, parse(stages.TrainStage, SETTINGS), inputs)
         assert run.flush(240)
 

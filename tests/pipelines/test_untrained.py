@@ -24,5 +24,5 @@ def test_an_untrained_model_scores_at_most_015(tmp_path: Path):
     pictures = artist.draw(
         [p.prompt for p in prompts for _ in range(2)], [0, 1] * len(prompts), SampleSettings(steps=6)
     )
-    verdicts = geneval.evaluate(ShapeJudge(), prompts, [pictures[2 * k : 2 * k + 2] for k in range(len(prompts))])
+    verdicts = geneval.evaluate(ShapeJudge(), prompts, [list(pictures[2 * k : 2 * k + 2]) for k in range(len(prompts))])
     assert intervals(geneval.by_task(verdicts))["overall"].value <= 0.15

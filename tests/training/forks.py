@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from functools import partial
 
 import torch.distributed as dist
 
@@ -43,7 +44,7 @@ def together(ranks: int, work: Callable[[int], None]) -> list[int]:
             work(number)
             return 0
 
-        pids = [forked(lambda number=number: rank(number)) for number in range(ranks)]
+        pids = [forked(partial(rank, number)) for number in range(ranks)]
         codes = []
         for _ in pids:
             pid, status = os.wait()

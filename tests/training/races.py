@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.claim import held
-from infra.records import CheckpointRecord, canonical_json
+from infra.config import canonical_json
+from infra.records import CheckpointRecord
 from infra.store import Entry, FileStore
 from tests.training import small_run
 from tests.training.forks import forked, together
@@ -30,7 +31,7 @@ from training import checkpoint
 from training.loop import Job, train
 
 RANKS = 2
-SETTINGS = {"workers": RANKS, "steps": 8, "save_every": 2, "objective": {"repa": 0.0}, "train_text": 0}
+SETTINGS: dict[str, Any] = {"workers": RANKS, "steps": 8, "save_every": 2, "objective": {"repa": 0.0}, "train_text": 0}
 
 
 class Slow(FileStore):

@@ -27,7 +27,13 @@ from training.ema import Ema
 from training.loop import Job, train
 from training.team import Team
 
-SETTINGS = {"steps": 20, "save_every": 7, "objective": {"repa": 0.0}, "batch": 8, "reading": {"lanes": 8}}
+SETTINGS: dict[str, Any] = {
+    "steps": 20,
+    "save_every": 7,
+    "objective": {"repa": 0.0},
+    "batch": 8,
+    "reading": {"lanes": 8},
+}
 STAGES: dict[str, dict[str, Any]] = {
     "zero-1": {"zero": 1},
     "zero-2": {"zero": 2},

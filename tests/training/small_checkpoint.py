@@ -29,9 +29,10 @@ def _write(folder: Path, config: models.ModelConfig, extra: dict[str, Any]) -> P
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = models.PixNerd(config)
+        drawn_by = net.field if net.head is None else net.head
+        assert drawn_by is not None
         # The last layer starts at zero, where all pictures are their noise, and labels are almost alike.
-        last = net.head.out if net.head is not None else net.field.out
-        torch.nn.init.normal_(last.weight, std=0.2)
+        torch.nn.init.normal_(drawn_by.out.weight, std=0.2)
         if net.label is not None:
             torch.nn.init.normal_(net.label.weight, std=2)
     models.save(folder, net, extra)

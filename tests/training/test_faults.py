@@ -13,26 +13,28 @@ from typing import Any
 
 import pytest
 
+from infra.errors import SettingsError
 from infra.records import CheckpointRecord, DataObject, SnapshotRecord
-from infra.store import FileStore, Store, open_store
+from infra.store import FileStore
 from tests.training import small_run
 from training import ray_train
 from training.loop import Job
 from training.model import WEIGHTS
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1500)]
-STEPS = {"workers": 2, "steps": 40, "save_every": 4, "log_every": 4, "objective": {"repa": 0.0}}
+Made = tuple[FileStore, SnapshotRecord, dict[str, dict[str, DataObject]]]
+STEPS: dict[str, Any] = {"workers": 2, "steps": 40, "save_every": 4, "log_every": 4, "objective": {"repa": 0.0}}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, SnapshotRecord, dict[str, dict[str, DataObject]]]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("run")
-    store = open_store(str(folder / "store"))
+    store = FileStore(folder / "store")
     return store, small_run.write_data(folder / "corpus", store), small_run.write_encoders(folder / "encoders", store)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(made: Any, ray_cluster: str) -> CheckpointRecord:
+def undisturbed(made: Made, ray_cluster: str) -> CheckpointRecord:
     return ray_train.fit(small_run.job_in(*made, name="undisturbed", **STEPS), lambda message: None)
 
 
@@ -68,7 +70,7 @@ class Disturbed:
             self._disturb(self._left)
 
 
-def test_a_killed_rank_brings_all_back(made: Any, undisturbed: CheckpointRecord):
+def test_a_killed_rank_brings_all_back(made: Made, undisturbed: CheckpointRecord):
     show = Disturbed(lambda left: os.kill(ranks()[0], signal.SIGKILL), times=2)
     record = ray_train.fit(small_run.job_in(*made, name="killed", **STEPS, retries=1), show)
     assert record.files[WEIGHTS].sha256 == undisturbed.files[WEIGHTS].sha256
@@ -76,7 +78,7 @@ def test_a_killed_rank_brings_all_back(made: Any, undisturbed: CheckpointRecord)
     assert all("starting again from the last committed state" in text for text in show.told)
 
 
-def test_a_stopped_rank_is_noticed_and_named(made: Any, undisturbed: CheckpointRecord):
+def test_a_stopped_rank_is_noticed_and_named(made: Made, undisturbed: CheckpointRecord):
     show = Disturbed(lambda left: os.kill(ranks()[-1], signal.SIGSTOP), times=1)
     began = time.monotonic()
     record = ray_train.fit(small_run.job_in(*made, name="stopped", **STEPS, hang_after=20), show)
@@ -99,7 +101,7 @@ class StuckOnce(FileStore):
         super().download(key, path)
 
 
-def test_a_rank_that_is_stuck_in_a_read_says_so(made: Any, undisturbed: CheckpointRecord):
+def test_a_rank_that_is_stuck_in_a_read_says_so(made: Made, undisturbed: CheckpointRecord):
     store, snapshot, encoders = made
     (Path(store.root) / "stuck").touch()
     show = Disturbed(lambda left: None, times=0)
@@ -112,7 +114,7 @@ def test_a_rank_that_is_stuck_in_a_read_says_so(made: Any, undisturbed: Checkpoi
     assert "from step in engine.py" in told  # and the one that waits for it
 
 
-def test_a_store_that_is_away_for_longer_than_it_is_waited_for(made: Any, undisturbed: CheckpointRecord):
+def test_a_store_that_is_away_for_longer_than_it_is_waited_for(made: Made, undisturbed: CheckpointRecord):
     """Its calls wait a while by themselves; then the run starts again until it is back."""
     store, snapshot, encoders = made
     away = Path(store.root) / "away"
@@ -133,9 +135,9 @@ class Away(FileStore):
         return super().create(key, data)
 
 
-def test_faults_of_settings_end_a_run_at_once(made: Any, ray_cluster: str):
+def test_faults_of_settings_end_a_run_at_once(made: Made, ray_cluster: str):
     show = Disturbed(lambda left: None, times=0)
     job: Job = small_run.job_in(*made, name="wrong", **{**STEPS, "model": {**small_run.MODEL, "text_dim": 48}})
-    with pytest.raises(ray_train.SettingsError, match="32 wide, the network expects 48"):
+    with pytest.raises(SettingsError, match="32 wide, the network expects 48"):
         ray_train.fit(replace(job), show)
     assert show.told == []

@@ -72,8 +72,8 @@ def field_case(patches: int, pixels: int, channels: int, ratio: int, normalise2:
     w_PW = torch.randn(patches, 2 * channels * channels * ratio)
     leaves = [torch.randn(patches, pixels, channels), torch.rand(channels) + 0.5, w_PW]
     return Case(
-        lambda *tensors: field.field_product(*tensors, normalise2),
-        lambda *tensors: plain.field_product(*tensors, normalise2),
+        lambda x, gain, w: field.field_product(x, gain, w, normalise2),
+        lambda x, gain, w: plain.field_product(x, gain, w, normalise2),
         leaves,
     )
 
@@ -155,11 +155,12 @@ def check_operators() -> None:
 
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     cos_sin = (torch.randn(3, 8), torch.randn(3, 8))
-    for operator, inputs in (
+    operators: list[tuple[Any, tuple[Any, ...]]] = [
         (field._field_product, (leaf(2, 5, 8), leaf(8), leaf(2, 256), True)),
         (modulate.norm_modulate, (leaf(2, 3, 24), leaf(24), leaf(1, 1, 24), leaf(2, 1, 24), True)),
         (rotary.norm_rotate, (leaf(2, 3, 2, 16), leaf(16), *cos_sin, False)),
-    ):
+    ]
+    for operator, inputs in operators:
         torch.library.opcheck(operator, inputs, test_utils=checks)
 
 
@@ -375,7 +376,9 @@ def for_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[dict[st
         file = tmp_path / "kernel.cubin"
         file.write_bytes(kernel.asm["cubin"])
         listed = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", file], capture_output=True, text=True)
-        registers, spilled = re.search(r"REG:(\d+) STACK:(\d+)", listed.stdout).groups()
+        used = re.search(r"REG:(\d+) STACK:(\d+)", listed.stdout)
+        assert used is not None, listed.stdout
+        registers, spilled = used.groups()
         found[self.__name__] = Compiled(kernel.metadata.shared, int(registers), int(spilled), kernel.metadata.num_warps)
 
     monkeypatch.setattr(JITFunction, "run", compile_only)

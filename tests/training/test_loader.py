@@ -139,7 +139,7 @@ def saved(image: np.ndarray, kind: str) -> bytes:
 
 def written(store: Store, kind: str, sides: list[int], spoilt: Container[int] = ()) -> DataObject:
     """The selection of grey images in tars of four; the brightness of an image and its caption both tell its row."""
-    columns: dict[str, list] = {name: [] for name in SELECTION_SCHEMA.names}
+    columns: dict[str, list[Any]] = {name: [] for name in SELECTION_SCHEMA.names}
     for shard in range(len(sides) // 4):
         packed = io.BytesIO()
         tar = TarWriter(packed)

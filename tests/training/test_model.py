@@ -204,7 +204,7 @@ def test_of_a_predicted_image_a_velocity_is_made():
 def test_gradients_of_the_field_product(normalise2: bool):
     torch.manual_seed(0)
     x, gain, w = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5, 4), (4,), (3, 64)))
-    assert torch.autograd.gradcheck(lambda *a: field_product(*a, normalise2), (x, gain, w))
+    assert torch.autograd.gradcheck(lambda x, gain, w: field_product(x, gain, w, normalise2), (x, gain, w))
 
 
 @pytest.mark.parametrize("norm", ["fc1", "fc1_fc2", "fc1_fc2_out"])

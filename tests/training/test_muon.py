@@ -52,7 +52,7 @@ def test_only_matrices_of_repeated_blocks_are_for_muon():
     groups = optimiser(module.named_parameters(), OptimSettings(matrices="muon", text_lr=0.1)).param_groups
     shares = {group["share"] for group in groups}
     [own] = [group for group in groups if group["muon"] and group["share"] == 1.0]
-    assert own["params"] == [module["blocks"][0].weight]
+    assert own["params"] == [module.get_parameter("blocks.0.weight")]
     assert shares == {1.0, 0.1}
     assert not is_in_a_block("stem.weight")
 

@@ -21,7 +21,7 @@ from infra.claim import held
 from infra.config import canonical_json
 from infra.errors import CheckpointError, DataError, SettingsError, StoreError, TakenOver, TrainingError
 from infra.records import CheckpointRecord, DataObject, SnapshotRecord, get_data, put_data, read_record
-from infra.store import FileStore, Store, open_store
+from infra.store import FileStore, Store
 from tests.training import small_run
 from training import checkpoint, loop, states, step
 from training import model as models
@@ -34,8 +34,8 @@ from training.team import Team
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return open_store(str(tmp_path_factory.mktemp("store")))
+def store(tmp_path_factory: pytest.TempPathFactory) -> FileStore:
+    return FileStore(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +93,18 @@ def run(job: Job, kill_after: int | None = None) -> CheckpointRecord:
     return train(job, say)
 
 
+def newest(store: Store, job: Job) -> tuple[str, states.TrainingState]:
+    """The key of the job's newest state, and the state, which must be there and whole."""
+    found = states.newest(store, job.prefix)
+    assert found is not None and found.state is not None
+    return found.key, found.state
+
+
 def weights(store: Store, record: CheckpointRecord, folder: Path) -> dict[str, torch.Tensor]:
     return models.load(checkpoint.fetch(store, record, folder)).state_dict()
 
 
-def curve(store: Store, record: CheckpointRecord) -> list[dict[str, float]]:
+def curve(store: Store, record: CheckpointRecord) -> list[dict[str, Any]]:
     assert record.curve is not None
     return pq.read_table(pa.BufferReader(get_data(store, record.curve))).to_pylist()
 
@@ -278,7 +285,7 @@ def test_where_a_run_went_back_to_is_in_its_next_state(
     job = make("broken-told", save_every=1, steps=5)
     with pytest.raises(Killed):
         run(job, kill_after=4)
-    _, state, _ = states.newest(store, job.prefix)
+    _, state = newest(store, job)
     assert state.position == 20
     assert state.returns == (states.Return(at=3, to=2, past=12),)
 
@@ -333,7 +340,7 @@ def test_a_run_goes_back_so_often_and_then_ends(make: Any, alone: None, monkeypa
 
 def test_a_loss_far_above_those_before_breaks_a_run(make: Any, alone: None, monkeypatch: pytest.MonkeyPatch):
     told: list[str] = []
-    true = step.velocity_loss
+    true = objective.velocity_loss
 
     def spiking(*args: Any) -> Any:
         calls.append(1)
@@ -377,7 +384,7 @@ def test_a_damaged_state_is_not_resumed_from(store: Store, make: Any, alone: Non
     job = make("damaged")
     with pytest.raises(Killed):
         run(job, kill_after=3)
-    _, state, _ = states.newest(store, job.prefix)
+    _, state = newest(store, job)
     data = bytearray(store.get(state.files[0].data.key))
     data[-1] ^= 1
     store.put(state.files[0].data.key, bytes(data))
@@ -398,7 +405,7 @@ def test_behind_a_damaged_state_the_one_before_is_resumed_from_and_it_is_told(
     job = make(f"older-{damage.replace(' ', '-')}", save_every=1)
     with pytest.raises(Killed):
         run(job, kill_after=3)
-    key, state, _ = states.newest(store, job.prefix)
+    key, state = newest(store, job)
     part = state.files[0].data.key
     if damage == "part flipped":
         data = store.get(part)
@@ -434,7 +441,7 @@ def test_a_state_of_an_earlier_version_is_resumed_from(
     names = [name for name, parameter in parts.trained.named_parameters() if parameter.requires_grad]
     with pytest.raises(Killed):
         run(job, kill_after=3)
-    key, state, _ = states.newest(store, job.prefix)
+    key, state = newest(store, job)
     old = {name: value for name, value in state.model_dump(mode="json").items() if name != "attempt"}
     old |= {"schema_version": 1, "files": [in_one_vector(job, state.files[0], names)]}
     store.delete(key)
@@ -446,7 +453,7 @@ def test_a_state_of_mixed_parts_can_be_neither_written_nor_read(store: Store, ma
     job = make("mixed")
     with pytest.raises(Killed):
         run(job, kill_after=3)
-    key, state, _ = states.newest(store, job.prefix)
+    key, state = newest(store, job)
     for change in ({"step": 2}, {"attempt": "another"}):
         mixed = [*state.files, state.files[0].model_copy(update=change)]
         with pytest.raises(ValueError, match="several steps or attempts"):
@@ -459,6 +466,7 @@ def test_a_state_of_mixed_parts_can_be_neither_written_nor_read(store: Store, ma
 def test_a_driver_whose_run_was_taken_over_commits_nothing(store: Store, make: Any, alone: None):
     job = make("taken")
     with held(store, job.prefix, lambda: False, pytest.fail) as claim:
+        assert claim is not None
         store.put(f"{job.prefix}/drivers/000002.json", store.get(claim.key).replace(claim.driver.encode(), b"b" * 12))
         with pytest.raises(TakenOver):
             run(replace(job, claim=claim))
@@ -479,7 +487,7 @@ def test_what_was_trained_draws_the_same_picture_twice(store: Store, undisturbed
 
 @pytest.mark.timeout(240)
 def test_two_ranks_give_what_one_gives_and_one_resumes_what_two_began(
-    store: Store, make: Any, undisturbed: CheckpointRecord, ray_cluster: str, tmp_path: Path
+    store: FileStore, make: Any, undisturbed: CheckpointRecord, ray_cluster: str, tmp_path: Path
 ):
     from training.ray_train import fit
 
@@ -492,7 +500,7 @@ def test_two_ranks_give_what_one_gives_and_one_resumes_what_two_began(
 
     # A run of one rank goes on from the two ranks' state.
     store.delete(f"{job.prefix}/checkpoint.json")
-    _, state, _ = states.newest(store, job.prefix)
+    _, state = newest(store, job)
     assert (state.step, len(state.files)) == (3, 2)
     resumed = weights(store, run(replace(job, settings=make("two").settings)), tmp_path / "3")
     assert all(torch.allclose(parts[name], resumed[name], atol=2e-4) for name in parts)
@@ -500,14 +508,14 @@ def test_two_ranks_give_what_one_gives_and_one_resumes_what_two_began(
 
 @pytest.mark.slow
 def test_an_error_of_the_last_step_reaches_the_driver_and_its_states_are_resumed_from(
-    store: Store, make: Any, undisturbed: CheckpointRecord, ray_cluster: str, tmp_path: Path
+    store: FileStore, make: Any, undisturbed: CheckpointRecord, ray_cluster: str, tmp_path: Path
 ):
     from training.ray_train import fit
 
     began = make("began", workers=2, retries=0)
     with pytest.raises(StoreError, match="the store is full"):
         fit(replace(began, store=Unpublished(store.root)), lambda message: None)
-    _, state, _ = states.newest(store, began.prefix)
+    _, state = newest(store, began)
     assert len(state.files) == 2
     resumed = weights(store, run(replace(began, settings=make("began").settings)), tmp_path / "2")
     whole = weights(store, undisturbed, tmp_path / "1")

@@ -50,12 +50,13 @@ def test_a_picture_does_not_depend_on_its_batch(text: Path, batch: int):
 
 
 def test_the_same_call_gives_the_same_bytes(text: Path):
-    assert np.array_equal(*(Artist.load(text).draw(PROMPTS, SEEDS, few(batch=4)) for _ in range(2)))
+    one, two = (Artist.load(text).draw(PROMPTS, SEEDS, few(batch=4)) for _ in range(2))
+    assert np.array_equal(one, two)
 
 
 def test_each_caption_is_encoded_once(text: Path):
     artist = Artist.load(text)
-    assert artist.text is not None
+    assert artist.text is not None and artist.net.text is not None
     seen: list[tuple[int, ...]] = []
     artist.text.register_forward_pre_hook(lambda module, args: seen.extend(map(tuple, args[0].tolist())))
     rows: list[int] = []
@@ -79,11 +80,12 @@ def test_a_batch_is_what_the_formulas_say(classes: Path):
 
 
 def test_every_step_is_seen_in_fp32_and_the_last_is_the_picture(text: Path):
+    frames: list[Tensor] = []
     for precision in ("fp32", "bf16"):
-        frames: list[Tensor] = []
+        frames.clear()
         settings = few(precision=precision)
         artist = Artist.load(text, settings=settings)
-        drawn = artist.batch(PROMPTS[:2], [0, 1], settings, lambda step, x, into=frames: into.append(x))
+        drawn = artist.batch(PROMPTS[:2], [0, 1], settings, lambda step, x: frames.append(x))
         assert [frame.dtype for frame in frames] == [torch.float32] * 3
         assert np.array_equal(to_uint8(frames[-1]).permute(0, 2, 3, 1).numpy(), drawn)
 
@@ -148,6 +150,7 @@ def test_what_is_no_number_is_no_picture(classes: Path):
     artist = Artist.load(classes)
     with pytest.raises(CheckpointError, match=r"^1 from seed 7 came out as NaN.*: use shift"):
         artist.draw([1], [7], few(shift=1e300))
+    assert artist.net.label is not None
     with torch.no_grad():
         artist.net.label.weight[2] = float("nan")
     with pytest.raises(CheckpointError, match=r"^2 from seed 8 "):
