@@ -16,6 +16,7 @@ import statistics
 import tarfile
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from itertools import islice
@@ -51,7 +52,8 @@ def picture(rng: np.random.Generator, size: int) -> bytes:
 
 
 def write(store: Store, images: int, size: int) -> DataObject:
-    rng, columns = np.random.default_rng(0), {name: [] for name in SELECTION_SCHEMA.names}
+    rng = np.random.default_rng(0)
+    columns: dict[str, list[Any]] = {name: [] for name in SELECTION_SCHEMA.names}
     pictures = [picture(rng, size) for _ in range(64)]
     for shard in range(SHARDS):
         packed = io.BytesIO()
@@ -72,7 +74,7 @@ def write(store: Store, images: int, size: int) -> DataObject:
     return put_data(store, "selections", "selection.parquet", parquet_bytes(table))
 
 
-def words_as_tokens(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def words_as_tokens(captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """A stand-in for a tokenizer, which would have to be downloaded."""
     ids_BT = torch.zeros(len(captions), TOKENS, dtype=torch.int64)
     for row, caption in enumerate(captions):

@@ -374,8 +374,11 @@ def test_what_a_killed_process_left_half_made_is_deleted(tmp_path: Path, store: 
 def test_the_cache_keeps_to_its_bound_and_deletes_what_was_used_least(tmp_path: Path):
     folder = Folder(tmp_path / "cache", 3e-6)  # three files of 1,000 bytes
 
+    def written(path: Path) -> None:
+        path.write_bytes(bytes(1000))
+
     def make(name: str) -> None:
-        folder.made(name, lambda path: path.write_bytes(bytes(1000)) and None, 1000, lambda path: True)
+        folder.made(name, written, 1000, lambda path: True)
 
     for age, name in enumerate("abc"):
         make(name)

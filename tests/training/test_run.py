@@ -25,6 +25,7 @@ from infra.store import FileStore, Store
 from tests.training import small_run
 from training import checkpoint, loop, states, step
 from training import model as models
+from training.diffusion import draws, objective
 from training.ema import Ema
 from training.leftovers import collect_states
 from training.loader import reader
@@ -241,7 +242,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(make: Any, alone: None):
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, positions: range) -> None:
     """The time of these positions is no number, and so neither is what is made of their noise."""
-    true = loop.draw
+    true = draws.draw
 
     def draw(seed: int, asked: list[int], *args: Any, **kwargs: Any) -> Any:
         drawn = true(seed, asked, *args, **kwargs)
@@ -320,6 +321,7 @@ def test_a_shard_that_lost_a_bit_ends_the_run_before_a_state_is_committed(
 ):
     monkeypatch.setattr(reader, "_decode", lambda data, out_HWC: out_HWC.fill(128))  # no decoder finds this damage
     lost = FileStore(tmp_path / "store")
+    assert isinstance(store, FileStore)
     shutil.copytree(store.root, lost.root, dirs_exist_ok=True)
     for entry in [e for e in lost.list("data/") if e.key.endswith(".tar")]:
         data = bytearray(lost.get(entry.key))
