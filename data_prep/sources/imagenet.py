@@ -57,7 +57,7 @@ class ImageNet(Listings):
             return Rejection(Cause.NO_CAPTION, "in no class folder")
         first = row.classes.partition(",")[0].strip()
         caption = self.template.replace("{names}", row.classes).replace("{name}", first)
-        return words.captions([("caption", caption)], self.max_caption) or Rejection(Cause.NO_CAPTION)
+        return words.captions([("caption", caption)], self.max_caption)
 
     def _classes(self, folder: Folder) -> dict[str, tuple[int, str]]:
         """Each class folder's label and names."""

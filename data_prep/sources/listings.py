@@ -78,7 +78,7 @@ class Listings(Source):
 
     def _item(self, folder: Folder, files: checksums.Recorder, number: int, row: Listed) -> RawItem:
         captions = Rejection(Cause(row.refused)) if row.refused else self.captions_of(folder, row)
-        refusal, texts = words.image_and_captions(None, captions, required=False)
+        refusal, texts = words.image_and_captions(None, captions)
         image = refusal or files.read(folder, number, row.name, self.max_bytes)
         # The stored form of a name that is not UTF-8 may be equal to another file's name.
         key = sample_key(self.name, f"\0{row.name}" if row.refused == Cause.BAD_NAME else row.name)

@@ -71,14 +71,5 @@ class Sa1b(tars.Tars):
 def _item(source: Sa1b, table: Captions, tar_item: tars.TarItem) -> RawItem:
     row = table.of(tar_item.sample.base) or {}
     texts = words.captions([(kind, row.get(kind)) for kind in source.captions], source.max_caption)
-    image, captions = words.image_and_captions(tar_item.image, texts, required=True)
-    return RawItem(
-        row=tar_item.row,
-        key=tar_item.key,
-        name=tar_item.shown,
-        image=image,
-        captions=captions,
-        licence=words.or_else(row.get(source.licence_column or ""), source.licence),
-        origin=words.or_else(row.get(source.origin_column or ""), source.origin),
-        kept={column: words.kept(row.get(column)) for column in source.keep},
-    )
+    licence, origin = row.get(source.licence_column or ""), row.get(source.origin_column or "")
+    return source.item(tar_item, texts, licence, origin, {name: words.kept(row.get(name)) for name in source.keep})

@@ -204,7 +204,7 @@ class Reading:
         values = [(kind, fields.listed(fields.field(row, kind))) for kind in source.captions]
         texts = words.captions(values, source.max_caption)
         name, identity, image = source.picture(number, row, place, self)
-        image, captions = words.image_and_captions(image, texts, required=bool(source.captions))
+        image, captions = words.image_and_captions(image, texts)
         if image is None:
             image = self.read(number, name)
         licence = fields.field(row, source.licence_column) if source.licence_column else None

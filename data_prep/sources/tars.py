@@ -21,13 +21,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from pydantic import Field
 
 from data_prep.rejections import Cause, Rejection
 from data_prep.sources import unpacked, words
-from data_prep.sources.base import IMAGE_SUFFIXES, Bytes, Input, Keys, Range, Source, foreign
+from data_prep.sources.base import IMAGE_SUFFIXES, Bytes, Input, Keys, Range, RawItem, Source, foreign
 from data_prep.sources.folders import fingerprint, matching, open_folder, text_of
 from data_prep.sources.tarwalk import Broken, Member, members
 from infra.config import operational
@@ -80,6 +80,14 @@ class Tars(Source):
         for number in range(min(pieces, size)):
             first = size * number // pieces
             yield first, size * (number + 1) // pieces - first
+
+    def item(
+        self, of: TarItem, captions: list[dict[str, str]] | Rejection, licence: Any, origin: Any, kept: dict[str, Any]
+    ) -> RawItem:
+        """An image with its captions; `licence` and `origin` are its own, if it has any."""
+        image, texts = words.image_and_captions(of.image, captions)
+        licence, origin = words.or_else(licence, self.licence), words.or_else(origin, self.origin)
+        return RawItem(of.row, of.key, of.shown, image, texts, licence, origin, kept)
 
 
 def _mean_bytes(source: Tars, file: BinaryIO) -> float:

@@ -41,7 +41,7 @@ class TextFolder(Listings):
         if isinstance(data, Rejection):
             cause = Cause.NO_CAPTION if data.cause is Cause.MISSING else Cause.BAD_CAPTION
             return Rejection(cause, f"{self.caption_suffix} beside the image: {data.cause}")
-        return words.captions([("caption", data)], self.max_caption) or Rejection(Cause.NO_CAPTION)
+        return words.captions([("caption", data)], self.max_caption)
 
     def _read_beside(self, folder: Folder, name: str) -> bytes | Rejection:
         """The text file beside an image, with the suffix as it is set or else in upper case: 5.TXT beside 5.JPG."""

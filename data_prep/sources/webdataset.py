@@ -84,19 +84,10 @@ def _item(source: WebDataset, file: BinaryIO, tar_item: tars.TarItem) -> RawItem
     metadata = _metadata(source, file, tar_item)
     fields = {} if isinstance(metadata, Rejection) else metadata
     texts = metadata if isinstance(metadata, Rejection) else _captions(source, file, tar_item, metadata)
-    image, captions = words.image_and_captions(tar_item.image, texts, required=bool(source.captions))
     licence = field(fields, source.licence_field) if source.licence_field else None
     origin = field(fields, source.origin_field) if source.origin_field else None
-    return RawItem(
-        row=tar_item.row,
-        key=tar_item.key,
-        name=tar_item.shown,
-        image=image,
-        captions=captions,
-        licence=words.or_else(licence, source.licence),
-        origin=words.or_else(origin, source.origin),
-        kept={name: _typed(field(fields, source.fields.get(name, name)), kind) for name, kind in source.keep.items()},
-    )
+    kept = {name: _typed(field(fields, source.fields.get(name, name)), kind) for name, kind in source.keep.items()}
+    return source.item(tar_item, texts, licence, origin, kept)
 
 
 def _captions(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from data_prep.rejections import Cause, Rejection
@@ -28,8 +28,8 @@ def text(value: bytes | str | None) -> str | None:
         return None
 
 
-def captions(values: Iterable[tuple[str, Any]], longest: int) -> list[dict[str, str]] | Rejection:
-    """The texts of each kind, stripped, without empty ones; or the rejection of the first that is not allowed."""
+def captions(values: Sequence[tuple[str, Any]], longest: int) -> list[dict[str, str]] | Rejection:
+    """The texts of each kind, stripped, without empty ones; a rejection if one is not allowed, or none is left."""
     texts = []
     for kind, value in values:
         for element in value if isinstance(value, list) else [value]:
@@ -38,7 +38,7 @@ def captions(values: Iterable[tuple[str, Any]], longest: int) -> list[dict[str, 
                 return caption._replace(detail=f"{kind}: {caption.detail}")
             if caption:
                 texts.append({"kind": kind, "text": caption})
-    return texts
+    return Rejection(Cause.NO_CAPTION) if values and not texts else texts
 
 
 def _caption(value: Any, longest: int) -> str | Rejection:
@@ -58,15 +58,12 @@ def _caption(value: Any, longest: int) -> str | Rejection:
 
 
 def image_and_captions(
-    image: Image, captions: list[dict[str, str]] | Rejection, *, required: bool
+    image: Image, captions: list[dict[str, str]] | Rejection
 ) -> tuple[Image | Rejection, list[dict[str, str]]]:
     """An item's image and captions. What is wrong with the captions refuses the image, unless it is refused already."""
-    texts = [] if isinstance(captions, Rejection) else captions
-    if isinstance(image, Rejection) or texts:
-        return image, texts
     if isinstance(captions, Rejection):
-        return captions, texts
-    return Rejection(Cause.NO_CAPTION) if required else image, texts
+        return (image if isinstance(image, Rejection) else captions), []
+    return image, captions
 
 
 def or_else(value: Any, default: str) -> str:
