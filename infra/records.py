@@ -352,6 +352,11 @@ def write_record(store: Store, key: str, record: Record) -> bool:
     return store.create(key, (canonical_json(record) + "\n").encode())
 
 
+def recorded(store: Store, key: str, record: R) -> R:
+    """Write the record; returns the one that is in the store, which is that of the first writer."""
+    return record if write_record(store, key, record) else read_record(store, key, type(record))
+
+
 def read_record(store: Store, key: str, kind: type[R]) -> R:
     data = store.get(key)
     try:

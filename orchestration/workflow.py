@@ -22,7 +22,7 @@ from infra.causes import explained
 from infra.config import Settings, digest, nearest, parse
 from infra.errors import Fault, NotFound, PixnerdError, RecordError, SettingsError, StageFailed, Stopped
 from infra.problems import Wrong, settings_error, shown, where
-from infra.records import StageRecord, read_record, write_record
+from infra.records import StageRecord, read_record, recorded
 from infra.store import Store
 from pipelines.recipes import Recipe
 from pipelines.stages.base import Context, StageKind
@@ -381,5 +381,4 @@ def _run_one(node: Node, context: Context, records: dict[str, StageRecord]) -> S
     )
     if len(inputs) < len(node.inputs):
         return record  # not stored: made without stages that failed, so it must be made again when they have run
-    write_record(context.store, node.key, record)
-    return read_record(context.store, node.key, StageRecord)
+    return recorded(context.store, node.key, record)

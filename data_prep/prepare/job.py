@@ -34,7 +34,7 @@ from data_prep.web.fetch import FetchSettings
 from infra import layout
 from infra.errors import DataError
 from infra.pool import Work, results
-from infra.records import PrepareSummary, ShardRecord, SizeSummary, read_record, write_record
+from infra.records import PrepareSummary, ShardRecord, SizeSummary, read_record, recorded
 from infra.shards import shard_key, shard_prefix
 from infra.store import Store, open_store
 
@@ -106,8 +106,7 @@ def prepare(
         catalogue.update(store)
     if not settings.keep_originals:  # before the summary, as a run that finds one does nothing
         downloads.drop(store, settings, plan)
-    write_record(store, key, tally.summary())
-    return read_record(store, key, PrepareSummary)
+    return recorded(store, key, tally.summary())
 
 
 def failed_downloads(store: Store, settings: PrepareSettings) -> list[Retry]:

@@ -31,7 +31,7 @@ from data_prep.web.fetch import Fetched, FetchSettings, fetch
 from infra import layout
 from infra.config import canonical_json
 from infra.errors import DataError
-from infra.records import DataObject, Record, put_data, read_record, write_record
+from infra.records import DataObject, Record, put_data, read_record, recorded, write_record
 from infra.shards import TarWriter, parquet_bytes, read_parquet
 from infra.store import Store, spool_path
 
@@ -239,7 +239,7 @@ def make(store: Store, todo: Missing, settings: FetchSettings, max_bytes: int, *
             accepted=accepted,
             rejected=dict(sorted(causes.items())),
         )
-    return record if write_record(store, key, record) else read_record(store, key, BatchRecord)
+    return recorded(store, key, record)
 
 
 def _row(tar: TarWriter, url: str, response: Fetched) -> Row:

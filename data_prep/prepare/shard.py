@@ -26,7 +26,7 @@ from data_prep.prepare.plan import Plan, PlannedShard, PrepareSettings
 from data_prep.rejections import Rejection
 from data_prep.sources import RawItem, Url, UrlSource
 from infra import layout
-from infra.records import ShardRecord, put_data, read_record, write_record
+from infra.records import ShardRecord, put_data, recorded
 from infra.shards import INDEX_SCHEMA, TarWriter, first_text, parquet_bytes, shard_key, sidecar
 from infra.store import Store, spool_path
 
@@ -242,5 +242,4 @@ class _Writer:
             versions=decoder_versions(),
         )
         self._file.close()
-        key = shard_key(target.plan, target.size, target.number)
-        return record if write_record(store, key, record) else read_record(store, key, ShardRecord)
+        return recorded(store, shard_key(target.plan, target.size, target.number), record)

@@ -31,7 +31,7 @@ from infra import layout
 from infra.config import Settings, digest, operational
 from infra.errors import ClusterError, DataError
 from infra.pool import Work, results
-from infra.records import ScoreRecord, ScoreSummary, ShardRecord, fetch_data, put_data, read_record, write_record
+from infra.records import ScoreRecord, ScoreSummary, ShardRecord, fetch_data, put_data, read_record, recorded
 from infra.shards import parquet_bytes, read_index, read_parquet, shard_key, shard_number
 from infra.store import Store, open_store
 
@@ -109,9 +109,7 @@ def score(
             tally.add(record, own=own)
             if progress:
                 progress(tally.progress())
-    summary = tally.summary(place, settings.scorer)
-    write_record(store, place.summary_key(numbers), summary)
-    return summary
+    return recorded(store, place.summary_key(numbers), tally.summary(place, settings.scorer))
 
 
 def read_scores(store: Store, plan: str, size: str, scorer: str, number: int) -> pa.Table:
@@ -285,7 +283,6 @@ def load(settings: ScoreSettings) -> Scorer:
 
 def score_shard(store: Store, scorer: Scorer, place: Place, number: int) -> ScoreRecord:
     """Score one shard: write its table, and last its record. It can be repeated after a crash at any point."""
-    key = place.key(number)
     shard = read_record(store, shard_key(place.plan, place.size, number), ShardRecord)
     keys: list[str] = []
 
@@ -307,7 +304,7 @@ def score_shard(store: Store, scorer: Scorer, place: Place, number: int) -> Scor
         failures=dict(sorted(Counter(row[failure] for row in rows if row.get(failure)).items())),
         versions=scorer.versions(),
     )
-    return record if write_record(store, key, record) else read_record(store, key, ScoreRecord)
+    return recorded(store, place.key(number), record)
 
 
 def samples(store: Store, shard: ShardRecord) -> Iterator[Sample]:

@@ -43,7 +43,7 @@ from data_prep.sources.reading import in_order
 from infra import layout
 from infra.config import digest
 from infra.errors import SettingsError
-from infra.records import ShardRecord, SnapshotRecord, put_data, read_record, write_record
+from infra.records import ShardRecord, SnapshotRecord, put_data, read_record, recorded
 from infra.shards import SELECTION_SCHEMA, SPLIT_DIGITS, read_index, shard_prefix
 from infra.store import Store
 
@@ -87,8 +87,7 @@ def snapshot(store: Store, plan: str, edition: str, settings: SnapshotSettings) 
             caption_shares=selection.tally.caption_shares(),
             forgotten=forgotten.lists,
         )
-    if not write_record(store, key, record):
-        record = read_record(store, key, SnapshotRecord)
+    record = recorded(store, key, record)
     if list(concerning(store, planned, size)) != forgotten.lists:
         return snapshot(store, plan, edition, settings)  # an item was forgotten meanwhile, and may be in it
     return record

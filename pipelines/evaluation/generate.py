@@ -10,9 +10,9 @@ import io
 import os
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from infra.pool import Work, results
 from infra.records import CheckpointRecord, DataObject, get_data, put_data
@@ -22,24 +22,25 @@ from training import checkpoint as checkpoints
 from training.sampling import Artist, SampleSettings
 
 
-def generate(
-    store: Store,
-    folder: str,
-    checkpoint: CheckpointRecord,
-    prompts: Sequence[str],
-    images: int,
-    settings: SampleSettings,
-    show: Callable[[int, int], None],
-) -> list[DataObject]:
-    """Draw `images` pictures of each prompt. Returns a tar for each chunk, in the order of the prompts."""
-    chunk = max(1, settings.batch // images)
-    starts = range(0, len(prompts), chunk)
-    drawing = _Drawing(store, folder, checkpoint, prompts, images, chunk, settings)
+class Order(NamedTuple):
+    """What is drawn of each of some prompts, and where the pictures go."""
+
+    store: Store
+    folder: str
+    checkpoint: CheckpointRecord
+    images: int  # pictures of each prompt
+    settings: SampleSettings
+
+
+def generate(order: Order, prompts: Sequence[str], show: Callable[[str, int, int], None]) -> list[DataObject]:
+    """Draw the pictures of each prompt. Returns a tar for each chunk, in the order of the prompts."""
+    size = max(1, order.settings.batch // order.images)
+    chunks = {first: prompts[first : first + size] for first in range(0, len(prompts), size)}
     tars: dict[int, DataObject] = {}
-    for start, tar in results(drawing):
-        tars[start] = tar
-        show(len(tars), len(starts))
-    return [tars[start] for start in starts]
+    for first, tar in results(_Drawing(order, chunks)):
+        tars[first] = tar
+        show(f"{len(tars)} of {len(chunks)} batches of pictures", len(tars), len(chunks))
+    return [tars[first] for first in chunks]
 
 
 class _Drawing(Work[int, DataObject]):
@@ -47,19 +48,9 @@ class _Drawing(Work[int, DataObject]):
 
     noun = "batches of pictures"
 
-    def __init__(
-        self,
-        store: Store,
-        folder: str,
-        checkpoint: CheckpointRecord,
-        prompts: Sequence[str],
-        images: int,
-        chunk: int,
-        settings: SampleSettings,
-    ) -> None:
-        super().__init__(range(0, len(prompts), chunk))
-        self._target = store, folder, checkpoint
-        self._prompts, self._images, self._chunk, self._settings = prompts, images, chunk, settings
+    def __init__(self, order: Order, chunks: Mapping[int, Sequence[str]]) -> None:
+        super().__init__(chunks)
+        self._order, self._chunks = order, chunks
 
     def begin(self) -> None:
         import ray
@@ -68,29 +59,20 @@ class _Drawing(Work[int, DataObject]):
         self._draw = ray.remote(num_cpus=1, max_retries=1)(_draw_chunk)
 
     def start(self, piece: int, again: bool) -> Any:
-        return self._draw.remote(
-            *self._target, piece, list(self._prompts[piece : piece + self._chunk]), self._images, self._settings
-        )
+        return self._draw.remote(self._order, piece, self._chunks[piece])
 
     def name(self, piece: int) -> str:
         return f"the batch of pictures from prompt {piece}"
 
 
-def _draw_chunk(
-    store: Store,
-    folder: str,
-    checkpoint: CheckpointRecord,
-    first: int,
-    prompts: list[str],
-    images: int,
-    settings: SampleSettings,
-) -> DataObject:
+def _draw_chunk(order: Order, first: int, prompts: Sequence[str]) -> DataObject:
     """Draw a chunk and store it; runs in a Ray worker."""
     from PIL import Image
 
-    artist = _artist(store, checkpoint, settings)
+    images = order.images
+    artist = _artist(order.store, order.checkpoint, order.settings)
     repeated = [prompt for prompt in prompts for _ in range(images)]
-    pictures = artist.draw(repeated, list(range(images)) * len(prompts), settings)
+    pictures = artist.draw(repeated, list(range(images)) * len(prompts), order.settings)
     packed = io.BytesIO()
     tar = TarWriter(packed)
     for index, picture in enumerate(pictures):
@@ -99,7 +81,7 @@ def _draw_chunk(
         Image.fromarray(picture).save(png, "PNG")
         tar.add(f"{first + prompt:05d}-{image}.png", png.getvalue())
     tar.finish()
-    return put_data(store, folder, f"{first:05d}.tar", packed.getvalue())
+    return put_data(order.store, order.folder, f"{first:05d}.tar", packed.getvalue())
 
 
 _loaded: dict[tuple[str, SampleSettings], Artist] = {}  # at most one: a worker draws many chunks with one checkpoint

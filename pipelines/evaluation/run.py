@@ -12,11 +12,11 @@ from pydantic import Field
 
 from infra import layout
 from infra.config import Settings, digest
-from infra.records import CheckpointRecord, DataObject, EvalReport, Record, put_data, read_record, write_record
+from infra.records import CheckpointRecord, DataObject, EvalReport, Record, put_data, read_record, recorded
 from infra.shards import parquet_bytes
 from infra.store import Store
 from pipelines.evaluation import geneval as protocol
-from pipelines.evaluation.generate import generate, read_pictures
+from pipelines.evaluation.generate import Order, generate, read_pictures
 from pipelines.evaluation.judges import Image, Judge, ShapeJudge
 from pipelines.evaluation.prompts import Prompt, load_prompts, shape_prompts
 from pipelines.evaluation.statistics import intervals
@@ -57,7 +57,8 @@ def geneval(
 ) -> EvalReport:
     """Evaluate a checkpoint by GenEval; pictures that an interrupted run drew are used again."""
     prompts = _prompts(settings)
-    drawn = _draw(store, stage, checkpoint, prompts, settings, show)
+    order = Order(store, layout.JUDGED.at(stage=stage), checkpoint, settings.images, settings.sampling)
+    drawn = _draw(order, layout.PICTURES.at(stage=stage), [prompt.prompt for prompt in prompts], show)
     judge: Judge = ShapeJudge()
     pictures = read_pictures(store, drawn.tars)
     verdicts = protocol.evaluate(
@@ -75,34 +76,14 @@ def geneval(
         details=put_data(store, layout.VERDICTS.at(stage=stage), "verdicts.parquet", parquet_bytes(_table(verdicts))),
         pictures=drawn.tars,
     )
-    key = layout.REPORT.at(stage=stage)
-    write_record(store, key, report)
-    return read_record(store, key, EvalReport)
+    return recorded(store, layout.REPORT.at(stage=stage), report)
 
 
-def _draw(
-    store: Store,
-    stage: str,
-    checkpoint: CheckpointRecord,
-    prompts: Sequence[Prompt],
-    settings: GenevalSettings,
-    show: Show,
-) -> Pictures:
-    key = layout.PICTURES.at(stage=stage)
-    if store.exists(key):
-        return read_record(store, key, Pictures)
-    texts = [prompt.prompt for prompt in prompts]
-    tars = generate(
-        store,
-        layout.JUDGED.at(stage=stage),
-        checkpoint,
-        texts,
-        settings.images,
-        settings.sampling,
-        lambda done, total: show(f"{done} of {total} batches of pictures", done, total),
-    )
-    write_record(store, key, Pictures(prompts=texts, images=settings.images, tars=tars))
-    return read_record(store, key, Pictures)
+def _draw(order: Order, key: str, prompts: list[str], show: Show) -> Pictures:
+    if order.store.exists(key):
+        return read_record(order.store, key, Pictures)
+    drawn = Pictures(prompts=prompts, images=order.images, tars=generate(order, prompts, show))
+    return recorded(order.store, key, drawn)
 
 
 def _pixels(png: bytes | None) -> Image | None:

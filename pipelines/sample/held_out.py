@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from infra import layout
 from infra.config import Settings
 from infra.errors import NotFound
-from infra.records import CheckpointRecord, DataObject, Record, SnapshotRecord, read_record, write_record
+from infra.records import CheckpointRecord, DataObject, Record, SnapshotRecord, read_record, recorded
 from infra.shards import read_selection
 from infra.store import Store
-from pipelines.evaluation.generate import generate, read_pictures
+from pipelines.evaluation.generate import Order, generate, read_pictures
 from pipelines.pictures import sheet
 from training.sampling import SampleSettings
 
@@ -71,24 +71,15 @@ def draw(
     if store.exists(key):
         return read_record(store, key, Drawn)
     prompts = [*(Prompt(text=text) for text in settings.prompts), *_captions(store, data, settings.count)]
-    tars = generate(
-        store,
-        layout.SAMPLED.at(stage=stage),
-        checkpoint,
-        [prompt.text for prompt in prompts],
-        settings.images,
-        settings.sampling,
-        lambda done, total: show(f"{done} of {total} batches of pictures", done, total),
-    )
+    order = Order(store, layout.SAMPLED.at(stage=stage), checkpoint, settings.images, settings.sampling)
     drawn = Drawn(
         checkpoint=checkpoint.digest(),
         prompts=prompts,
         seen=not data.held_out_rows,
         images=settings.images,
-        tars=tars,
+        tars=generate(order, [prompt.text for prompt in prompts], show),
     )
-    write_record(store, key, drawn)
-    return read_record(store, key, Drawn)
+    return recorded(store, key, drawn)
 
 
 def _captions(store: Store, data: SnapshotRecord, count: int) -> list[Prompt]:

@@ -35,8 +35,7 @@ class SampleStage(DrawSettings):
 def sample(context: Context, settings: SampleStage, inputs: Inputs) -> Output:
     """A checkpoint -> pictures for captions that training never saw, on the page and on a contact sheet."""
     checkpoint, data = checkpoint_of(context.store, inputs["checkpoint"]), snapshot_of(context.store, inputs["data"])
-    plain = DrawSettings(**settings.model_dump(exclude={"checkpoint", "data"}))
-    drawn = held_out.draw(context.store, context.digest, checkpoint, data, plain, context.progress)
+    drawn = held_out.draw(context.store, context.digest, checkpoint, data, settings, context.progress)
     path = context.home / f"{context.stage}.png"
     held_out.write_sheet(context.store, drawn, f"{inputs['checkpoint'].stage}, step {checkpoint.step:,}", path)
     context.run.artifact(path)
@@ -53,8 +52,7 @@ def evaluate(context: Context, settings: EvaluateStage, inputs: Inputs) -> Outpu
     from pipelines.evaluation.run import geneval
 
     checkpoint = checkpoint_of(context.store, inputs["checkpoint"])
-    plain = GenevalSettings(**settings.model_dump(exclude={"checkpoint"}))
-    report = geneval(context.store, context.digest, checkpoint, plain, context.progress)
+    report = geneval(context.store, context.digest, checkpoint, settings, context.progress)
     scores = {name: interval.value for name, interval in report.scores.items()}
     context.run.metrics(scores, checkpoint.step)
     context.run.tags({"pixnerd.checkpoint": report.checkpoint, "pixnerd.judge": report.judge})

@@ -25,7 +25,6 @@ from tests.data_prep.corpora import prepare_here, settings_for, write_corpus
 from tests.pipelines.small_story import make
 from tests.training import small_checkpoint
 from training import checkpoint as checkpoints
-from training.sampling import SampleSettings
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +55,9 @@ def drawing(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Drawing in this process, as a worker of Ray does it; the prompts of every call."""
     calls: list[list[str]] = []
 
-    def here(
-        store: Store,
-        prefix: str,
-        checkpoint: CheckpointRecord,
-        prompts: Sequence[str],
-        images: int,
-        settings: SampleSettings,
-        show: Any,
-    ) -> list[DataObject]:
+    def here(order: generate.Order, prompts: Sequence[str], show: Any) -> list[DataObject]:
         calls.append(list(prompts))
-        return [generate._draw_chunk(store, f"{prefix}/pictures", checkpoint, 0, list(prompts), images, settings)]
+        return [generate._draw_chunk(order, 0, prompts)]
 
     monkeypatch.setattr(held_out, "generate", here)
     return calls
