@@ -104,6 +104,12 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
+def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
+    """The remedy for an unknown word: the nearest known one or, if none is near, another text."""
+    near = nearest(word, known)
+    return f"did you mean `{near}`?" if near else otherwise
+
+
 def shown(value: object) -> str:
     """A value as its writer spelt it."""
     if value is None:
@@ -142,8 +148,7 @@ def _problem(cls: type[BaseModel], detail: ErrorDetails, path: Path, data: Any) 
         return Problem(path, " is named by what is no text", "put the name into quotes, or take it out")
     if kind == "extra_forbidden":
         known = [name for model in classes_at(cls, path[:-1], data) for name in model.model_fields]
-        near = nearest(str(path[-1]), known)
-        remedy = f"did you mean `{near}`?" if near else f"known here: {', '.join(sorted(set(known)))}"
+        remedy = did_you_mean(str(path[-1]), known, f"known here: {', '.join(sorted(set(known)))}")
         return Problem(path, "", remedy, before="unknown setting ")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return _no_kind(path, value, _tags(classes_at(cls, path, data)))
@@ -171,10 +176,7 @@ def _no_kind(path: Path, value: Any, tags: list[str]) -> Problem:
     tag = value.get("kind") if isinstance(value, Mapping) else None
     if tag is None:
         return Problem((*path, "kind"), " is not set", known)
-    near = nearest(str(tag), tags)
-    return Problem(
-        (*path, "kind"), f" is {shown(tag)}, which is not known", f"did you mean `{near}`?" if near else known
-    )
+    return Problem((*path, "kind"), f" is {shown(tag)}, which is not known", did_you_mean(str(tag), tags, known))
 
 
 def _expected(kind: str, path: Path, value: Any, literals: str, not_this: str) -> Problem:
@@ -183,8 +185,7 @@ def _expected(kind: str, path: Path, value: Any, literals: str, not_this: str) -
         remedy = f"put it into quotes: '{value}'"  # YAML reads a number where text was meant
         not_this = not_this.replace(", not", ", not the number")
     elif kind == "literal_error" and isinstance(value, str):
-        near = nearest(value, [word.strip(" '") for word in literals.replace(" or ", ",").split(",")])
-        remedy = f"did you mean `{near}`?" if near else ""
+        remedy = did_you_mean(value, [word.strip(" '") for word in literals.replace(" or ", ",").split(",")], "")
     return Problem(path, not_this, remedy, expected=_EXPECTED[kind].format(expected=literals.replace("'", "")))
 
 

@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 from infra import layout
 from infra.causes import explained
-from infra.config import Settings, digest, nearest, parse
+from infra.config import Settings, digest, parse
 from infra.errors import Fault, NotFound, PixnerdError, RecordError, SettingsError, StageFailed, Stopped
-from infra.problems import Wrong, settings_error, shown, where
+from infra.problems import Wrong, did_you_mean, settings_error, shown, where
 from infra.records import StageRecord, read_record, recorded
 from infra.store import Store
 from pipelines.recipes import Recipe
@@ -128,8 +128,7 @@ def _misfits(name: str, recipe: Recipe, parsed: Parsed) -> Iterator[Fault]:
     (kind, settings), inputs = parsed[name], _inputs(name, parsed)
     for field, target in inputs.items():
         if target not in recipe.stages:
-            near = nearest(target, recipe.stages)
-            remedy = f"did you mean `{near}`?" if near else f"its stages: {', '.join(recipe.stages)}"
+            remedy = did_you_mean(target, recipe.stages, f"its stages: {', '.join(recipe.stages)}")
             path = f"{name}.{field}"
             yield Fault(path, f"`{path}` names the stage `{target}`, which the recipe does not have", remedy)
     if not all(target in parsed for target in inputs.values()):
@@ -193,11 +192,9 @@ def parse_stage(
     """`defaults`: the recipe's, by kind. `data` contains them; errors use them to tell where a value was written."""
     kind = KINDS.get(str(data.get("kind")))
     if kind is None:
-        near = nearest(str(data.get("kind")), KINDS)
-        remedy = f"did you mean `{near}`?" if near else f"known: {', '.join(KINDS)}"
-        raise settings_error(
-            [Fault(f"{name}.kind", f"`{name}.kind` is {shown(data.get('kind'))}, which is not a kind of stage", remedy)]
-        )
+        path, wrong = f"{name}.kind", data.get("kind")
+        remedy = did_you_mean(str(wrong), KINDS, f"known: {', '.join(KINDS)}")
+        raise settings_error([Fault(path, f"`{path}` is {shown(wrong)}, which is not a kind of stage", remedy)])
     settings = {k: v for k, v in data.items() if k != "kind"}
     return kind, parse(
         kind.settings, settings, where=name, shared={f"defaults.{kind.name}": defaults.get(kind.name, {})}

@@ -16,9 +16,8 @@ from data_prep.prepare.plan import PrepareSettings
 from data_prep.scores.settings import ScorerSettings
 from data_prep.snapshots.filters import columns_in, parse_filter, suggestion
 from data_prep.snapshots.settings import SnapshotSettings, wrongs
-from infra.config import nearest
 from infra.errors import SettingsError
-from infra.problems import Wrong
+from infra.problems import Wrong, did_you_mean
 from infra.shards import INDEX_SCHEMA
 
 # The types that a table's column may turn out to have; a filter that accepts fractions accepts whole numbers too.
@@ -29,8 +28,7 @@ MOST_TRIED = 100  # combinations of the columns' types
 def size(asked: int | str, stage: str, prepared: PrepareSettings) -> Iterator[Wrong]:
     sizes = [size_name(size) for size in prepared.sizes]
     if str(asked) not in sizes:
-        near = nearest(str(asked), sizes) if isinstance(asked, str) else None
-        remedy = f"did you mean `{near}`?" if near else f"it prepares {', '.join(sizes)}"
+        remedy = did_you_mean(asked if isinstance(asked, str) else "", sizes, f"it prepares {', '.join(sizes)}")
         yield Wrong("size", f"is {asked}, which `{stage}` does not prepare", remedy)
 
 

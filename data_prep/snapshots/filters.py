@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import acero
 
-from infra.config import nearest
 from infra.errors import SettingsError
+from infra.problems import did_you_mean
 
 LONGEST = 2000  # characters
 EXAMPLE = "write it like `width >= 512 and not duplicate and objects in (1, 2)`"
@@ -184,8 +184,7 @@ def _instead(node: ast.expr) -> str:
 
 def suggestion(name: str, known: Collection[str], label: str) -> str:
     """The remedy for an unknown name: the nearest one that is known, or else all of them, after the label."""
-    near = nearest(name, known)
-    return f"did you mean `{near}`?" if near else f"{label}: {', '.join(sorted(known))}"
+    return did_you_mean(name, known, f"{label}: {', '.join(sorted(known))}")
 
 
 class _Compiler:

@@ -15,8 +15,9 @@ import pyarrow as pa
 from pydantic import Field
 
 from data_prep.rejections import Rejection
-from infra.config import Settings, nearest, operational, spelt
+from infra.config import Settings, operational, spelt
 from infra.errors import SettingsError
+from infra.problems import did_you_mean
 from infra.shards import INDEX_SCHEMA, SPLIT_DIGITS, sample_key
 from infra.store import Store
 
@@ -193,11 +194,8 @@ def check_kept(name: str) -> None:
 
 
 def missing_column(table: str, column: str, known: list[str]) -> SettingsError:
-    near = nearest(column, known)
-    return SettingsError(
-        f"{table} has no column `{column}`",
-        remedy=f"did you mean `{near}`?" if near else f"its columns are {', '.join(known[:50])}",
-    )
+    remedy = did_you_mean(column, known, f"its columns are {', '.join(known[:50])}")
+    return SettingsError(f"{table} has no column `{column}`", remedy=remedy)
 
 
 def foreign(name: str) -> str:

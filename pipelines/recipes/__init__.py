@@ -22,8 +22,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from infra.cluster import ClusterSettings
-from infra.config import Settings, nearest, parse, spelt
+from infra.config import Settings, parse, spelt
 from infra.errors import Fault, SettingsError
+from infra.problems import did_you_mean
 from infra.store import StoreSettings
 from infra.tracking import TrackingSettings
 from infra.yaml_settings import lines_of, load_yaml, override
@@ -86,16 +87,14 @@ def load(name: str, assignments: Iterable[str] = ()) -> Recipe:
 
 def _unknown_keys(data: Mapping[Any, Any]) -> Iterator[Fault]:
     for key in map(str, data.keys() - set(KEYS)):
-        near = nearest(key, KEYS)
-        remedy = f"did you mean `{near}`?" if near else f"known here: {', '.join(KEYS)}"
+        remedy = did_you_mean(key, KEYS, f"known here: {', '.join(KEYS)}")
         yield Fault(key, f"unknown setting `{key}`", remedy)
 
 
 def _unused_defaults(recipe: Recipe) -> Iterator[Fault]:
     kinds = {_kind(stage) for stage in recipe.stages.values()}
     for kind in sorted(recipe.defaults.keys() - kinds):
-        near = nearest(kind, kinds)
-        remedy = f"did you mean `{near}`?" if near else "correct the kind's name, or take the lines out"
+        remedy = did_you_mean(kind, kinds, "correct the kind's name, or take the lines out")
         yield Fault(f"defaults.{kind}", f"defaults are given for `{kind}`, but no stage is of that kind", remedy)
 
 
@@ -140,11 +139,8 @@ def find(name: str) -> Path:
         return path
     if "/" in name or name.endswith((".yaml", ".yml")):
         return Path(name)
-    near = nearest(name, names())
-    raise SettingsError(
-        f"there is no recipe `{name}`",
-        remedy=f"did you mean `{near}`?" if near else f"known: {', '.join(names())}; or give a path to a .yaml file",
-    )
+    remedy = did_you_mean(name, names(), f"known: {', '.join(names())}; or give a path to a .yaml file")
+    raise SettingsError(f"there is no recipe `{name}`", remedy=remedy)
 
 
 def _read(name: str, lines: dict[str, str], seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -178,11 +174,8 @@ def _full_paths(assignment: str, data: dict[str, Any]) -> list[str]:
         return [f"stages.{assignment.strip()}"]
     if first in kinds.values():
         return [f"stages.{name}{assignment.strip()[len(first) :]}" for name, kind in kinds.items() if kind == first]
-    near = nearest(first, [*kinds, *kinds.values(), *KEYS])
-    raise SettingsError(
-        f"unknown setting `{path.strip()}`",
-        remedy=f"did you mean `{near}`?" if near else f"its first part is a stage: {', '.join(map(str, kinds))}",
-    )
+    known, otherwise = [*kinds, *kinds.values(), *KEYS], f"its first part is a stage: {', '.join(map(str, kinds))}"
+    raise SettingsError(f"unknown setting `{path.strip()}`", remedy=did_you_mean(first, known, otherwise))
 
 
 def _check_effect(assignment: str, data: dict[str, Any]) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pydantic import Field, model_validator
 
 from infra import layout
-from infra.config import Settings, nearest
+from infra.config import Settings
 from infra.errors import SettingsError
-from infra.problems import Wrong
+from infra.problems import Wrong, did_you_mean
 from infra.records import EvalReport, EvaluateOutput, GateOutput, Output, SampleOutput, Verdict
 from pipelines.evaluation.prompts import TASKS
 from pipelines.evaluation.run import GenevalSettings, prompts_digest
@@ -83,19 +83,12 @@ def check_gate(settings: GateStage, below: Below) -> Iterator[Wrong]:
     scores = [f"geneval/{name}" for name in (*TASKS, "overall")]
     for number, rule in enumerate(settings.rules):
         if rule.above is not None and rule.above not in settings.scores:
-            near = nearest(rule.above, settings.scores)
-            yield Wrong(
-                f"rules.{number}.above",
-                f"names `{rule.above}`, which is not among the gate's scores",
-                f"did you mean `{near}`?" if near else f"name one of {', '.join(settings.scores)}",
-            )
+            remedy = did_you_mean(rule.above, settings.scores, f"name one of {', '.join(settings.scores)}")
+            message = f"names `{rule.above}`, which is not among the gate's scores"
+            yield Wrong(f"rules.{number}.above", message, remedy)
         if rule.score not in scores:
-            near = nearest(rule.score, scores)
-            yield Wrong(
-                f"rules.{number}.score",
-                f"is {rule.score}, which no evaluation has",
-                f"did you mean {near}?" if near else f"known: {', '.join(scores)}",
-            )
+            remedy = did_you_mean(rule.score, scores, f"known: {', '.join(scores)}")
+            yield Wrong(f"rules.{number}.score", f"is {rule.score}, which no evaluation has", remedy)
 
 
 def gate(context: Context, settings: GateStage, inputs: Inputs) -> Output:

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from infra.cluster import ClusterSettings
 from infra.config import Secret, Settings, changes_results
 from infra.errors import SettingsError
-from infra.problems import nearest
+from infra.problems import did_you_mean
 from infra.store import StoreSettings
 from infra.tracking import TrackingSettings
 from pipelines.stages.kinds import KINDS
@@ -47,11 +47,8 @@ def about(kind: str) -> str:
 def settings_of(kind: str) -> list[Setting]:
     """The settings of a kind of stage, or of a section beside them, each followed by the settings nested in it."""
     if kind not in KNOWN:
-        near = nearest(kind, KNOWN)
-        raise SettingsError(
-            f"there is no kind of stage `{kind}`",
-            remedy=f"did you mean `{near}`?" if near else f"kinds: {', '.join(KNOWN)}",
-        )
+        remedy = did_you_mean(kind, KNOWN, f"kinds: {', '.join(KNOWN)}")
+        raise SettingsError(f"there is no kind of stage `{kind}`", remedy=remedy)
     return list(_settings(BESIDE[kind][1] if kind in BESIDE else KINDS[kind].settings, "", True))
 
 
