@@ -28,10 +28,13 @@ from infra.files import appearing, sha256_of
 from infra.store import Store
 
 
-class Record(BaseModel):
-    """Unknown fields are refused: a record of a newer schema must not be understood in part."""
+class Plain(BaseModel):
+    """A value that never changes. Unknown fields are refused: one of a newer schema must not be understood in part."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Record(Plain):
     newest_schema: ClassVar[int] = 1
     schema_version: int = 1
 
@@ -39,10 +42,9 @@ class Record(BaseModel):
         return digest(self.model_dump(mode="json"))
 
 
-class DataObject(BaseModel):
+class DataObject(Plain):
     """A data object in the store. Its key contains its sha256, so that its bytes can be checked."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     key: str
     sha256: str
     size: int
@@ -107,10 +109,9 @@ class CheckpointRecord(Record):
     curve: DataObject | None = None  # Parquet: one row per logged step
 
 
-class Interval(BaseModel):
+class Interval(Plain):
     """A score with its 95 % interval; None where there are too few items to compute one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     value: float
     low: float | None
     high: float | None
@@ -135,13 +136,12 @@ class EvalReport(Record):
         return fields if all(score.low is not None for score in scores) else {"schema_version": 2, **fields}
 
 
-class Output(BaseModel):
+class Output(Plain):
     """What a stage produced, as its record tells it to later stages and to the commands that read a store.
 
     Each kind of stage has its own subclass, which gives the kind its name: `class GateOutput(Output, kind="gate")`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     kind: ClassVar[str]
     _kinds: ClassVar[dict[str, type[Output]]] = {}
 
@@ -162,8 +162,7 @@ class CorpusOutput(Output, kind="corpus"):
     files: dict[str, int]  # suffix -> count
 
 
-class SizeSummary(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class SizeSummary(Plain):
     shards: str  # key prefix of the records
     count: int
     accepted: int
@@ -225,10 +224,9 @@ class EvaluateOutput(Output, kind="evaluate"):
     scores: dict[str, float]
 
 
-class Verdict(BaseModel):
+class Verdict(Plain):
     """Whether a score passes one rule of a gate."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     score: str
     value: float
     limit: str

@@ -111,6 +111,11 @@ def shard_number(key: str) -> int:
     return int(Path(key).stem)
 
 
+def tar_number(key: str) -> int:
+    """The number of the shard that a tar belongs to: 12 for `data/.../00012-<sha256>.tar`."""
+    return int(Path(key).name.partition("-")[0])
+
+
 def sidecar(fields: Mapping[str, Any]) -> str:
     """The text of a sample's .json."""
     plain = {name: _json_value(value) for name, value in fields.items()}

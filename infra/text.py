@@ -10,3 +10,9 @@ _UNFIT = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # controls, direction marks,
 def printable(text: str) -> str:
     """The text without line breaks and invisible or direction-changing characters; single blanks replace them."""
     return " ".join("".join(" " if unicodedata.category(letter) in _UNFIT else letter for letter in text).split())
+
+
+def cut(text: str, most: int = 60) -> str:
+    """The same in at most so many letters; dots stand for the rest."""
+    text = printable(text[: 4 * most])
+    return text if len(text) <= most else text[: most - 1] + "…"

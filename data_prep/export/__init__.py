@@ -18,18 +18,17 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
 
 from data_prep.export.layouts import HuggingFace, Layout, WebDataset
-from data_prep.export.listing import Listing, tar_number
+from data_prep.export.listing import Listing
 from data_prep.images.sizes import SUFFIX, Format
 from data_prep.prepare.plan import Edition
 from data_prep.snapshots.forget import ForgottenItems, count_listed, lists_about
-from data_prep.sources.reading import column, in_order
+from data_prep.sources.reading import in_order, tars_in
 from infra.errors import DataError, SettingsError
 from infra.layout import EDITION, EXPORT
-from infra.records import DataObject, ExportRecord, Record, SnapshotRecord, fetch_data, read_record, write_record
-from infra.shards import list_shards, read_index
+from infra.records import DataObject, ExportRecord, Plain, Record, SnapshotRecord, fetch_data, read_record, write_record
+from infra.shards import list_shards, read_index, tar_number
 from infra.store import SCRATCH, FileStore, Store
 
 FORMAT = 1  # raised when the same snapshot would give other files
@@ -50,8 +49,7 @@ class Begun(Record):
     tar_mib: int | None
 
 
-class Split(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Split(Plain):
     rows: int
     parts: int  # tars, or folders of pictures
 
@@ -158,8 +156,7 @@ def _earlier_export(to: Store, begun: Begun) -> Exported | None:
 def _check_forgotten(store: Store, record: SnapshotRecord) -> None:
     """Refuse to export samples that somebody has asked to forget since the snapshot was made."""
     halves = (record.selection, record.held_out)
-    tars = {tar for half in halves for chunk in column(store, half, "tar") for tar in chunk.unique().to_pylist()}
-    numbers = {tar_number(tar) for tar in tars}
+    numbers = {tar_number(tar) for half in halves for tar in tars_in(store, half)}
     lists = lists_about(store, record.shards, numbers)
     forgotten = ForgottenItems(store, {name: one for name, one in lists.items() if name not in record.forgotten})
     if not forgotten:

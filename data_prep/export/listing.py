@@ -20,7 +20,7 @@ import pyarrow as pa
 from data_prep.sources import parquet
 from infra.errors import DataError
 from infra.records import ShardRecord, read_record
-from infra.shards import read_index, shard_key
+from infra.shards import read_index, shard_key, tar_number
 from infra.store import Store
 
 GAP = 64 << 10  # bytes between two images up to which one request for both is cheaper than two
@@ -119,11 +119,6 @@ class Listing:
             raise _inconsistent(tar, "is not what its shard's record names")
         table = read_index(self._store, record)
         return table.filter(table["accepted"]).combine_chunks()
-
-
-def tar_number(tar: str) -> int:
-    """The number of the shard that a tar belongs to, from its key: 12 for `data/.../00012-<sha256>.tar`."""
-    return int(Path(tar).name.partition("-")[0])
 
 
 def _at_offsets(index: pa.Table, offsets: list[int]) -> list[dict[str, Any]]:

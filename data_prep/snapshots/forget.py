@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
 
 from data_prep.prepare.plan import Edition, Plan
 from data_prep.sources.reading import column, in_order
@@ -35,6 +34,7 @@ from infra.records import (
     CheckpointRecord,
     DataObject,
     ExportRecord,
+    Plain,
     Record,
     ShardRecord,
     SnapshotRecord,
@@ -55,10 +55,9 @@ Mask = npt.NDArray[np.bool_]
 Hit = tuple[str, bytes | None]  # the key of a row, and the hash of its pixels, None if it was rejected
 
 
-class Searched(BaseModel):
+class Searched(Plain):
     """Which shards under a prefix hold items of a list, of those that existed when the list was written."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     shards: int  # every shard with a smaller number was searched
     rows: int  # the number of keys to be forgotten in these shards
     found: list[int] | None = None  # the shards that hold them; None in a list of an older version

@@ -41,3 +41,9 @@ def column(store: Store, table: DataObject, name: str) -> Iterator[pa.ChunkedArr
     with parquet.opened(StoreFolder(store).open(table.key), table.key) as file:
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns=[name])[name]
+
+
+def tars_in(store: Store, selection: DataObject) -> Iterator[str]:
+    """The keys of the tars that hold a selection's images; one may come several times."""
+    for part in column(store, selection, "tar"):
+        yield from part.unique().to_pylist()

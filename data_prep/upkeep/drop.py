@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from data_prep.prepare import originals
 from data_prep.prepare.originals import BatchRecord
-from data_prep.sources.reading import column
+from data_prep.sources.reading import tars_in
 from data_prep.upkeep.verify import Shared, Verified
 from infra import layout
 from infra.errors import DataError, NotFound, RecordError, SettingsError
@@ -101,9 +101,7 @@ def _snapshots_of(store: Store, plan: str, shards: Mapping[str, Collection[int]]
 def _lists(store: Store, selection: DataObject, tars: tuple[str, ...]) -> bool:
     """Whether it lists images of tars whose keys begin so."""
     try:
-        return any(
-            name.startswith(tars) for part in column(store, selection, "tar") for name in part.unique().to_pylist()
-        )
+        return any(name.startswith(tars) for name in tars_in(store, selection))
     except (DataError, NotFound, SettingsError):  # damaged or gone, so that it must be made again in any case
         return True
 

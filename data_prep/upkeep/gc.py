@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.sources.folders import is_key
-from data_prep.sources.reading import column, in_order
+from data_prep.sources.reading import in_order, tars_in
 from infra import layout
 from infra.errors import NotFound, PixnerdError, RecordError
 from infra.layout import place_of
@@ -139,7 +139,7 @@ def _names(store: Store, key: str) -> set[str]:
 def _tars(store: Store, key: str, selection: DataObject) -> set[str]:
     """The tars that hold a selection's images."""
     try:
-        return {name for part in column(store, selection, "tar") for name in part.unique().to_pylist()}
+        return set(tars_in(store, selection))
     except (PixnerdError, KeyError, ValueError) as error:
         raise _unreadable(store, key, f"its {selection.key}: {type(error).__name__}") from None
 

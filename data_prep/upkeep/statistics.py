@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict
 
 from data_prep.prepare.plan import all_shards, read_plan
 from data_prep.scores.job import SideTables
@@ -19,7 +18,7 @@ from data_prep.snapshots.captions import appended, word_counts
 from data_prep.snapshots.columns import index_schema
 from data_prep.sources.reading import READERS, in_order
 from infra.errors import SettingsError
-from infra.records import ShardRecord
+from infra.records import Plain, ShardRecord
 from infra.shards import read_index
 from infra.store import Store
 
@@ -41,11 +40,7 @@ LARGEST = 1e300  # for the edges of a histogram: larger numbers cannot be drawn
 FAILURE = "_failure"  # the ending of the name of a scorer's column of causes
 
 
-class _Plain(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Histogram(_Plain):
+class Histogram(Plain):
     """counts[k] values lie in [edges[k], edges[k + 1]); values beyond the edges are in the first and the last bin."""
 
     edges: list[float]
@@ -55,13 +50,13 @@ class Histogram(_Plain):
     most: float | None
 
 
-class SourceSummary(_Plain):
+class SourceSummary(Plain):
     accepted: int
     rejected: dict[str, int]  # cause -> count
     bytes: int  # of the accepted images
 
 
-class Summary(_Plain):
+class Summary(Plain):
     plan: str
     size: str
     edition: str

@@ -18,19 +18,19 @@ from data_prep.shapes import world
 from data_prep.shapes.world import Description
 from infra.errors import EvaluationError
 from infra.problems import faults, settings_error
+from infra.records import Plain
 
 Task = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 TASKS: tuple[Task, ...] = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 Relation = Literal["left of", "right of", "above", "below"]
 
 
-class Requirement(BaseModel):
+class Requirement(Plain):
     """At least `count` objects of a class, perhaps of a colour.
 
     `position` ("left of", 0) asks that they are left of the objects that requirement 0, an earlier one, asks for.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     label: str = Field(validation_alias=AliasChoices("class", "label"), serialization_alias="class")
     count: int = Field(ge=1)
     color: str | None = None

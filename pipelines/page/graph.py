@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipelines.page.markup import Html, cut, tag
+from infra.text import cut
+from pipelines.page.markup import Html, tag
 
 
 @dataclass(frozen=True)

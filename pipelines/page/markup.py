@@ -43,10 +43,6 @@ def join(*children: Child) -> Html:
     return Html("".join(parts))
 
 
-def cut(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
 def page(title: str, style: str, body: Html) -> str:
     """A whole document. Its Content-Security-Policy allows no script and no request, whatever it contains."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipelines.page.markup import Html, cut, tag
+from infra.text import cut
+from pipelines.page.markup import Html, tag
 
 Point = tuple[float, float | None]  # None: a gap in the line
 

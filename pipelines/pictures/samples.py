@@ -15,9 +15,9 @@ from data_prep.sources.reading import in_order
 from infra.records import ShardRecord
 from infra.shards import read_index
 from infra.store import Store
-from infra.text import printable
+from infra.text import cut, printable
 from pipelines.pictures.sheet import GREY, INK, MARGIN, PAPER, scaled
-from pipelines.pictures.text import font, short, wrap
+from pipelines.pictures.text import font, wrap
 
 SIDES = ("original_width", "original_height", "width", "height")
 CELL, GAP, FONT, CAPTION_LINES = 192, 14, 13, 3
@@ -56,7 +56,7 @@ def _cells(store: Store, shard: ShardRecord, places: Sequence[int]) -> list[_Cel
         image = store.get(shard.tar.key, row["offset"], row["offset"] + row["length"])
         sides = f"{row['width']}x{row['height']} of {row['original_width']}x{row['original_height']}"
         text = row["captions"][0]["text"] if row["captions"] else ""
-        cells.append(_Cell(image, short(text or "", 400), f"{short(row['source'], 14)} · {sides}"))
+        cells.append(_Cell(image, cut(text or "", 400), f"{cut(row['source'], 14)} · {sides}"))
     return cells
 
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_prep.upkeep.statistics import Histogram, Summary
-from infra.text import printable
-from pipelines.pictures.text import short
+from infra.text import cut, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,7 +109,7 @@ def _bars(ax: Axes, counts: Mapping[str, tuple[int, int]], total: int) -> None:
     most = max(int((good + bad).max()), 1)
     for place, (name, (first, second)) in enumerate(shown):
         # Above the bar and not left of the axis, where a long name would make the panel narrower.
-        label = short(name, 40) or "(none)"
+        label = cut(name, 40) or "(none)"
         ax.text(0, place - 0.2, label, va="center", color=INK, fontsize=8.5, clip_on=True)
         count = first + second
         share = f"{count:,} ({count / max(total, 1):.1%})"
@@ -148,7 +147,7 @@ def _lines(ax: Axes, histograms: Mapping[str, Histogram]) -> None:
     edges = shown[0][1].edges
     for colour, (kind, histogram) in zip(LINES, shown, strict=False):
         mean = "" if histogram.mean is None else f", mean {histogram.mean:.1f}"
-        label = f"{short(kind, 24)}: {sum(histogram.counts):,}{mean}"
+        label = f"{cut(kind, 24)}: {sum(histogram.counts):,}{mean}"
         ax.stairs(histogram.counts, np.arange(len(edges)), color=colour, linewidth=1.8, label=label)
     last = max(np.flatnonzero(histogram.counts)[-1] for _, histogram in shown if any(histogram.counts))
     ticks = np.arange(0, len(edges), 2)

@@ -8,14 +8,6 @@ from pathlib import Path
 
 from PIL import ImageFont
 
-from infra.text import printable
-
-
-def short(text: str, most: int) -> str:
-    """The text without control characters, in at most so many letters; dots stand for the rest."""
-    text = printable(text[: 4 * most])
-    return text if len(text) <= most else text[: most - 1] + "…"
-
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
     """The text in at most so many lines of so many pixels; dots stand for what does not fit."""

@@ -22,9 +22,10 @@ from torch import Tensor
 from infra.config import digest
 from infra.errors import DataError, SettingsError
 from infra.files import sha256_of
+from infra.text import cut
 from pipelines.pictures import sheet
 from pipelines.sample.files import facts_of, save, version, written_whole
-from pipelines.sample.prompts import Subject, parse_seeds, read_labels, short, subjects
+from pipelines.sample.prompts import Subject, parse_seeds, read_labels, subjects
 from training import model as models
 from training.model import ModelConfig
 from training.sampling import Artist, SampleSettings, check_finite, defaults, encoder_source, pixels, resolved
@@ -117,7 +118,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """Height and width: 512 is (512, 512), 768x1024 is (768, 1024)."""
     sides = text.lower().replace("×", "x").split("x")
     if len(sides) > 2 or not all(re.fullmatch(r"0{0,9}[1-9]\d{0,5}", side, re.ASCII) for side in sides):
-        raise SettingsError(f"`{short(text)}` is no size", remedy="write 512, or 768x1024: height, then width")
+        raise SettingsError(f"`{cut(text)}` is no size", remedy="write 512, or 768x1024: height, then width")
     return int(sides[0]), int(sides[-1])
 
 
@@ -249,13 +250,13 @@ def _is_drawn(out: Path, picture: Picture, frames: int) -> bool:
 def _warn_of_long_prompts(artist: Artist, todo: Sequence[Picture]) -> None:
     if artist.text is None:
         return
-    cut = artist.too_long(list(dict.fromkeys(picture.subject.prompt for picture in todo)))
-    if cut:
-        prompt, tokens = max(cut.items(), key=lambda item: item[1])
-        who = "a prompt is" if len(cut) == 1 else f"{len(cut)} prompts are"
+    too_long = artist.too_long(list(dict.fromkeys(picture.subject.prompt for picture in todo)))
+    if too_long:
+        prompt, tokens = max(too_long.items(), key=lambda item: item[1])
+        who = "a prompt is" if len(too_long) == 1 else f"{len(too_long)} prompts are"
         print(
             f"warning: {who} cut after {artist.text.tokens} tokens, all that the network reads; "
-            f"{'it' if len(cut) == 1 else 'the longest'} has {tokens}: {short(prompt)}",
+            f"{'it' if len(too_long) == 1 else 'the longest'} has {tokens}: {cut(prompt)}",
             file=sys.stderr,
         )
 

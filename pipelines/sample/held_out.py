@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from infra import layout
 from infra.config import Settings
 from infra.errors import NotFound
-from infra.records import CheckpointRecord, DataObject, Record, SnapshotRecord, read_record, recorded
+from infra.records import CheckpointRecord, DataObject, Plain, Record, SnapshotRecord, read_record, recorded
 from infra.shards import read_selection
 from infra.store import Store
 from pipelines.evaluation.generate import Order, generate, read_pictures
@@ -36,17 +36,15 @@ class DrawSettings(Settings):
         return self
 
 
-class Original(BaseModel):
+class Original(Plain):
     """Where the picture lies that has the caption: these bytes of a shard's tar."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     tar: str
     offset: int
     length: int
 
 
-class Prompt(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Prompt(Plain):
     text: str
     original: Original | None = None
 

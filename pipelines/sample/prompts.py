@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from infra.config import nearest
 from infra.errors import CheckpointError, SettingsError
+from infra.text import cut
 
 MOST_SEEDS = 100_000  # in one range; more can only be a typing error
 _NUMBER = r"\d{1,99}"  # int() refuses more than 4,300 digits
@@ -64,21 +65,13 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         if not low <= high < 2**64:
             raise _no_seeds(text)
         if high - low >= MOST_SEEDS:
-            raise SettingsError(
-                f"`{short(text)}` names more than {MOST_SEEDS:,} seeds", remedy="draw fewer in one call"
-            )
+            raise SettingsError(f"`{cut(text)}` names more than {MOST_SEEDS:,} seeds", remedy="draw fewer in one call")
         seeds.update(dict.fromkeys(range(low, high + 1)))
     return tuple(seeds)
 
 
 def _no_seeds(text: str) -> SettingsError:
-    return SettingsError(f"`{short(text)}` names no seeds", remedy="write 0, 0-3, or 1,5,9")
-
-
-def short(text: str, most: int = 60) -> str:
-    """The text in one line of at most so many letters."""
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return SettingsError(f"`{cut(text)}` names no seeds", remedy="write 0, 0-3, or 1,5,9")
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -112,7 +105,7 @@ def _row(line: str, where: str) -> Request:
         raise SettingsError(f"{where} has both `seed` and `seeds`", remedy="write one of them")
     for key in row.keys() - _KEYS:  # other keys are allowed, as evaluation's prompt files have tags; typing errors not
         if near := nearest(key, _KEYS):
-            raise SettingsError(f"{where} has `{short(key)}`", remedy=f"did you mean `{near}`?")
+            raise SettingsError(f"{where} has `{cut(key)}`", remedy=f"did you mean `{near}`?")
     seeds = row.get("seeds", row.get("seed"))
     if seeds is None:
         return Request(prompt, None)
@@ -155,7 +148,7 @@ class Labels:
             return "", self.classes
         if re.fullmatch(r"-?\d+", text):
             if not re.fullmatch(f"-?{_NUMBER}", text):
-                raise self._no_class(short(text))
+                raise self._no_class(cut(text))
             return self._numbered(int(text))
         if not self.names:
             raise SettingsError(

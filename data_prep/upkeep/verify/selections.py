@@ -13,12 +13,12 @@ import pyarrow.compute as pc
 
 from data_prep.prepare.plan import Plan
 from data_prep.sources import parquet
-from data_prep.upkeep.verify.report import Report, examine
+from data_prep.upkeep.verify.report import Report, examine, snapshot_name
 from data_prep.upkeep.verify.shards import Shards
 from infra import layout
 from infra.errors import RecordError
 from infra.records import DataObject, SnapshotRecord, fetch_data, read_record
-from infra.shards import SELECTION_SCHEMA, read_index, read_parquet, shard_prefix
+from infra.shards import SELECTION_SCHEMA, read_index, read_parquet, shard_prefix, tar_number
 from infra.store import Store
 
 _PLACES = ("offset", "length", "width", "height")
@@ -43,11 +43,11 @@ class Selections(Report):
             if record.shards in self._shards:
                 self.snapshots += 1
                 self._records[key] = record
-                if self.note(_name(key), examine(partial(self._problems, record))):
+                if self.note(snapshot_name(key), examine(partial(self._problems, record))):
                     self.again.append(key)
 
     def objects(self) -> list[str]:
-        records = {_name(key): self._records[key] for key in self.again}
+        records = {snapshot_name(key): self._records[key] for key in self.again}
         return self.damaged(
             {data.key: name for name, r in records.items() for data in (r.selection, r.held_out, r.by_shard)}
         )
@@ -83,7 +83,7 @@ class Selections(Report):
     def _part_problems(self, shards: Shards, part: pa.Table) -> Iterator[str]:
         """Check rows that name the same tar."""
         tar = str(part["tar"][0].as_py())
-        shard = shards.whole(int(Path(tar).name.partition("-")[0]))
+        shard = shards.whole(tar_number(tar))
         if shard is None:
             return  # it is made again, and so is whatever lists its images
         if shard.tar is None or shard.tar.key != tar:
@@ -112,7 +112,3 @@ def _by_tar(table: pa.Table) -> Iterator[pa.Table]:
     ends = [*(np.flatnonzero(np.diff(codes)) + 1), table.num_rows] if table.num_rows else []
     for start, end in zip([0, *ends], ends, strict=False):
         yield table.slice(int(start), int(end - start))
-
-
-def _name(key: str) -> str:
-    return f"snapshot {Path(key).stem}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_prep.upkeep.verify.report import Findings, Report, message
+from data_prep.upkeep.verify.report import Findings, Report, message, snapshot_name
 from infra import layout
 from infra.errors import RecordError
 from infra.records import SnapshotOutput, SnapshotRecord, StageRecord, read_record
@@ -24,13 +24,13 @@ class Strays(Report):
             if key not in messages:
                 wrong[key] = "its record is gone, and its stage says that it is there"
         for key, problem in wrong.items():
-            self.note(_name(key), Findings([problem], []))
+            self.note(snapshot_name(key), Findings([problem], []))
             self.again.append(key)
 
     def objects(self) -> list[str]:
         """What the records named is unknown, so all objects that are called after their snapshots are read."""
         stored = {key: self.store.list(layout.SELECTIONS.named(Path(key).stem)) for key in self.again}
-        return self.damaged({entry.key: _name(key) for key, entries in stored.items() for entry in entries})
+        return self.damaged({entry.key: snapshot_name(key) for key, entries in stored.items() for entry in entries})
 
     def _error(self, key: str) -> str:
         try:
@@ -38,7 +38,3 @@ class Strays(Report):
         except RecordError as error:
             return message(error)
         return ""
-
-
-def _name(key: str) -> str:
-    return f"snapshot {Path(key).stem}"
