@@ -77,18 +77,39 @@ def held(
     if claim is None:
         yield None
         return
-    beats = count(1)
-
-    def beat() -> None:
-        with suppress(PixnerdError):  # the store is away: those who wait cannot read the heartbeat either
-            store.put(f"{claim.key}{layout.BEAT}", f"{claim.driver} {next(beats)}".encode())
-
     try:
-        with repeated(beat, BEAT_SECONDS, "claim", at_once=True):
+        with beating(store, claim.key, BEAT_SECONDS):
             yield claim
     finally:
         with suppress(PixnerdError):  # others then notice that the heartbeat does not change
             store.put(f"{claim.key}{layout.BEAT}", ENDED)
+
+
+@contextmanager
+def beating(store: Store, key: str, every: float, also: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """While the body runs, the heartbeat of the record at this key goes on, and `also` is called after each beat."""
+    beats = count(1)
+
+    def beat() -> None:
+        with suppress(PixnerdError):  # the store is away: nobody else can read the heartbeat either
+            store.put(f"{key}{layout.BEAT}", str(next(beats)).encode())
+            also()
+
+    with repeated(beat, every, "heartbeat", at_once=True):
+        yield
+
+
+def last_beat(store: Store, key: str) -> bytes:
+    """The text of a record's heartbeat; empty before the first."""
+    with suppress(NotFound):
+        return store.get(f"{key}{layout.BEAT}")
+    return b""
+
+
+def drop(store: Store, key: str) -> None:
+    """Delete a record with its heartbeat."""
+    store.delete(key)
+    store.delete(f"{key}{layout.BEAT}")
 
 
 def _claimed(
@@ -128,9 +149,7 @@ class _OtherClaim:
         self.since = time.monotonic()
 
     def alive(self) -> bool:
-        beat = b""
-        with suppress(NotFound):
-            beat = self.store.get(f"{self.key}{layout.BEAT}")
+        beat = last_beat(self.store, self.key)
         if beat == ENDED or runs_here(self.process) is False:
             return False
         if beat != self.beat:
@@ -150,8 +169,7 @@ def _newest(store: Store, home: str) -> int:
 def _drop(store: Store, home: str, number: int) -> bool:
     key = _key(home, number)
     existed = store.exists(key)
-    store.delete(key)
-    store.delete(f"{key}{layout.BEAT}")
+    drop(store, key)
     return existed
 
 

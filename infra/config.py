@@ -194,6 +194,12 @@ def spelt(pattern: str, like: str) -> AfterValidator:
     return AfterValidator(match)
 
 
+# Of what gets a folder, a key or a run of its own.
+Name = Annotated[
+    str, spelt(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "at most 100 letters, digits, `_`, `.` and `-`, no mark first")
+]
+
+
 def parse(cls: type[S], data: Any, *, where: str = "", shared: Mapping[str, Any] | None = None) -> S:
     """Settings from plain data; the error names every wrong key and the nearest right one.
 

@@ -1,4 +1,4 @@
-"""Local files: their hash, flushing them to disk, and writing them so that they appear whole or not at all."""
+"""Local files: their hash and text, flushing them to disk, and writing them so that they appear whole or not."""
 
 from __future__ import annotations
 
@@ -9,10 +9,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from infra.errors import SettingsError
+
 
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that a user has named."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise SettingsError(f"there is no file {path}", remedy="check the path") from None
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read ({error.strerror})", remedy="check the path") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} is not UTF-8 text (byte {error.start})", remedy="save it as UTF-8") from None
 
 
 def sync(path: Path) -> None:

@@ -140,14 +140,15 @@ def _problems(cls: type[BaseModel], error: ValidationError, data: Any) -> list[P
 
 def _problem(cls: type[BaseModel], detail: ErrorDetails, path: Path, data: Any) -> Problem:
     kind, context = detail["type"], detail.get("ctx", {})
-    value, quiet = value_at(data, path), _may_be_secret(cls, path, data)
+    value, models = value_at(data, path), classes_at(cls, path[:-1], data)
+    quiet = any(model.model_config.get("hide_input_in_errors") for model in models)
     not_this = "" if quiet else f", not {shown(value)}"
     if kind == "missing":
         return _missing(path, detail["loc"])
     if kind == "invalid_key" or (kind == "string_type" and "[key]" in detail["loc"]):
         return Problem(path, " is named by what is no text", "put the name into quotes, or take it out")
     if kind == "extra_forbidden":
-        known = [name for model in classes_at(cls, path[:-1], data) for name in model.model_fields]
+        known = [name for model in models for name in model.model_fields]
         remedy = did_you_mean(str(path[-1]), known, f"known here: {', '.join(sorted(set(known)))}")
         return Problem(path, "", remedy, before="unknown setting ")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
@@ -240,13 +241,9 @@ def where(path: Path, data: Any, prefix: Mapping[str, Any]) -> str:
     own, *others = prefix or [""]
     value = value_at(data, path)
     for other in others if path else ():
-        if _leads_somewhere(prefix[other], path) and value_at(prefix[other], path) == value:
+        if _has(value_at(prefix[other], path[:-1]), path[-1]) and value_at(prefix[other], path) == value:
             own = other
     return ".".join([*([own] if own else []), *map(str, path)])
-
-
-def _leads_somewhere(data: Any, path: Path) -> bool:
-    return _has(value_at(data, path[:-1]), path[-1])
 
 
 def classes_at(cls: type[BaseModel], path: Path, data: Any) -> list[type[BaseModel]]:
@@ -271,7 +268,3 @@ def _classes_in(annotation: Any) -> list[type[BaseModel]]:
 def _tags(models: Iterable[type[BaseModel]]) -> list[str]:
     fields = [model.model_fields["kind"] for model in models if "kind" in model.model_fields]
     return [str(tag) for field in fields for tag in get_args(field.annotation)]
-
-
-def _may_be_secret(cls: type[BaseModel], path: Path, data: Any) -> bool:
-    return any(model.model_config.get("hide_input_in_errors") for model in classes_at(cls, path[:-1], data))

@@ -222,19 +222,16 @@ class Run:
             client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
 
     def params(self, values: Mapping[str, Any]) -> None:
-        def entities() -> list[Any]:
-            return [_entities().Param(key, str(value)[:500]) for key, value in values.items()]
-
-        self.call(lambda client, run_id: client.log_batch(run_id, params=entities()))
+        self._log("params", lambda: [_entities().Param(key, str(value)[:500]) for key, value in values.items()])
 
     def tags(self, values: Mapping[str, str]) -> None:
-        def entities() -> list[Any]:
-            return [_entities().RunTag(key, value) for key, value in values.items()]
+        self._log("tags", lambda: [_entities().RunTag(key, value) for key, value in values.items()])
 
-        self.call(lambda client, run_id: client.log_batch(run_id, tags=entities()))
+    def _log(self, what: str, entities: Callable[[], list[Any]]) -> None:
+        self.call(lambda client, run_id: client.log_batch(run_id, **{what: entities()}))
 
-    def artifact(self, path: Path, folder: str = "") -> None:
-        self.call(lambda client, run_id: client.log_artifact(run_id, str(path), folder or None))
+    def artifact(self, path: Path) -> None:
+        self.call(lambda client, run_id: client.log_artifact(run_id, str(path)))
 
     def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any], context: str) -> None:
         """Log a dataset that the run reads, for MLflow's lineage."""

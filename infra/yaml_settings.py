@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from infra.errors import SettingsError
+from infra.files import read_text
 
 MOST_VALUES = 100_000  # in a file, with every alias expanded
 MERGE = "tag:yaml.org,2002:merge"
@@ -22,13 +23,7 @@ MERGE = "tag:yaml.org,2002:merge"
 def load_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
-        data = read_yaml(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise SettingsError(f"there is no file {path}", remedy="check the path") from None
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be read ({error.strerror})", remedy="check the path") from None
-    except UnicodeDecodeError:
-        raise SettingsError(f"{path} is no text in UTF-8", remedy="save it as UTF-8, or name another file") from None
+        data = read_yaml(read_text(path))
     except NotYaml as error:
         raise SettingsError(f"{path}{error}", remedy="correct it there, and run again") from None
     if not isinstance(data, dict):

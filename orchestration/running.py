@@ -17,11 +17,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from itertools import count
 
 from infra import layout
-from infra.background import repeated
-from infra.claim import BEAT_SECONDS, PATIENCE_SECONDS, process_of, runs_here
+from infra.claim import BEAT_SECONDS, PATIENCE_SECONDS, beating, drop, last_beat, process_of, runs_here
 from infra.errors import NotFound, PixnerdError, RecordError
 from infra.records import Record, read_record, write_record
 from infra.store import Store
@@ -52,19 +50,12 @@ def noted(store: Store, workflow: str, tell: Tell) -> Iterator[None]:
     with suppress(PixnerdError):
         write_record(store, key, record)
         others.check()
-    beats = count(1)
-
-    def beat() -> None:
-        with suppress(PixnerdError):  # the store is unreachable: whatever needs it reports that
-            store.put(f"{key}{layout.BEAT}", str(next(beats)).encode())
-            others.check()
-
     try:
-        with repeated(beat, BEAT_SECONDS, "running", at_once=True):
+        with beating(store, key, BEAT_SECONDS, also=others.check):
             yield
     finally:
         with suppress(PixnerdError):
-            _drop(store, key)
+            drop(store, key)
 
 
 class Others:
@@ -90,7 +81,7 @@ class Others:
         if alive is None:
             alive = self._beats_on(key)
         if alive is False and self.own:
-            _drop(self.store, key)
+            drop(self.store, key)
         if alive:
             self._told.add(key)
             self.tell(
@@ -100,15 +91,8 @@ class Others:
 
     def _beats_on(self, key: str) -> bool | None:
         """Whether the heartbeat changes; None while it has not been watched for long enough to tell."""
-        beat = b""
-        with suppress(NotFound):
-            beat = self.store.get(f"{key}{layout.BEAT}")
+        beat = last_beat(self.store, key)
         before, since = self._beats.setdefault(key, (beat, time.monotonic()))
         if beat != before:
             return True
         return False if time.monotonic() - since > PATIENCE_SECONDS else None
-
-
-def _drop(store: Store, key: str) -> None:
-    store.delete(key)
-    store.delete(f"{key}{layout.BEAT}")

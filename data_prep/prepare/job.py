@@ -36,7 +36,7 @@ from infra.errors import DataError
 from infra.pool import Work, results
 from infra.records import PrepareSummary, ShardRecord, SizeSummary, read_record, recorded
 from infra.shards import shard_key, shard_prefix
-from infra.store import Store, open_store
+from infra.store import Store
 
 if TYPE_CHECKING:
     from data_prep.prepare.shard import Decoder
@@ -75,13 +75,12 @@ class Progress:
 
 
 def prepare(
-    store: Store | str,
+    store: Store,
     settings: PrepareSettings,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] = lambda so_far: None,
     decoder: Decoder | None = None,
 ) -> PrepareSummary:
     """Make every shard that is not in the store. Ray must be up (infra.cluster.connect)."""
-    store = open_store(store) if isinstance(store, str) else store
     plan = make_plan(store, settings)
     key = layout.PREPARED.at(plan=plan.digest, edition=plan.edition)
     if store.exists(key):
@@ -93,15 +92,13 @@ def prepare(
     job = _Job(store, settings, plan, decoder, todo)
     tally.begin(sum(work.batch.urls for work in job.downloads.works))
     if job.left:
-        if progress:
-            progress(tally.progress())
+        progress(tally.progress())
         for piece, made in results(job):
             if isinstance(piece, PlannedShard):
                 tally.add(piece, made)
             else:
                 tally.downloads += piece.batch.urls
-            if progress:
-                progress(tally.progress())
+            progress(tally.progress())
     if job.downloads.works:
         catalogue.update(store)
     if not settings.keep_originals:  # before the summary, as a run that finds one does nothing

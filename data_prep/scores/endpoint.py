@@ -74,9 +74,9 @@ class EndpointScorer:
             for sample in samples:
                 tasks: list[asyncio.Task[str | Failure]] = []
                 by_sample.append(tasks)
-                if sniff(sample.image) not in _FORMATS:
+                if (format := sniff(sample.image)) not in _FORMATS:
                     continue
-                image = _data_url(sample.image)
+                image = f"data:image/{format.lower()};base64,{base64.b64encode(sample.image).decode()}"
                 for ask in self.settings.asks:
                     await slots.acquire()  # before the next image is read, so that memory holds only those in flight
                     tasks.append(group.create_task(reply(image, ask)))
@@ -193,10 +193,6 @@ def _headers(settings: EndpointSettings) -> dict[str, str]:
     if not key or not key.isascii() or not key.isprintable():
         raise SettingsError("the endpoint's key is no line of ASCII", remedy=f"check {settings.api_key.reference}")
     return {"Authorization": f"Bearer {key}"}
-
-
-def _data_url(image: bytes) -> str:
-    return f"data:image/{str(sniff(image)).lower()};base64,{base64.b64encode(image).decode()}"
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes | None:

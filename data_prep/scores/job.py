@@ -33,7 +33,7 @@ from infra.errors import ClusterError, DataError
 from infra.pool import Work, results
 from infra.records import ScoreRecord, ScoreSummary, ShardRecord, fetch_data, put_data, read_record, recorded
 from infra.shards import parquet_bytes, read_index, read_parquet, shard_key, shard_number
-from infra.store import Store, open_store
+from infra.store import Store
 
 FORMAT = 1  # raised when the same images, settings and weights would give other values
 _READERS = 16  # score records, which are small, that are read at once
@@ -80,15 +80,14 @@ def scorer_digest(settings: ScoreSettings) -> str:
 
 
 def score(
-    store: Store | str,
+    store: Store,
     plan: str,
     edition: str,
     size: str,
     settings: ScoreSettings,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] = lambda so_far: None,
 ) -> ScoreSummary:
     """Score every shard of an edition of a plan that is not scored yet. Ray must be up (infra.cluster.connect)."""
-    store = open_store(store) if isinstance(store, str) else store
     planned = read_plan(store, plan, edition)
     numbers = sorted(planned.all_numbers(size))
     place = Place(plan, size, scorer_digest(settings))
@@ -103,12 +102,10 @@ def score(
     tally.began = time.monotonic()
     todo = [number for number in numbers if number not in scored]
     if todo:
-        if progress:
-            progress(tally.progress())
+        progress(tally.progress())
         for _, (record, own) in results(_Job(store, settings, place, todo)):
             tally.add(record, own=own)
-            if progress:
-                progress(tally.progress())
+            progress(tally.progress())
     return recorded(store, place.summary_key(numbers), tally.summary(place, settings.scorer))
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pyarrow as pa
 from pydantic import Field
 
 from data_prep.rejections import Rejection
-from infra.config import Settings, operational, spelt
+from infra.config import Name, Settings, operational
 from infra.errors import SettingsError
 from infra.problems import did_you_mean
 from infra.shards import INDEX_SCHEMA, SPLIT_DIGITS, sample_key
@@ -50,11 +50,6 @@ FOREIGN = {
 }
 ROW = "pixnerd_row"  # the column of a table of selected rows that holds each row's number in the input
 DAMAGE = "pixnerd_damage"  # the column of a converted table that says why a row could not be read, else null
-
-SourceName = Annotated[
-    str,
-    spelt(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "at most 100 letters, digits, `_`, `.` and `-`, no mark first"),
-]
 
 
 class Input(NamedTuple):
@@ -129,7 +124,7 @@ class RawItem(NamedTuple):
 class Source(Settings):
     """A corpus in its owner's format."""
 
-    name: SourceName  # it is hashed into a sample's key and stored in its `source` column
+    name: Name  # it is hashed into a sample's key and stored in its `source` column
     # Operational, since a corpus may be moved: inputs are identified by their hashes.
     url: str = operational(description="a folder, or a store URL such as s3://bucket/prefix")
     licence: str = ""

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from infra.cluster import ClusterSettings
-from infra.config import Settings, parse, spelt
+from infra.config import Name, Settings, parse, spelt
 from infra.errors import Fault, SettingsError
 from infra.problems import did_you_mean
 from infra.store import StoreSettings
@@ -32,18 +32,14 @@ from infra.yaml_settings import lines_of, load_yaml, override
 HERE = Path(__file__).parent
 KEYS = ("name", "about", "extends", "defaults", "stages", "store", "cluster", "tracking")
 
-# A recipe's name becomes a folder (runs/NAME) and an MLflow run. A stage's name may hold no point, as points separate
-# the parts of a setting's path.
-RecipeName = Annotated[
-    str, spelt(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "at most 100 letters, digits, `_`, `.` and `-`, no mark first")
-]
+# It may hold no point, as points separate the parts of a setting's path.
 StageName = Annotated[
     str, spelt(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", "at most 100 letters, digits, `_` and `-`, no `-` first")
 ]
 
 
 class Recipe(Settings):
-    name: RecipeName
+    name: Name  # of a folder (runs/NAME) and an MLflow run
     about: str = ""
     stages: dict[StageName, dict[str, Any]] = Field(min_length=1)
     store: StoreSettings = StoreSettings()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from infra.config import nearest
 from infra.errors import CheckpointError, SettingsError
+from infra.files import read_text
 from infra.text import cut
 
 MOST_SEEDS = 100_000  # in one range; more can only be a typing error
@@ -81,7 +82,7 @@ def read_prompts(path: Path) -> list[Request]:
     """.txt: one prompt a line; .jsonl: {"prompt": "two cats", "seeds": [0, 1]} a line; # begins a comment in both."""
     if path.suffix not in (".txt", ".jsonl"):
         raise SettingsError(f"{path} is of no known kind of prompt file", remedy="name a .txt or a .jsonl file")
-    lines = [(number, line.strip()) for number, line in enumerate(_read(path).split("\n"), start=1)]
+    lines = [(number, line.strip()) for number, line in enumerate(read_text(path).split("\n"), start=1)]
     kept = [(number, line) for number, line in lines if line and not line.startswith("#")]
     if not kept:
         raise SettingsError(f"{path} holds no prompts", remedy="write one a line")
@@ -114,17 +115,6 @@ def _row(line: str, where: str) -> Request:
         return Request(prompt, parse_seeds(text))
     except SettingsError as error:
         raise SettingsError(f"{where}: {error.message}", remedy=error.remedy) from None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise SettingsError(f"there is no file {path}", remedy="check the path") from None
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be read ({error.strerror})", remedy="check the path") from None
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{path} is not UTF-8 text (byte {error.start})", remedy="save it as UTF-8") from None
 
 
 # ------------------------------------------------------------------------------------------------ labels
@@ -187,7 +177,7 @@ def _either(numbers: Iterable[int]) -> str:
 def read_labels(folder: Path, classes: int, extra: Mapping[str, Any], file: Path | None) -> Labels:
     """The checkpoint's classes, with the names in `file`, else those in its config.json (`extra`), else without."""
     if file is not None:
-        names = [line.strip() for line in _read(file).splitlines()]
+        names = [line.strip() for line in read_text(file).splitlines()]
         if len(names) != classes:
             raise SettingsError(
                 f"{file} has {len(names)} lines, {folder} has {classes} classes", remedy="write one name a line"

@@ -104,11 +104,6 @@ class ScoreStage(ScoreSettings):
     size: int | str = Field(256, description="one of the sizes that were prepared")
 
 
-def scorer_weights(settings: ScoreStage, store: Store | None, inputs: Inputs) -> Any:
-    """Scorer weights that are local files count by their bytes, not by their path."""
-    return scorer_digest(settings)
-
-
 def check_score(settings: ScoreStage, below: Below) -> Iterator[Wrong]:
     yield from checks.size(settings.size, settings.shards, below["shards"])
 
@@ -172,7 +167,14 @@ def snapshot(context: Context, settings: SnapshotStage, inputs: Inputs) -> Outpu
 KINDS = (
     StageKind("corpus", CorpusStage, corpus),
     StageKind("prepare", PrepareSettings, prepare, source_references, source_inputs, takes={"sources": "corpus"}),
-    StageKind("score", ScoreStage, score, outside=scorer_weights, check=check_score, takes={"shards": "prepare"}),
+    StageKind(
+        "score",
+        ScoreStage,
+        score,
+        outside=lambda settings, store, inputs: scorer_digest(settings),  # of local files by their bytes
+        check=check_score,
+        takes={"shards": "prepare"},
+    ),
     StageKind(
         "snapshot",
         SnapshotStage,

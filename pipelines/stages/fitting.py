@@ -52,7 +52,9 @@ def size_of(data: Settings | None) -> int | None:
 def _text_width(name: str, settings: TrainStage, stages: Mapping[str, Settings]) -> int:
     """The width of the text encoder's features."""
     stage, source = text_encoder(name, settings, stages)
-    return source.text.hidden if isinstance(source, EncodersStage) else _known_text(stage, source).width
+    if isinstance(source, EncodersStage):
+        return source.text.hidden
+    return _known(stage, "text", source, _SMALL.format(stage=stage)).width
 
 
 def text_encoder(name: str, settings: TrainStage, stages: Mapping[str, Settings]) -> tuple[str, EncodersStage | str]:
@@ -62,10 +64,6 @@ def text_encoder(name: str, settings: TrainStage, stages: Mapping[str, Settings]
         return text_encoder(str(settings.start_from), above, stages)
     encoders = stages.get(settings.encoders or "")
     return name, encoders if isinstance(encoders, EncodersStage) else settings.text_encoder
-
-
-def _known_text(stage: str, source: str) -> Known:
-    return _known(stage, "text", source, _SMALL.format(stage=stage))
 
 
 def has_text(settings: TrainStage, stages: Mapping[str, Settings]) -> bool:

@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 from data_prep.prepare.plan import PrepareSettings
 from infra.cluster import ClusterSettings, connect, disconnect
 from infra.config import parse
+from infra.store import FileStore
 
 SIDES = THEIRS, OURS = "img2dataset", "ours"
 FEW = 64  # images of a run that shows what starting costs
@@ -110,9 +111,10 @@ def prepare_ours(settings: Path, workers: int) -> None:
     """What runs in our side's process."""
     from data_prep.prepare.job import prepare
 
+    store = FileStore(settings.parent / "store")
     connect(ClusterSettings(cpus=workers))
     try:
-        summary = prepare(f"file://{settings.parent}/store", parse(PrepareSettings, json.loads(settings.read_text())))
+        summary = prepare(store, parse(PrepareSettings, json.loads(settings.read_text())))
         time.sleep(2 * EVERY)  # a last look at the workers, on our side's account: see Watch
     finally:
         disconnect()

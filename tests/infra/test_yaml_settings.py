@@ -92,7 +92,7 @@ def test_anchors_and_merged_keys_may_be_used(tmp_path: Path):
 
 def test_a_file_in_another_encoding_is_told_of(tmp_path: Path):
     (tmp_path / "x.yaml").write_bytes("a: ä".encode("latin-1"))
-    with pytest.raises(SettingsError, match="is no text in UTF-8"):
+    with pytest.raises(SettingsError, match="is not UTF-8 text"):
         load_yaml(tmp_path / "x.yaml")
     (tmp_path / "x.yaml").write_bytes(b"\xef\xbb\xbfa: 1")  # as some editors begin a file
     assert load_yaml(tmp_path / "x.yaml") == {"a": 1}
