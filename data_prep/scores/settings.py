@@ -34,13 +34,17 @@ class _ScorerSettings(Settings):
     def columns(self) -> list[str]:
         """The side table's columns, without `key`."""
 
+    def local(self) -> dict[str, Path]:
+        """The settings that name a file or folder of this machine, with its absolute path."""
+        return {}
+
     def identity(self) -> dict[str, Any]:
         """The settings that its results depend on, with the sha256 of a local file in place of its path."""
-        return self.chosen()
+        return self.chosen() | {name: {"sha256": _sha256_of(path)} for name, path in self.local().items()}
 
     def located(self) -> Self:
         """These settings with absolute paths, for workers with another working directory."""
-        return self
+        return self.model_copy(update={name: str(path) for name, path in self.local().items()})
 
     @property
     def failure(self) -> str:
@@ -102,29 +106,20 @@ class ClipSettings(_ScorerSettings):
             raise ValueError("`pretrained` names the weights of a model by name; a folder or hub model has its own")
         return self
 
+    def local(self) -> dict[str, Path]:
+        checkpoint = Path(self.pretrained or "").expanduser()
+        local = {"pretrained": checkpoint.absolute()} if checkpoint.is_file() else {}  # else it is a tag of open_clip's
+        return local | ({"model": self.folder} if self.folder is not None else {})
+
     def identity(self) -> dict[str, Any]:
-        identity = self.chosen()
-        if self.folder is not None:
-            identity["model"] = {"sha256": folder_sha256(self.folder)}
-        if self._checkpoint is not None:
-            identity["pretrained"] = {"sha256": file_sha256(self._checkpoint)}
+        identity = super().identity()
         for head, settings in zip(identity.get("heads", []), self.heads, strict=True):
             head["file"] = {"sha256": file_sha256(settings.path)}
         return identity
 
     def located(self) -> Self:
-        changes: dict[str, Any] = {"heads": [head.model_copy(update={"file": str(head.path)}) for head in self.heads]}
-        if self.folder is not None:
-            changes["model"] = str(self.folder)
-        if self._checkpoint is not None:
-            changes["pretrained"] = str(self._checkpoint)
-        return self.model_copy(update=changes)
-
-    @property
-    def _checkpoint(self) -> Path | None:
-        """`pretrained` as a file, None if it is one of open_clip's tags."""
-        file = Path(self.pretrained or "").expanduser()
-        return file.absolute() if file.is_file() else None
+        heads = [head.model_copy(update={"file": str(head.path)}) for head in self.heads]
+        return super().located().model_copy(update={"heads": heads})
 
 
 class Ask(Settings):
@@ -162,13 +157,9 @@ class VlmSettings(_CaptionerSettings):
     max_pixels: int | None = Field(None, ge=1024, description="larger images are scaled down; none: the model's limit")
     batch_size: int = operational(8, ge=1)
 
-    def identity(self) -> dict[str, Any]:
+    def local(self) -> dict[str, Path]:
         folder = local_folder(self.model)
-        return self.chosen() | ({"model": {"sha256": folder_sha256(folder)}} if folder else {})
-
-    def located(self) -> Self:
-        folder = local_folder(self.model)
-        return self.model_copy(update={"model": str(folder)}) if folder else self
+        return {"model": folder} if folder else {}
 
 
 class EndpointSettings(_CaptionerSettings):
@@ -212,10 +203,12 @@ def local_folder(model: str) -> Path | None:
     return folder.absolute() if is_model else None
 
 
-def folder_sha256(folder: Path) -> str:
-    """A digest of the files that a model is loaded from; other files in the folder, such as a README, do not count."""
-    files = (path for path in folder.iterdir() if path.suffix in _MODEL_FILES and path.is_file())
-    return digest({path.name: file_sha256(path) for path in sorted(files)})
+def _sha256_of(path: Path) -> str:
+    """Of a folder, a digest of the files that a model is loaded from; others in it, such as a README, do not count."""
+    if path.is_file():
+        return file_sha256(path)
+    files = (file for file in path.iterdir() if file.suffix in _MODEL_FILES and file.is_file())
+    return digest({file.name: file_sha256(file) for file in sorted(files)})
 
 
 def file_sha256(path: Path) -> str:

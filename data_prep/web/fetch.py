@@ -19,6 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
 from importlib.metadata import version
@@ -114,27 +115,25 @@ def fetch(
         downloads.close()
 
 
+@dataclass(eq=False, slots=True)
 class _Item:
     """A URL that is being downloaded, with its redirects and tries; or, with an `origin`, that one's robots.txt."""
 
-    __slots__ = (
-        *("asked", "at", "cleared", "content_type", "hops", "index", "left", "origin", "status", "task", "timed_out"),
-        *("private", "tries", "url", "wish"),
-    )
-
-    def __init__(self, index: int, url: HttpUrl, seconds: float, origin: str | None = None) -> None:
-        self.index = index
-        self.origin = origin
-        self.url = url
-        self.at = url  # the URL to which redirects have led
-        self.asked = ""  # the last URL that was requested
-        self.cleared = origin is not None  # whether robots.txt was checked for `at`, and does not forbid it
-        self.left = seconds  # of its network time, in which waiting for a free slot is not counted
-        self.hops = self.tries = 0
-        self.status: int | None = None
-        self.content_type = self.wish = self.private = ""
-        self.timed_out = False
-        self.task: asyncio.Task[None] | None = None
+    index: int
+    url: HttpUrl
+    at: HttpUrl  # the URL to which redirects have led
+    left: float  # seconds of its network time, in which waiting for a free slot is not counted
+    origin: str | None = None
+    cleared: bool = False  # whether robots.txt was checked for `at`, and does not forbid it
+    asked: str = ""  # the last URL that was requested
+    hops: int = 0
+    tries: int = 0
+    status: int | None = None
+    content_type: str = ""
+    wish: str = ""
+    private: str = ""
+    timed_out: bool = False
+    task: asyncio.Task[None] | None = None
 
 
 class _Downloads:
@@ -243,7 +242,7 @@ class _Downloads:
                 self._results.put(Fetched(self._accepted, target, "", None, "", 0))
             else:
                 self._present[target.host] += 1
-                self._wait(_Item(self._accepted, target, self._settings.seconds))
+                self._wait(_Item(self._accepted, target, target, self._settings.seconds))
             self._accepted += 1
         self._start()
 
@@ -286,7 +285,7 @@ class _Downloads:
             self._for_rules[origin] = []
             url = HttpUrl(f"{origin}{robots.PATH}", item.at.host)
             self._present[url.host] += 1
-            self._wait(_Item(item.index, url, self._settings.seconds, origin))
+            self._wait(_Item(item.index, url, url, self._settings.seconds, origin, cleared=True))
         self._for_rules[origin].append(item)
 
     def _learn(self, item: _Item, origin: str, data: bytes | Rejection) -> None:

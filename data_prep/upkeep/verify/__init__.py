@@ -2,8 +2,7 @@
 
     shards      the tars, indexes and rows of every plan's last edition
     scores      tables of scores and captions beside the shards
-    selections  the rows of snapshots that list images of the shards
-    strays      records of snapshots that cannot be read or are missing
+    selections  the rows of snapshots that list images of the shards, and snapshots whose records cannot be read
     originals   batches of downloads, links to them, retries, the catalogue
     report      what these checks share
 
@@ -21,9 +20,8 @@ from data_prep.prepare.plan import read_plan
 from data_prep.upkeep.verify.originals import Originals
 from data_prep.upkeep.verify.report import Report
 from data_prep.upkeep.verify.scores import ScoreTables
-from data_prep.upkeep.verify.selections import Selections
+from data_prep.upkeep.verify.selections import Selections, Strays
 from data_prep.upkeep.verify.shards import Shards
-from data_prep.upkeep.verify.strays import Strays
 from infra.store import Store
 
 

@@ -49,10 +49,6 @@ def message(error: Exception) -> str:
     return error.message if isinstance(error, PixnerdError) else str(error)
 
 
-def snapshot_name(key: str) -> str:
-    return f"snapshot {Path(key).stem}"
-
-
 def is_damaged(store: Store, key: str) -> bool:
     """Whether an object exists and its bytes do not have the hash in its name."""
     named = named_sha256(key)

@@ -1,4 +1,4 @@
-"""The selections of snapshots, compared row by row with the indexes of a plan's shards."""
+"""Snapshots: their selections, compared row by row with the indexes of a plan's shards, and damaged records."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pyarrow.compute as pc
 
 from data_prep.prepare.plan import Plan
 from data_prep.sources import parquet
-from data_prep.upkeep.verify.report import Report, examine, snapshot_name
+from data_prep.upkeep.verify.report import Findings, Report, examine, message
 from data_prep.upkeep.verify.shards import Shards
 from infra import layout
 from infra.errors import RecordError
-from infra.records import DataObject, SnapshotRecord, fetch_data, read_record
+from infra.records import DataObject, SnapshotOutput, SnapshotRecord, StageRecord, fetch_data, read_record
 from infra.shards import SELECTION_SCHEMA, read_index, read_parquet, shard_prefix, tar_number
 from infra.store import Store
 
@@ -39,15 +39,15 @@ class Selections(Report):
             try:
                 record = read_record(self.store, key, SnapshotRecord)
             except RecordError:
-                continue  # nobody can tell which plan it belongs to: `strays` reports it
+                continue  # nobody can tell which plan it belongs to: `Strays` reports it
             if record.shards in self._shards:
                 self.snapshots += 1
                 self._records[key] = record
-                if self.note(snapshot_name(key), examine(partial(self._problems, record))):
+                if self.note(_name(key), examine(partial(self._problems, record))):
                     self.again.append(key)
 
     def objects(self) -> list[str]:
-        records = {snapshot_name(key): self._records[key] for key in self.again}
+        records = {_name(key): self._records[key] for key in self.again}
         return self.damaged(
             {data.key: name for name, r in records.items() for data in (r.selection, r.held_out, r.by_shard)}
         )
@@ -105,6 +105,37 @@ class Selections(Report):
             yield f"{(~same).sum()} rows are not as the index of their shard says, the first {wrong}"
 
 
+class Strays(Report):
+    """Records of snapshots that cannot be read or are missing: nobody can tell which plan they belong to."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.again: list[str] = []
+
+    def read(self) -> None:
+        messages = {key: self._error(key) for key in layout.SNAPSHOT.keys(self.store)}
+        wrong = {key: error for key, error in messages.items() if error}
+        for stage in layout.STAGE.keys(self.store, kind=SnapshotOutput.kind):
+            key = read_record(self.store, stage, StageRecord).of(SnapshotOutput).record
+            if key not in messages:
+                wrong[key] = "its record is gone, and its stage says that it is there"
+        for key, problem in wrong.items():
+            self.note(_name(key), Findings([problem], []))
+            self.again.append(key)
+
+    def objects(self) -> list[str]:
+        """What the records named is unknown, so all objects that are called after their snapshots are read."""
+        stored = {key: self.store.list(layout.SELECTIONS.named(Path(key).stem)) for key in self.again}
+        return self.damaged({entry.key: _name(key) for key, entries in stored.items() for entry in entries})
+
+    def _error(self, key: str) -> str:
+        try:
+            read_record(self.store, key, SnapshotRecord)
+        except RecordError as error:
+            return message(error)
+        return ""
+
+
 def _by_tar(table: pa.Table) -> Iterator[pa.Table]:
     """Split a table by tar. The rows of a tar are next to each other, as they are in the order of their shards."""
     tars = table["tar"].combine_chunks()
@@ -112,3 +143,7 @@ def _by_tar(table: pa.Table) -> Iterator[pa.Table]:
     ends = [*(np.flatnonzero(np.diff(codes)) + 1), table.num_rows] if table.num_rows else []
     for start, end in zip([0, *ends], ends, strict=False):
         yield table.slice(int(start), int(end - start))
+
+
+def _name(key: str) -> str:
+    return f"snapshot {Path(key).stem}"
