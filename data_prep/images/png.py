@@ -56,9 +56,7 @@ def read(data: bytes) -> Bare:
         elif name == b"eXIf":
             exif = body
         elif name == b"iCCP" and profile is None:
-            profile = _inflated(
-                body[body.find(b"\0") + 2 :], MAX_PROFILE + 1
-            )  # the caller ignores one longer than MAX_PROFILE
+            profile = _inflated(body[body.find(b"\0") + 2 :], MAX_PROFILE + 1)  # one that is longer is not used
         elif name in (b"acTL", b"fcTL", b"fdAT"):
             frame.add(name, body, b"IDAT" in names)
     chunks, place = frame.instead_of(kept)

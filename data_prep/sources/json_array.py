@@ -29,11 +29,7 @@ class Elements:
         self._file, self._longest = file, longest
         self._held = bytearray()
         self._too_long = False
-        self._chunk, self._at, self._from = (
-            b"",
-            0,
-            0,
-        )  # the last chunk, where to scan on, where an element begins
+        self._chunk, self._at, self._from = b"", 0, 0  # the last chunk, where to scan on, where an element begins
         self._depth, self._opener, self._behind_comma = 0, b"", False
 
     def __iter__(self) -> Iterator[bytes | None]:

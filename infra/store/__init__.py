@@ -22,11 +22,9 @@ from infra.errors import SettingsError
 from infra.store.base import SCRATCH, Entry, Store, check_key, spool_path
 from infra.store.file import FileStore
 from infra.store.s3 import S3Store
-from infra.store.settings import IMPATIENCE, PATIENCE, StoreSettings
+from infra.store.settings import StoreSettings
 
 __all__ = [
-    "IMPATIENCE",
-    "PATIENCE",
     "SCRATCH",
     "Entry",
     "FileStore",

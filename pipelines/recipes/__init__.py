@@ -24,7 +24,7 @@ from pydantic import Field
 from infra.cluster import ClusterSettings
 from infra.config import Name, Settings, parse, spelt
 from infra.errors import Fault, SettingsError
-from infra.problems import did_you_mean
+from infra.problems import did_you_mean, settings_error
 from infra.store import StoreSettings
 from infra.tracking import TrackingSettings
 from infra.yaml_settings import lines_of, load_yaml, override
@@ -99,8 +99,7 @@ def _refused(name: str, lines: Mapping[str, str], faults: Iterable[Fault]) -> Se
     ordered = sorted(dict.fromkeys(faults), key=lambda fault: _order(_place(fault.path, lines)))
     placed = [fault._replace(message=f"{_place(fault.path, lines)}{fault.message}") for fault in ordered]
     if len(placed) == 1:
-        [(_, message, remedy)] = placed
-        return SettingsError(message, remedy=remedy or "correct the value and run again", faults=placed)
+        return settings_error(placed)
     listed = [f"  {message}: {remedy}" if remedy else f"  {message}" for _, message, remedy in placed]
     return SettingsError(
         f"there are {len(placed)} mistakes in the recipe `{name}`",
