@@ -7,7 +7,7 @@ A kind of source is a class in a file of its own (`base` says what it must do):
     webdataset, sa1b                          on `tars`: a sample in a tar is an item; sa1b's captions are in tables
 
 Behind these: `lines` reads CSV and JSON tables, `convert` writes them as Parquet and `parquet` reads that; `checksums`
-and `table_identity` find files that were replaced; `tars` and `tarwalk` read tars, and `unpacked` unpacks compressed ones.
+and `table_identity` find replaced files; `tars` and `tarwalk` read tars, and `unpacked` unpacks compressed ones.
 
 An item's key is a hash of what identifies the image: its URL, its name in the folder or tar or, where a table holds the
 images themselves, its bytes. An item without any of these is identified by its table and row. So inserting rows or
