@@ -48,20 +48,8 @@ Matte = tuple[int, int, int]
 
 # What Pillow's parsers, libjpeg and lcms raise on damaged files: whatever their code happens to fail with.
 _DAMAGE = (
-    OSError,
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    TypeError,
-    AttributeError,
-    SyntaxError,
-    EOFError,
-    RuntimeError,
-    MemoryError,
-    AssertionError,
-    struct.error,
-    zlib.error,
-    ImageCms.PyCMSError,
+    *(OSError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError, SyntaxError, EOFError),
+    *(RuntimeError, MemoryError, AssertionError, struct.error, zlib.error, ImageCms.PyCMSError),
 )
 
 # Sizes are checked here, before decoding, and damaged metadata is handled here: Pillow's warnings say nothing new.

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +27,11 @@ from data_prep.prepare.links import ASKED, BATCHES_READ, GROUP, LINKS, At, Links
 from data_prep.prepare.originals import Asked, asked_with, batch_name, reopened
 from data_prep.rejections import Rejection
 from data_prep.sources import Rows, UrlSource
+from data_prep.sources.reading import chunks
 from data_prep.web.fetch import FetchSettings
 from infra import layout
 from infra.records import put_data, write_record
 from infra.store import Store
-
-T = TypeVar("T")
 
 
 class Asking(NamedTuple):
@@ -122,7 +120,7 @@ class _Lists:
             pa.ipc.new_stream(str(self._folder / "urls"), _TEXTS, options=compressed) as texts,
         ):
             for each in self._lists:
-                for urls in _chunks(_plain_urls(store, each), GROUP):
+                for urls in chunks(_plain_urls(store, each), GROUP):
                     texts.write_batch(pa.record_batch([pa.array(urls, pa.string())], schema=_TEXTS))
                     is_url = np.array([url is not None for url in urls], bool)
                     rows = np.zeros(len(urls), Hashed)
@@ -236,12 +234,6 @@ def _plain_urls(store: Store, asking: Asking) -> Iterator[str | None]:
     """The URL of each row, or None: plain strings, as tens of thousands are held and Python's GC skips those."""
     for _, url in asking.source.urls(store, asking.whole):
         yield None if isinstance(url, Rejection) else str(url)
-
-
-def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    rest = iter(items)
-    while chunk := list(islice(rest, size)):
-        yield chunk
 
 
 # Batches that are still to be downloaded

@@ -11,9 +11,9 @@ that decide what may be downloaded; a later generation holds those rows of the l
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import count
 from typing import NamedTuple
 
@@ -92,8 +92,7 @@ class Links:
     """A table of links, read by row groups; the last two are kept in memory."""
 
     def __init__(self, file: pq.ParquetFile) -> None:
-        self._file = file
-        self._held: OrderedDict[int, pa.Table] = OrderedDict()
+        self._group = lru_cache(2)(file.read_row_group)
 
     def slice(self, first: int, rows: int) -> Slice:
         groups = range(first // GROUP, -(-(first + rows) // GROUP))
@@ -104,13 +103,6 @@ class Links:
         nothing = bool(len(used) and used[0] < 0)
         names = batch.dictionary.take(pa.array(used[nothing:])).to_pylist()
         return Slice(names, codes - nothing, table["at"].chunk(0).fill_null(0).to_numpy())
-
-    def _group(self, number: int) -> pa.Table:
-        if number not in self._held:
-            while len(self._held) > 1:
-                self._held.popitem(last=False)
-            self._held[number] = self._file.read_row_group(number)
-        return self._held[number]
 
 
 @contextmanager

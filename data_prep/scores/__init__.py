@@ -13,14 +13,14 @@ work goes on; wrong settings, weights or a broken server raise an error and end 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from enum import StrEnum
 from importlib.metadata import version
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
+
+from data_prep.sources.reading import chunks, in_order
 
 T = TypeVar("T")
 Row = dict[str, Any]  # column -> value; a column that is left out is null
@@ -64,19 +64,7 @@ def prepared(
     samples: Iterable[Sample], prepare: Callable[[Sample], T], batch: int, threads: int
 ) -> Iterator[list[tuple[Sample, T]]]:
     """Samples with what `prepare` makes of each, in batches and in order; threads prepare the next batch meanwhile."""
-    queue: deque[tuple[Sample, Future[T]]] = deque()
-
-    def take() -> list[tuple[Sample, T]]:
-        batch_items = (queue.popleft() for _ in range(min(batch, len(queue))))
-        return [(sample, future.result()) for sample, future in batch_items]
-
-    with ThreadPoolExecutor(threads) as pool:
-        for sample in samples:
-            queue.append((sample, pool.submit(prepare, sample)))
-            if len(queue) == 2 * batch:
-                yield take()
-        while queue:
-            yield take()
+    return chunks(in_order(lambda sample: (sample, prepare(sample)), samples, threads, most=batch), batch)
 
 
 def library_versions(device: str, *libraries: str) -> dict[str, str]:

@@ -32,15 +32,8 @@ _BETWEEN = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
 
 # What open_clip, torch and safetensors raise for files of a wrong kind and for hubs that cannot be reached.
 _UNUSABLE = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    EOFError,
-    pickle.UnpicklingError,
-    SafetensorError,
+    *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, EOFError),
+    *(pickle.UnpicklingError, SafetensorError),
 )
 
 

@@ -13,9 +13,9 @@ import json
 import logging
 import re
 from array import array
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, NamedTuple
@@ -212,7 +212,7 @@ class Captions:
         with parquet.readable(name):
             self._file = pq.ParquetFile(file, buffer_size=parquet.BUFFER)
         self._firsts: list[int] = json.loads((self._file.metadata.metadata or {}).get(FIRSTS, b"[]"))
-        self._held: OrderedDict[int, pa.Table] = OrderedDict()
+        self._group = lru_cache(HELD)(self._read)
 
     def of(self, image: str) -> dict[str, Any] | None:
         """The first row for the image; None if there is none."""
@@ -230,11 +230,6 @@ class Captions:
                     return rows[0]
         return None
 
-    def _group(self, number: int) -> pa.Table:
-        if number not in self._held:
-            if len(self._held) == HELD:
-                self._held.popitem(last=False)
-            with parquet.readable(self._name):
-                self._held[number] = parquet.unchecked(self._file.read_row_group(number)).combine_chunks()
-        self._held.move_to_end(number)
-        return self._held[number]
+    def _read(self, number: int) -> pa.Table:
+        with parquet.readable(self._name):
+            return parquet.unchecked(self._file.read_row_group(number)).combine_chunks()

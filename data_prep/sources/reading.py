@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 import pyarrow as pa
@@ -20,20 +21,28 @@ R = TypeVar("R")
 READERS = 8  # threads: they wait for the store, or decode tables without holding the GIL
 
 
-def in_order(work: Callable[[T], R], items: Iterable[T], threads: int = READERS) -> Iterator[R]:
-    """The result of `work` on each item, in the order of the items. At most two results a thread are made ahead."""
+def in_order(
+    work: Callable[[T], R], items: Iterable[T], threads: int = READERS, most: int | None = None
+) -> Iterator[R]:
+    """The result of `work` on each item, in the order of the items; at most `most` are made ahead, or two a thread."""
     with ThreadPoolExecutor(threads, thread_name_prefix="in-order") as pool:
         ahead: deque[Future[R]] = deque()
         try:
             for item in items:
                 ahead.append(pool.submit(work, item))
-                if len(ahead) > 2 * threads:
+                if len(ahead) > (most or 2 * threads):
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
         finally:
             for future in ahead:
                 future.cancel()
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    rest = iter(items)
+    while chunk := list(islice(rest, size)):
+        yield chunk
 
 
 def column(store: Store, table: DataObject, name: str) -> Iterator[pa.ChunkedArray]:

@@ -27,6 +27,7 @@ from data_prep.sources.base import Input, Range, RawItem, Rows, Source, Url, che
 from data_prep.sources.convert import Columns, converted
 from data_prep.sources.folders import Folder, matching, open_folder
 from data_prep.sources.lines import is_parquet, kind_of, lines
+from data_prep.sources.reading import chunks
 from infra.config import operational
 from infra.errors import SettingsError
 from infra.shards import sample_key
@@ -289,7 +290,12 @@ def measured(folder: Folder, name: str) -> Input:
 def _image_names(source: Tables, folder: Folder, table: str, beside: Beside) -> Iterator[list[bytes | None]]:
     """The image names of all rows, batch by batch; None for a row without one, or that cannot be read."""
     if not is_parquet(table):
-        yield from _names_in_lines(source, folder, table)
+        values = (
+            None if isinstance(line, Rejection) else fields.field(line, source.image)
+            for line in lines(folder, table, source.header)
+        )
+        texts = (value.encode(errors="surrogatepass") if isinstance(value, str) else None for value in values)
+        yield from chunks(texts, NAME_BATCH)
         return
     with parquet.opened(folder.open(table), table) as file:
         if not file.metadata.num_rows:
@@ -305,14 +311,3 @@ def _image_names(source: Tables, folder: Folder, table: str, beside: Beside) -> 
 
 def _inside(beside: Beside, name: bytes) -> bytes:
     return beside.inside(name.decode(errors="surrogateescape")).encode(errors="surrogateescape")
-
-
-def _names_in_lines(source: Tables, folder: Folder, table: str) -> Iterator[list[bytes | None]]:
-    names: list[bytes | None] = []
-    for line in lines(folder, table, source.header):
-        value = None if isinstance(line, Rejection) else fields.field(line, source.image)
-        names.append(value.encode(errors="surrogatepass") if isinstance(value, str) else None)
-        if len(names) == NAME_BATCH:
-            yield names
-            names = []
-    yield names

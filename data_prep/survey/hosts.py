@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future
 from contextlib import suppress
-from threading import Thread
 from typing import Any, NamedTuple
 
 from data_prep.rejections import Rejection
-from data_prep.web.addresses import Lookup, http_url, is_public, look_up, opening
+from data_prep.web.addresses import Lookup, http_url, is_public, look_up, looked_up, opening
 
 MOST = 8  # hosts that are looked up
 SECONDS = 3.0  # to wait for each of them
@@ -26,7 +24,7 @@ class Hosts(NamedTuple):
 def hosts_of(urls: Sequence[str], lookup: Lookup = look_up) -> Hosts:
     """The hosts that the URLs name most often, looked up by DNS alone: nothing is connected to."""
     parsed = [url.host for url in map(http_url, urls) if not isinstance(url, Rejection)]
-    lookups = {name: _in_thread(name, lookup) for name, _ in Counter(parsed).most_common(MOST)}
+    lookups = {name: looked_up(name, lookup) for name, _ in Counter(parsed).most_common(MOST)}
     hosts = Hosts([], [], [], {})
     all_addresses: list[str] = []
     for name, pending in lookups.items():
@@ -37,17 +35,3 @@ def hosts_of(urls: Sequence[str], lookup: Lookup = look_up) -> Hosts:
         kind.append(name)
         all_addresses += addresses
     return hosts._replace(fetch=opening(all_addresses))
-
-
-def _in_thread(name: str, lookup: Lookup) -> Future[list[str]]:
-    """The lookup in a daemon thread: it takes no timeout, and must not keep the process from ending."""
-    future: Future[list[str]] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(lookup(name))
-        except Exception as error:  # noqa: BLE001 - it is raised by future.result()
-            future.set_exception(error)
-
-    Thread(target=run, name="dns", daemon=True).start()
-    return future

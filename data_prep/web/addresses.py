@@ -17,7 +17,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Annotated, Any, NamedTuple
@@ -255,8 +255,23 @@ def look_up(host: str) -> list[str]:
     return [str(info[4][0]) for info in infos]
 
 
+def looked_up(host: str, lookup: Lookup) -> Future[list[str]]:
+    """The lookup in a daemon thread: it takes no timeout, and must not keep the process from ending."""
+    future: Future[list[str]] = Future()
+    future.set_running_or_notify_cancel()  # who stops waiting does not stop the lookup
+
+    def run() -> None:
+        try:
+            future.set_result(lookup(host))
+        except Exception as error:  # noqa: BLE001 - it is raised by future.result()
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="dns", daemon=True).start()
+    return future
+
+
 class Resolver(AbstractResolver):
-    """The system's resolver. Each lookup has its own daemon thread: one that hangs delays no other, nor the exit."""
+    """The system's resolver, with a thread for each lookup: one that hangs delays no other."""
 
     def __init__(self, lookup: Lookup, opened: Opened) -> None:
         self._lookup = lookup
@@ -265,10 +280,10 @@ class Resolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[list[str]] = loop.create_future()
-        threading.Thread(target=_answer, args=(loop, answer, self._lookup, host), name="dns", daemon=True).start()
-        resolved = await answer
+        try:
+            resolved = await asyncio.wrap_future(looked_up(host, self._lookup))
+        except ValueError as error:  # the name cannot be encoded for a lookup
+            raise OSError(str(error)) from None
         allowed = [address for address in resolved if self._opened.admits(address)]
         if not resolved:
             raise OSError(f"{host} has no address")
@@ -288,22 +303,3 @@ class Resolver(AbstractResolver):
 
     async def close(self) -> None:
         pass
-
-
-def _answer(loop: asyncio.AbstractEventLoop, answer: asyncio.Future[list[str]], lookup: Lookup, host: str) -> None:
-    def settle(result: list[str] | OSError) -> None:
-        if answer.done():
-            return
-        if isinstance(result, OSError):
-            answer.set_exception(result)
-        else:
-            answer.set_result(result)
-
-    try:
-        result: list[str] | OSError = lookup(host)
-    except OSError as error:
-        result = error
-    except ValueError as error:  # the name cannot be encoded for a lookup
-        result = OSError(str(error))
-    with suppress(RuntimeError):  # the loop is closed: nothing waits for the answer
-        loop.call_soon_threadsafe(settle, result)
