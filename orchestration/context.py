@@ -11,7 +11,7 @@ from pathlib import Path
 from infra.cluster import ClusterSettings, connect, disconnect
 from infra.config import digest
 from infra.notices import watched
-from infra.store import Store, open_store
+from infra.store import FileStore, Store, open_store
 from infra.tracking import Tracker
 from orchestration import leftovers, terminal
 from pipelines.recipes import Recipe
@@ -30,8 +30,7 @@ def cluster_of(recipe: Recipe, address: str | None) -> ClusterSettings:
 
 def home_of(store: Store, name: str) -> Path:
     """The workflow's local folder, for MLflow's database and corpora: the store itself, if that is a folder."""
-    local = store.url.removeprefix("file://")
-    home = Path(local) if store.url.startswith("file://") else Path("runs") / name
+    home = store.root if isinstance(store, FileStore) else Path("runs") / name
     home.mkdir(parents=True, exist_ok=True)
     return home.absolute()
 

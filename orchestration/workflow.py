@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from types import MappingProxyType
@@ -36,8 +36,8 @@ class Node:
     settings: Settings
     inputs: dict[str, str]  # setting that names a stage ("data", "scores.0") -> that stage's name
     input_digests: dict[str, str]  # the same setting -> that stage's digest
-    digest: str
-    settled: bool  # False while a stage that it reads has not run: the digest may change once that one has
+    digest: str = ""
+    settled: bool = False  # True once all stages that it reads have run: until then the digest may change
 
     @property
     def key(self) -> str:
@@ -73,7 +73,7 @@ def graph(recipe: Recipe, store: Store | None = None) -> list[Node]:
             add(target)
         digests = {field: nodes[target].digest for field, target in inputs.items()}
         records = {field: done_records[target] for field, target in inputs.items() if target in done_records}
-        node = nodes[name] = _node(name, kind, settings, inputs, digests, store, records)
+        node = nodes[name] = _digested(Node(name, kind, settings, inputs, digests), store, records)
         if store is not None and is_done(node, store):
             done_records[name] = read_record(store, node.key, StageRecord)
 
@@ -159,22 +159,16 @@ def is_done(node: Node, store: Store) -> bool:
     return node.settled and store.exists(node.key)
 
 
-def _node(
-    name: str,
-    kind: StageKind,
-    settings: Settings,
-    inputs: dict[str, str],
-    input_digests: dict[str, str],
-    store: Store | None,
-    records: dict[str, StageRecord],
-) -> Node:
+def _digested(node: Node, store: Store | None, records: dict[str, StageRecord]) -> Node:
+    """The node with its digest, as far as the records of the stages that it reads are there."""
+    kind, settings = node.kind, node.settings
     try:
         outside = kind.outside(settings, store, records)
     except SettingsError as error:
-        raise SettingsError(f"`{name}`: {error.message}", remedy=error.remedy) from None
+        raise SettingsError(f"`{node.name}`: {error.message}", remedy=error.remedy) from None
     kind_of_work = {"kind": kind.name, "format": kind.format}
-    work = {**kind_of_work, "settings": settings.chosen(), "inputs": input_digests, "outside": outside}
-    return Node(name, kind, settings, inputs, input_digests, digest(work), settled=len(records) == len(inputs))
+    work = {**kind_of_work, "settings": settings.chosen(), "inputs": node.input_digests, "outside": outside}
+    return replace(node, digest=digest(work), settled=len(records) == len(node.inputs))
 
 
 def _settled(node: Node, store: Store, done: dict[str, StageRecord]) -> Node:
@@ -183,7 +177,7 @@ def _settled(node: Node, store: Store, done: dict[str, StageRecord]) -> Node:
         return node
     records = {field: done[target] for field, target in node.inputs.items() if target in done}
     digests = node.input_digests | {field: record.digest_of_work for field, record in records.items()}
-    return _node(node.name, node.kind, node.settings, node.inputs, digests, store, records)
+    return _digested(replace(node, input_digests=digests), store, records)
 
 
 def parse_stage(

@@ -21,6 +21,8 @@ from infra.store import Store
 from training import checkpoint as checkpoints
 from training.sampling import Artist, SampleSettings
 
+Show = Callable[[str, int, int], None]  # a text, how much is done, of how much
+
 
 class Order(NamedTuple):
     """What is drawn of each of some prompts, and where the pictures go."""
@@ -32,7 +34,7 @@ class Order(NamedTuple):
     settings: SampleSettings
 
 
-def generate(order: Order, prompts: Sequence[str], show: Callable[[str, int, int], None]) -> list[DataObject]:
+def generate(order: Order, prompts: Sequence[str], show: Show) -> list[DataObject]:
     """Draw the pictures of each prompt. Returns a tar for each chunk, in the order of the prompts."""
     size = max(1, order.settings.batch // order.images)
     chunks = {first: prompts[first : first + size] for first in range(0, len(prompts), size)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,7 @@ from infra.records import CheckpointRecord, DataObject, EvalReport, Record, put_
 from infra.shards import parquet_bytes
 from infra.store import Store
 from pipelines.evaluation import geneval as protocol
-from pipelines.evaluation.generate import Order, generate, read_pictures
+from pipelines.evaluation.generate import Order, Show, generate, read_pictures
 from pipelines.evaluation.judges import Image, Judge, ShapeJudge
 from pipelines.evaluation.prompts import Prompt, load_prompts, shape_prompts
 from pipelines.evaluation.statistics import intervals
@@ -47,9 +47,6 @@ class Pictures(Record):
     prompts: list[str]
     images: int
     tars: list[DataObject]
-
-
-Show = Callable[[str, int, int], None]
 
 
 def geneval(

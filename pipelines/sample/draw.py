@@ -382,13 +382,8 @@ def _caption(subject: Subject) -> str:
 def _about(settings: SampleSettings) -> str:
     assert settings.size is not None
     low, high = settings.interval
-    return " · ".join(
-        [
-            f"{settings.solver}, {settings.steps} steps",
-            f"guidance {settings.guidance:g} on ({low:g}, {high:g})",
-            f"shift {settings.shift:g}",
-            f"{settings.size[0]}x{settings.size[1]} (height x width)",
-            f"{settings.precision}",
-            f"pixnerd {version()}",
-        ]
+    return (
+        f"{settings.solver}, {settings.steps} steps · guidance {settings.guidance:g} on ({low:g}, {high:g}) · "
+        f"shift {settings.shift:g} · {settings.size[0]}x{settings.size[1]} (height x width) · {settings.precision} · "
+        f"pixnerd {version()}"
     )

@@ -6,7 +6,7 @@ They are to be looked at; no score is made of them. The record says where in the
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -18,7 +18,7 @@ from infra.errors import NotFound
 from infra.records import CheckpointRecord, DataObject, Plain, Record, SnapshotRecord, read_record, recorded
 from infra.shards import read_selection
 from infra.store import Store
-from pipelines.evaluation.generate import Order, generate, read_pictures
+from pipelines.evaluation.generate import Order, Show, generate, read_pictures
 from pipelines.pictures import sheet
 from training.sampling import SampleSettings
 
@@ -58,12 +58,7 @@ class Drawn(Record):
 
 
 def draw(
-    store: Store,
-    stage: str,
-    checkpoint: CheckpointRecord,
-    data: SnapshotRecord,
-    settings: DrawSettings,
-    show: Callable[[str, int, int], None],
+    store: Store, stage: str, checkpoint: CheckpointRecord, data: SnapshotRecord, settings: DrawSettings, show: Show
 ) -> Drawn:
     key = layout.SAMPLES.at(stage=stage)
     if store.exists(key):
