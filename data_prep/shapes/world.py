@@ -345,9 +345,3 @@ def render(scene: Scene, size: int) -> Image:
         cover = coverage(thing, size)[..., None]
         image += cover * (np.array(COLOURS[thing.colour], np.float32) - image)
     return np.rint(image).astype(np.uint8)
-
-
-def render_prompt(metadata: Mapping[str, object], seed: int, size: int) -> Image:
-    """A correct image for an evaluation prompt, which is given as a line of GenEval's metadata."""
-    prompt = str(metadata["prompt"])
-    return render(draw(parse(prompt), random.Random(f"{seed}/{prompt}")), size)

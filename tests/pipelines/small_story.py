@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from data_prep.shapes.corpus import kind_of
-from data_prep.shapes.world import render, render_prompt, sample_scene
+from data_prep.shapes.world import render, sample_scene
 from infra.config import digest
 from infra.records import (
     CheckpointRecord,
@@ -34,6 +34,7 @@ from pipelines.evaluation import geneval
 from pipelines.evaluation.judges import ShapeJudge
 from pipelines.evaluation.prompts import Prompt, shape_prompts
 from pipelines.evaluation.statistics import intervals
+from tests.drawing import correct_picture
 
 CAUSES = {"truncated": "truncated", "bomb": "too_many_pixels", "tiny": "too_small", "not_an_image": "unknown_format"}
 VERSIONS = {"pixnerd": "0.1.0", "torch": "2.9.0", "ray": "2.50.0"}
@@ -259,7 +260,7 @@ def evaluate(
 def _drawn(prompt: Prompt, prompts: list[Prompt], seed: int, quality: float, size: int, rng: random.Random) -> Any:
     """A true picture, or, where a worse model errs, one of another prompt; never quite clean."""
     asked = prompt if rng.random() < quality else rng.choice(prompts)
-    pixels = render_prompt(asked.metadata(), seed, size).astype(np.float32)
+    pixels = correct_picture(asked.prompt, seed, size).astype(np.float32)
     noise = np.random.default_rng(seed).normal(0, 9 * (1 - quality), pixels.shape)
     return np.clip(pixels + noise, 0, 255).astype(np.uint8)
 

@@ -18,6 +18,7 @@ from infra.errors import EvaluationError
 from pipelines.evaluation import geneval
 from pipelines.evaluation.judges import Detection, Image, Judge, ShapeJudge
 from pipelines.evaluation.prompts import TASKS, Prompt, load_prompts, shape_prompts
+from tests.drawing import correct_picture
 
 BLANK = np.zeros((100, 100, 3), np.uint8)
 
@@ -261,7 +262,7 @@ def overall(images: Sequence[Sequence[Image]], prompts: Sequence[Prompt], judge:
 
 
 def true_renders(prompts: Sequence[Prompt], size: int) -> list[list[Image]]:
-    return [[world.render_prompt(prompt.metadata(), seed, size) for seed in range(4)] for prompt in prompts]
+    return [[correct_picture(prompt.prompt, seed, size) for seed in range(4)] for prompt in prompts]
 
 
 @pytest.mark.parametrize("size", [16, 32, 64])
@@ -303,7 +304,7 @@ def shuffles(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
 @pytest.mark.parametrize("size", [16, 32])
 def test_renders_of_shuffled_prompts_score_low(size: int) -> None:
     prompts = shape_prompts(12)
-    images = [[world.render_prompt(prompt.metadata(), seed, size) for seed in range(2)] for prompt in prompts]
+    images = [[correct_picture(prompt.prompt, seed, size) for seed in range(2)] for prompt in prompts]
     judge = Remembering()
     for order in shuffles(prompts):
         assert sorted(order) == list(range(len(prompts)))
