@@ -40,7 +40,7 @@ class _ScorerSettings(Settings):
 
     def identity(self) -> dict[str, Any]:
         """The settings that its results depend on, with the sha256 of a local file in place of its path."""
-        return self.chosen() | {name: {"sha256": _sha256_of(path)} for name, path in self.local().items()}
+        return self.chosen() | {name: {"sha256": content_sha256(path)} for name, path in self.local().items()}
 
     def located(self) -> Self:
         """These settings with absolute paths, for workers with another working directory."""
@@ -203,7 +203,7 @@ def local_folder(model: str) -> Path | None:
     return folder.absolute() if is_model else None
 
 
-def _sha256_of(path: Path) -> str:
+def content_sha256(path: Path) -> str:
     """Of a folder, a digest of the files that a model is loaded from; others in it, such as a README, do not count."""
     if path.is_file():
         return file_sha256(path)
