@@ -509,12 +509,13 @@ def main() -> None:
     from data_prep.prepare.job import prepare
     from data_prep.prepare.plan import PrepareSettings
     from infra.config import parse
+    from infra.store import open_store
 
     address, store, settings = sys.argv[1:]
     ray.init(
         address=address, runtime_env={"worker_process_setup_hook": at_home}, log_to_driver=False, logging_level="ERROR"
     )
-    print(prepare(store, parse(PrepareSettings, json.loads(settings)), decoder=deadly).model_dump_json())
+    print(prepare(open_store(store), parse(PrepareSettings, json.loads(settings)), decoder=deadly).model_dump_json())
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def test_what_another_run_makes_meanwhile_is_used_and_not_counted_as_ones_own(co
 def test_the_same_bytes_whoever_did_the_work(
     corpus: Path, store: Store, undisturbed: dict[str, bytes], workers: int
 ) -> None:
-    summary = prepare(store.url, settings_for(corpus, in_flight=workers))
+    summary = prepare(store, settings_for(corpus, in_flight=workers))
     assert_as_undisturbed(store, undisturbed, summary)
 
 
@@ -124,6 +124,7 @@ DRIVER = """
 import os, signal, sys
 from data_prep.prepare.job import prepare
 from infra.cluster import ClusterSettings, connect
+from infra.store import open_store
 from tests.data_prep.corpora import settings_for
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def die(progress):
         os.kill(os.getpid(), signal.SIGKILL)
 
 connect(ClusterSettings(cpus=1))
-prepare(sys.argv[1], settings_for(Path(sys.argv[2]), in_flight=1), die)
+prepare(open_store(sys.argv[1]), settings_for(Path(sys.argv[2]), in_flight=1), die)
 """
 
 
@@ -182,6 +183,7 @@ from pathlib import Path
 from data_prep.prepare.job import prepare
 from infra.cluster import ClusterSettings, connect
 from infra.errors import Stopped
+from infra.store import open_store
 from tests.data_prep.corpora import settings_for
 
 def stop(progress):
@@ -191,7 +193,7 @@ def stop(progress):
 connect(ClusterSettings(address=sys.argv[3]))
 before = signal.getsignal(signal.SIGTERM)
 try:
-    prepare(sys.argv[1], settings_for(Path(sys.argv[2]), in_flight=1), stop)
+    prepare(open_store(sys.argv[1]), settings_for(Path(sys.argv[2]), in_flight=1), stop)
 except Stopped as error:
     assert signal.getsignal(signal.SIGTERM) is before
     print(error)

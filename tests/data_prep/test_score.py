@@ -410,7 +410,7 @@ def test_clip_scores_and_heads_beside_the_prepared_shards(
     settings = parse(ScoreSettings, {"scorer": scorer, "workers": 1})
     before = contents(store)
     seen: list[Progress] = []
-    summary = score(store.url, plan, edition, "32", settings, seen.append)
+    summary = score(store, plan, edition, "32", settings, seen.append)
     total = sum(record.accepted for record in list_shards(store, shard_prefix(plan, "32")))
     assert (summary.shards, summary.rows, summary.failures) == (COUNT // 8, total, {})
     assert summary.columns == ["clip_score", "clip_score_short", "clip_score_long", "aesthetic", "clip_failure"]
@@ -525,6 +525,7 @@ DRIVER = """
 import os, signal, sys
 from data_prep.scores.job import score
 from infra.cluster import ClusterSettings, connect
+from infra.store import open_store
 from tests.data_prep.small_scorers import endpoint
 
 def die(progress):
@@ -532,7 +533,7 @@ def die(progress):
         os.kill(os.getpid(), signal.SIGKILL)
 
 connect(ClusterSettings(cpus=1))
-score(sys.argv[1], sys.argv[2], sys.argv[3], "32", endpoint(sys.argv[4]), die)
+score(open_store(sys.argv[1]), sys.argv[2], sys.argv[3], "32", endpoint(sys.argv[4]), die)
 """
 
 
