@@ -209,7 +209,7 @@ class DiesOnce(job._Worker):
         if number == 2 and (self.always or not marker.exists()):
             marker.parent.mkdir(exist_ok=True)
             marker.touch()
-            vars(job)["write_record"] = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            vars(job)["recorded"] = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         return super().score(number)
 
 
