@@ -1,14 +1,12 @@
-"""A contact sheet of prepared samples chosen at random: a grid, each with a caption, its source and its size."""
+"""A contact sheet of prepared samples chosen at random, each with a caption, its source and its size."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from data_prep.prepare.plan import all_shards, read_plan
 from data_prep.sources.reading import in_order
@@ -16,18 +14,18 @@ from infra.records import ShardRecord
 from infra.shards import read_index
 from infra.store import Store
 from infra.text import cut, printable
-from pipelines.pictures.sheet import GREY, INK, MARGIN, PAPER, scaled
-from pipelines.pictures.text import font, wrap
+from pipelines.pictures import sheet
 
 SIDES = ("original_width", "original_height", "width", "height")
-CELL, GAP, FONT, CAPTION_LINES = 192, 14, 13, 3
-UNREADABLE = "#c8553d"
+CELL = 192  # the room for a picture, in pixels
 
 
 class _Cell(NamedTuple):
+    """The order is that of the fields of `sheet.Row`."""
+
     image: bytes
-    caption: str
     about: str
+    caption: str
 
 
 def contact_sheet(
@@ -42,8 +40,10 @@ def contact_sheet(
     # A shard, and its samples' places counted from its end, so negative.
     work = [(shards[k], (chosen[shard_of == k] - ends[k]).tolist()) for k in np.unique(shard_of)]
     cells = [cell for of_shard in in_order(lambda args: _cells(store, *args), work) for cell in of_shard]
-    title = f"{len(cells)} of {total:,} samples · size {printable(size)} · plan {plan}"
-    _sheet(cells, columns, title).save(path, "PNG")
+    title = f"{len(cells)} of {total:,} samples of size {printable(size)}"
+    row = sheet.Row(f"plan {plan}", *zip(*cells, strict=True)) if cells else sheet.Row(f"plan {plan}", [], [])
+    layout = sheet.Layout.grid(columns, (CELL, CELL))
+    next(sheet.sheets(title, f"chosen with the seed {seed}", [row], layout)).save(path, "PNG")
     return len(cells)
 
 
@@ -56,34 +56,5 @@ def _cells(store: Store, shard: ShardRecord, places: Sequence[int]) -> list[_Cel
         image = store.get(shard.tar.key, row["offset"], row["offset"] + row["length"])
         sides = f"{row['width']}x{row['height']} of {row['original_width']}x{row['original_height']}"
         text = row["captions"][0]["text"] if row["captions"] else ""
-        cells.append(_Cell(image, cut(text or "", 400), f"{cut(row['source'], 14)} · {sides}"))
+        cells.append(_Cell(image, f"{cut(row['source'], 14)} · {sides}", cut(text or "", 400)))
     return cells
-
-
-def _sheet(cells: Sequence[_Cell], columns: int, title: str) -> Image.Image:
-    rows = max(1, -(-len(cells) // columns))
-    step = CELL + 8 + (CAPTION_LINES + 1) * (FONT + 4) + GAP
-    width = 2 * MARGIN + columns * (CELL + GAP) - GAP
-    sheet = Image.new("RGB", (width, 2 * MARGIN + 34 + rows * step - GAP), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, MARGIN - 8), title, INK, font(18))
-    for number, cell in enumerate(cells):
-        row, column = divmod(number, columns)
-        x, y = MARGIN + column * (CELL + GAP), MARGIN + 34 + row * step
-        picture = _picture(cell.image)
-        sheet.paste(picture, (x + (CELL - picture.width) // 2, y + (CELL - picture.height) // 2))
-        y += CELL + 8
-        pen.text((x, y), wrap(cell.about, font(FONT - 2), CELL, 1)[0], GREY, font(FONT - 2))
-        for line, text in enumerate(wrap(cell.caption, font(FONT), CELL, CAPTION_LINES), start=1):
-            pen.text((x, y + line * (FONT + 4)), text, INK, font(FONT))
-    return sheet
-
-
-def _picture(data: bytes) -> Image.Image:
-    """The image as large as its cell allows; a red square if it cannot be read."""
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "WEBP", "PNG")) as picture:
-            scale = CELL / max(picture.size)
-            return scaled(picture, (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-    except (OSError, SyntaxError, ValueError):
-        return Image.new("RGB", (CELL, CELL), UNREADABLE)

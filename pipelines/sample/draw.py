@@ -362,7 +362,7 @@ def _write_sheets(
     ]
     assert settings.size is not None
     names: list[str] = []
-    for image in sheet.sheets(name, _about(settings), rows, settings.size):
+    for image in sheet.sheets(name, _about(settings), rows, sheet.Layout.of(rows, settings.size)):
         names.append(f"sheet-{len(names) + 1}.png" if names else SHEET)
         save(out / names[-1], image, f"contact sheet of {name}", {"sheet": len(names)})
     for path in out.glob("sheet-*.png"):  # left by an earlier call that needed more sheets

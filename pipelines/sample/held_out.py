@@ -5,7 +5,7 @@ They are to be looked at; no score is made of them. The record says where in the
 
 from __future__ import annotations
 
-import tempfile
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,18 +119,14 @@ def _original(store: Store, at: Original | None) -> bytes | None:
 def write_sheet(store: Store, drawn: Drawn, title: str, path: Path) -> None:
     """One contact sheet with as many of the prompts as fit, as a file beside the page."""
     original_name = "training" if drawn.seen else "held out"
-    with tempfile.TemporaryDirectory() as folder:
-        rows = []
-        for number, (prompt, original, pngs) in enumerate(pictures(store, drawn)):
-            named = [(original_name, original)] if original else []
-            named += [(f"seed {image}", png) for image, png in enumerate(pngs)]
-            paths = [Path(folder, f"{number}-{place}") for place in range(len(named))]
-            for file, (_, data) in zip(paths, named, strict=True):
-                file.write_bytes(data)
-            rows.append(sheet.Row(prompt.text, paths, [name for name, _ in named]))
-        with Image.open(rows[0].pictures[-1]) as picture:
-            size = picture.height, picture.width
-        about = f"{len(rows)} captions, {drawn.images} pictures of each" + (
-            "; on the left the picture that has the caption" if any(p.original for p in drawn.prompts) else ""
-        )
-        next(sheet.sheets(title, about, rows, size)).save(path, "PNG")
+    rows = []
+    for prompt, original, pngs in pictures(store, drawn):
+        named = [(original_name, original)] if original else []
+        named += [(f"seed {image}", png) for image, png in enumerate(pngs)]
+        rows.append(sheet.Row(prompt.text, [data for _, data in named], [name for name, _ in named]))
+    with Image.open(io.BytesIO(pngs[-1])) as picture:
+        size = picture.height, picture.width
+    about = f"{len(rows)} captions, {drawn.images} pictures of each" + (
+        "; on the left the picture that has the caption" if any(p.original for p in drawn.prompts) else ""
+    )
+    next(sheet.sheets(title, about, rows, sheet.Layout.of(rows, size))).save(path, "PNG")

@@ -548,7 +548,7 @@ def grey(tmp_path: Path) -> Callable[[int, int, int], Path]:
 
 def test_small_pictures_are_enlarged_and_stand_in_a_grid(grey: Callable[[int, int, int], Path]):
     rows = [sheet.Row(f"row {r}", [grey(16, 16, 80 * r + 20 * c) for c in range(4)], ["seed"] * 4) for r in range(2)]
-    (image,) = sheet.sheets("title", "about", rows, (16, 16))
+    (image,) = sheet.sheets("title", "about", rows, sheet.Layout.of(rows, (16, 16)))
     assert image.width == 4 * 192 + 3 * sheet.GAP + 2 * sheet.MARGIN
     pixels = np.asarray(image)
     for r in range(2):
@@ -566,13 +566,14 @@ def test_large_pictures_are_scaled_down_with_their_shape(grey: Callable[[int, in
     assert (
         sheet.Layout.of([sheet.Row("", [Path()] * 64, [""] * 64)], (512, 512)).width <= sheet.WIDTH + 2 * sheet.MARGIN
     )
-    (image,) = sheet.sheets("t", "a", [sheet.Row("", [grey(768, 1024, 7)], ["seed 0"])], (768, 1024))
+    rows = [sheet.Row("", [grey(768, 1024, 7)], ["seed 0"])]
+    (image,) = sheet.sheets("t", "a", rows, sheet.Layout.of(rows, (768, 1024)))
     assert (np.asarray(image) == 7).all(-1).sum() == 384 * 288
 
 
 def test_many_prompts_go_on_the_next_sheet(grey: Callable[[int, int, int], Path]):
     rows = [sheet.Row(f"row {k}", [grey(512, 512, 5)] * 2, ["seed"] * 2) for k in range(40)]
-    found = list(sheet.sheets("t", "a", rows, (512, 512)))
+    found = list(sheet.sheets("t", "a", rows, sheet.Layout.of(rows, (512, 512))))
     assert len(found) > 1 and all(image.height <= sheet.TALLEST + sheet.MARGIN for image in found)
     assert sum((np.asarray(image) == 5).all(-1).sum() for image in found) == 80 * 384 * 384
 
@@ -580,10 +581,10 @@ def test_many_prompts_go_on_the_next_sheet(grey: Callable[[int, int, int], Path]
 def test_many_seeds_of_one_prompt_go_on_the_next_sheet(grey: Callable[[int, int, int], Path]):
     seeds = 2000
     row = sheet.Row("a caption", [grey(8, 8, 5)] * seeds, ["seed"] * seeds)
-    found = list(sheet.sheets("t", "a", [row], (8, 8)))
+    layout = sheet.Layout.of([row], (8, 8))
+    found = list(sheet.sheets("t", "a", [row], layout))
     assert len(found) > 1 and all(image.height <= sheet.TALLEST + sheet.MARGIN for image in found)
-    cell = sheet.Layout.of([row], (8, 8)).cell
-    assert sum((np.asarray(image) == 5).all(-1).sum() for image in found) == seeds * cell[0] * cell[1]
+    assert sum((np.asarray(image) == 5).all(-1).sum() for image in found) == seeds * layout.cell[0] * layout.cell[1]
 
 
 @given(st.text(alphabet=st.sampled_from("ab W,mi\n"), max_size=200), st.integers(30, 300))

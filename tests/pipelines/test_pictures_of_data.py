@@ -18,9 +18,8 @@ from infra.errors import DataError, SettingsError
 from infra.records import ShardRecord, put_data
 from infra.shards import CAPTIONS, list_shards, parquet_bytes, read_index, shard_key, shard_prefix
 from infra.store import Store, open_store
-from pipelines.pictures import samples
+from pipelines.pictures import samples, sheet
 from pipelines.pictures.samples import contact_sheet
-from pipelines.pictures.sheet import MARGIN
 from pipelines.pictures.statistics import draw
 from tests.data_prep.corpora import prepare_here, settings_for, write_corpus
 from tests.data_prep.test_snapshot import scored
@@ -249,23 +248,26 @@ def test_a_sheet_shows_the_samples_themselves(prepared: tuple[Store, Plan], tmp_
     store, plan = prepared
     accepted = [row for row in rows_of(store, plan) if row["accepted"]]
     contact_sheet(store, plan.digest, plan.edition, "16", tmp_path / "all.png", count=len(accepted), columns=6)
-    with Image.open(tmp_path / "all.png") as sheet:
-        places = _picture_places(sheet, len(accepted), columns=6)
-        for row, place in zip(accepted, places, strict=True):
-            shard = next(s for s in list_shards(store, shard_prefix(plan.digest, "16")) if _holds(store, s, row["key"]))
-            assert shard.tar is not None
-            data = store.get(shard.tar.key, row["offset"], row["offset"] + row["length"])
-            wanted = samples._picture(data)
-            shown = sheet.convert("RGB").crop((*place, place[0] + wanted.width, place[1] + wanted.height))
-            assert shown.tobytes() == wanted.tobytes()
+    with Image.open(tmp_path / "all.png") as image:
+        shown = image.convert("RGB")
+    top = 0
+    for number, row in enumerate(accepted):
+        shard = next(s for s in list_shards(store, shard_prefix(plan.digest, "16")) if _holds(store, s, row["key"]))
+        assert shard.tar is not None
+        data = store.get(shard.tar.key, row["offset"], row["offset"] + row["length"])
+        wanted = sheet.fitted(data, (samples.CELL, samples.CELL))
+        left = sheet.MARGIN + number % 6 * (samples.CELL + sheet.GAP)
+        top = _top(shown, wanted, left, top)  # in the same line as the one before, or in one further down
 
 
-def _picture_places(sheet: Image.Image, count: int, columns: int) -> list[tuple[int, int]]:
-    rows = -(-count // columns)
-    step = (sheet.height - 2 * MARGIN - 34 + samples.GAP) // rows
-    across = samples.CELL + samples.GAP
-    left, top = MARGIN, MARGIN + 34
-    return [(left + n % columns * across, top + n // columns * step) for n in range(count)]
+def _top(shown: Image.Image, wanted: Image.Image, left: int, least: int) -> int:
+    """How far down the picture is, beginning at `least`."""
+    column = np.asarray(shown)[least:, left : left + wanted.width]
+    pixels = np.asarray(wanted)
+    for top in np.flatnonzero((column[:, 0] == pixels[0, 0]).all(-1)):
+        if np.array_equal(column[top : top + len(pixels)], pixels):
+            return least + int(top)
+    raise AssertionError(f"the picture is not at {left} below {least}")
 
 
 def _holds(store: Store, shard: ShardRecord, key: str) -> bool:
