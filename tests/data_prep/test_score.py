@@ -206,6 +206,7 @@ class Bomb:
         self.place = place
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")  # which torch says of what is no file of its own
 def test_heads_that_are_none_are_refused(clip: Path, tmp_path: Path):
     wide = torch.randn(1, CLIP_WIDTH)
     bad: list[tuple[Any, str]] = [
