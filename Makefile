@@ -35,8 +35,8 @@ coverage: $(READY)  ## the share of each file's lines that the suite runs: make 
 	@$(BIN)/python -m coverage combine --quiet
 	@$(BIN)/python -m coverage report
 
-test-slow: $(READY)  ## faults and soaks: whole workflows killed at every stage, races, 100,000 downloads
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --timeout 1500 $(ARGS)
+test-slow: $(READY)  ## faults and soaks: a whole workflow killed at every kind of stage, races, 100,000 downloads
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder --timeout 1500 $(ARGS)
 
 test-faults: $(READY)  ## training ranks that are killed, stopped and stuck, and a store that is away: minutes each
 	$(BIN)/python -m pytest -m faults --timeout 1500 $(ARGS)

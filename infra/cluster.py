@@ -31,7 +31,7 @@ class ClusterSettings(Settings):
 
 
 # Environment variables of Ray and its workers, unless the user has set them.
-_LOCAL_ENVIRONMENT = {
+_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no calls home
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # how soon the end of a training run is noticed
@@ -41,6 +41,11 @@ _LOCAL_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(2 * 10**9),
 }
+
+
+# The same of a cluster that is started here. Nobody announces to it that its machine will be taken away, so no process
+# of a training run need wait for that.
+_LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 # The processes that a local cluster cannot do without: name in the system -> name in messages.
@@ -62,9 +67,9 @@ def connect(settings: ClusterSettings | None = None) -> None:
     settings = settings or ClusterSettings()
     if ray.is_initialized():
         return
-    for name, value in _LOCAL_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     address = settings.address or os.environ.get("RAY_ADDRESS")
+    for name, value in (_ENVIRONMENT | ({} if address else _LOCAL_ENVIRONMENT)).items():
+        os.environ.setdefault(name, value)
     ray._private.worker.print_to_stdstream = _to_standard_error
     if address:
         check_head(address)

@@ -25,6 +25,7 @@ def ray_cluster() -> Iterator[str]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_worker_niceness", "0")  # else the workers starve beside whatever else the machine does
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one actor less a training run, as in infra/
     own_token()
     folder = tempfile.mkdtemp(prefix="pn-", dir="/tmp")  # short: sockets in it have at most 107 characters
     try:

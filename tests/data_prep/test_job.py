@@ -120,37 +120,6 @@ def test_the_same_bytes_whoever_did_the_work(
     assert_as_undisturbed(store, undisturbed, summary)
 
 
-DRIVER = """
-import os, signal, sys
-from data_prep.prepare.job import prepare
-from infra.cluster import ClusterSettings, connect
-from infra.store import open_store
-from tests.data_prep.corpora import settings_for
-from pathlib import Path
-
-def die(progress):
-    if progress.shards == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-connect(ClusterSettings(cpus=1))
-prepare(open_store(sys.argv[1]), settings_for(Path(sys.argv[2]), in_flight=1), die)
-"""
-
-
-@pytest.mark.slow
-def test_a_driver_killed_half_way_is_finished_by_the_next(
-    corpus: Path, store: Store, undisturbed: dict[str, bytes]
-) -> None:
-    # A cluster of its own, as on a laptop: it dies with its driver, and the tests' own one stays out of it.
-    driver = subprocess.run([sys.executable, "-c", DRIVER, store.url, str(corpus)], timeout=120)
-    assert driver.returncode == -signal.SIGKILL
-    plan = make_plan(store, settings_for(corpus))
-    done = sum(1 for _ in list_shards(store, f"shards/{plan.digest}/16/"))
-    assert 2 <= done < len(plan.shards)
-    assert not store.exists(layout.PREPARED.at(plan=plan.digest, edition=plan.edition))
-    assert_as_undisturbed(store, undisturbed, prepare(store, settings_for(corpus)))
-
-
 def summary_of(sizes: dict[str, tuple[int, dict[str, int]]]) -> PrepareSummary:
     made = {
         size: SizeSummary(shards="", count=1, accepted=accepted, rejected=rejected)
@@ -303,8 +272,9 @@ class DeadlyStore(FileStore):
             return file.tell()
 
 
-# Ray by itself starts once more what died with its worker: the second death is the first that the job hears of.
-@pytest.mark.parametrize("deaths", [1, 2, 3])
+# Ray by itself starts once more what died with its worker: the second death is the first that the job hears of, and
+# after the third the last attempt of all is made.
+@pytest.mark.parametrize("deaths", [1, 3])
 def test_downloads_whose_worker_dies_are_tried_again(tmp_path: Path, deaths: int) -> None:
     with Web({f"/{number}": photo(number) for number in range(3)}) as web:
         settings = settings_for(tmp_path, **url_list(tmp_path / "list", web, 3, fetch={"allow_private": True}))

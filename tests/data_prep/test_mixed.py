@@ -117,4 +117,10 @@ def test_four_hundred_items_end_as_they_must(ray_cluster: str, tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_twenty_thousand_items_end_as_they_must(ray_cluster: str, tmp_path: Path) -> None:
-    check(ray_cluster, tmp_path, 20_000, 500, twice=True)
+    check(ray_cluster, tmp_path, 20_000, 500, twice=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_thousand_items_are_the_same_from_their_downloads(ray_cluster: str, tmp_path: Path) -> None:
+    check(ray_cluster, tmp_path, 1_000, 100, twice=True)

@@ -62,7 +62,7 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, An
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "as it is")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    for name in cluster._LOCAL_ENVIRONMENT:
+    for name in cluster._ENVIRONMENT | cluster._LOCAL_ENVIRONMENT:
         monkeypatch.setenv(name, os.environ.get(name, ""))
     return started
 
@@ -80,6 +80,17 @@ def test_a_local_ray_has_folders_of_its_own(nobody: list[dict[str, Any]], tmp_pa
     assert not session.exists()
     assert folders(tmp_path) == []
     assert tempfile.gettempdir() == str(tmp_path)
+
+
+@pytest.mark.parametrize(("address", "watched"), [(None, "0"), ("head:6379", None)])
+def test_only_on_a_cluster_that_is_joined_does_training_wait_for_notices(
+    nobody: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, address: str | None, watched: str | None
+):
+    monkeypatch.setattr(cluster, "check_head", lambda address: None)
+    monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER")
+    connect(ClusterSettings(address=address))
+    assert os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == watched
+    cluster.disconnect()
 
 
 def test_a_ray_that_does_not_start_in_time_is_started_again(

@@ -194,7 +194,7 @@ def ends(result: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.mark.slow
-def test_downloads_that_failed_are_tried_again_when_asked_for(tmp_path: Path):
+def test_downloads_that_failed_are_tried_again_when_asked_for(tmp_path: Path, ray_cluster: str):
     photo = zoo.saved(shaded(1, 40), "PNG")
 
     async def down(request: Request, stream: Stream) -> None:
@@ -208,7 +208,7 @@ def test_downloads_that_failed_are_tried_again_when_asked_for(tmp_path: Path):
         recipe = write_recipe(tmp_path, sources=[source], fetch={"allow_private": True, "retries": 0})
 
         def go(*arguments: str) -> subprocess.CompletedProcess[str]:
-            return pixnerd(*arguments, recipe, "--store", tmp_path / "store")
+            return pixnerd(*arguments, recipe, "--store", tmp_path / "store", "--on", ray_cluster)
 
         counts = "2 accepted, 3 rejected (2 server_error, 1 gone)"
         assert re.fullmatch(rf"  \? \+ data +finished \?, \d images/s; {re.escape(counts)}", ends(go("prepare")))
@@ -269,14 +269,15 @@ def test_a_retry_of_a_run_that_is_refused_is_not_begun(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_warnings_are_shown(tmp_path: Path):
+def test_warnings_are_shown(tmp_path: Path, ray_cluster: str):
     for name, ids in (("one", (1, 2)), ("two", (3, 4))):
         write_tar(tmp_path, f"{name}.tar", *ids)
     source = {"kind": "sa1b", "name": "sa", "url": str(tmp_path), "tables": ["*.parquet"]}
     pq.write_table(pa.table({"image_id": [1, 2], "caption": ["a", "b"]}), tmp_path / "one.parquet")
     make_plan(open_store(str(tmp_path / "store")), parse(PrepareSettings, {"sources": [source], "sizes": [16]}))
     pq.write_table(pa.table({"image_id": [3, 4], "caption": ["c", "d"]}), tmp_path / "two.parquet")
-    result = pixnerd("prepare", write_recipe(tmp_path, sources=[source]), "--store", tmp_path / "store")
+    recipe = write_recipe(tmp_path, sources=[source])
+    result = pixnerd("prepare", recipe, "--store", tmp_path / "store", "--on", ray_cluster)
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
     assert "no image was accepted: 4 rejected (2 no_caption, 2 unknown_format): let the source's `captions`" in last

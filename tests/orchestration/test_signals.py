@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from infra.guard import STOPPED
-from tests.orchestration.test_kill import RECIPE
+from tests.orchestration.small_recipe import RECIPE
 
 SECONDS = 20.0  # that it may take to stop
 
@@ -73,16 +73,21 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "t"
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all tests: what the first has come to, those after it need not make again."""
+    return tmp_path_factory.mktemp("signals") / "store"
+
+
 @pytest.fixture
-def started(tmp_path: Path, temporary: Path) -> Iterator[Callable[..., Run]]:
+def started(tmp_path: Path, store: Path, temporary: Path) -> Iterator[Callable[..., Run]]:
     """Starts the workflow in small; what a test leaves running is killed."""
     recipe = tmp_path / "small.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE))
     runs: list[Run] = []
 
     def start(*more: str, before: str = "") -> Run:
-        store = ("--store", tmp_path / "store", "--set", "low.steps=4000", "--set", "evaluate.sampling.steps=500")
-        runs.append(Run("run", recipe, *store[:4], *more, before=before))
+        runs.append(Run("run", recipe, "--store", store, "--set", "low.steps=4000", *more, before=before))
         return runs[-1]
 
     yield start

@@ -12,10 +12,11 @@ import pytest
 
 @pytest.mark.slow
 def test_two_drivers_killed_and_delayed_publish_the_undisturbed_model():
-    command = [sys.executable, "-W", "ignore", "-m", "tests.training.races", "--races", "16", "--seed", "3"]
+    # Of these ten, five have claims; drivers are killed never, once and twice, with their ranks and without them.
+    command = [sys.executable, "-W", "ignore", "-m", "tests.training.races", "--races", "10", "--seed", "0"]
     played = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200, check=False
     )
     last = played.stdout.strip().splitlines()[-1:]
     assert played.returncode == 0, f"{last} {played.stderr[-3000:]}"
-    assert json.loads(last[0]) == {"races": 16, "bad": {}}
+    assert json.loads(last[0]) == {"races": 10, "bad": {}}

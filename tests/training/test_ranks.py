@@ -18,7 +18,7 @@ from tests.training.ranks import LOADED, STAGES
 FAST = ["zero-3", "zero-3-killed", "4-zero-1", "muon", "muon-alone"]
 FAST_NAMES = {"zero-3", "4-zero-1"}
 KILLED = ["zero-1", "zero-2", "zero-3", "muon", "bf16-exact"]
-SLOW = [*STAGES, *(f"{name}-killed" for name in KILLED), *LOADED]
+SLOW = [*STAGES, *(f"{name}-killed" for name in KILLED if name not in FAST_NAMES), *(LOADED.keys() - FAST_NAMES)]
 
 
 class Runs(NamedTuple):
