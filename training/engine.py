@@ -149,6 +149,15 @@ class Engine:
         norm: torch.Tensor | float = self._engine.get_global_grad_norm()
         return reports, 0.0 if norm is None else norm
 
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Iterable[Any]) -> list[Any]:
+        """The module's reports, and nothing is learnt; with ZeRO 3 every rank must bring as many micro-batches."""
+        self._engine.eval()
+        try:
+            return [self._engine(inputs)[1] for inputs in micro_batches]
+        finally:
+            self._engine.train()
+
     def state(self) -> dict[str, torch.Tensor]:
         """`kind/parameter` -> this rank's fragment of it, for the masters and the optimiser's moments."""
         tensors: dict[str, torch.Tensor] = {}

@@ -39,7 +39,7 @@ from training.encoders.text import TextEncoder
 from training.encoders.vision import VisionEncoder
 from training.engine import Engine
 from training.loader import cache
-from training.loader.batches import Batch, Batches
+from training.loader.batches import Batch, Batches, Drawing
 from training.loader.reader import Reader
 from training.loader.selection import Selection
 from training.meter import Meter
@@ -47,9 +47,11 @@ from training.model.compiled import compile_network
 from training.model.pixnerd import PixNerd
 from training.model.repa_head import RepaHead
 from training.optim import learning_rate
+from training.perf import Perf, flop_per_image, peak
 from training.settings import TrainSettings
 from training.step import Preparer, Trained
 from training.team import Team
+from training.validation import Validation, draw_evenly
 from training.watchdog import Watchdog
 
 Files = dict[str, DataObject]  # by path in the folder that they make up
@@ -111,8 +113,12 @@ class Training:
         self.engine = _shard(self.networks, self.settings, team.size)
         self.ema = Ema(self.engine.masters, self.settings.ema)
         self.prepare = _preparer(self.networks, self.settings, self.engine.device)
-        self.reader = _reader(job)
-        self.batches = _batches(self.reader, self.networks, self.settings, team, self.engine.device)
+        # Before batches are read ahead in threads, which use the same tokenizer.
+        self.validation = _validation(job, self.networks, team, self.prepare)
+        self.perf = _perf(self.networks, self.settings, self.engine.device)
+        self.reader = _reader(job, job.snapshot.selection)
+        drawing = _drawing(self.settings)
+        self.batches = _batches(self.reader, self.networks, self.settings, team, self.engine.device, drawing)
         self.unreadable: set[int] = set()  # rows that were told of
         self.saver = states.Saver(
             job.store,
@@ -180,6 +186,11 @@ class Training:
                     row, meter = meter.read(self.team.size, seconds, rate), Meter(self.engine.device)
                     if broken := self._broken(row):
                         return broken
+                    row |= self.perf.read(row["perf/images_per_second"], self.team.size)
+                    if self.validation is not None and self.step % settings.validation.every == 0:
+                        row |= self.validation.losses(self.engine)
+                        watchdog.beat()
+                        clock = time.perf_counter()
                     self._log(row)
                     if not warned and self.job.ends_soon is not None and self.job.ends_soon():
                         warned = due = True
@@ -223,7 +234,8 @@ class Training:
         self.curve.append({"step": self.step, "images": self.position, **row})
         if self.team.rank == 0:
             self.job.run.metrics(row, self.step)
-            self.send({"event": "log", "step": self.step, "steps": self.settings.steps, **row})
+            at = {"step": self.step, "steps": self.settings.steps, "images": self.position}
+            self.send({"event": "log", **at, **row})
 
     def _save(self) -> None:
         """Commit a state, once all that it was trained on is known to be undamaged."""
@@ -354,24 +366,53 @@ def _preparer(networks: Networks, settings: TrainSettings, device: torch.device)
     return Preparer(device, networks.frozen_text, networks.vision, grid)
 
 
-def _reader(job: Job) -> Reader:
+def _validation(job: Job, networks: Networks, team: Team, prepare: Preparer) -> Validation | None:
+    if not job.settings.validation.every:
+        return None
+    if not job.snapshot.held_out_rows:
+        raise SettingsError(
+            "validation.every is set, but the snapshot holds no samples out",
+            remedy="set held_out in the snapshot's stage, or validation.every to 0",
+        )
+    # One lane and one window, so that they lie in few shards: these are fetched whole, to be checked.
+    count, seed = job.settings.validation.batches, job.settings.seed
+    reading = job.settings.reading.model_copy(update={"lanes": 1, "window": count * job.settings.batch})
+    settings = job.settings.model_copy(update={"reading": reading})
+    with closing(_reader(job, job.snapshot.held_out)) as reader:
+        batches = _batches(reader, networks, settings, team, torch.device("cpu"), partial(draw_evenly, seed))
+        validation = Validation(batches, count, prepare)
+        reader.settle()
+        return validation
+
+
+def _perf(networks: Networks, settings: TrainSettings, device: torch.device) -> Perf:
+    flop = flop_per_image(networks.trained.net.config, networks.text, networks.vision, settings.train_text)
+    return Perf(flop, peak(settings.peak_tflops, settings.precision, device), device)
+
+
+def _reader(job: Job, rows: DataObject) -> Reader:
     reading = job.settings.reading
     folder = cache.Folder(reading.cache or job.cache, reading.cache_gb)
-    selection = Selection.open(job.store, job.snapshot.selection, folder)
+    selection = Selection.open(job.store, rows, folder)
     return Reader(selection, cache.Tars(job.store, folder), job.settings.seed)
 
 
-def _batches(reader: Reader, networks: Networks, settings: TrainSettings, team: Team, device: torch.device) -> Batches:
-    objective, seed = settings.objective, settings.seed
+def _drawing(settings: TrainSettings) -> Drawing:
+    return partial(draw, settings.seed, shift=settings.objective.time_shift, drop=settings.objective.drop)
+
+
+def _batches(
+    reader: Reader, networks: Networks, settings: TrainSettings, team: Team, device: torch.device, drawing: Drawing
+) -> Batches:
     return Batches(
         reader,
         settings.reading,
         batch=settings.batch,
-        draw=partial(draw, seed, shift=objective.time_shift, drop=objective.drop),
+        draw=drawing,
         tokenize=networks.text.tokenize,
         rank=team.rank,
         ranks=team.size,
-        seed=seed,
+        seed=settings.seed,
         device=device,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from training.step import TIME_BINS, Report
@@ -49,8 +51,8 @@ class Meter:
             "train/loss": loss,
             "train/grad_norm": float(self.grad_norm) / max(1, taken),
             "train/lr": rate,
-            "train/images_per_second": self.images * ranks / seconds,
-            "data/wait_share": self.waited / seconds,
+            "perf/images_per_second": self.images * ranks / seconds,
+            "perf/data_wait": self.waited / seconds,
             "data/unreadable": float(sums[-1]),
         }
         if taken < self.steps:
@@ -58,7 +60,10 @@ class Meter:
         if self.aligned:
             values |= {"repa/cosine": matched, "repa/cosine_shuffled": shuffled}
         totals, counts = sums[3 : 3 + TIME_BINS].tolist(), sums[3 + TIME_BINS : -1].tolist()
-        for k, (total, count) in enumerate(zip(totals, counts, strict=True)):
-            if count:
-                values[f"train/loss_t{k / TIME_BINS:.1f}"] = total / count
-        return values
+        return values | by_bin("train/loss_t", totals, counts)
+
+
+def by_bin(prefix: str, totals: Sequence[float], counts: Sequence[float]) -> dict[str, float]:
+    """The means of those bins of time that have samples."""
+    bins = enumerate(zip(totals, counts, strict=True))
+    return {f"{prefix}{k / TIME_BINS:.1f}": total / count for k, (total, count) in bins if count}

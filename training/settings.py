@@ -14,6 +14,7 @@ from training.loader.order import DataSettings
 from training.model.presets import ModelConfig, preset, training_settings
 from training.optim import OptimSettings
 from training.step import ObjectiveSettings
+from training.validation import ValidationSettings
 
 
 class TrainSettings(Settings):
@@ -31,6 +32,7 @@ class TrainSettings(Settings):
     )
     returns: int = Field(3, ge=0, description="how often a broken run goes back to its last good state before it ends")
     reading: DataSettings = DataSettings()
+    validation: ValidationSettings = ValidationSettings()
     exact_gradients: bool = Field(False, description="with bf16: add the gradients of micro-batches up in fp32")
     train_text: int = Field(0, ge=0, description="layers of the text encoder, from its last, to train along")
 
@@ -46,6 +48,9 @@ class TrainSettings(Settings):
     keep_every: int = operational(0, ge=0, description="steps; states at multiples of it are kept for good; 0: none")
     retries: int = operational(
         2, ge=0, description="further attempts after a rank died, hung, or lost the store; each state renews them"
+    )
+    peak_tflops: float = operational(
+        0.0, ge=0, description="of a rank's device, which perf/mfu is a share of; 0: what is known of its GPU"
     )
     hang_after: float = operational(600.0, gt=0, description="seconds without a step after which a run is ended")
 
@@ -79,6 +84,8 @@ class TrainSettings(Settings):
             raise ValueError(f"reading.lanes ({self.reading.lanes}) must be a multiple of workers ({self.workers})")
         if self.save_every % self.log_every or self.keep_every % self.save_every:
             raise ValueError("save_every must be a multiple of log_every, and keep_every one of save_every")
+        if self.validation.every % self.log_every:
+            raise ValueError("validation.every must be a multiple of log_every")
         network = self.network()
         if network.task != "text":
             raise ValueError("only text-to-image networks are trained here; this one draws from labels")

@@ -35,7 +35,7 @@ class ObjectiveSettings(Settings):
 
 
 class Trained(nn.Module):
-    """All parameters that the optimiser updates; the forward pass computes the loss."""
+    """All parameters that the optimiser updates; the forward pass computes the loss, for validation without REPA's."""
 
     def __init__(
         self, net: PixNerd, head: RepaHead | None, text: TextEncoder | None, settings: ObjectiveSettings
@@ -46,14 +46,14 @@ class Trained(nn.Module):
     def forward(self, inputs: Inputs) -> tuple[Tensor, Report]:
         text = inputs.text if self.text is None else self.text(inputs.ids_BT, inputs.mask_BT)
         assert text is not None
-        tap = self.settings.repa_block if self.head is not None else None
+        tap = self.settings.repa_block if self.training and self.head is not None else None
         loss = velocity_loss(as_velocity(self.net), inputs.images_BCHW, text, inputs.noise_BCHW, inputs.t_B, tap)
         # The mean is over all places of the batch, also those of weight 0: else it would depend on the micro-batches.
         total = (loss.per_sample_B * inputs.weight_B).mean()
         by_bin = by_time(loss.per_sample_B, inputs.t_B, TIME_BINS, inputs.weight_B)
         unreadable = (1 - inputs.weight_B).sum()
         report = Report(len(loss.per_sample_B), total.detach(), *by_bin, unreadable)
-        if self.head is not None:
+        if tap is not None and self.head is not None:
             assert loss.tokens_BNH is not None and inputs.features_BNV is not None
             projected = self.head(loss.tokens_BNH)
             total = total + self.settings.repa * alignment_loss(projected, inputs.features_BNV, inputs.weight_B)

@@ -10,6 +10,10 @@ from pipelines.page.markup import Html, tag
 from pipelines.page.plots import Line
 from pipelines.page.story import Story
 
+_EARLIER = {  # what columns were called in curves that are kept
+    "perf/images_per_second": "train/images_per_second",
+    "perf/data_wait": "data/wait_share",
+}
 FIRST_HUE, LAST_HUE = 265, 30  # of the loss by time t: violet at t = 0, noise, orange at t = 1, the image
 
 
@@ -18,9 +22,16 @@ def section_of(story: Story) -> Html | None:
         return None
     marks = {float(_offset(story, k)): story.stages[k].stage for k in story.checkpoints}
     cosines = [*_lines(story, "repa/cosine"), *_lines(story, "repa/cosine_shuffled", dashed=True)]
-    losses, speeds = _lines(story, "train/loss"), _lines(story, "train/images_per_second")
+    losses = [*_lines(story, "train/loss"), *_lines(story, "val/loss", dashed=True)]
+    speeds = _lines(story, "perf/images_per_second")
     charts = (
-        _chart("Velocity loss", "The mean squared error of the velocity.", losses, marks, log=True),
+        _chart(
+            "Velocity loss",
+            "The squared error of the velocity; dashed: of held-out samples.",
+            losses,
+            marks,
+            log=True,
+        ),
         _chart("Loss by time", "From t = 0, noise, to t = 1, the image.", _by_time(story), marks, log=True),
         _chart("REPA", "Cosine with the image's own features; dashed: with another's.", cosines, marks),
         _chart("Speed", f"Images a second. {_waiting(story)}", speeds, marks, zero=True),
@@ -45,7 +56,11 @@ def _offset(story: Story, number: int) -> int:
 
 def _points(story: Story, number: int, column: str) -> list[plots.Point]:
     offset = _offset(story, number)
-    return [(offset + row["images"], row.get(column)) for row in story.curves.get(number, [])]
+    return [(offset + row["images"], _value(row, column)) for row in story.curves.get(number, [])]
+
+
+def _value(row: dict[str, float], column: str) -> float | None:
+    return row.get(column, row.get(_EARLIER.get(column, "")))
 
 
 def _lines(story: Story, column: str, *, dashed: bool = False) -> list[Line]:
@@ -68,6 +83,6 @@ def _by_time(story: Story) -> list[Line]:
 
 
 def _waiting(story: Story) -> str:
-    shares = [row.get("data/wait_share") for rows in story.curves.values() for row in rows]
+    shares = [_value(row, "perf/data_wait") for rows in story.curves.values() for row in rows]
     known = [share for share in shares if share is not None]
     return f"Waiting for data took {sum(known) / len(known):.1%} of the time." if known else ""

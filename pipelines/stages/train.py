@@ -95,6 +95,8 @@ def check_train(settings: TrainStage, below: Below) -> Iterator[Wrong]:
             f"names `{settings.data}`, whose images are of the several sizes of `{size}`",
             "train on a square size: buckets can be prepared, but not trained on yet",
         )
+    if settings.validation.every and not below["data"].held_out:
+        yield Wrong("validation.every", f"is set, but `{settings.data}` holds no samples out", "set held_out there")
     if settings.start_from is not None:
         yield from _other_network(settings.start_from, below["start_from"], settings)
 
@@ -146,10 +148,12 @@ def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
                 left_out = f"{message['left_out']:,} of {message['rows']:,} samples, others in each"
                 log.info("%s: an epoch leaves out %s", context.stage, left_out)
         if message["event"] == "log":
-            speed = f"{message['train/images_per_second']:.0f} images/s"
+            speed = f"{message['perf/images_per_second']:.0f} images/s"
             text = f"step {message['step']} of {message['steps']}, loss {message['train/loss']:.4f}, {speed}"
             context.progress(text, message["step"], message["steps"])
-            context.run.metrics({name: value for name, value in message.items() if "/" in name}, message["step"])
+            figures = {name: value for name, value in message.items() if "/" in name}
+            # MLflow's charts take a metric for their x-axis: images compare runs whose batches differ.
+            context.run.metrics(figures | {"train/images": message["images"]}, message["step"])
         if message["event"] in ("told", "unreadable"):
             log.warning("%s: %s", context.stage, message["text"])
         if message["event"] == "waiting":

@@ -93,12 +93,12 @@ def _settings(options: Options, size: int, compiled: bool) -> dict[str, Any]:
 
 
 def _tell(report: Report, watch: Watch, size: int, batch: int) -> None:
-    rate = watch.middle("train/images_per_second")
-    low, high = (pick(row["train/images_per_second"] for row in watch.rows) for pick in (min, max))
+    rate = watch.middle("perf/images_per_second")
+    low, high = (pick(row["perf/images_per_second"] for row in watch.rows) for pick in (min, max))
     report.figure("images a second", f"{rate:.1f} [{low:.1f}, {high:.1f}], batch {batch}")
     report.figure(f"MFU of {PEAK_TFLOPS} TFLOP/s", f"{100 * rate * TRAIN_TFLOP[size] / PEAK_TFLOPS:.1f} %")
     report.figure("peak memory", watch.peak)
-    report.figure("share of time that waits for data", f"{100 * watch.middle('data/wait_share'):.1f} %")
+    report.figure("share of time that waits for data", f"{100 * watch.middle('perf/data_wait'):.1f} %")
     shares = kernel_shares(watch.profile, watch.seconds, watch.gpu)
     report.figure("share of time in which kernels run", f"{100 * sum(shares.values()):.0f} %, while profiled")
     most = sorted(shares.items(), key=lambda item: -item[1])[:KERNELS]

@@ -217,8 +217,8 @@ def curve(name: str, rows: int) -> list[dict[str, float]]:
     found = []
     for k in range(1, rows + 1):
         loss = floor + 0.7 / (1 + k) * floor * 4 + rng.gauss(0, 0.004)
-        row = {"step": 20 * k, "images": 20 * k * 64, "train/loss": loss, "train/images_per_second": rng.gauss(280, 12)}
-        row |= {"data/wait_share": 0.012, "repa/cosine": 0.8 - 0.6 / (1 + k / 3), "repa/cosine_shuffled": 0.35}
+        row = {"step": 20 * k, "images": 20 * k * 64, "train/loss": loss, "perf/images_per_second": rng.gauss(280, 12)}
+        row |= {"perf/data_wait": 0.012, "repa/cosine": 0.8 - 0.6 / (1 + k / 3), "repa/cosine_shuffled": 0.35}
         row |= {f"train/loss_t{t / 10:.1f}": loss * (1.9 - 0.18 * t) + rng.gauss(0, 0.006) for t in range(10)}
         found.append(row)
     return found

@@ -30,9 +30,9 @@ def test_the_driver_logs_what_rank_0_says(tmp_path: Path, monkeypatch: pytest.Mo
         job = pickle.loads(pickle.dumps(job))
         show({"event": "start", "step": 0, "steps": 30})
         for step in (10, 20, 30):
-            row = {"train/loss": 1 / step, "train/images_per_second": 5.0, "data/wait_share": 0.1}
+            row = {"train/loss": 1 / step, "perf/images_per_second": 5.0, "perf/data_wait": 0.1}
             job.run.metrics(row, step)  # goes nowhere: this machine may not see the database
-            show({"event": "log", "step": step, "steps": 30, **row})
+            show({"event": "log", "step": step, "steps": 30, "images": 4 * step, **row})
             show({"event": "saved", "step": step})
         return SimpleNamespace(parameters=7, position=120)
 
@@ -53,9 +53,9 @@ def test_the_driver_logs_what_rank_0_says(tmp_path: Path, monkeypatch: pytest.Mo
         from mlflow import MlflowClient
 
         client = MlflowClient(tracker.uri)
-        for name, values in {"train/loss": [0.1, 0.05, 1 / 30], "data/wait_share": [0.1] * 3}.items():
+        for name, values in {"train/loss": [0.1, 0.05, 1 / 30], "train/images": [40.0, 80.0, 120.0]}.items():
             found = client.get_metric_history(run.run_id, name)
             assert [(metric.step, metric.value) for metric in found] == list(zip((10, 20, 30), values, strict=True))
         made = client.get_run(run.run_id)
-        assert not {"step", "steps", "event"} & made.data.metrics.keys()
+        assert not {"step", "steps", "event", "images"} & made.data.metrics.keys()
         assert made.inputs.dataset_inputs[0].dataset.name == "snapshot-24"

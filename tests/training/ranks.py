@@ -33,6 +33,7 @@ SETTINGS: dict[str, Any] = {
     "objective": {"repa": 0.0},
     "batch": 8,
     "reading": {"lanes": 8},
+    "validation": {"every": 5, "batches": 2},
 }
 STAGES: dict[str, dict[str, Any]] = {
     "zero-1": {"zero": 1},
@@ -90,6 +91,7 @@ def write_run(job: Job, folder: Path) -> None:
     assert key is not None and key.state is not None
     facts = {
         "losses": [row["train/loss"] for row in key.state.curve],
+        "validated": [row["val/loss"] for row in key.state.curve if "val/loss" in row],
         "files": {name: file.sha256 for name, file in record.files.items()},
     }
     (folder / f"{job.digest}.json").write_text(json.dumps(facts))
@@ -126,6 +128,7 @@ def write_inputs(folder: Path, store: FileStore) -> dict[str, Any]:
 
     def write() -> int:
         snapshot = small_run.write_data(folder / "corpus", store)
+        snapshot = snapshot.model_copy(update={"held_out": snapshot.selection, "held_out_rows": snapshot.rows})
         encoders = small_run.write_encoders(folder / "encoders", store)
         files = {part: {k: f.model_dump() for k, f in files.items()} for part, files in encoders.items()}
         path.write_text(json.dumps({"snapshot": snapshot.model_dump(mode="json"), "encoders": files}))

@@ -65,6 +65,7 @@ def test_killed_ranks_resume_to_the_same_bytes(name: str, runs: Runs):
     assert runs.codes[name] == runs.codes[f"{name}-resumed"] == [0, 0]
     straight, resumed = runs.told(name), runs.told(f"{name}-killed")
     assert len(straight["losses"]) == 14
+    assert len(straight["validated"]) == 2
     assert straight == resumed
     expected, state = runs.state(name), runs.state(f"{name}-killed")
     assert expected.keys() == state.keys()
@@ -83,7 +84,8 @@ def test_other_ranks_and_stages_load_the_state_bit_for_bit(name: str, runs: Runs
 @pytest.mark.parametrize("name", ["zero-2", "zero-3", "offload", "bf16-exact", "bf16-3"])
 def test_all_stages_learn_the_same(name: str, slow: Runs):
     near = 1e-4 if "bf16" not in name else 1e-2
-    assert slow.told(name)["losses"] == pytest.approx(slow.told("zero-1")["losses"], rel=near)
+    for losses in ("losses", "validated"):
+        assert slow.told(name)[losses] == pytest.approx(slow.told("zero-1")[losses], rel=near)
 
 
 def test_muon_on_two_ranks_is_muon_on_one(fast: Runs):
@@ -94,4 +96,5 @@ def test_muon_on_two_ranks_is_muon_on_one(fast: Runs):
     assert "exp_avg_sq/net.trunk.0.mlp.out.weight" not in one  # Muon has no second moment
     for tensor in one:
         assert torch.allclose(one[tensor], two[tensor], rtol=1e-3, atol=1e-5), tensor
+    assert fast.told("muon")["validated"] == pytest.approx(fast.told("muon-alone")["validated"], rel=1e-3)
     assert fast.told("muon")["losses"][-1] != fast.told("zero-3")["losses"][-1]

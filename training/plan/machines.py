@@ -58,6 +58,12 @@ def machines(text: str) -> Machines:
     return Machines(ranks, _device(match[2]))
 
 
+def device_called(name: str) -> Device | None:
+    """The known device that a driver calls, say, `NVIDIA H100 80GB HBM3`; its memory may be another."""
+    known = [device for device in DEVICES.values() if _plain(device.name.partition("-")[0]) in _plain(name)]
+    return known[0] if known else None
+
+
 def _device(name: str) -> Device:
     plain = {_plain(known): device for known, device in DEVICES.items()}
     if _plain(name) in plain:

@@ -1,0 +1,57 @@
+"""How well a rank's device is used: the FLOP that training is known to need, against what the device can do."""
+
+from __future__ import annotations
+
+import resource
+from typing import Any
+
+import torch
+
+from training.encoders.shapes import text_shape, vision_shape
+from training.encoders.text import TextEncoder
+from training.encoders.vision import VisionEncoder
+from training.engine import Precision
+from training.model.presets import ModelConfig
+from training.plan.machines import TERA, device_called
+from training.plan.work import Encoders, work
+
+GIB = 2**30
+
+
+class Perf:
+    """`peak` is the FLOP/s of a rank, which the share is told of; without it, as for CPUs, none is told."""
+
+    def __init__(self, flop_per_image: int, peak: float | None, device: torch.device) -> None:
+        self.flop_per_image, self.peak, self.device = flop_per_image, peak, device
+
+    def read(self, images_per_second: float, ranks: int) -> dict[str, float]:
+        """Of the steps since the last log line; the memory is this rank's, at its most since the run began."""
+        rate = images_per_second * self.flop_per_image / ranks
+        share = {"perf/mfu": rate / self.peak} if self.peak else {}
+        return {"perf/tflops": rate / TERA, **share, "perf/memory_gib": _peak_memory(self.device) / GIB}
+
+
+def flop_per_image(net: ModelConfig, text: TextEncoder, vision: VisionEncoder | None, train_text: int) -> int:
+    shapes = text_shape(text.model.config.to_dict()), vision_shape(_config(vision)) if vision is not None else None
+    return work(net, Encoders(*shapes, train_text)).step
+
+
+def peak(stated: float, precision: Precision, device: torch.device) -> float | None:
+    """FLOP/s of one rank: what the settings say in TFLOP/s, or else what is known of its GPU."""
+    if stated:
+        return stated * TERA
+    if device.type != "cuda":
+        return None
+    known = device_called(torch.cuda.get_device_name(device))
+    return (known.bf16 if precision == "bf16" else known.fp32) if known is not None else None
+
+
+def _config(vision: VisionEncoder) -> dict[str, Any]:
+    config: dict[str, Any] = vision.model.config.to_dict()
+    return config
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
