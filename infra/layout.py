@@ -142,8 +142,13 @@ IMPORTED = Spelling("imported/{digest}")
 TRAINED_FILES = Folder("{home}/checkpoint")
 TRAINED_PARTS = Folder("{home}/checkpoint/{part}")  # such as the text encoder's files
 STATE_PARTS = Folder("{home}/state")  # <step>-<rank>-<attempt>.safetensors
+AVERAGES_PARTS = Folder("{home}/average")  # <step>-<rank>-<number>.safetensors
 CURVES = Folder("{home}")
 CHECKPOINT = Place("{home}/checkpoint.json", "CheckpointRecord", (TRAINED_FILES, TRAINED_PARTS, CURVES))
+CHECKPOINT_AT = Place(  # of a step on the way
+    "{home}/checkpoints/{step:08d}.json", "CheckpointRecord", (TRAINED_FILES, TRAINED_PARTS, CURVES)
+)
+AVERAGES = Place("{home}/averages/{step:08d}.json", "AveragesRecord", (AVERAGES_PARTS,))
 STATE = Place("{home}/states/{step:08d}-{attempt}.json", "TrainingState", (STATE_PARTS,))
 OLD_STATE = Place("{home}/states/{step:08d}.json", "TrainingState", (STATE_PARTS,))  # schema 1: without attempts
 DRIVER = Place("{home}/drivers/{number:06d}.json", "DriverRecord")

@@ -6,6 +6,7 @@
     ├── SnapshotRecord  a dataset version: the rows of which shards, after which filter, split how
     ├── ExportRecord    a copy of a snapshot's samples that was written outside of the store, and where it is
     ├── CheckpointRecord  a trained network at a step, and the data and settings it came from
+    ├── AveragesRecord  all moving averages of a network's weights at a step, from which others are made afterwards
     └── EvalReport      scores with intervals, from which checkpoint, judge and prompts
 
 A record is written after the data that it names, and only if there is none yet: so its existence means that the work is
@@ -107,6 +108,31 @@ class CheckpointRecord(Record):
     start_from: str | None  # digest of the checkpoint it started from
     parameters: int
     curve: DataObject | None = None  # Parquet: one row per logged step
+
+
+class Profile(Plain):
+    """How an average of the weights weighs the steps before it: see `training.profiles`. Either field but not both."""
+
+    decay: float | None = None
+    warmup: bool = False  # whether the decay began low
+    sigma_rel: float | None = None
+
+
+class AveragesPart(Plain):
+    """A rank's share of all averages at a step."""
+
+    files: dict[str, DataObject]  # name of an average -> its values, a flat tensor for each parameter
+    ranges: dict[str, tuple[int, int]]  # parameter -> which of its values
+
+
+class AveragesRecord(Record):
+    run: str  # digest of the training run
+    step: int
+    position: int  # samples consumed
+    snapshot: str  # digest of the snapshot it saw
+    start_from: str | None  # digest of the checkpoint it started from
+    profiles: dict[str, Profile]  # name of an average -> what it is
+    parts: list[AveragesPart]
 
 
 class Interval(Plain):

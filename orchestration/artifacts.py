@@ -8,7 +8,15 @@ from typing import NamedTuple
 
 from infra import layout
 from infra.errors import CheckpointError, DataError, SettingsError
-from infra.records import PrepareSummary, ScoreSummary, SnapshotOutput, StageRecord, TrainOutput, read_record
+from infra.records import (
+    CheckpointRecord,
+    PrepareSummary,
+    ScoreSummary,
+    SnapshotOutput,
+    StageRecord,
+    TrainOutput,
+    read_record,
+)
 from infra.store import Store
 
 
@@ -84,12 +92,48 @@ def checkpoint_key(store: Store, stage: str) -> str:
     checkpoints = [(record.stage, record.of(TrainOutput).record) for record in stage_records(store, "train")]
     keys = [key for name, key in checkpoints if name == stage]
     if not keys:
-        known = sorted({name for name, _ in checkpoints})
+        known = [*sorted({name for name, _ in checkpoints}), *_on_the_way(store)]
         raise CheckpointError(
             f"{store.url} holds no checkpoint of a stage `{stage}`",
             remedy=f"it has {', '.join(known) or 'none at all'}",
         )
     return keys[-1]
+
+
+def _on_the_way(store: Store) -> list[str]:
+    """The keys of the newest checkpoints of trainings that have not ended."""
+    newest: dict[str, str] = {}
+    keys = {entry.key for entry in store.list(layout.TRAINING.under())}
+    for key in sorted(keys):
+        parts = layout.CHECKPOINT_AT.parse(key)
+        if parts and layout.CHECKPOINT.at(home=parts["home"]) not in keys:
+            newest[parts["home"]] = key
+    return list(newest.values())
+
+
+def network_home(store: Store, name: str) -> str:
+    """Where a network lies: that of a train stage's newest checkpoint, or of a record that the run has written.
+
+    A run that is still under way is known by its records alone.
+    """
+    for place in (layout.CHECKPOINT, layout.CHECKPOINT_AT, layout.AVERAGES):
+        if parts := place.parse(name):
+            return str(parts["home"])
+    return str(layout.CHECKPOINT.parts(checkpoint_key(store, name))["home"])
+
+
+def checkpoint_at(store: Store, home: str, step: int) -> str:
+    """The key of a network's checkpoint at a step, on the way or at the end."""
+    last = layout.CHECKPOINT.at(home=home)
+    keys = {layout.CHECKPOINT_AT.parts(key)["step"]: key for key in layout.CHECKPOINT_AT.keys(store, home=home)}
+    if store.exists(last):
+        keys[read_record(store, last, CheckpointRecord).step] = last
+    if step not in keys:
+        raise CheckpointError(
+            f"{store.url}/{home} has no checkpoint of step {step}",
+            remedy=f"steps: {', '.join(map(str, sorted(keys)))}" if keys else "train with export_every",
+        )
+    return keys[step]
 
 
 def makes_again(key: str) -> bool:

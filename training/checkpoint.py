@@ -28,8 +28,9 @@ from training import model as models
 from training.model.fit import differences, refuse, shapes
 
 
-def publish(store: Store, prefix: str, write: Callable[[Path], None], **facts: Any) -> CheckpointRecord:
-    """Store the files that `write(folder)` makes, then the record that names them."""
+def publish(store: Store, prefix: str, write: Callable[[Path], None], key: str = "", **facts: Any) -> CheckpointRecord:
+    """Store the files that `write(folder)` makes, then the record that names them: `key`, or that of a finished run."""
+    key = key or layout.CHECKPOINT.at(home=prefix)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder)
@@ -39,8 +40,8 @@ def publish(store: Store, prefix: str, write: Callable[[Path], None], **facts: A
             key_prefix = "/".join([layout.TRAINED_FILES.at(home=prefix), *relative.parts[:-1]])
             files[relative.as_posix()] = put_data(store, key_prefix, relative.name, path)
     record = CheckpointRecord(folder=layout.TRAINED_FILES.at(home=prefix), files=files, **facts)
-    write_record(store, layout.CHECKPOINT.at(home=prefix), record)
-    return read_record(store, layout.CHECKPOINT.at(home=prefix), CheckpointRecord)
+    write_record(store, key, record)
+    return read_record(store, key, CheckpointRecord)
 
 
 def store_curve(store: Store, prefix: str, curve: list[dict[str, float]]) -> DataObject:
@@ -60,7 +61,7 @@ def publish_folder(store: Store, folder: Path) -> CheckpointRecord:
     hashes = {p.relative_to(folder).as_posix(): sha256_of(p) for p in files}
     name = digest(hashes)
     copy = partial(shutil.copytree, folder, dirs_exist_ok=True)
-    facts = {"run": name, "step": 0, "position": 0, "snapshot": "", "start_from": None, "parameters": 0}
+    facts: dict[str, Any] = {"run": name, "step": 0, "position": 0, "snapshot": "", "start_from": None, "parameters": 0}
     return publish(store, layout.IMPORTED.at(digest=name), copy, **facts)
 
 

@@ -124,7 +124,7 @@ class Engine:
             fragment.of(self.masters[fragment.flat]).copy_(
                 exact[fragment.name].flatten()[fragment.start : fragment.end]
             )
-        self._shapes = {name: tuple(_full_shape(parameter)) for parameter, name in names.items()}
+        self.shapes = {name: tuple(_full_shape(parameter)) for parameter, name in names.items()}
         if isinstance(self._optimizer, Muon):
             self._optimizer.pieces = self._pieces()
 
@@ -194,27 +194,8 @@ class Engine:
             begin = 0
             for name in group:
                 places[name] = (number, begin)
-                begin += math.prod(self._shapes[name])
+                begin += math.prod(self.shapes[name])
         return places
-
-    def gather(self, shards: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """All ranks' flat shards, cut like the masters, as parameters by name in CPU memory of rank 0.
-
-        Every rank must call it; all but rank 0 get an empty dict.
-        """
-        first = self.rank == 0
-        fragments: list[Any] = [None] * self.ranks
-        dist.all_gather_object(fragments, self.fragments)
-        tensors = {name: torch.empty(shape) for name, shape in self._shapes.items()} if first else {}
-        for number, shard in enumerate(shards):
-            own = shard.detach().to(self.device).contiguous()
-            parts = [torch.empty_like(own) for _ in range(self.ranks)] if first else None
-            dist.gather(own, parts)
-            for rank, part in enumerate(parts or ()):
-                for fragment in fragments[rank]:
-                    if fragment.flat == number:
-                        tensors[fragment.name].view(-1)[fragment.start : fragment.end] = fragment.of(part).cpu()
-        return tensors
 
     def _pieces(self) -> dict[torch.Tensor, list[Piece]]:
         """The matrices of every flat tensor that Muon moves."""
@@ -227,7 +208,7 @@ class Engine:
 
     def _piece(self, fragment: Fragment, size: int) -> Piece:
         """Ranks own ranges of `size` of a group's vector, so where a matrix begins says who has the rest of it."""
-        rows, columns = self._shapes[fragment.name]
+        rows, columns = self.shapes[fragment.name]
         begin = self.rank * size + fragment.offset - fragment.start
         first, last = begin // size, (begin + rows * columns - 1) // size
         cuts = (0, *(owner * size - begin for owner in range(first + 1, last + 1)), rows * columns)

@@ -2,7 +2,8 @@
 
 A run deletes its own old states. These were left by runs that were killed after they published and before they deleted
 their states, or between a state's parts and its record. States are recognised by their keys, whichever version wrote
-them and however damaged they are; records only say which states are kept for good, and which parts are in use.
+them and however damaged they are; records only say which states are kept for good, and which parts are in use. Parts of
+averages that no record names go in the same way.
 """
 
 from __future__ import annotations
@@ -49,9 +50,17 @@ def _unused(store: Store, home: str, entries: list[Entry], limit: float) -> Iter
     if any(entry.key == layout.CHECKPOINT.at(home=home) for entry in entries):
         stay = _kept(store, records)
         yield from (entry for entry in (*records, *parts) if entry.key not in stay)
-        return
+    else:
+        yield from _unnamed(store, records, parts, layout.STATE_PARTS.at(home=home), limit)
+    averages = [entry for entry in entries if entry.key.startswith(layout.AVERAGES.under(home=home))]
+    shares = [entry for entry in entries if layout.AVERAGES_PARTS.holds(entry.key)]
+    yield from _unnamed(store, averages, shares, layout.AVERAGES_PARTS.at(home=home), limit)
+
+
+def _unnamed(store: Store, records: list[Entry], parts: list[Entry], prefix: str, limit: float) -> Iterator[Entry]:
+    """Old parts that none of the records names."""
     old = [part for part in parts if part.modified <= limit]
-    named = _named(store, [record.key for record in records], layout.STATE_PARTS.at(home=home)) if old else None
+    named = _named(store, [record.key for record in records], prefix) if old else None
     if named is not None:
         yield from (part for part in old if part.key not in named)
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from infra.claim import Claim
 from infra.errors import SettingsError, TrainingError
@@ -48,6 +47,7 @@ from training.model.pixnerd import PixNerd
 from training.model.repa_head import RepaHead
 from training.optim import learning_rate
 from training.perf import Perf, flop_per_image, peak
+from training.publish import Frame, Publisher
 from training.settings import TrainSettings
 from training.step import Preparer, Trained
 from training.team import Team
@@ -120,6 +120,7 @@ class Training:
         drawing = _drawing(self.settings)
         self.batches = _batches(self.reader, self.networks, self.settings, team, self.engine.device, drawing)
         self.unreadable: set[int] = set()  # rows that were told of
+        self.publisher = _publisher(job, self.origins, self.engine, team)
         self.saver = states.Saver(
             job.store,
             job.prefix,
@@ -226,6 +227,7 @@ class Training:
         self.saver.wait()
         if not self._resume():
             raise _diverged(broken, stopped, 0)
+        self.publisher.take_back(self.step)
         self.position = position
         self.returns = [*returns, states.Return(at=stopped, to=self.step, past=position)]
         self._tell(f"{broken} near step {stopped}: back to step {self.step}, and past the batches since then")
@@ -241,38 +243,26 @@ class Training:
         """Commit a state, once all that it was trained on is known to be undamaged."""
         self.reader.settle()
         step = self.step
+        first = self.publisher.before_state(step, self.position, list(self.curve))
 
         def then() -> None:
             self.job.run.flush()
-            self.send({"event": "saved", "step": step})
+            self.send({"event": "saved", "step": step, "checkpoint": self.publisher.exported(step)})
 
         facts = {"step": step, "position": self.position, "curve": list(self.curve), "returns": list(self.returns)}
-        self.saver.begin(states.collected(self.engine, self.ema), facts, then)
+        self.saver.begin(states.collected(self.engine, self.ema), facts, first, then)
 
     def publish(self) -> CheckpointRecord:
-        """The EMA weights, gathered on rank 0, as a checkpoint folder; the run's states are needed no more."""
-        job, weights = self.job, self.engine.gather(self.ema.shards)
+        """The EMA weights as a checkpoint folder, written by rank 0; the run's states are needed no more."""
+        part = states.collected(self.engine, self.ema)
+        record = self.publisher.publish(part, self.step, self.position, self.curve)
 
-        def publish() -> CheckpointRecord:
-            job.check_claim()
-            networks = _build(self.settings, self.origins)
-            record = checkpoint.publish(
-                job.store,
-                job.prefix,
-                lambda folder: _write(networks, self.origins, weights, folder),
-                run=job.digest,
-                step=self.step,
-                position=self.position,
-                snapshot=job.snapshot.digest(),
-                start_from=job.start_from.digest() if job.start_from is not None else None,
-                parameters=sum(p.numel() for p in networks.trained.net.parameters()),
-                curve=checkpoint.store_curve(job.store, job.prefix, self.curve),
-            )
-            states.drop(job.store, job.prefix, keep=0)
-            job.run.flush()
-            return record
+        def finish() -> None:
+            states.drop(self.job.store, self.job.prefix, keep=0)
+            self.job.run.flush()
 
-        return self.team.on_rank_0(publish)
+        self.team.on_rank_0(finish)
+        return record
 
     def close(self) -> None:
         self.reader.close()
@@ -417,15 +407,21 @@ def _batches(
     )
 
 
-def _write(networks: Networks, origins: Origins, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """A checkpoint folder. The networks were built anew, so what training rounds or shares out does not touch them."""
-    trained = networks.trained
-    unknown = trained.load_state_dict(weights, strict=False).unexpected_keys  # what stays frozen is as it was
-    assert not unknown, f"weights of parameters that the network does not have: {unknown}"
-    own_text = trained.text is not None or isinstance(origins.text, Path)
-    models.save(folder, trained.net, {"text_encoder": "text" if own_text else origins.text})
-    if own_text:
-        networks.text.save(folder / "text")
-    if trained.head is not None:
-        save_file(trained.head.state_dict(), folder / models.HEAD)
-    models.write_sums(folder)
+def _publisher(job: Job, origins: Origins, engine: Engine, team: Team) -> Publisher:
+    settings, start = job.settings, job.start_from
+    return Publisher(
+        job.store,
+        job.prefix,
+        team,
+        job.check_claim,
+        facts={
+            "run": job.digest,
+            "snapshot": job.snapshot.digest(),
+            "start_from": start.digest() if start is not None else None,
+        },
+        frame=lambda: Frame.of(settings.network(), origins.text, trained=settings.train_text > 0),
+        shapes=engine.shapes,
+        ema=settings.ema,
+        every=settings.export_every,
+        steps=settings.steps,
+    )

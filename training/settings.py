@@ -46,6 +46,9 @@ class TrainSettings(Settings):
     save_every: int = operational(500, ge=1, description="steps between committed states; a multiple of log_every")
     keep: int = operational(2, ge=1, description="newest states that are kept; the second is there if one is damaged")
     keep_every: int = operational(0, ge=0, description="steps; states at multiples of it are kept for good; 0: none")
+    export_every: int = operational(
+        0, ge=0, description="steps; the EMA weights of multiples of it are published as checkpoints, too; 0: none"
+    )
     retries: int = operational(
         2, ge=0, description="further attempts after a rank died, hung, or lost the store; each state renews them"
     )
@@ -82,8 +85,10 @@ class TrainSettings(Settings):
             raise ValueError("batch must be a multiple of workers x micro_batch")
         if self.reading.lanes % self.workers:
             raise ValueError(f"reading.lanes ({self.reading.lanes}) must be a multiple of workers ({self.workers})")
-        if self.save_every % self.log_every or self.keep_every % self.save_every:
-            raise ValueError("save_every must be a multiple of log_every, and keep_every one of save_every")
+        if self.save_every % self.log_every:
+            raise ValueError("save_every must be a multiple of log_every")
+        if any(every % self.save_every for every in (self.keep_every, self.export_every, self.ema.keep_every)):
+            raise ValueError("keep_every, export_every and ema.keep_every must be multiples of save_every")
         if self.validation.every % self.log_every:
             raise ValueError("validation.every must be a multiple of log_every")
         network = self.network()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -31,11 +31,10 @@ from infra.records import DataObject, Record, fetch_data, put_data, read_record,
 from infra.store import Store
 from training.ema import Ema
 from training.engine import Engine
-from training.team import Team
+from training.team import Ranges, Team
 from training.zero import Fragment
 
 Allowed = Callable[[], None]  # raises if the run is another driver's by now
-Ranges = Mapping[str, tuple[int, int]]
 
 
 class StateFile(Record):
@@ -80,7 +79,9 @@ class Part(NamedTuple):
 
 
 def collected(engine: Engine, ema: Ema) -> Part:
-    averages = {f"ema/{f.name}": f.of(ema.shards[f.flat]) for f in engine.fragments}
+    averages = {
+        f"{kind}/{f.name}": f.of(shards[f.flat]) for kind, shards in ema.shards.items() for f in engine.fragments
+    }
     return Part(engine.state() | averages, {f.name: (f.start, f.end) for f in engine.fragments})
 
 
@@ -99,14 +100,17 @@ class Saver:
         self._under_way: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def begin(self, part: Part, facts: dict[str, Any], then: Callable[[], None]) -> None:
-        """`facts` are the record's; `then` is called once the state is committed."""
+    def begin(
+        self, part: Part, facts: dict[str, Any], first: Callable[[Team, Part], None], then: Callable[[], None]
+    ) -> None:
+        """`facts` are the record's; `first` is called before the state is written, `then` once it is committed."""
         self.wait()
         part = Part({name: tensor.to("cpu", copy=True) for name, tensor in part.tensors.items()}, part.ranges)
         facts = facts | {"kept": self._keep_every > 0 and facts["step"] % self._keep_every == 0}
 
         def work() -> None:
             try:
+                first(self.team, part)
                 self._save(part, facts)
                 then()
             except BaseException as error:  # noqa: BLE001 - it is raised where the training is
@@ -266,8 +270,9 @@ def _load(state: TrainingState, folder: Path, engine: Engine, ema: Ema) -> None:
             return torch.cat(pieces)
 
         engine.load_state(read, state.step)
-        for fragment in engine.fragments:
-            fragment.of(ema.shards[fragment.flat]).copy_(read("ema", fragment))
+        for kind, shards in ema.shards.items():
+            for fragment in engine.fragments:
+                fragment.of(shards[fragment.flat]).copy_(read(kind, fragment))
 
 
 def _pieces(files: Sequence[tuple[Ranges, Any]], tensor: str, name: str, start: int, end: int) -> Iterator[Tensor]:

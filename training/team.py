@@ -7,14 +7,17 @@ rank is raised on all of them, so that no rank waits for one that has stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from infra.errors import PixnerdError, TrainingError
 
 T = TypeVar("T")
+Ranges = Mapping[str, tuple[int, int]]  # parameter -> a range of its own flat vector
 
 
 class Team:
@@ -50,6 +53,25 @@ class Team:
                 f"the ranks do not agree on {what}: {', '.join(str(other) for other in values)}",
                 remedy="run again: nothing of this was written",
             )
+
+    def gathered(self, tensors: Mapping[str, Tensor], ranges: Ranges) -> dict[str, Tensor]:
+        """Flat tensors in rank 0's host memory, put together from all ranks' ranges of them; the others get none."""
+        everyones = self.on_each_rank(lambda: dict(ranges))
+        if self.rank:
+            for name in ranges:
+                dist.send(tensors[name].cpu().contiguous(), dst=0, group=self._group)
+            return {}
+        sizes: dict[str, int] = {}
+        for theirs in everyones:
+            sizes |= {name: max(end, sizes.get(name, 0)) for name, (_, end) in theirs.items()}
+        whole = {name: torch.empty(size) for name, size in sizes.items()}
+        for rank, theirs in enumerate(everyones):
+            for name, (start, end) in theirs.items():
+                if rank:
+                    dist.recv(whole[name][start:end], src=rank, group=self._group)
+                else:
+                    whole[name][start:end] = tensors[name]
+        return whole
 
 
 def _outcome(work: Callable[[], T]) -> tuple[T | None, PixnerdError | None]:

@@ -31,6 +31,7 @@ from infra import layout
 from infra.config import digest
 from infra.errors import DataError, SettingsError
 from infra.records import (
+    AveragesRecord,
     CheckpointRecord,
     DataObject,
     ExportRecord,
@@ -87,7 +88,7 @@ class AffectedSnapshot(NamedTuple):
 
 
 class AffectedCheckpoint(NamedTuple):
-    """A checkpoint of a model that has used some of the items."""
+    """A checkpoint of a model that has used some of the items, or the averages that were kept of it."""
 
     checkpoint: str  # key of its record
     digest: str
@@ -313,15 +314,21 @@ def _affected_exports(store: Store, snapshots: Collection[str]) -> list[Affected
 def _affected_checkpoints(store: Store, snapshots: Sequence[AffectedSnapshot]) -> list[AffectedCheckpoint]:
     training = {affected.digest for affected in snapshots if affected.training}
     held_out = {affected.digest for affected in snapshots if affected.held_out}
+    kinds: dict[layout.Place, type[CheckpointRecord | AveragesRecord]] = {
+        layout.CHECKPOINT: CheckpointRecord,
+        layout.CHECKPOINT_AT: CheckpointRecord,
+        layout.AVERAGES: AveragesRecord,
+    }
     records = {
-        entry.key: read_record(store, entry.key, CheckpointRecord)
+        entry.key: read_record(store, entry.key, kind)
         for home in (layout.TRAINING, layout.IMPORTED)
         for entry in store.list(home.under())
-        if layout.CHECKPOINT.parse(entry.key)
+        for place, kind in kinds.items()
+        if place.parse(entry.key)
     }
     by_digest = {record.digest(): record for record in records.values()}
 
-    def how(record: CheckpointRecord | None) -> str | None:
+    def how(record: CheckpointRecord | AveragesRecord | None) -> str | None:
         own = "held_out" if record and record.snapshot in held_out else None
         first = record
         while record is not None:

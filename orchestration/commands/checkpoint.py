@@ -1,10 +1,10 @@
-"""`pixnerd checkpoint`: show, import, export and fetch checkpoints."""
+"""`pixnerd checkpoint`: show, import, export and fetch checkpoints, and average their weights otherwise."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ from orchestration.patience import doing
 from orchestration.terminal import print_json
 
 if TYPE_CHECKING:
+    from infra.records import AveragesRecord, Profile
     from training.model.fit import Shape
     from training.model.presets import ModelConfig
 
@@ -33,6 +34,7 @@ _PARTS = {
     "field.": "field",
     "head.": "linear head",
 }
+_WHICH = "Name of the train stage, or the key of a record that a training has written: it need not have ended."
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
 
 
@@ -229,25 +231,99 @@ def export(
 
 @app.command("fetch", epilog="Example: pixnerd checkpoint fetch sft champion --store runs/demo")
 def fetch(
-    stage: Annotated[str, typer.Argument(help="Name of the train stage.")],
+    stage: Annotated[str, typer.Argument(help=_WHICH)],
     folder: Annotated[Path, typer.Argument(help="Folder to write it to; new, or empty.")],
     store: Annotated[str, typer.Option("--store", help="The workflow's store.")],
+    step: Annotated[int | None, typer.Option(help="Of the steps that export_every kept. [default: the last]")] = None,
     json_: JsonOption = False,
 ) -> None:
     """Copy the newest checkpoint of a train stage from the store into an ordinary folder."""
+    from infra import layout
     from infra.records import CheckpointRecord, read_record
     from infra.store import open_store
-    from orchestration.artifacts import checkpoint_key
+    from orchestration.artifacts import checkpoint_at, checkpoint_key, network_home
     from training import checkpoint as checkpoints
 
-    doing(f"fetching the newest checkpoint of `{stage}`")
+    doing(f"fetching {'the newest checkpoint' if step is None else f'step {step}'} of `{stage}`")
     opened = open_store(store)
-    key = checkpoint_key(opened, stage)
-    if folder.exists() and any(folder.iterdir()):
-        raise SettingsError(f"the folder {folder} is not empty", remedy="name a new one")
+    if step is not None:
+        key = checkpoint_at(opened, network_home(opened, stage), step)
+    elif layout.CHECKPOINT_AT.parse(stage) or layout.CHECKPOINT.parse(stage):
+        key = stage
+    else:
+        key = checkpoint_key(opened, stage)
+    _refuse_filled(folder)
     record = read_record(opened, key, CheckpointRecord)
     checkpoints.fetch(opened, record, folder)
     if json_:
         print_json(record.model_dump(mode="json"))
     else:
         print(f"step {record.step} of `{stage}` is in {folder}")
+
+
+@app.command("ema", epilog="Example: pixnerd checkpoint ema sft wide --store runs/demo --sigma-rel 0.12")
+def ema(
+    stage: Annotated[str, typer.Argument(help=_WHICH)],
+    store: Annotated[str, typer.Option("--store", help="The workflow's store.")],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="Folder to write the checkpoint to; new, or empty. [default: tell what was kept]"),
+    ] = None,
+    decay: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Of an exponential average: 0.9995.")] = None,
+    sigma_rel: Annotated[
+        float | None, typer.Option(min=0.0, max=0.288, help="Relative width of a power-function average: 0.12.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="As of a step that was kept. [default: the last]")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Make a checkpoint with another moving average of the weights, out of those that its training kept.
+
+    A training keeps averages where `ema.keep_every`, `ema.more_decays` or `ema.sigma_rel` are set. One that it tracked
+    itself is written as it was; any other is the combination of all kept ones that comes nearest to it, and what
+    remains between them is told as the part of its weight that lies at other steps.
+    """
+    from infra.store import open_store
+    from orchestration.artifacts import network_home
+    from training import posthoc
+
+    opened = open_store(store)
+    home = network_home(opened, stage)
+    if folder is None:
+        _show_averages(posthoc.averages(opened, home), as_json=json_)
+        return
+    if (decay is None) == (sigma_rel is None):
+        raise SettingsError("which average to make is not clear", remedy="give either --decay or --sigma-rel")
+    if decay == 1 or sigma_rel == 0:
+        raise SettingsError("such an average never moves, or is none", remedy="--decay below 1, --sigma-rel above 0")
+    _refuse_filled(folder)
+    doing(f"making an average out of those that `{stage}` kept")
+    made = posthoc.make(opened, home, folder, decay=decay, sigma_rel=sigma_rel, step=step)
+    if json_:
+        print_json({"folder": str(folder), **made._asdict()})
+        return
+    how = f"decay {decay:g}" if decay is not None else f"sigma_rel {sigma_rel:g}"
+    print(f"step {made.step} of `{stage}` with {how} is in {folder}")
+    if made.averages == 1 and not made.misplaced:
+        print("training tracked this average itself")
+    else:
+        print(f"made of {made.averages} averages; {made.misplaced:.2%} of its weight lies at other steps")
+
+
+def _show_averages(records: Sequence[AveragesRecord], *, as_json: bool) -> None:
+    kept = [{"step": r.step, "averages": [p.model_dump() for p in r.profiles.values()]} for r in records]
+    if as_json:
+        print_json(kept)
+        return
+    rows = [[f"{record.step:,}", ", ".join(map(_profile, record.profiles.values()))] for record in records]
+    terminal.table(["step", "averages"], rows)
+
+
+def _profile(profile: Profile) -> str:
+    if profile.sigma_rel is not None:
+        return f"sigma_rel {profile.sigma_rel:g}"
+    return f"decay {profile.decay:g}{' after a warm-up' if profile.warmup else ''}"
+
+
+def _refuse_filled(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise SettingsError(f"the folder {folder} is not empty", remedy="name a new one")

@@ -113,9 +113,15 @@ def _facts(plan: StagePlan) -> list[tuple[str, str]]:
         ("training", f"{_flop(work.step)}FLOP an image, {_flop(work.frozen)}FLOP of them in frozen encoders"),
         ("time", _time(plan)),
         ("network", _network(plan)),
-        ("disk", f"{plan.states} training states of {_gb(plan.state)}, a checkpoint of {_gb(plan.checkpoint)}"),
+        ("disk", _stored(plan)),
         ("host memory", f"{_gb(plan.memory().on_host)} a rank, beside what Python and its libraries take"),
     ]
+
+
+def _stored(plan: StagePlan) -> str:
+    last = "a checkpoint" if plan.checkpoints == 1 else f"{plan.checkpoints} checkpoints"
+    kept = f", averages of {_gb(plan.kept_averages)}" if plan.kept_averages else ""
+    return f"{plan.states} training states of {_gb(plan.state)}, {last} of {_gb(plan.checkpoint)}{kept}"
 
 
 def _each(parts: Mapping[str, float]) -> str:
@@ -178,7 +184,7 @@ def _show_total(plans: Sequence[StagePlan], prepared: Iterable[Shards]) -> None:
 
 
 def _disk(plan: StagePlan) -> float:
-    return plan.states * plan.state + plan.checkpoint
+    return plan.states * plan.state + plan.checkpoints * plan.checkpoint + plan.kept_averages
 
 
 def _sum(values: Sequence[float | None]) -> float | None:
@@ -236,7 +242,13 @@ def _stage_json(plan: StagePlan) -> dict[str, Any]:
         "hours": plan.hours,
         "cost": plan.cost,
         "sent_a_step": plan.sent,
-        "disk": {"states": plan.states, "state": plan.state, "checkpoint": plan.checkpoint},
+        "disk": {
+            "states": plan.states,
+            "state": plan.state,
+            "checkpoints": plan.checkpoints,
+            "checkpoint": plan.checkpoint,
+            "averages": plan.kept_averages,
+        },
     }
 
 

@@ -16,7 +16,7 @@ from data_prep.snapshots.forget import Forgotten, ForgottenItems, ForgottenRecor
 from data_prep.snapshots.settings import SnapshotSettings
 from infra import layout
 from infra.errors import DataError, SettingsError
-from infra.records import CheckpointRecord, SnapshotRecord, put_data, read_record, write_record
+from infra.records import AveragesRecord, CheckpointRecord, SnapshotRecord, put_data, read_record, write_record
 from infra.shards import list_shards, parquet_bytes, read_index, read_selection, shard_key, shard_prefix
 from infra.store import FileStore, Store, open_store
 from tests.data_prep.corpora import prepare_here, settings_for, write_corpus
@@ -316,6 +316,19 @@ def test_who_has_seen_them(fresh: tuple[Store, Plan]) -> None:
     assert holders[holds.digest()] == (0, 1) and witnesses == {"first": "held_out"}
     rejected = [row["key"] for row in rows_of(fresh) if not row["accepted"]]
     assert seen(rejected) == ({}, {})
+
+    early = checkpoints["first"].model_copy(update={"step": 0})
+    facts = early.model_dump(include={"run", "step", "position", "snapshot", "start_from"})
+    left = {
+        layout.CHECKPOINT_AT.at(home="training/first", step=0): early,
+        layout.AVERAGES.at(home="training/first", step=0): AveragesRecord(**facts, profiles={}, parts=[]),
+    }
+    for key, record in left.items():
+        write_record(store, key, record)
+    found = forget(store, others[0][:2], "asked", twins=False, dry_run=True)
+    assert {witness.checkpoint: witness.how for witness in found.checkpoints}.items() >= dict.fromkeys(
+        left, "trained"
+    ).items()
 
 
 def checkpoint(store: Store, folder: str, data: SnapshotRecord, start_from: str | None) -> CheckpointRecord:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, load_file, save_file
 
+from infra import layout
 from infra.records import CheckpointRecord, DataObject, SnapshotRecord, get_data, read_record
 from infra.store import FileStore
 from tests.training import small_run
@@ -43,6 +45,11 @@ STAGES: dict[str, dict[str, Any]] = {
     "muon": {"zero": 1, "optim": {"lr": 1e-3, "matrices": "muon", "weight_decay": 0.1, "text_lr": 0.1}},
     "bf16-exact": {"zero": 1, "precision": "bf16", "exact_gradients": True, "micro_batch": 2},
     "bf16-3": {"zero": 3, "precision": "bf16"},
+    "averages": {
+        "zero": 2,
+        "ema": {"decay": 0.9, "more_decays": [0.5], "sigma_rel": [0.05, 0.1], "keep_every": 7},
+        "export_every": 7,
+    },
 }
 LOADED: dict[str, tuple[int, dict[str, Any]]] = {  # how many ranks load the state of two ranks at ZeRO 3, and how
     "1-zero-1": (1, {"zero": 1}),
@@ -51,8 +58,10 @@ LOADED: dict[str, tuple[int, dict[str, Any]]] = {  # how many ranks load the sta
     "2-zero-3": (2, {"zero": 3}),
     "4-zero-3": (4, {"zero": 3}),
     "2-offload": (2, {"zero": 1, "offload": True}),
+    "1-averages": (1, {"zero": 1, "ema": STAGES["averages"]["ema"]}),  # that of two ranks with as many averages
     "2-decay": (2, {"zero": 1, "optim": {"lr": 1e-3, "weight_decay": 0.1}}),  # in two groups: another order
 }
+WRITTEN = {"1-averages": "averages"}  # of what other run the state is
 
 
 class Keeps(FileStore):
@@ -93,6 +102,16 @@ def write_run(job: Job, folder: Path) -> None:
         "losses": [row["train/loss"] for row in key.state.curve],
         "validated": [row["val/loss"] for row in key.state.curve if "val/loss" in row],
         "files": {name: file.sha256 for name, file in record.files.items()},
+        "kept": {
+            key.removeprefix(job.prefix): sorted(set(re.findall(r'"sha256":"(\w+)"', job.store.get(key).decode())))
+            for key in layout.AVERAGES.keys(job.store, home=job.prefix)
+        },
+        "on the way": {
+            key.removeprefix(job.prefix): {
+                name: file.sha256 for name, file in read_record(job.store, key, CheckpointRecord).files.items()
+            }
+            for key in layout.CHECKPOINT_AT.keys(job.store, home=job.prefix)
+        },
     }
     (folder / f"{job.digest}.json").write_text(json.dumps(facts))
     save_file(whole_state(job, key.state.step), folder / f"{job.digest}.safetensors")
@@ -168,7 +187,7 @@ def main(folder: Path, names: list[str]) -> None:
             write_run(broken, folder)
     for name in LOADED.keys() & names:
         ranks, changes = LOADED[name]
-        codes[name] = loads(job(name, ranks, changes), job("zero-3", 2, {}), folder)
+        codes[name] = loads(job(name, ranks, changes), job(WRITTEN.get(name, "zero-3"), 2, {}), folder)
     (folder / "codes.json").write_text(json.dumps(codes))
 
 

@@ -68,6 +68,24 @@ def test_parts_that_no_state_names_go_when_they_are_old(store: FileStore):
     assert collect_states(store, 0.0) == States(1, 4)
 
 
+def test_parts_of_averages_stay_if_a_record_names_them_and_go_when_they_are_old(store: FileStore):
+    def share(run: str, step: int) -> str:
+        name = f"{step:08d}-00000-0.safetensors"
+        return put_data(store, f"training/{run}/average", name, f"{run} {step}".encode()).key
+
+    store.put("training/done/checkpoint.json", b"{}")
+    stay: set[str] = {"training/done/checkpoint.json"}
+    for run in ("done", "under-way"):
+        record = f"training/{run}/averages/00000002.json"
+        store.put(record, json.dumps({"parts": [{"files": {"ema": {"key": share(run, 2)}}}]}).encode())
+        stay |= {record, share(run, 2)}
+        share(run, 4)
+    age(store)
+    young = share("under-way", 6)
+    assert collect_states(store).objects == 2
+    assert keys(store) == stay | {young}
+
+
 def test_a_state_that_cannot_be_read_may_name_anything(store: FileStore):
     unnamed = part(store, "run", 2)
     store.put("training/run/states/00000002-attempt.json", b"{")

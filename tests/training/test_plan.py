@@ -218,6 +218,20 @@ def test_a_higher_stage_of_zero_never_needs_more_memory_for_the_published_networ
             assert three <= two <= one, (gpus, settings)
 
 
+def test_each_average_is_one_more_shard_in_memory_and_in_every_state():
+    ema = {"more_decays": [0.999], "sigma_rel": [0.05, 0.1]}
+    one, four = plan(), plan(ema=ema)
+    shard = 4 * one.sizes.trained
+    assert four.memory().device["EMA"] == 4 * one.memory().device["EMA"] == 4 * shard / 16
+    assert four.state - one.state == 3 * shard
+    assert (one.kept_averages, four.kept_averages) == (0, 4 * shard)  # at the end
+    assert plan(ema=ema | {"keep_every": 500}, steps=1600).kept_averages == 4 * 4 * shard
+    assert [plan(export_every=every).checkpoints for every in (0, 500)] == [1, 2]
+    host = [plan("1xH200", export_every=every).memory().on_host for every in (0, 500)]
+    assert host[1] - host[0] <= 4 * one.sizes.held
+    assert host[1] >= 4 * (5 * one.sizes.trained)  # the copy of a state, and the weights to publish
+
+
 def test_a_batch_twice_as_large_costs_twice_the_flop_and_the_time():
     once, twice = plan(), plan(batch=3072)
     assert twice.flop == 2 * once.flop

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.ranks import LOADED, STAGES
+from tests.training.ranks import LOADED, STAGES, WRITTEN
 
 FAST = ["zero-3", "zero-3-killed", "4-zero-1", "muon", "muon-alone"]
 FAST_NAMES = {"zero-3", "4-zero-1"}
-KILLED = ["zero-1", "zero-2", "zero-3", "muon", "bf16-exact"]
+KILLED = ["zero-1", "zero-2", "zero-3", "muon", "bf16-exact", "averages"]
 SLOW = [*STAGES, *(f"{name}-killed" for name in KILLED if name not in FAST_NAMES), *(LOADED.keys() - FAST_NAMES)]
 
 
@@ -75,9 +75,22 @@ def test_killed_ranks_resume_to_the_same_bytes(name: str, runs: Runs):
 @pytest.mark.parametrize("name", named(LOADED))
 def test_other_ranks_and_stages_load_the_state_bit_for_bit(name: str, runs: Runs):
     assert set(runs.codes[name]) == {0}
-    written, loaded = runs.state("zero-3"), runs.state(name)
+    written, loaded = runs.state(WRITTEN.get(name, "zero-3")), runs.state(name)
     assert written.keys() == loaded.keys()
     assert all(torch.equal(written[tensor], loaded[tensor]) for tensor in written)
+
+
+@pytest.mark.slow
+def test_killed_ranks_leave_all_averages_and_checkpoints_on_the_way(slow: Runs):
+    """That they are the same after a kill is held above; here that they are there, and the first is as ever."""
+    told, state = slow.told("averages"), slow.state("averages")
+    assert sorted(told["kept"]) == [f"/averages/{step:08d}.json" for step in (7, 14, 20)]
+    assert sorted(told["on the way"]) == [f"/checkpoints/{step:08d}.json" for step in (7, 14)]
+    assert {len(hashes) for hashes in told["kept"].values()} == {2 * 4}  # of two ranks
+    kinds = {name.partition("/")[0] for name in state}
+    assert kinds >= {"ema", "ema-decay-0.5", "ema-sigma-0.05", "ema-sigma-0.1"}
+    plain = slow.state("zero-2")
+    assert all(torch.equal(plain[name], state[name]) for name in plain)
 
 
 @pytest.mark.slow

@@ -46,6 +46,8 @@ class Setup(NamedTuple):
     exact_gradients: bool
     bf16: bool
     gpu: bool
+    averages: int = 1
+    exports: bool = False  # whether rank 0 brings a whole average together while training goes on
 
     @property
     def width(self) -> int:
@@ -73,7 +75,7 @@ def memory(setup: Setup, sizes: Sizes, image: float, encoding: float) -> Memory:
     share, width = 1 / setup.ranks, setup.width
     whole = min(sizes.held, GATHERED) if setup.ranks > 1 else 0  # one rank uses its weights where they lie
     state = FP32 * share * (sizes.trained + sizes.moments)
-    average = FP32 * share * sizes.trained
+    averages = FP32 * share * sizes.trained * setup.averages
     activations = setup.micro_batch * max(image, encoding)
     # The update takes its gradients in fp32, when the activations are gone.
     update = FP32 * share * sizes.trained if setup.bf16 and not setup.exact_gradients and not setup.offload else 0.0
@@ -82,12 +84,12 @@ def memory(setup: Setup, sizes: Sizes, image: float, encoding: float) -> Memory:
         "gradients": _gradients(setup, sizes),
         "exchange buffer": _bucket(setup, sizes),
         "masters and moments": 0.0 if setup.offload else state,
-        "EMA": 0.0 if setup.offload else average,
+        "EMA": 0.0 if setup.offload else averages,
         "frozen encoders": float(FP32 * sizes.frozen),
         "activations or update": max(activations, update),
         "allowance": (CONTEXT if setup.gpu else 0.0) + GAPS * activations,
     }
-    return Memory(device, _host(setup, sizes, state, average))
+    return Memory(device, _host(setup, sizes, state, averages))
 
 
 def _gradients(setup: Setup, sizes: Sizes) -> float:
@@ -107,12 +109,16 @@ def _bucket(setup: Setup, sizes: Sizes) -> float:
     return float(width * (BUCKET if setup.gpu else min(BUCKET, sizes.trained)))
 
 
-def _host(setup: Setup, sizes: Sizes, state: float, average: float) -> dict[str, float]:
-    """A rank builds all networks in host memory, and copies a state there while it is committed: never both at once."""
+def _host(setup: Setup, sizes: Sizes, state: float, averages: float) -> dict[str, float]:
+    """A rank builds all networks in host memory, and copies a state there while it is committed: never both at once.
+
+    A checkpoint on the way is written from that copy; its own text encoder is read for it.
+    """
     exact = sizes.trained if setup.bf16 else 0  # the weights before they are rounded
     building = FP32 * (sizes.held + sizes.frozen + exact)
-    apart = state + average + FP32 * sizes.trained / setup.ranks if setup.offload else 0.0  # with the gradients
-    return {"offloaded state": apart, "networks at the start, or a state that is saved": max(building, state + average)}
+    apart = state + averages + FP32 * sizes.trained / setup.ranks if setup.offload else 0.0  # with the gradients
+    saving = state + averages + (FP32 * sizes.held if setup.exports else 0)
+    return {"offloaded state": apart, "networks at the start, or a state that is saved": max(building, saving)}
 
 
 def activations(config: ModelConfig, encoders: Encoders, *, bf16: bool, gpu: bool) -> dict[str, float]:

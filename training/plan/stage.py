@@ -104,6 +104,8 @@ class StagePlan:
             "exact_gradients": s.exact_gradients,
             "bf16": s.precision == "bf16",
             "gpu": self.machines.device.gpu,
+            "averages": self._averages,
+            "exports": bool(s.export_every),
         }
         return Setup(**(taken | changes))
 
@@ -202,8 +204,12 @@ class StagePlan:
 
     @property
     def state(self) -> int:
-        """Bytes of a training state: masters, moments and EMA, in fp32."""
-        return FP32 * (2 * self.sizes.trained + self.sizes.moments)
+        """Bytes of a training state: masters, moments and averages, in fp32."""
+        return FP32 * ((1 + self._averages) * self.sizes.trained + self.sizes.moments)
+
+    @property
+    def _averages(self) -> int:
+        return len(self.settings.ema.profiles())
 
     @property
     def states(self) -> int:
@@ -212,6 +218,20 @@ class StagePlan:
         written = (s.steps - 1) // s.save_every
         for_good = (s.steps - 1) // s.keep_every if s.keep_every else 0
         return min(written, s.keep + 1 + for_good)
+
+    @property
+    def kept_averages(self) -> int:
+        """Bytes of all averages that are kept for good."""
+        s = self.settings
+        times = (s.steps - 1) // s.ema.keep_every if s.ema.keep_every else 0
+        times += s.ema.keeps(s.steps, s.steps)
+        return FP32 * self.sizes.trained * self._averages * times
+
+    @property
+    def checkpoints(self) -> int:
+        """That which it ends with, and those on the way."""
+        s = self.settings
+        return 1 + ((s.steps - 1) // s.export_every if s.export_every else 0)
 
     @property
     def checkpoint(self) -> int:
