@@ -2,6 +2,7 @@
 
 <prefix>/checkpoint/<name>-<sha256>       config.json, model.safetensors (EMA), text/, repa head, SHA256SUMS
 <prefix>/checkpoint.json                  the record of the checkpoint: the run is done
+<prefix>/checkpoints/<step>.json          the same of a step on the way, with its files beside those above
 """
 
 from __future__ import annotations

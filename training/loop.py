@@ -1,7 +1,8 @@
 """A training run from the snapshot to the published checkpoint; every rank runs `train`.
 
     build or inherit the network -> shard it -> resume from the newest committed state -> steps, each followed by an EMA
-    update -> a state committed every `save_every` steps -> the EMA weights as a checkpoint, its record last
+    update -> a state committed every `save_every` steps, and before it what is kept for good (`publish.py`) -> the EMA
+    weights as a checkpoint, its record last
 
 Only rank 0 asks the store for the run's states, and broadcasts what it reads; the ranks compare what they are about to
 do. So two drivers on one run at the same time cannot make a model of mixed steps. Data order, noise, times and dropped

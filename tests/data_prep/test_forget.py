@@ -325,10 +325,8 @@ def test_who_has_seen_them(fresh: tuple[Store, Plan]) -> None:
     }
     for key, record in left.items():
         write_record(store, key, record)
-    found = forget(store, others[0][:2], "asked", twins=False, dry_run=True)
-    assert {witness.checkpoint: witness.how for witness in found.checkpoints}.items() >= dict.fromkeys(
-        left, "trained"
-    ).items()
+    told = forget(store, others[0][:2], "asked", twins=False, dry_run=True).checkpoints
+    assert {witness.checkpoint: witness.how for witness in told}.items() >= dict.fromkeys(left, "trained").items()
 
 
 def checkpoint(store: Store, folder: str, data: SnapshotRecord, start_from: str | None) -> CheckpointRecord:
