@@ -154,7 +154,7 @@ def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
             figures = {name: value for name, value in message.items() if "/" in name}
             # MLflow's charts take a metric for their x-axis: images compare runs whose batches differ.
             context.run.metrics(figures | {"train/images": message["images"]}, message["step"])
-        if message["event"] == "saved" and message["checkpoint"]:
+        if message["event"] == "saved" and message.get("checkpoint"):
             context.progress(f"the checkpoint of step {message['step']} is {message['checkpoint']}")
         if message["event"] in ("told", "unreadable"):
             log.warning("%s: %s", context.stage, message["text"])
