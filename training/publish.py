@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from infra import layout
 from infra.errors import NotFound
-from infra.records import AveragesPart, AveragesRecord, CheckpointRecord, put_data, write_record
+from infra.records import AveragesPart, AveragesRecord, CheckpointRecord, DataObject, put_data, write_record
 from infra.store import Store
 from training import checkpoint
 from training import model as models
@@ -138,7 +138,7 @@ class Publisher:
             return
         profiles = self.ema.profiles()
 
-        def put(number: int, average: str) -> Any:
+        def put(number: int, average: str) -> DataObject:
             own = {name: part.tensors[f"{average}/{name}"].cpu().contiguous() for name in part.ranges}
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "average.safetensors"

@@ -237,7 +237,7 @@ def fetch(
     step: Annotated[int | None, typer.Option(help="Of the steps that export_every kept. [default: the last]")] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Copy the newest checkpoint of a train stage from the store into an ordinary folder."""
+    """Copy a checkpoint of a train stage, the newest by default, from the store into an ordinary folder."""
     from infra import layout
     from infra.records import CheckpointRecord, read_record
     from infra.store import open_store
