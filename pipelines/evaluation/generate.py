@@ -24,14 +24,23 @@ from training.sampling import Artist, SampleSettings
 Show = Callable[[str, int, int], None]  # a text, how much is done, of how much
 
 
+class Resources(NamedTuple):
+    """What a drawing task asks Ray for, and how many of them run at once; None for twice the cluster's CPUs."""
+
+    cpus: float = 1
+    gpus: float = 0
+    at_once: int | None = None
+
+
 class Order(NamedTuple):
-    """What is drawn of each of some prompts, and where the pictures go."""
+    """What is drawn of each of some prompts, where the pictures go, and with what they are drawn."""
 
     store: Store
     folder: str
     checkpoint: CheckpointRecord
     images: int  # pictures of each prompt
     settings: SampleSettings
+    resources: Resources = Resources()
 
 
 def generate(order: Order, prompts: Sequence[str], show: Show) -> list[DataObject]:
@@ -51,14 +60,15 @@ class _Drawing(Work[int, DataObject]):
     noun = "batches of pictures"
 
     def __init__(self, order: Order, chunks: Mapping[int, Sequence[str]]) -> None:
-        super().__init__(chunks)
+        super().__init__(chunks, order.resources.at_once)
         self._order, self._chunks = order, chunks
 
     def begin(self) -> None:
         import ray
 
         super().begin()
-        self._draw = ray.remote(num_cpus=1, max_retries=1)(_draw_chunk)
+        cpus, gpus, _ = self._order.resources
+        self._draw = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(_draw_chunk)
 
     def start(self, piece: int, again: bool) -> Any:
         return self._draw.remote(self._order, piece, self._chunks[piece])

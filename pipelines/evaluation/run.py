@@ -16,7 +16,7 @@ from infra.records import CheckpointRecord, DataObject, EvalReport, Record, put_
 from infra.shards import parquet_bytes
 from infra.store import Store
 from pipelines.evaluation import geneval as protocol
-from pipelines.evaluation.generate import Order, Show, generate, read_pictures
+from pipelines.evaluation.generate import Order, Resources, Show, generate, read_pictures
 from pipelines.evaluation.judges import Image, Judge, ShapeJudge
 from pipelines.evaluation.prompts import Prompt, load_prompts, shape_prompts
 from pipelines.evaluation.statistics import intervals
@@ -50,11 +50,16 @@ class Pictures(Record):
 
 
 def geneval(
-    store: Store, stage: str, checkpoint: CheckpointRecord, settings: GenevalSettings, show: Show
+    store: Store,
+    stage: str,
+    checkpoint: CheckpointRecord,
+    settings: GenevalSettings,
+    show: Show,
+    resources: Resources = Resources(),
 ) -> EvalReport:
     """Evaluate a checkpoint by GenEval; pictures that an interrupted run drew are used again."""
     prompts = _prompts(settings)
-    order = Order(store, layout.JUDGED.at(stage=stage), checkpoint, settings.images, settings.sampling)
+    order = Order(store, layout.JUDGED.at(stage=stage), checkpoint, settings.images, settings.sampling, resources)
     drawn = _draw(order, layout.PICTURES.at(stage=stage), [prompt.prompt for prompt in prompts], show)
     judge: Judge = ShapeJudge()
     pictures = read_pictures(store, drawn.tars)

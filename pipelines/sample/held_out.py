@@ -18,7 +18,7 @@ from infra.errors import NotFound
 from infra.records import CheckpointRecord, DataObject, Plain, Record, SnapshotRecord, read_record, recorded
 from infra.shards import read_selection
 from infra.store import Store
-from pipelines.evaluation.generate import Order, Show, generate, read_pictures
+from pipelines.evaluation.generate import Order, Resources, Show, generate, read_pictures
 from pipelines.pictures import sheet
 from training.sampling import SampleSettings
 
@@ -58,13 +58,19 @@ class Drawn(Record):
 
 
 def draw(
-    store: Store, stage: str, checkpoint: CheckpointRecord, data: SnapshotRecord, settings: DrawSettings, show: Show
+    store: Store,
+    stage: str,
+    checkpoint: CheckpointRecord,
+    data: SnapshotRecord,
+    settings: DrawSettings,
+    show: Show,
+    resources: Resources = Resources(),
 ) -> Drawn:
     key = layout.SAMPLES.at(stage=stage)
     if store.exists(key):
         return read_record(store, key, Drawn)
     prompts = [*(Prompt(text=text) for text in settings.prompts), *_captions(store, data, settings.count)]
-    order = Order(store, layout.SAMPLED.at(stage=stage), checkpoint, settings.images, settings.sampling)
+    order = Order(store, layout.SAMPLED.at(stage=stage), checkpoint, settings.images, settings.sampling, resources)
     drawn = Drawn(
         checkpoint=checkpoint.digest(),
         prompts=prompts,

@@ -6,13 +6,15 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from infra import layout
-from infra.config import Settings, parse
+from infra.config import Settings, operational, parse
 from infra.problems import Wrong
 from infra.records import (
     DataObject,
@@ -26,6 +28,7 @@ from infra.records import (
 )
 from infra.store import Store
 from infra.tracking import NOWHERE
+from pipelines.sample.previews import Preview, Previews, PreviewSettings
 from pipelines.stages.base import Below, Context, Inputs, StageKind, checkpoint_of, snapshot_of, stage_reference
 from training.encoders.known import known
 from training.model import outline
@@ -82,6 +85,9 @@ class TrainStage(TrainSettings):
     data: str = stage_reference()
     start_from: str | None = stage_reference(None)
     encoders: str | None = stage_reference(None)
+    previews: PreviewSettings | None = operational(
+        None, description="what is drawn of every checkpoint that `export_every` publishes, beside the training"
+    )
     text_encoder: str = Field("Qwen/Qwen3-1.7B", description="a published text encoder, where `encoders` is not given")
     vision_encoder: str = Field("facebook/dinov2-base", description="for REPA, where `encoders` is not given")
 
@@ -97,6 +103,8 @@ def check_train(settings: TrainStage, below: Below) -> Iterator[Wrong]:
         )
     if settings.validation.every and not below["data"].held_out:
         yield Wrong("validation.every", f"is set, but `{settings.data}` holds no samples out", "set held_out there")
+    if settings.previews is not None and not settings.export_every:
+        yield Wrong("previews", "are drawn of checkpoints on the way, and there are none", "set export_every")
     if settings.start_from is not None:
         yield from _other_network(settings.start_from, below["start_from"], settings)
 
@@ -141,34 +149,57 @@ def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
     )
     _log_lineage(context, settings, data, inputs["data"].of(SnapshotOutput).record)
 
-    def show(message: dict[str, Any]) -> None:
-        if message["event"] == "start":
-            context.progress(f"step {message['step']} of {message['steps']}", message["step"], message["steps"])
-            if message.get("left_out"):
-                left_out = f"{message['left_out']:,} of {message['rows']:,} samples, others in each"
-                log.info("%s: an epoch leaves out %s", context.stage, left_out)
-        if message["event"] == "log":
-            speed = f"{message['perf/images_per_second']:.0f} images/s"
-            text = f"step {message['step']} of {message['steps']}, loss {message['train/loss']:.4f}, {speed}"
-            context.progress(text, message["step"], message["steps"])
-            figures = {name: value for name, value in message.items() if "/" in name}
-            # MLflow's charts take a metric for their x-axis: images compare runs whose batches differ.
-            context.run.metrics(figures | {"train/images": message["images"]}, message["step"])
-        if message["event"] == "saved" and message.get("checkpoint"):
-            context.progress(f"the checkpoint of step {message['step']} is {message['checkpoint']}")
-        if message["event"] in ("told", "unreadable"):
-            log.warning("%s: %s", context.stage, message["text"])
-        if message["event"] == "waiting":
-            context.progress(f"another run on {message['host']} trains this already; waiting for it to end")
-
     context.progress(f"starting {settings.workers} ranks" if settings.workers > 1 else "starting")
-    record = fit(job, show)
+    with _previews(context, settings, data) as previews:
+        record = fit(job, partial(_show, context, previews))
     return TrainOutput(
         record=layout.CHECKPOINT.at(home=job.prefix),
         parameters=record.parameters,
         images_seen=record.position,
         image_size=job.settings.network().image_size,
     )
+
+
+def _show(context: Context, previews: Previews | None, message: dict[str, Any]) -> None:
+    """Pass on what rank 0 says: to the terminal, to MLflow, to what draws previews."""
+    if message["event"] == "start":
+        context.progress(f"step {message['step']} of {message['steps']}", message["step"], message["steps"])
+        if message.get("left_out"):
+            left_out = f"{message['left_out']:,} of {message['rows']:,} samples, others in each"
+            log.info("%s: an epoch leaves out %s", context.stage, left_out)
+    if message["event"] == "log":
+        speed = f"{message['perf/images_per_second']:.0f} images/s"
+        text = f"step {message['step']} of {message['steps']}, loss {message['train/loss']:.4f}, {speed}"
+        context.progress(text, message["step"], message["steps"])
+        figures = {name: value for name, value in message.items() if "/" in name}
+        # MLflow's charts take a metric for their x-axis: images compare runs whose batches differ.
+        context.run.metrics(figures | {"train/images": message["images"]}, message["step"])
+    if message["event"] == "saved" and message.get("checkpoint"):
+        context.progress(f"the checkpoint of step {message['step']} is {message['checkpoint']}")
+        if previews is not None:
+            previews.begin(message["step"], message["checkpoint"])
+    if message["event"] in ("told", "unreadable"):
+        log.warning("%s: %s", context.stage, message["text"])
+    if message["event"] == "waiting":
+        context.progress(f"another run on {message['host']} trains this already; waiting for it to end")
+
+
+def _previews(context: Context, settings: TrainStage, data: SnapshotRecord) -> AbstractContextManager[Previews | None]:
+    if settings.previews is None:
+        return nullcontext()
+
+    def show(preview: Preview) -> None:
+        context.run.artifact(preview.sheet)
+        if preview.report is not None:
+            scores = {f"preview/{name}": score.value for name, score in preview.report.scores.items()}
+            context.run.metrics(scores, preview.step)
+        log.info("%s: drawn at step %d: %s", context.stage, preview.step, preview.sheet)
+
+    def tell(text: str) -> None:
+        log.warning("%s: %s", context.stage, text)
+
+    home = context.home / "previews" / context.stage
+    return Previews(context.store, context.digest, home, data, settings.previews, show, tell)
 
 
 def fitted(settings: TrainStage, size: int | None, text_width: int) -> dict[str, Any]:
