@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from infra import layout
@@ -39,7 +38,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @pytest.fixture(scope="module")
-def run(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def run(store: Store, alone: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Trains on one rank, in this process; with `kill_after` it breaks off behind the state of that step."""
     folder = tmp_path_factory.mktemp("inputs")
     snapshot = small_run.write_data(folder / "corpus", store)
@@ -52,11 +51,7 @@ def run(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]
 
         return train(small_run.job_in(store, snapshot, encoders, name, **changes), say)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_RANK", "0")
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
-        yield trained
-        dist.destroy_process_group()
+    return trained
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
-import torch.distributed as dist
 
 from infra.claim import held
 from infra.config import canonical_json
@@ -47,17 +45,6 @@ def snapshot(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Snapshot
 @pytest.fixture(scope="module")
 def encoders(store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, DataObject]]:
     return small_run.write_encoders(tmp_path_factory.mktemp("encoders"), store)
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A world of one rank, in this process."""
-    file = tmp_path_factory.mktemp("rendezvous") / "file"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_RANK", "0")
-        dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-        yield
-        dist.destroy_process_group()
 
 
 @pytest.fixture

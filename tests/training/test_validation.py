@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.distributed as dist
 
 from infra.errors import SettingsError
 from infra.records import CheckpointRecord, SnapshotRecord, get_data
@@ -22,8 +20,8 @@ from training.validation import draw_evenly
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A world of one rank, with a snapshot that holds its own samples out."""
+def world(alone: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs on one rank, and a snapshot; most runs hold its samples out."""
     folder = tmp_path_factory.mktemp("validation")
     store = FileStore(folder / "store")
     snapshot = small_run.write_data(folder / "corpus", store)
@@ -33,11 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     def job(name: str, data: SnapshotRecord = held, **changes: Any) -> Job:
         return small_run.job_in(store, data, encoders, name, **changes)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_RANK", "0")
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
-        yield job, snapshot
-        dist.destroy_process_group()
+    return job, snapshot
 
 
 def curve(job: Job, record: CheckpointRecord) -> list[dict[str, Any]]:
