@@ -108,6 +108,7 @@ class CheckpointRecord(Record):
     start_from: str | None  # digest of the checkpoint it started from
     parameters: int
     curve: DataObject | None = None  # Parquet: one row per logged step
+    truncated_captions: int | None = None  # of those it was trained on: longer than the network's text tokens
 
 
 class Profile(Plain):

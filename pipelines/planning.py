@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from data_prep.images.sizes import Buckets
@@ -13,6 +14,7 @@ from infra.errors import CheckpointError, SettingsError
 from pipelines.stages.data import CorpusStage, source_references
 from pipelines.stages.fitting import has_text, size_of, text_encoder
 from pipelines.stages.train import EncodersStage, TrainStage, fitted
+from training.encoders.hub import split
 from training.encoders.known import config_of
 from training.encoders.shapes import (
     PUBLISHED_TEXT,
@@ -53,7 +55,7 @@ def _plan(
             remedy=f"take another number, or change it with --set {name}.batch=N or --set {name}.micro_batch=N",
         ) from None
     vision = _vision(settings, stages) if settings.objective.repa else None
-    encoders = Encoders(text, vision, settings.train_text)
+    encoders = Encoders(text, vision, settings.train_text, settings.encoder_precision == "bf16")
     return StagePlan(name, on_these, encoders, machines, rates, has_text(settings, stages))
 
 
@@ -61,7 +63,7 @@ def _text(name: str, settings: TrainStage, stages: Mapping[str, Settings]) -> Te
     _, source = text_encoder(name, settings, stages)
     if isinstance(source, EncodersStage):
         return tiny_text(**source.text.model_dump())
-    return PUBLISHED_TEXT.get(source) or _shape(source, text_shape)
+    return _published(PUBLISHED_TEXT, source) or _shape(source, text_shape)
 
 
 def _vision(settings: TrainStage, stages: Mapping[str, Settings]) -> VisionShape:
@@ -69,7 +71,12 @@ def _vision(settings: TrainStage, stages: Mapping[str, Settings]) -> VisionShape
     if isinstance(stage, EncodersStage):
         return tiny_vision(**stage.vision.model_dump(exclude={"heads"}))
     source = settings.vision_encoder
-    return PUBLISHED_VISION.get(source) or _shape(source, vision_shape)
+    return _published(PUBLISHED_VISION, source) or _shape(source, vision_shape)
+
+
+def _published(shapes: Mapping[str, S], source: str) -> S | None:
+    """A published encoder's shape, which is the same at each of its revisions."""
+    return None if Path(source).exists() else shapes.get(split(source)[0])
 
 
 def _shape(source: str, read: Callable[[Mapping[str, Any]], S]) -> S:

@@ -35,6 +35,7 @@ from training import checkpoint, states
 from training import model as models
 from training.diffusion.draws import draw
 from training.ema import Ema
+from training.encoders.hub import pinned
 from training.encoders.text import TextEncoder
 from training.encoders.vision import VisionEncoder
 from training.engine import Engine
@@ -107,7 +108,7 @@ class Training:
 
     def __init__(self, job: Job, send: Send, team: Team, folder: Path) -> None:
         self.job, self.settings, self.send, self.team = job, job.settings, send, team
-        self.origins = _fetch(job, folder)
+        self.origins = _fetch(job, folder, lambda encoder: team.on_rank_0(partial(pinned, encoder)))
         self.networks = _build(self.settings, self.origins)
         if self.settings.compile:
             compile_network(self.networks.trained.net)
@@ -122,6 +123,7 @@ class Training:
         self.batches = _batches(self.reader, self.networks, self.settings, team, self.engine.device, drawing)
         self.unreadable: set[int] = set()  # rows that were told of
         self.publisher = _publisher(job, self.origins, self.engine, team)
+        self.told_truncated = False  # that captions are cut
         self.saver = states.Saver(
             job.store,
             job.prefix,
@@ -234,11 +236,19 @@ class Training:
         self._tell(f"{broken} near step {stopped}: back to step {self.step}, and past the batches since then")
 
     def _log(self, row: dict[str, float]) -> None:
+        if row["data/truncated_captions"] and not self.told_truncated:
+            self._tell_truncated()
         self.curve.append({"step": self.step, "images": self.position, **row})
         if self.team.rank == 0:
             self.job.run.metrics(row, self.step)
             at = {"step": self.step, "steps": self.settings.steps, "images": self.position}
             self.send({"event": "log", **at, **row})
+
+    def _tell_truncated(self) -> None:
+        self.told_truncated = True
+        tokens = self.settings.network().text_tokens
+        text = f"some captions are cut, as they are longer than {tokens} tokens (model.text_tokens)"
+        self._tell(f"{text}; data/truncated_captions counts them")
 
     def _save(self) -> None:
         """Commit a state, once all that it was trained on is known to be undamaged."""
@@ -286,13 +296,13 @@ class Origins:
     vision: Path | str | None
 
 
-def _fetch(job: Job, folder: Path) -> Origins:
+def _fetch(job: Job, folder: Path, pin: Callable[[str], str] = pinned) -> Origins:
     start = checkpoint.fetch(job.store, job.start_from, folder / "start") if job.start_from is not None else None
 
     def local(encoder: Files | str, name: str) -> Path | str:
         if isinstance(encoder, dict):
             return checkpoint.fetch_files(job.store, encoder, folder / name)
-        return Path(encoder) if Path(encoder).exists() else encoder
+        return Path(encoder) if Path(encoder).exists() else pin(encoder)
 
     inherited = start / "text" if start is not None and (start / "text").exists() else None
     text = inherited or local(job.text, "text")
@@ -319,15 +329,21 @@ def _build(settings: TrainSettings, origins: Origins) -> Networks:
     net = PixNerd(settings.network())
     if origins.start is not None:
         checkpoint.load_part(origins.start / models.WEIGHTS, net, "the network")
+    frozen = torch.bfloat16 if settings.encoder_precision == "bf16" else torch.float32
     text = TextEncoder(
-        origins.text, net.config.text_tokens, train_layers=settings.train_text, rounded=net.config.round_text
+        origins.text,
+        net.config.text_tokens,
+        dtype=torch.float32 if settings.train_text else frozen,
+        train_layers=settings.train_text,
+        rounded=net.config.round_text,
+        needed=net.config.text_padding if settings.pack_text else None,
     )
     if text.width != net.config.text_dim:
         raise SettingsError(
             f"the text encoder's features are {text.width} wide, the network expects {net.config.text_dim}",
             remedy=f"set model.text_dim to {text.width}, or name another encoder",
         )
-    vision = VisionEncoder(origins.vision) if origins.vision is not None else None
+    vision = VisionEncoder(origins.vision, dtype=frozen) if origins.vision is not None else None
     head = RepaHead(net.config.hidden, vision.width) if vision is not None else None
     if head is not None and origins.start is not None and (origins.start / models.HEAD).exists():
         checkpoint.load_part(origins.start / models.HEAD, head, "the REPA head")

@@ -14,9 +14,9 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self.steps = self.reports = self.images = 0
-        # Loss, 2 cosines, losses by bin, counts by bin, images that could not be decoded. They stay on the device, as
-        # reading them back stalls a step.
-        self.sums = torch.zeros(4 + 2 * TIME_BINS, dtype=torch.float64, device=device)
+        # Loss, 2 cosines, losses by bin, counts by bin; images that could not be decoded, and captions that were cut.
+        # They stay on the device, as reading them back stalls a step.
+        self.sums = torch.zeros(5 + 2 * TIME_BINS, dtype=torch.float64, device=device)
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self.taken = torch.zeros((), dtype=torch.int64, device=device)  # steps whose gradient was finite
         self.waited = 0.0
@@ -37,8 +37,9 @@ class Meter:
             cosines = report.alignment or (torch.zeros_like(report.loss),) * 2
             means = torch.stack([value.float() for value in (report.loss, *cosines)])
             values = torch.cat([means, report.loss_by_time.float(), report.count_by_time.float()])
-            self.sums[:-1] += torch.where(finite, values, 0.0)
-            self.sums[-1] += report.unreadable
+            self.sums[:-2] += torch.where(finite, values, 0.0)
+            self.sums[-2] += report.unreadable
+            self.sums[-1] += report.truncated
 
     def read(self, ranks: int, seconds: float, rate: float) -> dict[str, float]:
         """The means over steps and ranks so far; every rank must call it. The loss is NaN where no step was taken."""
@@ -53,13 +54,14 @@ class Meter:
             "train/lr": rate,
             "perf/images_per_second": self.images * ranks / seconds,
             "perf/data_wait": self.waited / seconds,
-            "data/unreadable": float(sums[-1]),
+            "data/unreadable": float(sums[-2]),
+            "data/truncated_captions": float(sums[-1]),
         }
         if taken < self.steps:
             values["train/skipped_steps"] = self.steps - taken
         if self.aligned:
             values |= {"repa/cosine": matched, "repa/cosine_shuffled": shuffled}
-        totals, counts = sums[3 : 3 + TIME_BINS].tolist(), sums[3 + TIME_BINS : -1].tolist()
+        totals, counts = sums[3 : 3 + TIME_BINS].tolist(), sums[3 + TIME_BINS : -2].tolist()
         return values | by_bin("train/loss_t", totals, counts)
 
 

@@ -127,6 +127,7 @@ class Publisher:
                 step=step,
                 position=position,
                 parameters=sum(p.numel() for p in models.outline(frame.config).parameters()),
+                truncated_captions=round(sum(row.get("data/truncated_captions", 0.0) for row in curve)),
                 curve=checkpoint.store_curve(self.store, self.prefix, curve),
                 **self.facts,
             )

@@ -35,6 +35,12 @@ class TrainSettings(Settings):
     validation: ValidationSettings = ValidationSettings()
     exact_gradients: bool = Field(False, description="with bf16: add the gradients of micro-batches up in fp32")
     train_text: int = Field(0, ge=0, description="layers of the text encoder, from its last, to train along")
+    encoder_precision: Precision = Field(
+        "fp32", description="what encoders that are not trained compute in; on GPUs choose bf16"
+    )
+    pack_text: bool = Field(
+        False, description="encode no pads that are masked, and the empty caption once; the same but for rounding"
+    )
 
     workers: int = operational(1, ge=1, description="ranks: GPUs, or processes on CPUs")
     device: Literal["auto", "gpu", "cpu"] = operational("auto", description="auto: GPUs where the cluster has some")

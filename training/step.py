@@ -44,7 +44,7 @@ class Trained(nn.Module):
         self.net, self.head, self.text, self.settings = net, head, text, settings
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Report]:
-        text = inputs.text if self.text is None else self.text(inputs.ids_BT, inputs.mask_BT)
+        text = inputs.text if self.text is None else self.text(inputs.ids_BT, inputs.mask_BT, inputs.lengths)
         assert text is not None
         tap = self.settings.repa_block if self.training and self.head is not None else None
         loss = velocity_loss(as_velocity(self.net), inputs.images_BCHW, text, inputs.noise_BCHW, inputs.t_B, tap)
@@ -52,7 +52,7 @@ class Trained(nn.Module):
         total = (loss.per_sample_B * inputs.weight_B).mean()
         by_bin = by_time(loss.per_sample_B, inputs.t_B, TIME_BINS, inputs.weight_B)
         unreadable = (1 - inputs.weight_B).sum()
-        report = Report(len(loss.per_sample_B), total.detach(), *by_bin, unreadable)
+        report = Report(len(loss.per_sample_B), total.detach(), *by_bin, unreadable, inputs.truncated_B.sum())
         if tap is not None and self.head is not None:
             assert loss.tokens_BNH is not None and inputs.features_BNV is not None
             projected = self.head(loss.tokens_BNH)
@@ -67,6 +67,8 @@ class Inputs:
     weight_B: Tensor  # 0 where there was no image to read, else 1
     ids_BT: Tensor  # tokens of the captions
     mask_BT: Tensor
+    truncated_B: Tensor  # whether a caption was longer than that
+    lengths: list[int]  # tokens of each caption, which the CPU knows without waiting for the device
     noise_BCHW: Tensor
     t_B: Tensor
     text: Text | None  # features of a frozen text encoder
@@ -82,6 +84,7 @@ class Report:
     loss_by_time: Tensor
     count_by_time: Tensor
     unreadable: Tensor  # images that could not be decoded
+    truncated: Tensor  # captions that were longer than the network takes
     alignment: Alignment | None = None
 
 
@@ -99,6 +102,9 @@ class Preparer:
         batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
         images_BCHW = batch.images_BCHW.contiguous().float() / 127.5 - 1
         noise_BCHW = normal(batch.bits_BN, tuple(images_BCHW.shape[1:]))
-        text = self.frozen_text(batch.ids_BT, batch.mask_BT) if self.frozen_text is not None else None
+        tokens, lengths = (batch.ids_BT, batch.mask_BT), batch.lengths.tolist()
+        text = self.frozen_text(*tokens, lengths) if self.frozen_text is not None else None
         features = self.vision(images_BCHW, self.grid) if self.vision is not None else None
-        return Inputs(images_BCHW, batch.weight_B, batch.ids_BT, batch.mask_BT, noise_BCHW, batch.t_B, text, features)
+        return Inputs(
+            images_BCHW, batch.weight_B, *tokens, batch.truncated_B, lengths, noise_BCHW, batch.t_B, text, features
+        )

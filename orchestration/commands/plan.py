@@ -18,9 +18,9 @@ app = typer.Typer()
 
 _NOTES = (
     "All of it is arithmetic: nothing was run. Time is FLOP / (ranks x peak x mfu), that of frozen encoders by the "
-    "peak of fp32, in which they run; evaluation, start-up, saving and Muon's own products are left out. Activations "
-    "are those without `compile`. The allowance is 2 GB for CUDA and NCCL, and a tenth of the activations. "
-    "GB are 10^9 bytes."
+    "peak of their own precision, with every caption as long as it may be; evaluation, start-up, saving and Muon's "
+    "own products are left out. Activations are those without `compile`. The allowance is 2 GB for CUDA and NCCL, and "
+    "a tenth of the activations. GB are 10^9 bytes."
 )
 _WIDTH = 116  # of a line
 
@@ -109,7 +109,7 @@ def _facts(plan: StagePlan) -> list[tuple[str, str]]:
     return [
         ("parameters", f"{', '.join(sizes)}; trained {_count(plan.sizes.trained)}"),
         ("forward", f"FLOP an image: {_each(forward)}"),
-        ("encoders", f"FLOP an image: {_each(encoders)}"),
+        ("encoders", f"FLOP an image: {_each(encoders)}; frozen ones in {'bf16' if plan.encoders.bf16 else 'fp32'}"),
         ("training", f"{_flop(work.step)}FLOP an image, {_flop(work.frozen)}FLOP of them in frozen encoders"),
         ("time", _time(plan)),
         ("network", _network(plan)),

@@ -81,6 +81,9 @@ def _put_encoder(context: Context, name: str, folder: Path) -> dict[str, DataObj
     return {path.name: put_data(context.store, prefix, path.name, path) for path in sorted(folder.iterdir())}
 
 
+_PUBLISHED = "a text encoder of the hub, NAME or NAME@REVISION, or a folder's path; where `encoders` is not given"
+
+
 class TrainStage(TrainSettings):
     data: str = stage_reference()
     start_from: str | None = stage_reference(None)
@@ -88,7 +91,7 @@ class TrainStage(TrainSettings):
     previews: PreviewSettings | None = operational(
         None, description="what is drawn of every checkpoint that `export_every` publishes, beside the training"
     )
-    text_encoder: str = Field("Qwen/Qwen3-1.7B", description="a published text encoder, where `encoders` is not given")
+    text_encoder: str = Field("Qwen/Qwen3-1.7B", description=_PUBLISHED)
     vision_encoder: str = Field("facebook/dinov2-base", description="for REPA, where `encoders` is not given")
 
 

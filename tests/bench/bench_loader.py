@@ -33,6 +33,7 @@ from infra.records import DataObject, put_data
 from infra.shards import SELECTION_SCHEMA, TarWriter, parquet_bytes
 from infra.store import Store, open_store
 from training.diffusion.draws import draw, normal
+from training.encoders.text import Tokens
 from training.loader.batches import Batches
 from training.loader.cache import Folder, Tars
 from training.loader.order import DataSettings
@@ -74,13 +75,14 @@ def write(store: Store, images: int, size: int) -> DataObject:
     return put_data(store, "selections", "selection.parquet", parquet_bytes(table))
 
 
-def words_as_tokens(captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def words_as_tokens(captions: Sequence[str]) -> Tokens:
     """A stand-in for a tokenizer, which would have to be downloaded."""
     ids_BT = torch.zeros(len(captions), TOKENS, dtype=torch.int64)
     for row, caption in enumerate(captions):
         ids = [hash(word) & 0xFFFF for word in caption.split()[:TOKENS]]
         ids_BT[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-    return ids_BT, (ids_BT != 0).long()
+    cut = [len(caption.split()) > TOKENS for caption in captions]
+    return Tokens(ids_BT, (ids_BT != 0).long(), torch.tensor(cut))
 
 
 def opened(store: Store, selection: DataObject, cache: Path) -> Reader:

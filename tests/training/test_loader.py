@@ -27,6 +27,7 @@ from infra.records import DataObject, put_data
 from infra.shards import SELECTION_SCHEMA, TarWriter, parquet_bytes
 from infra.store import FileStore, Store, open_store
 from training.diffusion.draws import draw
+from training.encoders.text import Tokens
 from training.loader import selection
 from training.loader.batches import Batch, Batches
 from training.loader.cache import Folder, Tars, default_folder
@@ -167,10 +168,10 @@ def reader_of(tmp_path: Path, store: Store, kind: str, sides: list[int], spoilt:
     return opened(store, written(store, kind, sides, spoilt), tmp_path / "cache")
 
 
-def tokenize(captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A caption's length, three times."""
+def tokenize(captions: Sequence[str]) -> Tokens:
+    """A caption's length, three times; it is cut if that is odd."""
     ids_BT = torch.tensor([[len(caption)] * 3 for caption in captions])
-    return ids_BT, torch.ones_like(ids_BT)
+    return Tokens(ids_BT, torch.ones_like(ids_BT), ids_BT[:, 0] % 2 == 1)
 
 
 def batches_of(reader: Reader, *, drop: float = 0.0, **given: Any) -> Batches:

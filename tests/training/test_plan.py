@@ -293,6 +293,14 @@ def test_no_setting_helps_where_the_encoders_alone_are_too_large():
     assert plan("2xRTX4090", Encoders(PUBLISHED_TEXT["Qwen/Qwen3-4B"]._replace(layers=80), DINO)).ways() == []
 
 
+def test_frozen_encoders_in_bf16_take_half_of_the_memory_and_run_at_its_peak():
+    exact, rounded = plan(), plan(encoders=Encoders(QWEN, DINO, bf16=True))
+    name = "frozen encoders"
+    assert rounded.memory().device[name] == exact.memory().device[name] / 2 == 2 * exact.sizes.frozen
+    assert rounded.step_seconds == pytest.approx(96 / 0.4 * rounded.work.step / 790e12)
+    assert exact.memory().on_host - rounded.memory().on_host in (0, 2 * exact.sizes.frozen)
+
+
 def test_ranks_exchange_gradients_and_weights():
     one, bytes_ = plan("1xH200"), 2 * plan().sizes.trained
     assert one.sent == 0

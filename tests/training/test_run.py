@@ -509,3 +509,35 @@ def test_an_error_of_the_last_step_reaches_the_driver_and_its_states_are_resumed
     resumed = weights(store, run(replace(began, settings=make("began").settings)), tmp_path / "2")
     whole = weights(store, undisturbed, tmp_path / "1")
     assert all(torch.allclose(whole[name], resumed[name], atol=2e-4) for name in whole)
+
+
+def test_lean_encoders_train_resume_and_are_published_as_they_were(
+    store: Store, make: Any, encoders: dict[str, dict[str, DataObject]], alone: None
+):
+    """In bf16 and without pads; captions of the small corpus are longer than four tokens."""
+    lean = {"encoder_precision": "bf16", "pack_text": True, "train_text": 0}
+    lean["model"] = {**small_run.MODEL, "text_tokens": 4}
+    told: list[str] = []
+    straight = train(make("lean", **lean), lambda m: told.append(m["text"]) if m["event"] == "told" else None)
+    broken = make("lean-killed", **lean)
+    with pytest.raises(Killed):
+        run(broken, kill_after=3)
+    resumed = run(broken)
+    assert resumed.files["model.safetensors"].sha256 == straight.files["model.safetensors"].sha256
+    counted = sum(row["data/truncated_captions"] for row in curve(store, straight))
+    assert straight.truncated_captions == resumed.truncated_captions == counted
+    assert 0 < counted <= straight.position
+    assert [text for text in told if "longer than 4 tokens" in text] == told != []
+    before = safetensors.torch.load(get_data(store, encoders["text"]["model.safetensors"]))
+    after = safetensors.torch.load(get_data(store, straight.files["text/model.safetensors"]))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_layers_of_the_text_encoder_learn_at_their_own_rate(
+    store: Store, make: Any, encoders: dict[str, dict[str, DataObject]], alone: None, share: float
+):
+    record = run(make(f"text-lr-{share}", optim={"lr": 1e-3, "text_lr": share}, pack_text=True, ema={"decay": 0.0}))
+    before = safetensors.torch.load(get_data(store, encoders["text"]["model.safetensors"]))
+    after = safetensors.torch.load(get_data(store, record.files["text/model.safetensors"]))
+    assert all(torch.equal(before[name], after[name]) for name in before) == (share == 0)

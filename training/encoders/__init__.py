@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from infra.errors import CheckpointError
-
-FORMAT = "name a folder or hub model of transformers' format: config.json, model.safetensors, tokenizer.json"  # remedy
+from training.encoders.errors import unusable
+from training.encoders.hub import folder_of
 
 
 def load_model(source: str | Path, dtype: torch.dtype) -> Any:
@@ -17,8 +16,9 @@ def load_model(source: str | Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModel
 
     quiet()
+    folder = folder_of(source)
     try:
-        return AutoModel.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        return AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise unusable(source, error) from None
 
@@ -28,10 +28,3 @@ def quiet() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-
-def unusable(source: str | Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"no encoder can be loaded from {source} ({(str(error).strip() or type(error).__name__).splitlines()[0]})",
-        remedy=FORMAT,
-    )

@@ -6,7 +6,6 @@ transformers retries for minutes when the hub does not answer. Here the hub is a
 from __future__ import annotations
 
 import json
-import re
 from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
@@ -14,12 +13,11 @@ from threading import Thread
 from typing import NamedTuple
 
 from infra.errors import CheckpointError, PixnerdError, SettingsError
-from training.encoders import FORMAT
+from training.encoders.errors import FORMAT
+from training.encoders.hub import WEIGHTS, cached, split
 
 SECONDS = 8.0  # for all requests to the hub together
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _CONFIG = "config.json"
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 class Known(NamedTuple):
@@ -29,7 +27,7 @@ class Known(NamedTuple):
 
 @cache
 def known(source: str) -> Known:
-    """The encoder that `source` names: a folder, or a model of the hub such as Qwen/Qwen3-1.7B."""
+    """The encoder that `source` names: a folder, or a model of the hub as `training.encoders.hub` reads its name."""
     return _read(source, config_of(source))
 
 
@@ -37,28 +35,26 @@ def config_of(source: str) -> Path:
     """The config.json of an encoder, fetched from the hub if that is where it lies."""
     folder = Path(source)
     if folder.is_dir():
-        if not any((folder / name).is_file() for name in _WEIGHTS):
+        if not any((folder / name).is_file() for name in WEIGHTS):
             raise CheckpointError(f"the folder {folder} holds no model.safetensors", remedy=FORMAT)
         return folder / _CONFIG
-    if not _HUB_NAME.fullmatch(source):
-        raise SettingsError(f"there is no folder {source}", remedy=FORMAT)
-    return _of_hub(source)
+    return _of_hub(*split(source))
 
 
-def _of_hub(name: str) -> Path:
-    from huggingface_hub import constants, try_to_load_from_cache
+def _of_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import constants
 
-    config = try_to_load_from_cache(name, _CONFIG)
-    if isinstance(config, str) and any(isinstance(try_to_load_from_cache(name, file), str) for file in _WEIGHTS):
-        return Path(config)
+    config = cached(name, revision, _CONFIG)
+    if config is not None and any(cached(name, revision, file) for file in WEIGHTS):
+        return config
     if constants.is_offline_mode():
         raise CheckpointError(
-            f"{name} is not in this machine's cache, and HF_HUB_OFFLINE forbids to ask the hub",
+            f"{name}{_at(revision)} is not in this machine's cache, and HF_HUB_OFFLINE forbids to ask the hub",
             remedy="fetch it before, or name a folder that holds it",
         )
     config_path: Future[str] = Future()
     # A daemon thread: a name server or hub that hangs must not keep the command from ending.
-    Thread(target=_download_config, args=(name, config_path), name="hub", daemon=True).start()
+    Thread(target=_download_config, args=(name, revision, config_path), name="hub", daemon=True).start()
     try:
         return Path(config_path.result(SECONDS))
     except PixnerdError:
@@ -69,13 +65,23 @@ def _of_hub(name: str) -> Path:
         raise _unreachable((str(error).strip() or type(error).__name__).splitlines()[0][:200]) from error
 
 
-def _download_config(name: str, config_path: Future[str]) -> None:
+def _at(revision: str | None) -> str:
+    return f"@{revision}" if revision else ""
+
+
+def _download_config(name: str, revision: str | None, config_path: Future[str]) -> None:
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
-        get_hf_file_metadata(hf_hub_url(name, _CONFIG), timeout=SECONDS)  # unlike the download, this does not retry
-        config_path.set_result(hf_hub_download(name, _CONFIG))
+        url = hf_hub_url(name, _CONFIG, revision=revision)
+        get_hf_file_metadata(url, timeout=SECONDS)  # unlike the download, this does not retry
+        config_path.set_result(hf_hub_download(name, _CONFIG, revision=revision))
     except GatedRepoError:
         config_path.set_exception(
             CheckpointError(
@@ -86,6 +92,12 @@ def _download_config(name: str, config_path: Future[str]) -> None:
     except RepositoryNotFoundError:
         config_path.set_exception(
             SettingsError(f"the hub has no model {name}", remedy="correct the name; of a private one, set HF_TOKEN")
+        )
+    except RevisionNotFoundError:
+        config_path.set_exception(
+            SettingsError(
+                f"the hub's {name} has no revision {revision}", remedy="name a branch, a tag or a commit of it"
+            )
         )
     except EntryNotFoundError:
         config_path.set_exception(SettingsError(f"the hub's {name} has no {_CONFIG}", remedy=FORMAT))

@@ -37,7 +37,7 @@ class VisionEncoder(nn.Module):
         size = (self.patch_size * grid[0], self.patch_size * grid[1])
         resized = F.interpolate((x_BCHW.float() + 1) / 2, size=size, mode="bicubic", antialias=False)
         mean, std = (torch.tensor(v, device=x_BCHW.device).view(3, 1, 1) for v in (_MEAN, _STD))
-        tokens_BNV = self.model.embeddings.patch_embeddings((resized - mean) / std)
+        tokens_BNV = self.model.embeddings.patch_embeddings(((resized - mean) / std).to(self.model.dtype))
         cls_B1V = self.model.embeddings.cls_token.expand(len(tokens_BNV), -1, -1)
         hidden = torch.cat([cls_B1V, tokens_BNV], dim=1) + self._table(grid)
         return cast(Tensor, self.model.layernorm(self.model.encoder(hidden).last_hidden_state)[:, 1:])

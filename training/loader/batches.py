@@ -24,13 +24,14 @@ from torch import Tensor
 
 from infra.errors import DataError
 from training.diffusion.draws import Draw, words
+from training.encoders.text import Tokens
 from training.loader.order import DataSettings, Fetching, Order
 from training.loader.reader import Reader, Unreadable
 from training.loader.selection import Sample
 
 MOST_THREADS = 16
 Drawing = Callable[[Sequence[int], tuple[int, ...]], Draw]  # of positions, for images of a shape
-Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]  # captions -> ids and mask
+Tokenize = Callable[[Sequence[str]], Tokens]
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,18 @@ class Batch:
     t_B: Tensor
     ids_BT: Tensor
     mask_BT: Tensor
+    truncated_B: Tensor  # bool: captions that were longer than that
     captions: list[str]  # the dropped ones are empty
     positions: np.ndarray
+    lengths: np.ndarray  # tokens of each caption; they stay on the CPU
     unreadable: dict[int, str] = field(default_factory=dict)  # row of the selection -> what is wrong with its image
 
     def split(self, size: int) -> Iterator[Batch]:
         for start in range(0, len(self.captions), size):
             micro = slice(start, start + size)
             part = self.map(lambda tensor, micro=micro: tensor[micro])  # type: ignore[misc]
-            yield replace(part, captions=self.captions[micro], positions=self.positions[micro])
+            on_cpu = {"positions": self.positions[micro], "lengths": self.lengths[micro]}
+            yield replace(part, captions=self.captions[micro], **on_cpu)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same with each tensor changed."""
@@ -93,7 +97,7 @@ class Batches:
         self.draw, self.tokenize, self.device = draw, tokenize, device or torch.device("cpu")
         self.threads = default_threads() if settings.threads is None else settings.threads
         self._tokenizing = threading.Lock()  # a tokenizer is not made for several threads
-        self._token_count = tokenize([""])[0].shape[1]
+        self._token_count = tokenize([""]).ids_BT.shape[1]
 
     def read(self, position: int) -> Batch:
         return self._start(position, _AtOnce()).result()
@@ -150,8 +154,10 @@ class Batches:
             t_B=empty(count, dtype=torch.float32),
             ids_BT=empty(count, self._token_count, dtype=torch.int64),
             mask_BT=empty(count, self._token_count, dtype=torch.int64),
+            truncated_B=empty(count, dtype=torch.bool),
             captions=[""] * count,
             positions=positions,
+            lengths=np.zeros(count, dtype=np.int64),
         )
 
     def _fill(self, batch: Batch, rows: list[int], samples: list[Sample], part: slice) -> None:
@@ -168,14 +174,16 @@ class Batches:
             except Unreadable as error:
                 images_BHWC[place], batch.weight_B[place] = 0, 0
                 batch.unreadable[rows[place]] = str(error)
-        batch.ids_BT[part], batch.mask_BT[part] = self._tokens(batch.captions[part])
+        tokens = self._tokens(batch.captions[part])
+        batch.ids_BT[part], batch.mask_BT[part], batch.truncated_B[part] = tokens
+        batch.lengths[part] = tokens.mask_BT.sum(1).numpy()
 
     def _on_device(self) -> None:
         """Threads begin on the first GPU, where pinned memory would cost every rank of the machine a context."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
-    def _tokens(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _tokens(self, captions: Sequence[str]) -> Tokens:
         with self._tokenizing:
             return self.tokenize(captions)
 

@@ -33,7 +33,7 @@ class Sizes(NamedTuple):
     trained: int  # that the optimiser updates
     held: int  # of the module that is trained, the frozen layers of its text encoder among them
     moments: int  # of the optimiser: two a parameter, or one of those that Muon moves
-    frozen: int  # of frozen encoders, which stay in fp32
+    frozen: int  # of frozen encoders
 
 
 class Setup(NamedTuple):
@@ -48,6 +48,7 @@ class Setup(NamedTuple):
     gpu: bool
     averages: int = 1
     exports: bool = False  # whether rank 0 brings a whole average together while training goes on
+    frozen_bf16: bool = False  # what frozen encoders compute in
 
     @property
     def width(self) -> int:
@@ -85,7 +86,7 @@ def memory(setup: Setup, sizes: Sizes, image: float, encoding: float) -> Memory:
         "exchange buffer": _bucket(setup, sizes),
         "masters and moments": 0.0 if setup.offload else state,
         "EMA": 0.0 if setup.offload else averages,
-        "frozen encoders": float(FP32 * sizes.frozen),
+        "frozen encoders": float((2 if setup.frozen_bf16 else FP32) * sizes.frozen),
         "activations or update": max(activations, update),
         "allowance": (CONTEXT if setup.gpu else 0.0) + GAPS * activations,
     }
@@ -115,7 +116,7 @@ def _host(setup: Setup, sizes: Sizes, state: float, averages: float) -> dict[str
     A checkpoint on the way is written from that copy; its own text encoder is read for it.
     """
     exact = sizes.trained if setup.bf16 else 0  # the weights before they are rounded
-    building = FP32 * (sizes.held + sizes.frozen + exact)
+    building = FP32 * (sizes.held + exact) + (2 if setup.frozen_bf16 else FP32) * sizes.frozen
     apart = state + averages + FP32 * sizes.trained / setup.ranks if setup.offload else 0.0  # with the gradients
     saving = state + averages + (FP32 * sizes.held if setup.exports else 0)
     return {"offloaded state": apart, "networks at the start, or a state that is saved": max(building, saving)}
@@ -182,7 +183,7 @@ def _text_layer(text: TextShape, b: int) -> int:
 
 def encoding(config: ModelConfig, encoders: Encoders) -> float:
     """Bytes of the values that one image and its caption need at once inside of a layer of the frozen encoders."""
-    text, vision = encoders.text, encoders.vision
-    most = 0 if encoders.train_text else FP32 * config.text_tokens * (3 * text.inner + 4 * text.width)
-    seen = FP32 * (config.grid**2 + 1) * (2 * vision.inner + 4 * vision.width) if vision else 0
+    text, vision, b = encoders.text, encoders.vision, 2 if encoders.bf16 else FP32
+    most = 0 if encoders.train_text else b * config.text_tokens * (3 * text.inner + 4 * text.width)
+    seen = b * (config.grid**2 + 1) * (2 * vision.inner + 4 * vision.width) if vision else 0
     return float(max(most, seen))

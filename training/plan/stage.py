@@ -106,6 +106,7 @@ class StagePlan:
             "gpu": self.machines.device.gpu,
             "averages": self._averages,
             "exports": bool(s.export_every),
+            "frozen_bf16": self.encoders.bf16,
         }
         return Setup(**(taken | changes))
 
@@ -167,7 +168,7 @@ class StagePlan:
         """FLOP / (ranks x peak x mfu), each precision by its own peak; None: the peak is not known."""
         device, bf16 = self.machines.device, self.settings.precision == "bf16"
         trained = self.rates.peak or (device.bf16 if bf16 else device.fp32)
-        frozen = self.rates.peak or device.fp32
+        frozen = self.rates.peak or (device.bf16 if self.encoders.bf16 else device.fp32)
         if trained is None or frozen is None:
             return None
         seconds = self.work.trained / trained + self.work.frozen / frozen

@@ -48,10 +48,11 @@ class Encoders(NamedTuple):
     text: TextShape
     vision: VisionShape | None  # None: no REPA
     train_text: int = 0
+    bf16: bool = False  # what is frozen computes in bf16
 
 
 class Work(NamedTuple):
-    """The FLOP of an image in a training step. What is frozen runs in fp32, whatever the precision of the rest."""
+    """The FLOP of an image in a training step. What is frozen has a precision of its own."""
 
     forward: dict[str, int]  # of the network, by part
     head: int  # of REPA, forward
