@@ -256,7 +256,12 @@ def test_what_is_frozen_is_computed_once_and_what_is_trained_thrice():
 
 @pytest.mark.parametrize(
     ("gpus", "settings"),
-    [("8xA100-40", {}), ("8xRTX4090", {"exact_gradients": True}), ("4xL40S", {"micro_batch": 2}), ("64xRTX4090", {})],
+    [
+        ("8xA100-40", {}),
+        ("8xRTX4090", {"exact_gradients": True}),
+        ("4xL40S", {"micro_batch": 2}),
+        ("64xRTX4090", {"reading": {"lanes": 64}}),
+    ],
 )
 def test_the_settings_that_it_names_make_it_fit(gpus: str, settings: dict[str, Any]):
     planned = plan(gpus, **settings)

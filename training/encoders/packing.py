@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -114,4 +114,4 @@ def _attend(
 def _side_by_side(x_hSd: Tensor, layout: Layout) -> Tensor:
     flat = x_hSd.new_zeros(layout.rows * layout.longest, x_hSd.shape[0], x_hSd.shape[2])
     rows = flat.index_copy(0, layout.place_S, x_hSd.transpose(0, 1))
-    return rows.unflatten(0, (layout.rows, layout.longest)).transpose(1, 2)
+    return cast(Tensor, rows.unflatten(0, (layout.rows, layout.longest))).transpose(1, 2)

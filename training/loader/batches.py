@@ -52,8 +52,8 @@ class Batch:
         for start in range(0, len(self.captions), size):
             micro = slice(start, start + size)
             part = self.map(lambda tensor, micro=micro: tensor[micro])  # type: ignore[misc]
-            on_cpu = {"positions": self.positions[micro], "lengths": self.lengths[micro]}
-            yield replace(part, captions=self.captions[micro], **on_cpu)
+            positions, lengths = self.positions[micro], self.lengths[micro]
+            yield replace(part, captions=self.captions[micro], positions=positions, lengths=lengths)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same with each tensor changed."""
