@@ -19,6 +19,7 @@ from training.encoders.known import config_of
 from training.encoders.shapes import (
     PUBLISHED_TEXT,
     PUBLISHED_VISION,
+    LpipsShape,
     TextShape,
     VisionShape,
     text_shape,
@@ -54,8 +55,9 @@ def _plan(
             f"`{name}` cannot be trained on {machines}: {error.message}",
             remedy=f"take another number, or change it with --set {name}.batch=N or --set {name}.micro_batch=N",
         ) from None
-    vision = _vision(settings, stages) if settings.objective.repa else None
-    encoders = Encoders(text, vision, settings.train_text, settings.encoder_precision == "bf16")
+    vision = _vision(settings, stages) if settings.objective.sees else None
+    lpips = LpipsShape() if settings.objective.perceptual.lpips else None
+    encoders = Encoders(text, vision, settings.train_text, settings.encoder_precision == "bf16", lpips)
     return StagePlan(name, on_these, encoders, machines, rates, has_text(settings, stages))
 
 

@@ -33,7 +33,6 @@ from infra.store import Store
 from infra.tracking import Run
 from training import checkpoint, states
 from training import model as models
-from training.diffusion.draws import draw
 from training.ema import Ema
 from training.encoders.hub import pinned
 from training.encoders.text import TextEncoder
@@ -48,10 +47,11 @@ from training.model.compiled import compile_network
 from training.model.pixnerd import PixNerd
 from training.model.repa_head import RepaHead
 from training.optim import learning_rate
+from training.perceptual import perceptual_losses
 from training.perf import Perf, flop_per_image, peak
 from training.publish import Frame, Publisher
 from training.settings import TrainSettings
-from training.step import Preparer, Trained
+from training.step import Preparer, Trained, drawn
 from training.team import Team
 from training.validation import Validation, draw_evenly
 from training.watchdog import Watchdog
@@ -73,6 +73,7 @@ class Job:
     vision: Files | str | None
     start_from: CheckpointRecord | None
     run: Run
+    lpips: str | None = None  # where a folder or a hub has its weights, if a perceptual loss needs it
     claim: Claim | None = None  # the driver's, if several drivers may start this run
     ends_soon: Callable[[], bool] | None = None  # asked on all ranks alike: whether machines will be taken away
     scratch: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))  # for temporary files
@@ -119,7 +120,7 @@ class Training:
         self.validation = _validation(job, self.networks, team, self.prepare)
         self.perf = _perf(self.networks, self.settings, self.engine.device)
         self.reader = _reader(job, job.snapshot.selection)
-        drawing = _drawing(self.settings)
+        drawing = drawn(self.settings.objective, self.settings.network(), self.settings.seed)
         self.batches = _batches(self.reader, self.networks, self.settings, team, self.engine.device, drawing)
         self.unreadable: set[int] = set()  # rows that were told of
         self.publisher = _publisher(job, self.origins, self.engine, team)
@@ -178,7 +179,8 @@ class Training:
                 waited = time.perf_counter() - asked
                 self._tell_unreadable(batch)
                 rate = learning_rate(settings.optim, self.step, settings.steps)
-                reports, norm = self.engine.step(map(self.prepare, batch.split(self.engine.micro_batch)), rate)
+                prepare = partial(self.prepare, step=self.step)
+                reports, norm = self.engine.step(map(prepare, batch.split(self.engine.micro_batch)), rate)
                 meter.add(reports, norm, waited)
                 self.ema.update(self.engine.masters, self.step)
                 watchdog.beat()
@@ -294,6 +296,7 @@ class Origins:
     start: Path | None  # the checkpoint whose EMA weights are inherited
     text: Path | str  # a folder, or the name of a published encoder
     vision: Path | str | None
+    lpips: str | None
 
 
 def _fetch(job: Job, folder: Path, pin: Callable[[str], str] = pinned) -> Origins:
@@ -306,10 +309,14 @@ def _fetch(job: Job, folder: Path, pin: Callable[[str], str] = pinned) -> Origin
 
     inherited = start / "text" if start is not None and (start / "text").exists() else None
     text = inherited or local(job.text, "text")
-    if job.settings.objective.repa and job.vision is None:
-        raise SettingsError("objective.repa needs a vision encoder", remedy="name one, or set objective.repa to 0")
-    vision = local(job.vision, "vision") if job.settings.objective.repa and job.vision is not None else None
-    return Origins(start, text, vision)
+    objective = job.settings.objective
+    if objective.sees and job.vision is None:
+        what = "objective.repa" if objective.repa else "objective.perceptual.dino"
+        raise SettingsError(f"{what} needs a vision encoder", remedy=f"name one, or set {what} to 0")
+    if objective.perceptual.lpips and job.lpips is None:
+        raise SettingsError("objective.perceptual.lpips needs its weights", remedy="name them, or set it to 0")
+    vision = local(job.vision, "vision") if objective.sees and job.vision is not None else None
+    return Origins(start, text, vision, job.lpips if objective.perceptual.lpips else None)
 
 
 @dataclass
@@ -343,11 +350,14 @@ def _build(settings: TrainSettings, origins: Origins) -> Networks:
             f"the text encoder's features are {text.width} wide, the network expects {net.config.text_dim}",
             remedy=f"set model.text_dim to {text.width}, or name another encoder",
         )
+    objective = settings.objective
     vision = VisionEncoder(origins.vision, dtype=frozen) if origins.vision is not None else None
-    head = RepaHead(net.config.hidden, vision.width) if vision is not None else None
+    head = RepaHead(net.config.hidden, vision.width) if vision is not None and objective.repa else None
     if head is not None and origins.start is not None and (origins.start / models.HEAD).exists():
         checkpoint.load_part(origins.start / models.HEAD, head, "the REPA head")
-    return Networks(Trained(net, head, text if settings.train_text else None, settings.objective), text, vision)
+    perceptual = perceptual_losses(objective.perceptual, origins.lpips, vision, (net.config.grid,) * 2)
+    trained = Trained(net, head, text if settings.train_text else None, objective, perceptual)
+    return Networks(trained, text, vision)
 
 
 def _shard(networks: Networks, settings: TrainSettings, ranks: int) -> Engine:
@@ -366,11 +376,13 @@ def _shard(networks: Networks, settings: TrainSettings, ranks: int) -> Engine:
 
 
 def _preparer(networks: Networks, settings: TrainSettings, device: torch.device) -> Preparer:
-    for encoder in (networks.frozen_text, networks.vision):
+    perceptual, config = networks.trained.perceptual, networks.trained.net.config
+    lpips = perceptual.lpips if perceptual is not None else None
+    for encoder in (networks.frozen_text, networks.vision, lpips):
         if encoder is not None:
             encoder.to(device)
-    grid = (networks.trained.net.config.grid,) * 2
-    return Preparer(device, networks.frozen_text, networks.vision, grid)
+    grid = (config.grid,) * 2
+    return Preparer(device, networks.frozen_text, networks.vision, grid, settings.objective, config.noise_scale)
 
 
 def _validation(job: Job, networks: Networks, team: Team, prepare: Preparer) -> Validation | None:
@@ -393,7 +405,7 @@ def _validation(job: Job, networks: Networks, team: Team, prepare: Preparer) -> 
 
 
 def _perf(networks: Networks, settings: TrainSettings, device: torch.device) -> Perf:
-    flop = flop_per_image(networks.trained.net.config, networks.text, networks.vision, settings.train_text)
+    flop = flop_per_image(networks.trained.net.config, networks.text, networks.vision, settings)
     return Perf(flop, peak(settings.peak_tflops, settings.precision, device), device)
 
 
@@ -402,10 +414,6 @@ def _reader(job: Job, rows: DataObject) -> Reader:
     folder = cache.Folder(reading.cache or job.cache, reading.cache_gb)
     selection = Selection.open(job.store, rows, folder)
     return Reader(selection, cache.Tars(job.store, folder), job.settings.seed)
-
-
-def _drawing(settings: TrainSettings) -> Drawing:
-    return partial(draw, settings.seed, shift=settings.objective.time_shift, drop=settings.objective.drop)
 
 
 def _batches(

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from training.encoders.shapes import text_shape, vision_shape
+from training.encoders.shapes import LpipsShape, text_shape, vision_shape
 from training.encoders.text import TextEncoder
 from training.encoders.vision import VisionEncoder
 from training.engine import Precision
 from training.model.presets import ModelConfig
 from training.plan.machines import TERA, device_called
 from training.plan.work import Encoders, work
+from training.settings import TrainSettings
 
 GIB = 2**30
 
@@ -31,9 +32,10 @@ class Perf:
         return {"perf/tflops": rate / TERA, **share, "perf/memory_gib": _peak_memory(self.device) / GIB}
 
 
-def flop_per_image(net: ModelConfig, text: TextEncoder, vision: VisionEncoder | None, train_text: int) -> int:
+def flop_per_image(net: ModelConfig, text: TextEncoder, vision: VisionEncoder | None, settings: TrainSettings) -> int:
     shapes = text_shape(text.model.config.to_dict()), vision_shape(_config(vision)) if vision is not None else None
-    return work(net, Encoders(*shapes, train_text)).step
+    lpips = LpipsShape() if settings.objective.perceptual.lpips else None
+    return work(net, Encoders(*shapes, settings.train_text, lpips), settings.objective, settings.steps).step
 
 
 def peak(stated: float, precision: Precision, device: torch.device) -> float | None:

@@ -193,7 +193,8 @@ class Artist:
                 watch(step, x_BCHW[:wanted])
 
         with _enough_memory(len(seeds), height, width, self.device):
-            x_BCHW = torch.stack([noise_for(seed, (3, height, width)) for seed in seeds]).to(self.device)
+            noise_BCHW = torch.stack([noise_for(seed, (3, height, width)) for seed in seeds]).to(self.device)
+            x_BCHW = self._config.noise_scale * noise_BCHW
             condition, empty = self._conditions(subjects, settings.compile)
             velocity = guided(as_velocity(self.net), condition, empty, settings.guidance, settings.interval)
             x_BCHW = solver(settings.solver)(velocity, x_BCHW, timesteps(settings.steps, settings.shift), watch_wanted)

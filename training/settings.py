@@ -8,12 +8,13 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from infra.config import Refused, Settings, check, operational
 from infra.errors import SettingsError
+from training.diffusion.settings import ObjectiveSettings
 from training.ema import EmaSettings
+from training.encoders.lpips import LEAST_SIDE
 from training.engine import Precision, Stage
 from training.loader.order import DataSettings
 from training.model.presets import ModelConfig, preset, training_settings
 from training.optim import OptimSettings
-from training.step import ObjectiveSettings
 from training.validation import ValidationSettings
 
 
@@ -104,13 +105,26 @@ class TrainSettings(Settings):
             raise ValueError("model.image_size must be the size that is trained at")
         if self.optim.matrices == "muon" and (self.zero == 3 or self.offload):
             raise ValueError("optim.matrices: muon needs whole matrices: use zero 1 or 2, without offload")
-        if self.objective.repa and self.objective.repa_block > network.blocks:
-            raise ValueError(
-                f"objective.repa_block is {self.objective.repa_block}, but there are {network.blocks} blocks"
-            )
         if self.objective.repa and (self.micro_batch or share) < 2:
             raise ValueError("REPA's control needs at least two images in a micro-batch")
+        _check_objective(self.objective, network)
         return self
 
     def network(self) -> ModelConfig:
         return ModelConfig(**(preset(self.preset).model_dump() | self.model))
+
+
+def _check_objective(objective: ObjectiveSettings, network: ModelConfig) -> None:
+    """Raises where the network is not one that the objective can be had for."""
+    blocks, (first, last) = network.blocks, objective.routing.blocks
+    if objective.repa and objective.repa_block > blocks:
+        raise ValueError(f"objective.repa_block is {objective.repa_block}, but there are {blocks} blocks")
+    if objective.routing.share and last >= blocks:
+        raise ValueError(
+            f"objective.routing.blocks are {first} to {last}, but only the first {blocks - 1} of {blocks} blocks can "
+            "be skipped: what comes back must meet the other tokens once more"
+        )
+    if objective.perceptual.any and network.prediction != "image":
+        raise ValueError("objective.perceptual compares predicted images: it needs model.prediction: image")
+    if objective.perceptual.lpips and network.image_size is not None and network.image_size < LEAST_SIDE:
+        raise ValueError(f"objective.perceptual.lpips needs images of at least {LEAST_SIDE} pixels a side")

@@ -6,59 +6,94 @@ so that ZeRO neither shards nor casts them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from infra.config import Fraction, Settings
-from training.diffusion.draws import normal
-from training.diffusion.objective import by_time, velocity_loss
-from training.diffusion.prediction import as_velocity
-from training.diffusion.repa import Alignment, alignment, alignment_loss
+from training.diffusion.draws import draw, normal
+from training.diffusion.objective import Loss, by_time, velocity_loss
+from training.diffusion.prediction import as_velocity, image_of_velocity
+from training.diffusion.repa import alignment, alignment_loss
+from training.diffusion.settings import ObjectiveSettings
 from training.encoders.text import TextEncoder
 from training.encoders.vision import VisionEncoder
-from training.loader.batches import Batch
+from training.loader.batches import Batch, Drawing
 from training.model.condition import Text
 from training.model.pixnerd import PixNerd
+from training.model.presets import ModelConfig
 from training.model.repa_head import RepaHead
+from training.model.routing import Route, taken
+from training.perceptual import Perceptual, weighted_mean
 
 TIME_BINS = 10
 
 
-class ObjectiveSettings(Settings):
-    time_shift: float = Field(2.0, gt=0, description="above 1: more of the training on noisy images")
-    drop: Fraction = Field(0.1, description="share of captions replaced by the empty one, for guidance")
-    repa: float = Field(0.5, ge=0, description="weight of the alignment with the vision encoder; 0: none")
-    repa_block: int = Field(6, ge=1, description="the block whose tokens are aligned, counted from one")
-
-
 class Trained(nn.Module):
-    """All parameters that the optimiser updates; the forward pass computes the loss, for validation without REPA's."""
+    """All parameters that the optimiser updates; the forward pass computes the loss.
+
+    For validation it is the velocity's loss alone, and of all tokens.
+    """
 
     def __init__(
-        self, net: PixNerd, head: RepaHead | None, text: TextEncoder | None, settings: ObjectiveSettings
+        self,
+        net: PixNerd,
+        head: RepaHead | None,
+        text: TextEncoder | None,
+        settings: ObjectiveSettings,
+        perceptual: Perceptual | None = None,
     ) -> None:
         super().__init__()
-        self.net, self.head, self.text, self.settings = net, head, text, settings
+        self.net, self.head, self.text, self.settings, self.perceptual = net, head, text, settings, perceptual
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Report]:
         text = inputs.text if self.text is None else self.text(inputs.ids_BT, inputs.mask_BT, inputs.lengths)
         assert text is not None
-        tap = self.settings.repa_block if self.training and self.head is not None else None
-        loss = velocity_loss(as_velocity(self.net), inputs.images_BCHW, text, inputs.noise_BCHW, inputs.t_B, tap)
+        tap = self.settings.repa_block if inputs.aligned else None
+        routed = self.training and self.settings.routing.share > 0
+        route = Route(inputs.kept_BM, *self.settings.routing.blocks) if routed else None
+        net = as_velocity(self.net)
+        loss = velocity_loss(net, inputs.images_BCHW, text, inputs.noise_BCHW, inputs.t_B, tap, route)
         # The mean is over all places of the batch, also those of weight 0: else it would depend on the micro-batches.
         total = (loss.per_sample_B * inputs.weight_B).mean()
         by_bin = by_time(loss.per_sample_B, inputs.t_B, TIME_BINS, inputs.weight_B)
         unreadable = (1 - inputs.weight_B).sum()
         report = Report(len(loss.per_sample_B), total.detach(), *by_bin, unreadable, inputs.truncated_B.sum())
-        if tap is not None and self.head is not None:
-            assert loss.tokens_BNH is not None and inputs.features_BNV is not None
-            projected = self.head(loss.tokens_BNH)
-            total = total + self.settings.repa * alignment_loss(projected, inputs.features_BNV, inputs.weight_B)
-            report.alignment = alignment(projected, inputs.features_BNV)
+        if inputs.aligned:
+            total = total + self.settings.repa * self._alignment(loss, inputs, report)
+        elif self.training and self.head is not None:
+            total = total + self._rest(self.head)
+        if self.training and self.perceptual is not None:
+            total = total + self._perceptual(self.perceptual, loss, inputs, report)
         return total, report
+
+    def _alignment(self, loss: Loss, inputs: Inputs, report: Report) -> Tensor:
+        tokens, features = loss.tokens_BNH, inputs.features_BNV
+        assert self.head is not None and tokens is not None and features is not None
+        projected, others = self.head(tokens), features.roll(1, 0)
+        if tokens.shape[1] < features.shape[1]:  # the aligned block is one that some tokens skip
+            features, others = taken(features, inputs.kept_BM), taken(others, inputs.kept_BM)
+        matched, shuffled = alignment(projected, features, others)
+        one = torch.ones_like(matched)
+        report.means |= {"repa/cosine": (matched, one), "repa/cosine_shuffled": (shuffled, one)}
+        return alignment_loss(projected, features, inputs.weight_B)
+
+    def _rest(self, head: RepaHead) -> Tensor:
+        """Zero, with gradients of zero for a head at rest: ZeRO 3 would take those of its last use again."""
+        weight = self.net.stem.weight
+        nothing: Tensor = 0 * head(torch.zeros(1, self.net.config.hidden, dtype=weight.dtype, device=weight.device))
+        return nothing.float().sum()
+
+    def _perceptual(self, perceptual: Perceptual, loss: Loss, inputs: Inputs, report: Report) -> Tensor:
+        image_BCHW = image_of_velocity(loss.v_BCHW, loss.x_t_BCHW, inputs.t_B)
+        counted_B = perceptual.applies(inputs.t_B) * inputs.weight_B
+        total = torch.zeros((), device=counted_B.device)
+        for name, weight, apart_B in perceptual.distances(image_BCHW, inputs.images_BCHW, inputs.features_BNV):
+            total = total + weight * weighted_mean(apart_B, counted_B)
+            report.means[f"perceptual/{name}"] = (apart_B.detach() * counted_B).sum(), counted_B.sum()
+        return total
 
 
 @dataclass
@@ -72,7 +107,9 @@ class Inputs:
     noise_BCHW: Tensor
     t_B: Tensor
     text: Text | None  # features of a frozen text encoder
-    features_BNV: Tensor | None  # of the vision encoder, for REPA
+    features_BNV: Tensor | None  # of the vision encoder, for REPA or a perceptual loss
+    kept_BM: Tensor  # patches that skip no block; none where no token is routed
+    aligned: bool  # whether REPA is on in this step
 
 
 @dataclass
@@ -85,7 +122,7 @@ class Report:
     count_by_time: Tensor
     unreadable: Tensor  # images that could not be decoded
     truncated: Tensor  # captions that were longer than the network takes
-    alignment: Alignment | None = None
+    means: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> sum, and of how many
 
 
 @dataclass
@@ -96,15 +133,50 @@ class Preparer:
     frozen_text: TextEncoder | None
     vision: VisionEncoder | None
     grid: tuple[int, int]
+    objective: ObjectiveSettings
+    noise_scale: float = 1.0
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Inputs:
+    def __call__(self, batch: Batch, step: int | None = None) -> Inputs:
+        """`step` is how many came before this one; without it, the batch is for validation."""
         batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
         images_BCHW = batch.images_BCHW.contiguous().float() / 127.5 - 1
-        noise_BCHW = normal(batch.bits_BN, tuple(images_BCHW.shape[1:]))
+        noise_BCHW = self.noise_scale * normal(batch.bits_BN, tuple(images_BCHW.shape[1:]))
         tokens, lengths = (batch.ids_BT, batch.mask_BT), batch.lengths.tolist()
         text = self.frozen_text(*tokens, lengths) if self.frozen_text is not None else None
-        features = self.vision(images_BCHW, self.grid) if self.vision is not None else None
+        aligned = step is not None and self.objective.aligns(step)
+        features = None
+        if aligned or (step is not None and self.objective.perceptual.dino):
+            assert self.vision is not None
+            features = self.vision(images_BCHW, self.grid)
         return Inputs(
-            images_BCHW, batch.weight_B, *tokens, batch.truncated_B, lengths, noise_BCHW, batch.t_B, text, features
+            images_BCHW,
+            batch.weight_B,
+            *tokens,
+            batch.truncated_B,
+            lengths,
+            noise_BCHW,
+            batch.t_B,
+            text,
+            features,
+            batch.kept_BM,
+            aligned,
         )
+
+
+def drawn(objective: ObjectiveSettings, config: ModelConfig, seed: int) -> Drawing:
+    """What is drawn for samples of training. Tokens, of which routing keeps some, are an image's patches."""
+
+    def routing(shape: tuple[int, ...]) -> tuple[int, int]:
+        patches = config.grid**2 if config.fixed_grid else math.prod(shape[1:]) // config.patch_size**2
+        return patches, objective.routing.kept(patches)
+
+    return partial(
+        draw,
+        seed,
+        shift=objective.time_shift,
+        mean=objective.time_mean,
+        deviation=objective.time_deviation,
+        drop=objective.drop,
+        routing=routing if objective.routing.share else None,
+    )

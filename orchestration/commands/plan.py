@@ -101,10 +101,12 @@ def _show_stage(plan: StagePlan) -> None:
 
 
 def _facts(plan: StagePlan) -> list[tuple[str, str]]:
-    work, text, vision = plan.work, plan.encoders.text, plan.encoders.vision
+    work, (text, vision, _, lpips) = plan.work, plan.encoders
     sizes = [f"network {_count(plan.network)}", f"text encoder {_count(text.parameters)}"]
-    sizes += [f"vision encoder {_count(vision.parameters)}", f"REPA head {_count(plan.head)}"] if vision else []
-    encoders = {"text": work.text, **({"vision": work.vision, "REPA head": work.head} if vision else {})}
+    sizes += [f"vision encoder {_count(vision.parameters)}"] if vision else []
+    sizes += [f"REPA head {_count(plan.head)}"] if plan.head else []
+    sizes += [f"LPIPS {_count(lpips.parameters)}"] if lpips else []
+    encoders = {"text": work.text, "vision": work.vision, "REPA head": work.head, "perceptual": work.perceptual}
     forward = {**work.forward, "in all": sum(work.forward.values())}
     return [
         ("parameters", f"{', '.join(sizes)}; trained {_count(plan.sizes.trained)}"),
@@ -228,6 +230,7 @@ def _stage_json(plan: StagePlan) -> dict[str, Any]:
             "text": work.text,
             "vision": work.vision,
             "head": work.head,
+            "perceptual": work.perceptual,
             "step": work.step,
             "frozen": work.frozen,
             "stage": plan.flop,

@@ -9,6 +9,7 @@ from infra.config import Settings, parse
 from infra.errors import PixnerdError, SettingsError
 from pipelines.stages.data import SnapshotStage
 from pipelines.stages.train import EncodersStage, TrainStage, fitted
+from training.encoders import lpips
 from training.encoders.known import Known, known
 from training.settings import TrainSettings
 
@@ -25,8 +26,10 @@ def check_training(stages: Mapping[str, Settings], todo: Iterable[str]) -> None:
         settings = stages[name]
         if isinstance(settings, TrainStage):
             _check_network(name, settings, stages, _text_width(name, settings, stages))
-            if settings.objective.repa and settings.encoders is None:
+            if settings.objective.sees and settings.encoders is None:
                 _check_vision(name, settings)
+            if settings.objective.perceptual.lpips and settings.lpips is not None:
+                _check_lpips(name, settings.lpips)
 
 
 def _check_network(name: str, settings: TrainStage, stages: Mapping[str, Settings], width: int) -> None:
@@ -74,12 +77,24 @@ def has_text(settings: TrainStage, stages: Mapping[str, Settings]) -> bool:
 
 
 def _check_vision(name: str, settings: TrainStage) -> None:
-    ways = f"or set `{name}.objective.repa` to 0, {_SMALL.format(stage=name)}"
+    needs = "repa" if settings.objective.repa else "perceptual.dino"
+    ways = f"or set `{name}.objective.{needs}` to 0, {_SMALL.format(stage=name)}"
     if _known(name, "vision", settings.vision_encoder, ways).patch_size is None:
         raise SettingsError(
             f"`{name}.vision_encoder` is {settings.vision_encoder}, which has no patches: it is no image encoder",
             remedy="name a DINOv2 of transformers' format",
         )
+
+
+def _check_lpips(name: str, source: str) -> None:
+    """A folder's tensors are read; of a hub's repository only the form of its name is looked at."""
+    try:
+        if Path(source).is_dir():
+            lpips.read(source)
+        elif not lpips.HUB_NAME.fullmatch(source):
+            raise SettingsError(f"there is no folder {source}", remedy=lpips.REMEDY)
+    except PixnerdError as error:
+        raise type(error)(f"`{name}.lpips`: {error.message}", remedy=error.remedy) from None
 
 
 def _known(name: str, what: str, source: str, ways: str) -> Known:

@@ -92,7 +92,13 @@ class TrainStage(TrainSettings):
         None, description="what is drawn of every checkpoint that `export_every` publishes, beside the training"
     )
     text_encoder: str = Field("Qwen/Qwen3-1.7B", description=_PUBLISHED)
-    vision_encoder: str = Field("facebook/dinov2-base", description="for REPA, where `encoders` is not given")
+    vision_encoder: str = Field(
+        "facebook/dinov2-base", description="for REPA and perceptual.dino, where `encoders` is not given"
+    )
+    lpips: str | None = Field(
+        None,
+        description="for perceptual.lpips: a folder or hub repository with torchvision's vgg16 and LPIPS's vgg",
+    )
 
 
 def check_train(settings: TrainStage, below: Below) -> Iterator[Wrong]:
@@ -108,6 +114,12 @@ def check_train(settings: TrainStage, below: Below) -> Iterator[Wrong]:
         yield Wrong("validation.every", f"is set, but `{settings.data}` holds no samples out", "set held_out there")
     if settings.previews is not None and not settings.export_every:
         yield Wrong("previews", "are drawn of checkpoints on the way, and there are none", "set export_every")
+    if settings.objective.perceptual.lpips and settings.lpips is None:
+        yield Wrong(
+            "objective.perceptual.lpips",
+            "needs a network that compares images, and `lpips` names none",
+            "name a folder or hub repository with torchvision's vgg16 and LPIPS's weights/v0.1/vgg.pth as `lpips`",
+        )
     if settings.start_from is not None:
         yield from _other_network(settings.start_from, below["start_from"], settings)
 
@@ -147,6 +159,7 @@ def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
         snapshot=data,
         text=encoders.text if encoders else settings.text_encoder,
         vision=encoders.vision if encoders else settings.vision_encoder,
+        lpips=settings.lpips,
         start_from=checkpoint_of(store, start) if start else None,
         run=NOWHERE,  # rank 0 may be on a machine that cannot reach the tracker's database
     )

@@ -52,6 +52,8 @@ BUCKETS  ;  low_data.size=b32
     `low.data` names `low_data`, whose images are of the several sizes of `b32`: train on a square size
 high.model.hidden=48
     `high.model` is another network than that of `low`, whose weights it starts from (hidden 96 there, 48 here)
+low.model.prediction=image  ;  low.objective.perceptual.lpips=0.1
+    `low.objective.perceptual.lpips` needs a network that compares images, and `lpips` names none
 low.data=prepare
     `low.data` names `prepare`, whose kind is prepare, not snapshot: name low_data or high_data or sft_data
 low_score.checkpoint=low_data

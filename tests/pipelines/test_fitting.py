@@ -25,6 +25,7 @@ from pipelines.stages.base import Context
 from pipelines.stages.fitting import check_training
 from pipelines.stages.train import TrainStage
 from tests.infra.stage_records import record_of
+from tests.training.small_run import write_lpips
 from training.encoders import known as encoders
 from training.settings import TrainSettings
 
@@ -137,6 +138,17 @@ def test_a_folder_tells_its_width(tmp_path: Path):
     check(encoders=None, text_encoder=wide)
     with pytest.raises(SettingsError, match="the text encoder's features are 2048 wide"):
         check(encoders=None, text_encoder=wide, model={"text_dim": 96})
+
+
+def test_the_weights_of_lpips_are_looked_at(tmp_path: Path):
+    wants = {"model": {"prediction": "image"}, "objective": {"perceptual": {"lpips": 0.1}}}
+    check(**wants, lpips=str(write_lpips(tmp_path / "lpips")))
+    (tmp_path / "lpips" / "vgg.pth").unlink()
+    with pytest.raises(CheckpointError, match=r"`train\.lpips`: .*lin0\.model\.1\.weight is missing"):
+        check(**wants, lpips=str(tmp_path / "lpips"))
+    with pytest.raises(SettingsError, match="there is no folder nowhere"):
+        check(**wants, lpips="nowhere")
+    check(**wants, lpips="somebody/lpips-vgg@v0.1")  # the hub is asked when it is loaded
 
 
 def test_an_inherited_encoder_is_not_looked_for():

@@ -37,6 +37,18 @@ SETTINGS: dict[str, Any] = {
     "reading": {"lanes": 8},
     "validation": {"every": 5, "batches": 2},
 }
+OPTIONS: dict[str, Any] = {  # REPA ends behind the state that a killed run resumes from
+    "model": small_run.MODEL | {"prediction": "image", "noise_scale": 2.0},
+    "objective": {
+        "repa": 0.5,
+        "repa_block": 1,
+        "repa_until": 10,
+        "time_mean": -0.4,
+        "time_deviation": 0.8,
+        "perceptual": {"lpips": 0.1, "dino": 0.01, "times": [0.3, 1.0]},
+        "routing": {"share": 0.5, "blocks": [1, 1]},
+    },
+}
 STAGES: dict[str, dict[str, Any]] = {
     "zero-1": {"zero": 1},
     "zero-2": {"zero": 2},
@@ -50,6 +62,10 @@ STAGES: dict[str, dict[str, Any]] = {
         "ema": {"decay": 0.9, "more_decays": [0.5], "sigma_rel": [0.05, 0.1], "keep_every": 7},
         "export_every": 7,
     },
+    "options": {"zero": 2, **OPTIONS},
+    # Here REPA ends before that state, and the head's last gradient must not count on.
+    "options-3": {"zero": 3, **OPTIONS, "objective": OPTIONS["objective"] | {"repa_until": 5}},
+    "options-exact": {"zero": 1, "precision": "bf16", "exact_gradients": True, **OPTIONS},
 }
 LOADED: dict[str, tuple[int, dict[str, Any]]] = {  # how many ranks load the state of two ranks at ZeRO 3, and how
     "1-zero-1": (1, {"zero": 1}),
@@ -149,6 +165,7 @@ def write_inputs(folder: Path, store: FileStore) -> dict[str, Any]:
         snapshot = small_run.write_data(folder / "corpus", store)
         snapshot = snapshot.model_copy(update={"held_out": snapshot.selection, "held_out_rows": snapshot.rows})
         encoders = small_run.write_encoders(folder / "encoders", store)
+        small_run.write_lpips(folder / "lpips")
         files = {part: {k: f.model_dump() for k, f in files.items()} for part, files in encoders.items()}
         path.write_text(json.dumps({"snapshot": snapshot.model_dump(mode="json"), "encoders": files}))
         return 0
@@ -159,7 +176,8 @@ def write_inputs(folder: Path, store: FileStore) -> dict[str, Any]:
         part: {name: DataObject.model_validate(file) for name, file in files.items()}
         for part, files in written["encoders"].items()
     }
-    return {"snapshot": SnapshotRecord.model_validate(written["snapshot"]), "encoders": encoders}
+    snapshot = SnapshotRecord.model_validate(written["snapshot"])
+    return {"snapshot": snapshot, "encoders": encoders, "lpips": str(folder / "lpips")}
 
 
 def main(folder: Path, names: list[str]) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
 from data_prep.shapes.corpus import write_corpus
 from data_prep.snapshots.build import snapshot
 from data_prep.snapshots.settings import SnapshotSettings
@@ -13,6 +16,7 @@ from infra.records import CheckpointRecord, DataObject, SnapshotRecord, put_data
 from infra.store import Store
 from infra.tracking import NOWHERE
 from tests.data_prep.corpora import prepare_here, settings_for
+from training.encoders import lpips as lpips_module
 from training.encoders import text, vision
 from training.loop import Job
 from training.settings import TrainSettings
@@ -65,12 +69,29 @@ def write_encoders(folder: Path, store: Store) -> dict[str, dict[str, DataObject
     }
 
 
+def write_lpips(folder: Path, widths: tuple[int, ...] = (4, 6, 8, 8, 8)) -> Path:
+    """A small VGG-16 with random weights under torchvision's names, and LPIPS's weights in a file of their own."""
+    torch.manual_seed(0)
+    features, before = {}, 3
+    for block, width in zip(lpips_module.BLOCKS, widths, strict=True):
+        for index in block:
+            features[f"features.{index}.weight"] = torch.randn(width, before, 3, 3) / (3 * before) ** 0.5
+            features[f"features.{index}.bias"] = torch.randn(width) / 10
+            before = width
+    heads = {f"lin{number}.model.1.weight": torch.rand(1, width, 1, 1) for number, width in enumerate(widths)}
+    folder.mkdir(parents=True)
+    save_file(features, folder / "vgg16.safetensors")
+    torch.save(heads, folder / "vgg.pth")
+    return folder
+
+
 def job_in(
     store: Store,
     snapshot: SnapshotRecord,
     encoders: dict[str, dict[str, DataObject]],
     name: str,
     start_from: CheckpointRecord | None = None,
+    lpips: str | None = None,
     **changes: Any,
 ) -> Job:
     return Job(
@@ -81,6 +102,7 @@ def job_in(
         snapshot=snapshot,
         text=encoders["text"],
         vision=encoders["vision"],
+        lpips=lpips,
         start_from=start_from,
         run=NOWHERE,
     )

@@ -11,9 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from infra.config import parse
 from infra.errors import SettingsError
+from training.diffusion.settings import RoutingSettings
 from training.encoders.shapes import (
     PUBLISHED_TEXT,
     PUBLISHED_VISION,
+    LpipsShape,
     text_shape,
     tiny_text,
     tiny_vision,
@@ -21,6 +23,7 @@ from training.encoders.shapes import (
 )
 from training.model import PRESETS, ModelConfig, PixNerd, Text, outline
 from training.model.repa_head import RepaHead
+from training.model.routing import Route
 from training.optim import OptimSettings, optimiser
 from training.plan.machines import DEVICES, machines
 from training.plan.memory import Setup, Sizes, activations, memory
@@ -85,6 +88,33 @@ def test_the_formula_is_what_the_network_multiplies(name: str):
     assert counter.get_total_flops() == images * sum(forward(config).values()) + once
 
 
+def test_token_routing_spares_what_is_not_multiplied():
+    config, images = CONFIGS["tiny"], 3
+    routing = RoutingSettings(share=0.5, blocks=(1, 2))
+    route = Route(torch.zeros(images, routing.kept(config.grid**2), dtype=torch.long, device="meta"), 1, 2)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        outline(config)(*inputs(config, images, "meta"), route=route)
+    once = 2 * config.patch_size**2 * 64 * config.field_channels
+    assert counter.get_total_flops() == images * sum(forward(config, routing).values()) + once
+
+
+def test_options_of_the_objective_are_counted():
+    plain = plan()
+    routed = plan(objective={"routing": {"share": 0.5, "blocks": [2, 12]}})
+    assert routed.work.trained < 0.75 * plain.work.trained
+    assert routed.memory().on_device < plain.memory().on_device
+    half = plan(objective={"repa_until": 500})
+    assert half.work.vision == pytest.approx(plain.work.vision / 2)
+    assert half.work.head == pytest.approx(plain.work.head / 2)
+    seeing = {"repa": 0, "perceptual": {"dino": 0.01, "lpips": 0.1}}
+    seen = plan(encoders=Encoders(QWEN, DINO, lpips=LpipsShape()), model={"prediction": "image"}, objective=seeing)
+    assert (seen.head, seen.work.head) == (0, 0)
+    assert seen.work.vision == plain.work.vision
+    assert seen.work.perceptual == 2 * plain.work.vision + 3 * LpipsShape().forward(256)
+    assert seen.activations["LPIPS"] == LpipsShape().kept(256)
+    assert seen.sizes.frozen == plain.sizes.frozen + LpipsShape().parameters
+
+
 def inputs(config: ModelConfig, images: int, device: str) -> tuple[Tensor, Tensor, Any]:
     assert config.image_size is not None
     x_BCHW = torch.zeros(images, 3, config.image_size, config.image_size, device=device)
@@ -136,7 +166,8 @@ def test_published_encoders_have_the_size_that_is_told_of_them():
 
 
 def test_the_optimiser_holds_as_many_values_as_are_counted():
-    planned = plan("2xcpu", SMALL, preset="tiny", batch=32, train_text=1, optim={"matrices": "muon"})
+    muon, aligned = {"matrices": "muon"}, {"repa": 0.5}
+    planned = plan("2xcpu", SMALL, preset="tiny", batch=32, train_text=1, optim=muon, objective=aligned)
     text = torch.nn.ModuleDict({"model": qwen(96, 2, 4, 512)})
     for name, parameter in text.named_parameters():
         parameter.requires_grad_("layers.1." in name or name == "model.norm.weight")

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from tests.training.ranks import LOADED, STAGES, WRITTEN
 
-FAST = ["zero-3", "zero-3-killed", "4-zero-1", "muon", "muon-alone"]
-FAST_NAMES = {"zero-3", "4-zero-1"}
-KILLED = ["zero-1", "zero-2", "zero-3", "muon", "bf16-exact", "averages"]
+FAST = ["zero-3", "zero-3-killed", "4-zero-1", "muon", "muon-alone", "options", "options-killed"]
+FAST_NAMES = {"zero-3", "4-zero-1", "options"}
+KILLED = ["zero-1", "zero-2", "zero-3", "muon", "bf16-exact", "averages", "options", "options-3", "options-exact"]
 SLOW = [*STAGES, *(f"{name}-killed" for name in KILLED if name not in FAST_NAMES), *(LOADED.keys() - FAST_NAMES)]
 
 

@@ -1,17 +1,19 @@
-"""What is drawn at random for each sample: its noise, its time, and whether its condition is dropped.
+"""What is drawn at random for each sample: its noise, its time, whether its condition is dropped, and its route.
 
 All of it is a function of (seed, position), where a position is the number of samples consumed before this one. So it
 depends on neither ranks nor batches nor threads, and each epoch draws anew. The work is split in two: `draw` makes
 random bits on the CPU, ahead of the step, and `normal` turns them into noise on the device that trains. The second half
 is a table and one addition, which are exact, so every device makes the same noise.
 
-Condition dropout: Ho and Salimans 2022, arXiv 2207.12598. Shapes: B images, N random words a sample.
+Condition dropout: Ho and Salimans 2022, arXiv 2207.12598; a route is that of `training.model.routing`.
+
+Shapes: B images, N random words a sample, M patches that are kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from statistics import NormalDist
 from typing import NamedTuple
@@ -23,19 +25,32 @@ from torch import Tensor
 from training.diffusion.path import logit_normal_time
 
 # Each use of random numbers has a stream of its own, so a further use would not change the others.
-_NOISE, _TIME, _DROP = range(3)
+_NOISE, _TIME, _DROP, _ROUTE = range(4)
 _WORDS = 1 << 16
 _MIXING = 18  # outputs that SFC64's author leaves out after its state was set to a key
+
+Routing = Callable[[tuple[int, ...]], tuple[int, int]]  # of images of a shape: their patches, and how many are kept
 
 
 class Draw(NamedTuple):
     bits_BN: Tensor  # int16, for `normal`
     t_B: Tensor
     drop_B: Tensor
+    kept_BM: Tensor  # indices of patches, in order; none if no token is routed
 
 
-def draw(seed: int, positions: Sequence[int], shape: tuple[int, ...], *, shift: float = 1.0, drop: float = 0.1) -> Draw:
-    """Each sample's random bits for noise of `shape`, its time, and whether its condition is dropped.
+def draw(
+    seed: int,
+    positions: Sequence[int],
+    shape: tuple[int, ...],
+    *,
+    shift: float = 1.0,
+    mean: float = 0.0,
+    deviation: float = 1.0,
+    drop: float = 0.1,
+    routing: Routing | None = None,
+) -> Draw:
+    """Each sample's random bits for noise of `shape`, its time, whether its condition is dropped, and its route.
 
     The generator is SFC64, which makes its bits in less than half of Philox's time. Its state is the key (seed,
     position, stream) and a counter. The step from one state to the next can be undone, so two keys never come to the
@@ -44,6 +59,8 @@ def draw(seed: int, positions: Sequence[int], shape: tuple[int, ...], *, shift: 
     bits = np.empty((len(positions), words(shape) // 4), dtype="<u8")
     normals = np.empty(len(positions), dtype=np.float32)
     uniforms = np.empty(len(positions), dtype=np.float32)
+    patches, kept = (0, 0) if routing is None else routing(shape)
+    routes = np.empty((len(positions), kept), dtype=np.int64)
     sfc64 = np.random.SFC64(0)
     generator = np.random.Generator(sfc64)
     for index, position in enumerate(positions):
@@ -53,10 +70,14 @@ def draw(seed: int, positions: Sequence[int], shape: tuple[int, ...], *, shift: 
         normals[index] = generator.standard_normal()
         _seek(sfc64, seed, position, _DROP)
         uniforms[index] = generator.random()
+        if kept:
+            _seek(sfc64, seed, position, _ROUTE)
+            routes[index] = np.sort(np.argpartition(sfc64.random_raw(patches), kept - 1)[:kept])
     return Draw(
         torch.from_numpy(bits.view("<i2").astype(np.int16, copy=False)),
-        logit_normal_time(torch.from_numpy(normals), shift),
+        logit_normal_time(torch.from_numpy(normals), shift, mean, deviation),
         torch.from_numpy(uniforms) < drop,
+        torch.from_numpy(routes),
     )
 
 

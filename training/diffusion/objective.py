@@ -16,13 +16,19 @@ from torch.nn import functional as F
 
 from training.diffusion.path import interpolate, velocity
 from training.model.condition import Condition
+from training.model.routing import Route
 
 
 class Loss(NamedTuple):
-    """Each sample's velocity loss, and the tokens of the tapped block if `tap` was given."""
+    """Each sample's velocity loss, the tokens of the tapped block if `tap` was given, and what was predicted of what.
+
+    Where the tapped block is one that tokens skip, these are the tokens that do not.
+    """
 
     per_sample_B: Tensor
     tokens_BNH: Tensor | None
+    v_BCHW: Tensor
+    x_t_BCHW: Tensor
 
 
 def velocity_loss(
@@ -32,6 +38,7 @@ def velocity_loss(
     noise_BCHW: Tensor,
     t_B: Tensor,
     tap: int | None = None,
+    route: Route | None = None,
 ) -> Loss:
     """|v - (x - noise)|^2 averaged over each sample's values, in fp32.
 
@@ -39,11 +46,12 @@ def velocity_loss(
     """
     x_t = interpolate(x_BCHW, noise_BCHW, t_B)
     target = velocity(x_BCHW, noise_BCHW).float()
+    routed = {} if route is None else {"route": route}  # so that any function of three arguments is a network
     if tap is None:
-        v, tokens = net(x_t, t_B, condition), None
+        v, tokens = net(x_t, t_B, condition, **routed), None
     else:
-        v, tokens = net(x_t, t_B, condition, tap)
-    return Loss(F.mse_loss(v.float(), target, reduction="none").flatten(1).mean(1), tokens)
+        v, tokens = net(x_t, t_B, condition, tap, **routed)
+    return Loss(F.mse_loss(v.float(), target, reduction="none").flatten(1).mean(1), tokens, v, x_t)
 
 
 def by_time(losses_B: Tensor, t_B: Tensor, bins: int, weight_B: Tensor | None = None) -> tuple[Tensor, Tensor]:

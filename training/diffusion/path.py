@@ -34,6 +34,6 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return t / (t + (1 - t) * shift)
 
 
-def logit_normal_time(normal: Tensor, shift: float = 1.0) -> Tensor:
+def logit_normal_time(normal: Tensor, shift: float = 1.0, mean: float = 0.0, deviation: float = 1.0) -> Tensor:
     """The logit-normal times of Esser et al. 2024, arXiv 2403.03206, section 3.1, from standard normal numbers."""
-    return shift_time(normal.sigmoid(), shift)
+    return shift_time((mean + deviation * normal).sigmoid(), shift)

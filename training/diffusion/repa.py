@@ -25,12 +25,15 @@ class Alignment(NamedTuple):
 
 
 @torch.no_grad()
-def alignment(projected_BNV: Tensor, features_BNV: Tensor) -> Alignment:
+def alignment(projected_BNV: Tensor, features_BNV: Tensor, others_BNV: Tensor | None = None) -> Alignment:
     """The mean cosine with the image's own features, and with those of another image of the batch at the same patches.
 
     The second is the control: a head that knows only the average image reaches it too.
     """
     assert len(features_BNV) > 1, "the control needs another image in the batch"
-    projected, features = projected_BNV.float(), features_BNV.float()
-    matched = F.cosine_similarity(projected, features, dim=-1).mean()
-    return Alignment(matched, F.cosine_similarity(projected, features.roll(1, 0), dim=-1).mean())
+    others_BNV = features_BNV.roll(1, 0) if others_BNV is None else others_BNV
+    matched, shuffled = (
+        F.cosine_similarity(projected_BNV.float(), features.float(), dim=-1).mean()
+        for features in (features_BNV, others_BNV)
+    )
+    return Alignment(matched, shuffled)

@@ -73,6 +73,40 @@ class VisionShape(NamedTuple):
         per_layer = 2 * tokens * self._matrices + 4 * tokens**2 * self.width
         return self.layers * per_layer + 2 * patches * 3 * self.patch_size**2 * self.width
 
+    def kept(self, patches: int) -> int:
+        """Bytes that autograd keeps of an image whose gradient is asked for, of a plain feed-forward part's layers."""
+        # Inputs of both norms; q, k and v, and what attention gives; what goes into the activation.
+        return 4 * (patches + 1) * (self.layers * (6 * self.width + self.inner) + self.width)
+
+
+class LpipsShape(NamedTuple):
+    """A VGG-16 with LPIPS's weights, as `Lpips` uses it."""
+
+    widths: tuple[int, ...] = (64, 128, 256, 512, 512)
+    depths: tuple[int, ...] = (2, 2, 3, 3, 3)  # convolutions of each block
+
+    @property
+    def parameters(self) -> int:
+        return sum(9 * before * width + width for before, width, _ in self._layers) + sum(self.widths)
+
+    def forward(self, side: int) -> int:
+        """FLOP of a square image."""
+        return sum(2 * 9 * before * width * (side >> block) ** 2 for before, width, block in self._layers)
+
+    def kept(self, side: int) -> int:
+        """Bytes that autograd keeps of an image: layers' results, blocks' differences, and where their largest were."""
+        results = sum(4 * width * (side >> block) ** 2 for _, width, block in self._layers)
+        ends = sum(4 * (width + 2) * (side >> block) ** 2 for block, width in enumerate(self.widths))  # and two norms
+        pooled = sum(8 * width * (side >> block + 1) ** 2 for block, width in enumerate(self.widths[:-1]))
+        return results + ends + pooled
+
+    @property
+    def _layers(self) -> list[tuple[int, int, int]]:
+        """Channels before and after each convolution, and its block."""
+        blocks = [block for block, depth in enumerate(self.depths) for _ in range(depth)]
+        widths = [self.widths[block] for block in blocks]
+        return list(zip([3, *widths], widths, blocks, strict=False))
+
 
 def text_shape(config: Mapping[str, Any]) -> TextShape:
     """From a Qwen3's config.json; raises KeyError, TypeError or ValueError for another file."""

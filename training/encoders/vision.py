@@ -31,9 +31,11 @@ class VisionEncoder(nn.Module):
     def width(self) -> int:
         return int(self.model.config.hidden_size)
 
-    @torch.no_grad()
     def forward(self, x_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Features [B, N, V] of images in [-1, 1], resized so that DINOv2's patches coincide with the denoiser's."""
+        """Features [B, N, V] of images in [-1, 1], resized so that DINOv2's patches coincide with the denoiser's.
+
+        Gradients go to the images, if these want them.
+        """
         size = (self.patch_size * grid[0], self.patch_size * grid[1])
         resized = F.interpolate((x_BCHW.float() + 1) / 2, size=size, mode="bicubic", antialias=False)
         mean, std = (torch.tensor(v, device=x_BCHW.device).view(3, 1, 1) for v in (_MEAN, _STD))

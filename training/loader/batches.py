@@ -40,6 +40,7 @@ class Batch:
     weight_B: Tensor  # 0 for an image that could not be decoded, which is black; else 1
     bits_BN: Tensor
     t_B: Tensor
+    kept_BM: Tensor  # patches that token routing keeps; none where it is off
     ids_BT: Tensor
     mask_BT: Tensor
     truncated_B: Tensor  # bool: captions that were longer than that
@@ -152,6 +153,7 @@ class Batches:
             weight_B=empty(count, dtype=torch.float32).fill_(1),
             bits_BN=empty(count, words((3, height, width)), dtype=torch.int16),
             t_B=empty(count, dtype=torch.float32),
+            kept_BM=empty(count, self.draw([], (3, height, width)).kept_BM.shape[1], dtype=torch.int64),
             ids_BT=empty(count, self._token_count, dtype=torch.int64),
             mask_BT=empty(count, self._token_count, dtype=torch.int64),
             truncated_B=empty(count, dtype=torch.bool),
@@ -164,7 +166,7 @@ class Batches:
         """Fill some of a batch's places."""
         shape = tuple(batch.images_BCHW.shape[1:])
         drawn = self.draw(batch.positions[part].tolist(), shape)
-        batch.bits_BN[part], batch.t_B[part] = drawn.bits_BN, drawn.t_B
+        batch.bits_BN[part], batch.t_B[part], batch.kept_BM[part] = drawn.bits_BN, drawn.t_B, drawn.kept_BM
         images_BHWC = batch.images_BCHW.permute(0, 2, 3, 1).numpy()
         for place, dropped in zip(range(len(rows))[part], drawn.drop_B.tolist(), strict=True):
             if not dropped:

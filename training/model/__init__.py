@@ -45,7 +45,7 @@ def save(
         raise CheckpointError(f"{folder} holds a checkpoint already", remedy="name a new folder, or remove this one")
     state = net.state_dict() if weights is None else dict(weights)
     refuse(differences(shapes(net.state_dict()), shapes(state)), "the weights to save do not fit the settings", _REMEDY)
-    config = {"schema_version": SCHEMA, "model": net.config.model_dump(mode="json"), "extra": dict(extra or {})}
+    config = {"schema_version": SCHEMA, "model": _told(net.config), "extra": dict(extra or {})}
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     # The files appear from the innermost out, so config.json comes last: without it the folder is no checkpoint.
@@ -59,6 +59,12 @@ def save(
         # safetensors makes the file readable by its owner only; it gets the permissions of config.json.
         weights_file.chmod(config_file.stat().st_mode)
         sums_file.write_text(sums_text({file.name: sha256_of(file) for file in (config_file, weights_file)}))
+
+
+def _told(config: ModelConfig) -> dict[str, Any]:
+    """The settings as they are written. One that came later is left out at its default, as in older versions' files."""
+    settings = config.model_dump(mode="json")
+    return {name: value for name, value in settings.items() if name != "noise_scale" or value != 1}
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu") -> PixNerd:

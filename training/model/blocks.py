@@ -35,7 +35,12 @@ class RMSNorm(nn.Module):
     def rotated(self, x_BNhd: Tensor, table: RotaryTable | None) -> Tensor:
         if table is None:
             return rms_norm(x_BNhd, self.weight, self.weight_in_fp32)
-        return norm_rotate(x_BNhd, self.weight, table.cos, table.sin, self.weight_in_fp32)
+        if len(table.cos) == x_BNhd.shape[1]:
+            return norm_rotate(x_BNhd, self.weight, table.cos, table.sin, self.weight_in_fp32)
+        # Each image has positions of its own: to the operation, all tokens are those of one image.
+        row_1Nhd = x_BNhd.flatten(0, 1)[None]
+        rotated_1Nhd = norm_rotate(row_1Nhd, self.weight, table.cos, table.sin, self.weight_in_fp32)
+        return rotated_1Nhd.view(x_BNhd.shape)
 
 
 class Attention(nn.Module):

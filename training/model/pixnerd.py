@@ -15,6 +15,7 @@ from training.model.embed import TextEmbedding, TimeEmbedding, check_times
 from training.model.field import Field, LinearHead
 from training.model.presets import ModelConfig
 from training.model.rotary import rotary_table
+from training.model.routing import Route, positions_of, put_back, taken
 
 
 class PixNerd(nn.Module):
@@ -51,16 +52,24 @@ class PixNerd(nn.Module):
                 nn.init.zeros_(last.out.bias)
 
     def forward(
-        self, x_BCHW: Tensor, t_B: Tensor, condition: Condition | TextTokens, tap: int | None = None
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        condition: Condition | TextTokens,
+        tap: int | None = None,
+        route: Route | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The prediction; with `tap=k` also the tokens [B, N, H] after the trunk's k-th block, counted from one."""
+        """The prediction; with `tap=k` also the tokens [B, N, H] after the trunk's k-th block, counted from one.
+
+        With a route, only the kept tokens go through its blocks, and only these are tapped there: [B, M, H].
+        """
         assert tap is None or 1 <= tap <= len(self.trunk)
         self.config.check_size(x_BCHW.shape[-2], x_BCHW.shape[-1])
         pixels_BCHW = x_BCHW.to(self.stem.weight.dtype)
         embedded = condition if isinstance(condition, TextTokens) else self.embed(condition)
         check_times(embedded, t_B)
         time_BH = self.time(t_B)
-        tokens_BNH, tapped = self._trunk(self._shrink(pixels_BCHW), time_BH, embedded, tap)
+        tokens_BNH, tapped = self._trunk(self._shrink(pixels_BCHW), time_BH, embedded, tap, route)
         out_BCHW = self._draw(pixels_BCHW, tokens_BNH, time_BH)
         return out_BCHW if tapped is None else (out_BCHW, tapped)
 
@@ -84,7 +93,7 @@ class PixNerd(nn.Module):
         return F.interpolate(x_BCHW, size=(side, side), mode="nearest")
 
     def _trunk(
-        self, x_BCHW: Tensor, time_BH: Tensor, embedded: Embedded, tap: int | None
+        self, x_BCHW: Tensor, time_BH: Tensor, embedded: Embedded, tap: int | None, route: Route | None
     ) -> tuple[Tensor, Tensor | None]:
         p = self.config.patch_size
         rows, columns = x_BCHW.shape[-2] // p, x_BCHW.shape[-1] // p
@@ -99,11 +108,17 @@ class PixNerd(nn.Module):
             cond_BH = F.silu(time_BH + self.label(embedded))
         rotary = rotary_table(rows, columns, self.config.head_dim, self.config.rope_extent, x_BCHW.device)
         mask = _joint_mask(text, rows * columns)
-        tapped = None
+        places, keys = rotary, mask  # of the tokens that go through a block
+        whole_BNH, tapped = x_BNH, None
         for index, block in enumerate(self.trunk, start=1):
-            x_BNH = block(x_BNH, cond_BH, rotary, text, mask)
+            if route is not None and index == route.first:
+                whole_BNH, x_BNH = x_BNH, taken(x_BNH, route.kept_BM)
+                places, keys = positions_of(rotary, route.kept_BM), _joint_mask(text, x_BNH.shape[1])
+            x_BNH = block(x_BNH, cond_BH, places, text, keys)
             if index == tap:
                 tapped = x_BNH
+            if route is not None and index == route.last:
+                x_BNH, places, keys = put_back(whole_BNH, route.kept_BM, x_BNH), rotary, mask
         return x_BNH, tapped
 
     def _draw(self, x_BCHW: Tensor, tokens_BNH: Tensor, time_BH: Tensor) -> Tensor:

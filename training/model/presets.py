@@ -51,6 +51,9 @@ class ModelConfig(Settings):
     prediction: Literal["velocity", "image"] = Field(
         "velocity", description="what the network predicts; an image is converted to a velocity"
     )
+    noise_scale: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="deviation of the noise that it learns from and draws from"
+    )
     open_gates: bool = Field(
         False,
         description="start with the blocks' gates at 1, not near 0: short runs then follow the caption sooner",

@@ -14,7 +14,10 @@ from training.model.tables import constant_table
 
 
 class RotaryTable(NamedTuple):
-    """cos and sin of each position's d/2 angles, [N, d/2]; angle i rotates the values (2i, 2i+1) of a head."""
+    """cos and sin of each position's d/2 angles, [N, d/2]; angle i rotates the values (2i, 2i+1) of a head.
+
+    Where each image has positions of its own, they are those of all images in a row, [B N, d/2].
+    """
 
     cos: Tensor
     sin: Tensor

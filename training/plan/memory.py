@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from training.diffusion.settings import ObjectiveSettings
 from training.encoders.shapes import TextShape
 from training.model.presets import ModelConfig
 from training.plan.machines import GB
-from training.plan.work import Encoders
+from training.plan.work import Encoders, route
 
 FP32 = 4  # bytes
 BUCKET = 500_000_000  # DeepSpeed's: elements of gradients that are exchanged at once, in one buffer
@@ -122,14 +123,19 @@ def _host(setup: Setup, sizes: Sizes, state: float, averages: float) -> dict[str
     return {"offloaded state": apart, "networks at the start, or a state that is saved": max(building, saving)}
 
 
-def activations(config: ModelConfig, encoders: Encoders, *, bf16: bool, gpu: bool) -> dict[str, float]:
+def activations(
+    config: ModelConfig, encoders: Encoders, objective: ObjectiveSettings | None = None, *, bf16: bool, gpu: bool
+) -> dict[str, float]:
     """Bytes that autograd keeps of one image, by part.
 
     Where no kernel of ours runs (on CPUs), a norm keeps more than its input: see `_copies`.
     """
     n, t, h = config.grid**2, config.text_tokens, config.hidden
     b = 2 if bf16 else FP32
-    trunk = config.blocks * _block(config, n, t, b, plain=not gpu)
+    objective = objective or ObjectiveSettings()
+    skipped, kept = route(config, objective.routing)
+    trunk = (config.blocks - skipped) * _block(config, n, t, b, plain=not gpu)
+    trunk += skipped * _block(config, kept, t, b, plain=not gpu)
     parts = {
         "trunk": trunk + config.blocks * t * h * (2 * b + FP32),  # keys, values and a norm in fp32 of the text
         "text refine": config.text_blocks * _block(config, t, 0, b, plain=not gpu),
@@ -139,7 +145,11 @@ def activations(config: ModelConfig, encoders: Encoders, *, bf16: bool, gpu: boo
         # The largest values of the backward pass itself: the gradients of one block's feed-forward part.
         "gradients of a block": n * b * (4.0 * config.mlp_hidden + h),
     }
-    if encoders.vision:
+    if encoders.vision and objective.perceptual.dino:
+        parts["features of predictions"] = float(encoders.vision.kept(n))
+    if encoders.lpips:
+        parts["LPIPS"] = float(encoders.lpips.kept(config.grid * config.patch_size))
+    if encoders.vision and objective.repa:
         v = encoders.vision.width
         parts["REPA"] = n * (4.0 * h * b + v * (b + 3 * FP32))
     if encoders.train_text:

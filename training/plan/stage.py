@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from training.encoders.shapes import VisionShape
 from training.model import ModelConfig, outline
 from training.optim import is_in_a_block
 from training.plan.machines import Machines
@@ -49,19 +50,25 @@ class StagePlan:
     @cached_property
     def head(self) -> int:
         """Parameters of REPA's head, with its biases."""
-        hidden, vision = self.config.hidden, self.encoders.vision
+        hidden, vision = self.config.hidden, self._aligned_with
         return self._head_matrices + 2 * hidden + vision.width if vision else 0
+
+    @property
+    def _aligned_with(self) -> VisionShape | None:
+        return self.encoders.vision if self.settings.objective.repa else None
 
     @cached_property
     def sizes(self) -> Sizes:
-        text, vision, layers = self.encoders.text, self.encoders.vision, self.settings.train_text
+        text, vision, layers, lpips = self.encoders
         trained = self.network + self.head + text.trained(layers)
         muon = self._moved_by_muon if self.settings.optim.matrices == "muon" else 0
         return Sizes(
             trained=trained,
             held=self.network + self.head + (text.parameters if layers else 0),
             moments=2 * trained - muon,
-            frozen=(0 if layers else text.parameters) + (vision.parameters if vision else 0),
+            frozen=(0 if layers else text.parameters)
+            + (vision.parameters if vision else 0)
+            + (lpips.parameters if lpips else 0),
         )
 
     @cached_property
@@ -78,12 +85,12 @@ class StagePlan:
 
     @property
     def _head_matrices(self) -> int:
-        hidden, vision = self.config.hidden, self.encoders.vision
+        hidden, vision = self.config.hidden, self._aligned_with
         return 2 * hidden * hidden + hidden * vision.width if vision else 0
 
     @cached_property
     def work(self) -> Work:
-        return work(self.config, self.encoders)
+        return work(self.config, self.encoders, self.settings.objective, self.settings.steps)
 
     @property
     def images(self) -> int:
@@ -113,7 +120,7 @@ class StagePlan:
     @cached_property
     def activations(self) -> dict[str, float]:
         setup = self.setup()
-        return activations(self.config, self.encoders, bf16=setup.bf16, gpu=setup.gpu)
+        return activations(self.config, self.encoders, self.settings.objective, bf16=setup.bf16, gpu=setup.gpu)
 
     def memory(self, **changes: Any) -> Memory:
         """A rank's memory, with settings of the recipe changed."""
