@@ -35,7 +35,7 @@ class Perf:
 def flop_per_image(net: ModelConfig, text: TextEncoder, vision: VisionEncoder | None, settings: TrainSettings) -> int:
     shapes = text_shape(text.model.config.to_dict()), vision_shape(_config(vision)) if vision is not None else None
     lpips = LpipsShape() if settings.objective.perceptual.lpips else None
-    return work(net, Encoders(*shapes, settings.train_text, lpips), settings.objective, settings.steps).step
+    return work(net, Encoders(*shapes, settings.train_text, lpips=lpips), settings.objective, settings.steps).step
 
 
 def peak(stated: float, precision: Precision, device: torch.device) -> float | None:

@@ -101,7 +101,7 @@ def _show_stage(plan: StagePlan) -> None:
 
 
 def _facts(plan: StagePlan) -> list[tuple[str, str]]:
-    work, (text, vision, _, lpips) = plan.work, plan.encoders
+    work, (text, vision, *_, lpips) = plan.work, plan.encoders
     sizes = [f"network {_count(plan.network)}", f"text encoder {_count(text.parameters)}"]
     sizes += [f"vision encoder {_count(vision.parameters)}"] if vision else []
     sizes += [f"REPA head {_count(plan.head)}"] if plan.head else []

@@ -77,10 +77,10 @@ def _compare(options: argparse.Namespace) -> None:
     config = preset("tiny")
     assert config.image_size is not None
     shape = (3, config.image_size, config.image_size)
-    bits, t, _ = draw(0, range(options.batch), shape)
-    noise = normal(bits, shape)
+    drawn = draw(0, range(options.batch), shape)
+    noise = normal(drawn.bits_BN, shape)
     text = Text(torch.randn(options.batch, config.text_tokens, config.text_dim))
-    inputs = (torch.rand_like(noise) * 2 - 1, text, noise, t)
+    inputs = (torch.rand_like(noise) * 2 - 1, text, noise, drawn.t_B)
     sides = {"bare PyTorch": bare(Step()), "engine": through_engine(Step(), options.batch)}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(options.rounds + 1):

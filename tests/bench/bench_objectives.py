@@ -69,9 +69,20 @@ class World:
             routing=(lambda _: (patches, routing.kept(patches))) if routing.share else None,
         )
         words = ["" if drop else self.captions[row] for row, drop in zip(rows, drawn.drop_B.tolist(), strict=True)]
-        ids, mask = encoder.tokenize(words)
-        images, weights = self.images[rows], torch.ones(size)
-        return Batch(images, weights, drawn.bits_BN, drawn.t_B, drawn.kept_BM, ids, mask, words, np.array(rows))
+        ids, mask, truncated = encoder.tokenize(words)
+        return Batch(
+            images_BCHW=self.images[rows],
+            weight_B=torch.ones(size),
+            bits_BN=drawn.bits_BN,
+            t_B=drawn.t_B,
+            kept_BM=drawn.kept_BM,
+            ids_BT=ids,
+            mask_BT=mask,
+            truncated_B=truncated,
+            captions=words,
+            positions=np.array(rows),
+            lengths=mask.sum(1).numpy(),
+        )
 
 
 def train(name: str, folder: Path, worlds: tuple[World, World], given: argparse.Namespace) -> tuple[float, float]:

@@ -106,8 +106,10 @@ def batch_of(images: int, **changes: Any) -> Batch:
         kept_BM=drawn.kept_BM,
         ids_BT=torch.zeros(images, 4, dtype=torch.int64),
         mask_BT=torch.ones(images, 4, dtype=torch.int64),
+        truncated_B=torch.zeros(images, dtype=torch.bool),
         captions=[""] * images,
         positions=np.arange(images),
+        lengths=np.full(images, 4),
     )
 
 

@@ -59,7 +59,7 @@ class StagePlan:
 
     @cached_property
     def sizes(self) -> Sizes:
-        text, vision, layers, lpips = self.encoders
+        text, vision, layers, _, lpips = self.encoders
         trained = self.network + self.head + text.trained(layers)
         muon = self._moved_by_muon if self.settings.optim.matrices == "muon" else 0
         return Sizes(
