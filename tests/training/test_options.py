@@ -219,6 +219,8 @@ def inputs(images: int, kept: Tensor, **changes: Any) -> Inputs:
         "weight_B": torch.ones(images),
         "ids_BT": torch.zeros(0),
         "mask_BT": torch.zeros(0),
+        "truncated_B": torch.zeros(images, dtype=torch.bool),
+        "lengths": [],
         "noise_BCHW": torch.randn(images, *SHAPE),
         "t_B": torch.tensor([0.1, 0.5, 0.9])[:images],
         "text": caption(images),
