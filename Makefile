@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUNS ?= runs
 
-.PHONY: help setup demo test coverage test-slow test-faults test-s3 gpu check format bench bench-model bench-order bench-loader bench-data serve-mlflow clean
+.PHONY: help setup demo test coverage test-slow test-faults test-s3 gpu check format bench bench-model bench-order bench-loader bench-train bench-state bench-data serve-mlflow clean
 
 help:           ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -69,6 +69,12 @@ bench-order: $(READY)  ## what 16 ranks fetch of 45 million images, and when
 
 bench-loader: $(READY)  ## images a second of the loader on one core, against webdataset
 	@$(BIN)/python -W ignore -m tests.bench.bench_loader $(ARGS)
+
+bench-train: $(READY)  ## a training step of the demo's network, part by part: make bench-train ARGS='--device cuda'
+	@$(BIN)/python -W ignore -m tests.bench.bench_train $(ARGS)
+
+bench-state: $(READY)  ## what a commit costs the steps beside it, and what resuming ranks read
+	@$(BIN)/python -W ignore -m tests.bench.bench_state $(ARGS)
 
 IMG2DATASET := build/img2dataset
 

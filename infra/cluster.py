@@ -134,6 +134,14 @@ def _to_standard_error(data: dict[str, Any], *_: object, **__: object) -> None:
     os.write(2, "".join(f"{line}\n" for line in data["lines"]).encode(errors="replace"))
 
 
+def started_here() -> bool:
+    """Whether the cluster was started by this process, and ends with it."""
+    import ray
+
+    node = ray._private.worker._global_node
+    return bool(node is not None and node.is_head())
+
+
 def disconnect() -> None:
     """Leave the cluster; stop a local one with all its processes."""
     import ray
@@ -160,7 +168,7 @@ def _handlers_kept() -> Iterator[None]:
 
 
 class Channel:
-    """Progress messages from tasks and training workers to the driver: small dicts, in order.
+    """Small dicts from tasks and training workers to the driver, in order: progress. Back goes its wish that they end.
 
     Work never depends on them: if they cannot be sent or received, it goes on without them.
     """
@@ -184,6 +192,20 @@ class Channel:
             return cast(list[dict[str, Any]], ray.get(self._actor.take.remote(), timeout=_ANSWER_SECONDS))
         except ray.exceptions.RayError:
             return []
+
+    def ask_to_end(self) -> None:
+        """Called by the driver: the workers are to end as soon as nothing is lost by it."""
+        with suppress(Exception):
+            self._actor.ask_to_end.remote()
+
+    def asked_to_end(self) -> bool:
+        """Asked by workers; it waits for the answer for some seconds."""
+        import ray
+
+        try:
+            return bool(ray.get(self._actor.asked_to_end.remote(), timeout=_ANSWER_SECONDS))
+        except ray.exceptions.RayError:
+            return False
 
     def close(self) -> None:
         import ray

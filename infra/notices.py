@@ -83,10 +83,11 @@ def _show_workers_lines() -> None:
 
 
 class Mailbox:
-    """An actor with messages from workers to the driver."""
+    """An actor with messages from workers to the driver, and its wish that they end."""
 
     def __init__(self) -> None:
         self._messages: list[Any] = []
+        self._end = False
 
     def put(self, message: Any) -> None:
         self._messages.append(message)
@@ -94,3 +95,9 @@ class Mailbox:
     def take(self) -> list[Any]:
         messages, self._messages = self._messages, []
         return messages
+
+    def ask_to_end(self) -> None:
+        self._end = True
+
+    def asked_to_end(self) -> bool:
+        return self._end

@@ -22,12 +22,12 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from infra.claim import Claim
-from infra.errors import SettingsError, TrainingError
+from infra.errors import SettingsError, Stopped, TrainingError
 from infra.records import CheckpointRecord, DataObject, SnapshotRecord
 from infra.store import Store
 from infra.tracking import Run
@@ -43,7 +43,7 @@ from training.loader.batches import Batch, Batches, Drawing
 from training.loader.reader import Reader
 from training.loader.selection import Selection
 from training.meter import Meter
-from training.model.compiled import compile_network
+from training.model.compiled import lighten
 from training.model.pixnerd import PixNerd
 from training.model.repa_head import RepaHead
 from training.optim import learning_rate
@@ -76,6 +76,7 @@ class Job:
     lpips: str | None = None  # where a folder or a hub has its weights, if a perceptual loss needs it
     claim: Claim | None = None  # the driver's, if several drivers may start this run
     ends_soon: Callable[[], bool] | None = None  # asked on all ranks alike: whether machines will be taken away
+    stopped: Callable[[], bool] | None = None  # asked on rank 0: whether somebody has stopped the run
     scratch: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))  # for temporary files
     cache: Path = field(default_factory=cache.default_folder)  # where `reading.cache` names none
 
@@ -111,8 +112,7 @@ class Training:
         self.job, self.settings, self.send, self.team = job, job.settings, send, team
         self.origins = _fetch(job, folder, lambda encoder: team.on_rank_0(partial(pinned, encoder)))
         self.networks = _build(self.settings, self.origins)
-        if self.settings.compile:
-            compile_network(self.networks.trained.net)
+        lighten(self.networks.trained.net, self.settings.compile, self.settings.recomputed)
         self.engine = _shard(self.networks, self.settings, team.size)
         self.ema = Ema(self.engine.masters, self.settings.ema)
         self.prepare = _preparer(self.networks, self.settings, self.engine.device)
@@ -170,7 +170,7 @@ class Training:
     def _steps(self) -> str:
         """Steps until the last one, or until the weights are broken, which it then says."""
         settings, meter, clock = self.settings, Meter(self.engine.device), time.perf_counter()
-        warned = False  # that this machine will be taken away: a state is committed at once
+        warned = stopped = False  # by those who take the machine away or end the run: a state is committed at once
         with closing(self.batches.iterate(self.position)) as batches, closing(self._watchdog()) as watchdog:
             while self.step < settings.steps:
                 self.saver.check()
@@ -200,9 +200,18 @@ class Training:
                     self._log(row)
                     if not warned and self.job.ends_soon is not None and self.job.ends_soon():
                         warned = due = True
-                if due and self.step < settings.steps:
+                    stopped = self.job.stopped is not None and self.team.on_rank_0(self.job.stopped)
+                if (due or stopped) and self.step < settings.steps:
                     self._save()
+                    if stopped:
+                        self._stop()
         return ""
+
+    def _stop(self) -> NoReturn:
+        self.saver.wait()
+        self.send({"event": "stopped", "step": self.step})
+        remedy = "run again: it goes on from there"
+        raise Stopped(f"stopped at step {self.step}, whose state is committed", remedy=remedy)
 
     def _watchdog(self) -> Watchdog:
         rank = self.team.rank

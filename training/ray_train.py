@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,10 +16,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from infra import scratch
+from infra import guard, scratch
+from infra.background import repeated
 from infra.causes import explained
 from infra.claim import held
-from infra.cluster import Channel
+from infra.cluster import Channel, started_here
 from infra.errors import ClusterError, PixnerdError, SettingsError, StoreError, TrainingError
 from infra.records import CheckpointRecord
 from training import checkpoint
@@ -26,6 +28,8 @@ from training.loop import Job
 
 Show = Callable[[dict[str, Any]], None]
 _ABORT_SECONDS = 4.0
+_COMMIT_SECONDS = 6.0  # in which the ranks of a stopped run may come to a log line and commit a state
+_ASK_SECONDS = 1.0  # between rank 0's questions whether the run is stopped
 _PAUSE_SECONDS = 5.0  # before another attempt: what has just died may take others along
 _OF_A_DEAD_PEER = ("connection", "socket", "nccl", "timed out", "peer")  # words of PyTorch's exchanges
 
@@ -71,9 +75,12 @@ class _News:
 
     def __init__(self, show: Show) -> None:
         self._show, self.committed, self.hung = show, False, dict[int, str]()
+        self.training, self.stopped = threading.Event(), threading.Event()
 
     def __call__(self, message: dict[str, Any]) -> None:
         self.committed |= message["event"] == "saved"
+        if message["event"] in ("start", "stopped"):
+            (self.training if message["event"] == "start" else self.stopped).set()
         if message["event"] == "hung":
             self.hung[message["rank"]] = message["text"]
         else:
@@ -108,6 +115,10 @@ def _attempt(job: Job, news: _News) -> None:
             trainer.fit()
             return
         except KeyboardInterrupt:
+            if news.training.is_set():
+                guard.more_time(_COMMIT_SECONDS)
+                channel.ask_to_end()
+                news.stopped.wait(_COMMIT_SECONDS)
             trainer.abort()
             raise
         except Exception as error:  # noqa: BLE001 - Ray wraps what a worker raised; ours is taken out again below
@@ -138,7 +149,11 @@ def _stood_still(job: Job, hung: dict[int, str]) -> Interrupted:
 
 
 def _trainer() -> Any:
-    """Ray's trainer, changed so that it can be aborted and installs no signal handler in this process."""
+    """Ray's trainer, changed so that it can be aborted and installs no signal handler in this process.
+
+    Each process that Ray starts beside the ranks takes 5 to 7 seconds of a core, at every attempt. So there is none for
+    Ray's datasets, which are not used, and on a cluster of this process none to clean up behind it once it is dead.
+    """
     import ray
     from ray.train.torch import TorchTrainer
 
@@ -147,6 +162,10 @@ def _trainer() -> Any:
 
         def _register_sigint_handler(self, controller: Any) -> None:
             self.controller = controller
+
+        def _create_default_callbacks(self) -> list[Any]:
+            left_out = {"DatasetsCallback", *(["PlacementGroupCleanerCallback"] if started_here() else [])}
+            return [one for one in super()._create_default_callbacks() if type(one).__name__ not in left_out]
 
         def abort(self) -> None:
             """End the ranks within a few seconds; those that still run end with the cluster or with this driver."""
@@ -182,9 +201,21 @@ def _worker(config: dict[str, Any]) -> None:
             channel.send(message)
 
     cache = default_folder()  # asked before the run's temporary files get a folder of their own, which goes with it
-    with scratch.folder("train") as folder, scratch.everything_in(folder):
-        ends_soon = lambda: ray.train.get_preemption_info() is not None  # noqa: E731
-        train(replace(job, scratch=folder, cache=cache, ends_soon=ends_soon), send)
+    asked = threading.Event()
+
+    def ask() -> None:
+        if rank == 0 and channel.asked_to_end():
+            asked.set()
+
+    def ends_soon() -> bool:
+        return ray.train.get_preemption_info() is not None
+
+    with (
+        scratch.folder("train") as folder,
+        scratch.everything_in(folder),
+        repeated(ask, _ASK_SECONDS, "asked", longest_end=_ASK_SECONDS),
+    ):
+        train(replace(job, scratch=folder, cache=cache, ends_soon=ends_soon, stopped=asked.is_set), send)
 
 
 def _cause(error: BaseException) -> PixnerdError:

@@ -48,7 +48,12 @@ class TrainSettings(Settings):
     micro_batch: int | None = operational(None, ge=1, description="images a rank takes at once; none: its whole share")
     zero: Stage = operational(1, description="what ranks share out: moments (1), gradients too (2), weights too (3)")
     offload: bool = operational(False, description="keep masters and moments in host memory, and update them there")
-    compile: bool = operational(False, description="let torch.compile build the network: minutes first, then faster")
+    checkpointing: Literal["none", "blocks"] | int = operational(
+        "none", description="blocks whose inside is computed anew backwards, for memory: none, all, or each N-th (N)"
+    )
+    compile: bool | Literal["blocks"] = operational(
+        False, description="let torch.compile build the network, or each kind of block alone: slow first, then faster"
+    )
     log_every: int = operational(20, ge=1)
     save_every: int = operational(500, ge=1, description="steps between committed states; a multiple of log_every")
     keep: int = operational(2, ge=1, description="newest states that are kept; the second is there if one is damaged")
@@ -103,6 +108,10 @@ class TrainSettings(Settings):
             raise ValueError("only text-to-image networks are trained here; this one draws from labels")
         if network.image_size is None:
             raise ValueError("model.image_size must be the size that is trained at")
+        if isinstance(self.checkpointing, int) and self.checkpointing < 1:
+            raise ValueError("checkpointing: a number is which blocks are computed anew, each N-th: 1 or more")
+        if self.compile is True and self.zero == 3:
+            raise ValueError("compile: true makes one graph, and zero 3 brings weights together by block: set blocks")
         if self.optim.matrices == "muon" and (self.zero == 3 or self.offload):
             raise ValueError("optim.matrices: muon needs whole matrices: use zero 1 or 2, without offload")
         if self.objective.repa and (self.micro_batch or share) < 2:
@@ -112,6 +121,11 @@ class TrainSettings(Settings):
 
     def network(self) -> ModelConfig:
         return ModelConfig(**(preset(self.preset).model_dump() | self.model))
+
+    @property
+    def recomputed(self) -> int:
+        """Each so manieth block of a stack is computed anew in the backward pass; 0: none."""
+        return self.checkpointing if isinstance(self.checkpointing, int) else int(self.checkpointing == "blocks")
 
 
 def _check_objective(objective: ObjectiveSettings, network: ModelConfig) -> None:

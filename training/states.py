@@ -22,15 +22,16 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from pydantic import model_validator
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from infra import layout
-from infra.errors import CheckpointError, DataError, NotFound, RecordError
+from infra.errors import CheckpointError, NotFound, RecordError
 from infra.records import DataObject, Record, fetch_data, put_data, read_record, write_record
 from infra.store import Store
 from training.ema import Ema
 from training.engine import Engine
+from training.part_files import HostCopies, fetch_once, write_tensors
+from training.part_files import part as part_path
 from training.team import Ranges, Team
 from training.zero import Fragment
 
@@ -97,6 +98,7 @@ class Saver:
         self.team = Team.apart()
         self._store, self._prefix, self._run, self._attempt = store, prefix, run, attempt
         self._keep, self._keep_every, self._allowed = keep, keep_every, allowed
+        self._copies = HostCopies()
         self._under_way: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -105,7 +107,7 @@ class Saver:
     ) -> None:
         """`facts` are the record's; `first` is called before the state is written, `then` once it is committed."""
         self.wait()
-        part = Part({name: tensor.to("cpu", copy=True) for name, tensor in part.tensors.items()}, part.ranges)
+        part = Part(self._copies.take(part.tensors), part.ranges)
         facts = facts | {"kept": self._keep_every > 0 and facts["step"] % self._keep_every == 0}
 
         def work() -> None:
@@ -138,9 +140,9 @@ class Saver:
         def put_part() -> StateFile:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "state.safetensors"
-                save_file(part.tensors, path)
+                sha256 = write_tensors(path, part.tensors)
                 name = f"{step:08d}-{self.team.rank:05d}-{attempt}.safetensors"
-                data = put_data(store, layout.STATE_PARTS.at(home=prefix), name, path)
+                data = put_data(store, layout.STATE_PARTS.at(home=prefix), name, path, sha256)
             return StateFile(data=data, ranges=part.ranges, step=step, attempt=attempt)
 
         def commit(files: list[StateFile]) -> None:
@@ -215,14 +217,14 @@ def resume(
     damaged: dict[str, str] = {}
     while (candidate := team.on_rank_0(lambda: newest(store, prefix, damaged))) is not None:
         key, state, problem = candidate
-        with tempfile.TemporaryDirectory() as folder:
-            if state is not None:
-                problems = team.on_each_rank(partial(_fetch_parts, store, state, engine, Path(folder)))
-                problem = next(filter(None, problems), "")
-            if state is not None and not problem:
-                team.check_agreed((state.step, state.position, state.digest()), "where to go on from")
-                _load(state, Path(folder), engine, ema)
-                return state
+        if state is not None:
+            with tempfile.TemporaryDirectory() as own:
+                wanted = _wanted(state, engine)
+                folder, problem = fetch_once(team, wanted, Path(own), partial(_fetch, store, state))
+                if not problem:
+                    team.check_agreed((state.step, state.position, state.digest()), "where to go on from")
+                    team.on_each_rank(partial(_load, state, folder, engine, ema))  # all, before the folder goes
+                    return state
         damaged[key] = problem
         tell(f"the training state {key} is not used: {problem}")
     team.on_rank_0(lambda: _refuse_to_begin_anew(store, prefix, damaged))
@@ -239,23 +241,25 @@ def _refuse_to_begin_anew(store: Store, prefix: str, damaged: dict[str, str]) ->
         )
 
 
-def _fetch_parts(store: Store, state: TrainingState, engine: Engine, folder: Path) -> str:
-    """Fetch the files that overlap this rank's ranges and check their hashes; returns what is wrong with one, or ""."""
+def _wanted(state: TrainingState, engine: Engine) -> list[int]:
+    """The numbers of the files that overlap this rank's ranges."""
     places = _places(state, engine)
-    for number, file in enumerate(state.files):
-        if any(_overlap(file.ranges, *places("master", fragment)) for fragment in engine.fragments):
-            try:
-                fetch_data(store, file.data, folder / f"{number}.safetensors")
-            except (NotFound, DataError) as error:
-                return error.message
-    return ""
+    return [
+        number
+        for number, file in enumerate(state.files)
+        if any(_overlap(file.ranges, *places("master", fragment)) for fragment in engine.fragments)
+    ]
+
+
+def _fetch(store: Store, state: TrainingState, number: int, path: Path) -> None:
+    fetch_data(store, state.files[number].data, path)  # which checks its hash
 
 
 def _load(state: TrainingState, folder: Path, engine: Engine, ema: Ema) -> None:
     """Load this rank's ranges from the fetched files into the engine and the EMA."""
     places = _places(state, engine)
     with ExitStack() as stack:
-        paths = [(file.ranges, folder / f"{number}.safetensors") for number, file in enumerate(state.files)]
+        paths = [(file.ranges, part_path(folder, number)) for number, file in enumerate(state.files)]
         files = [(ranges, stack.enter_context(safe_open(path, "pt"))) for ranges, path in paths if path.exists()]
 
         def read(kind: str, fragment: Fragment) -> Tensor:

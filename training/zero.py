@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from training.model.repeated import repeated
+
 
 class Fragment(NamedTuple):
     """A range of a parameter's own flat vector, and its place in one of the rank's flat tensors."""
@@ -35,7 +37,7 @@ def gather_by_block(module: nn.Module) -> None:
     from deepspeed.runtime.zero import register_external_parameter
     from deepspeed.utils import set_z3_leaf_module
 
-    blocks = [block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part]
+    blocks = [block for stack in repeated(module) for block in stack]
     for block in blocks:
         set_z3_leaf_module(block, True)
     inside = {parameter for block in blocks for parameter in block.parameters()}

@@ -196,6 +196,8 @@ def _show(context: Context, previews: Previews | None, message: dict[str, Any]) 
             previews.begin(message["step"], message["checkpoint"])
     if message["event"] in ("told", "unreadable"):
         log.warning("%s: %s", context.stage, message["text"])
+    if message["event"] == "stopped":
+        context.progress(f"the state of step {message['step']} is committed")
     if message["event"] == "waiting":
         context.progress(f"another run on {message['host']} trains this already; waiting for it to end")
 

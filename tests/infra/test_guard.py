@@ -225,3 +225,20 @@ def test_in_a_process_where_somebody_listens_it_stays_there(capsys: pytest.Captu
     assert len(asked) == 1
     assert signal.getsignal(signal.SIGTERM) is before
     assert not guard.in_charge()
+
+
+def test_work_that_has_to_save_something_gets_more_time():
+    work = """
+def work():
+    try:
+        wait()
+    finally:
+        guard.more_time(30)
+        time.sleep(2)
+        say("saved")
+"""
+    with running("guard.GRACE = 1.5\n" + work) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        assert ended(process) == Ended(143, ["saved"], [guard.STOPPED])

@@ -66,6 +66,8 @@ STAGES: dict[str, dict[str, Any]] = {
     # Here REPA ends before that state, and the head's last gradient must not count on.
     "options-3": {"zero": 3, **OPTIONS, "objective": OPTIONS["objective"] | {"repa_until": 5}},
     "options-exact": {"zero": 1, "precision": "bf16", "exact_gradients": True, **OPTIONS},
+    "anew-3": {"zero": 3, "checkpointing": "blocks"},
+    "compiled-3": {"zero": 3, "checkpointing": "blocks", "compile": "blocks"},
 }
 LOADED: dict[str, tuple[int, dict[str, Any]]] = {  # how many ranks load the state of two ranks at ZeRO 3, and how
     "1-zero-1": (1, {"zero": 1}),
@@ -203,6 +205,14 @@ def main(folder: Path, names: list[str]) -> None:
             codes[f"{name}-killed"] = trained(broken, kill_after=7)
             codes[f"{name}-resumed"] = trained(broken)
             write_run(broken, folder)
+    if "ten-kills" in names:
+        often = {"zero": 1, "save_every": 1}
+        straight, broken = job("each-step", 2, often), job("ten-kills", 2, often)
+        codes["each-step"] = trained(straight)
+        write_run(straight, folder)
+        kills = (trained(broken, kill_after=step) for step in range(1, 20, 2))
+        codes["ten-kills"] = [*(code for kill in kills for code in kill), *trained(broken)]
+        write_run(broken, folder)
     for name in LOADED.keys() & names:
         ranks, changes = LOADED[name]
         codes[name] = loads(job(name, ranks, changes), job(WRITTEN.get(name, "zero-3"), 2, {}), folder)

@@ -7,17 +7,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from infra.errors import SettingsError
+from infra import guard
+from infra.errors import SettingsError, StoreError
 from infra.records import CheckpointRecord, DataObject, SnapshotRecord
 from infra.store import FileStore
 from tests.training import small_run
-from training import ray_train
+from training import ray_train, states
 from training.loop import Job
 from training.model import WEIGHTS
 
@@ -39,16 +41,13 @@ def undisturbed(made: Made, ray_cluster: str) -> CheckpointRecord:
 
 
 def ranks() -> list[int]:
-    """The processes of the ranks, on this machine."""
+    """The processes of the ranks of this process's own Ray: other runs on the machine are not to be disturbed."""
     pids = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                title = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if title.startswith(b"ray::RayTrainWorker"):
-                pids.append(int(entry.name))
+    for raylet in guard.children(os.getpid()):
+        for pid in guard.children(raylet):
+            with suppress(OSError):
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
+                    pids.append(pid)
     return sorted(pids)
 
 
@@ -71,7 +70,8 @@ class Disturbed:
 
 
 def test_a_killed_rank_brings_all_back(made: Made, undisturbed: CheckpointRecord):
-    show = Disturbed(lambda left: os.kill(ranks()[0], signal.SIGKILL), times=2)
+    signals = [signal.SIGTERM, signal.SIGKILL]
+    show = Disturbed(lambda left: os.kill(ranks()[0], signals[left]), times=2)
     record = ray_train.fit(small_run.job_in(*made, name="killed", **STEPS, retries=1), show)
     assert record.files[WEIGHTS].sha256 == undisturbed.files[WEIGHTS].sha256
     assert len(show.told) == 2
@@ -91,21 +91,30 @@ def test_a_stopped_rank_is_noticed_and_named(made: Made, undisturbed: Checkpoint
 
 
 class StuckOnce(FileStore):
-    """The first read of a tar after the first state never ends."""
+    """The first read of a sample never ends."""
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        if key.endswith(".tar") and self._mark.exists():
+            self._mark.unlink()
+            threading.Event().wait()
+        return super().get(key, start, end)
 
     def download(self, key: str, path: Path) -> None:
-        mark = Path(self.root) / "stuck"
-        if key.endswith(".tar") and mark.exists():
-            mark.unlink()
-            threading.Event().wait()
+        while key.endswith(".tar") and self._mark.exists():  # else nobody would read by range
+            threading.Event().wait(0.05)
         super().download(key, path)
 
+    @property
+    def _mark(self) -> Path:
+        return Path(self.root) / "stuck"
 
-def test_a_rank_that_is_stuck_in_a_read_says_so(made: Made, undisturbed: CheckpointRecord):
+
+def test_a_rank_that_is_stuck_in_a_read_says_so(made: Made, undisturbed: CheckpointRecord, tmp_path: Path):
     store, snapshot, encoders = made
     (Path(store.root) / "stuck").touch()
     show = Disturbed(lambda left: None, times=0)
-    job = small_run.job_in(StuckOnce(store.root), snapshot, encoders, "stuck", **STEPS, hang_after=20)
+    reading = {"lanes": 4, "cache": str(tmp_path)}  # an empty one, so that it must read from the store
+    job = small_run.job_in(StuckOnce(store.root), snapshot, encoders, "stuck", **STEPS, hang_after=20, reading=reading)
     record = ray_train.fit(job, show)
     assert record.files[WEIGHTS].sha256 == undisturbed.files[WEIGHTS].sha256
     [told] = show.told
@@ -126,13 +135,62 @@ def test_a_store_that_is_away_for_longer_than_it_is_waited_for(made: Made, undis
     assert show.told
 
 
+def test_a_store_that_is_away_when_data_are_read(made: Made, undisturbed: CheckpointRecord, tmp_path: Path):
+    store, snapshot, encoders = made
+    away = Path(store.root) / "away"
+    away.touch()
+    show = Disturbed(lambda left: None, times=0)
+
+    def told(message: dict[str, Any]) -> None:
+        show(message)
+        if message["event"] == "told":
+            away.unlink(missing_ok=True)
+
+    reading = {"lanes": 4, "cache": str(tmp_path)}
+    job = small_run.job_in(Away(store.root), snapshot, encoders, "away-read", **STEPS, retries=9, reading=reading)
+    record = ray_train.fit(job, told)
+    assert record.files[WEIGHTS].sha256 == undisturbed.files[WEIGHTS].sha256
+    assert "the store is away" in show.told[0]
+
+
 class Away(FileStore):
     def create(self, key: str, data: bytes | Path) -> bool:
-        if (Path(self.root) / "away").exists() and "/state" in key:
-            from infra.errors import StoreError
-
-            raise StoreError("the store is away", remedy="wait")
+        self._check("/state" in key)
         return super().create(key, data)
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        self._check(key.endswith(".tar"))
+        return super().get(key, start, end)
+
+    def download(self, key: str, path: Path) -> None:
+        self._check(key.endswith(".tar"))
+        super().download(key, path)
+
+    def _check(self, concerned: bool) -> None:
+        if concerned and (Path(self.root) / "away").exists():
+            raise StoreError("the store is away", remedy="wait")
+
+
+def test_a_driver_that_is_stopped_has_its_ranks_commit_a_state(made: Made, undisturbed: CheckpointRecord):
+    """As SIGTERM does to the command, whose `infra.guard` makes a KeyboardInterrupt of it."""
+    job = small_run.job_in(*made, name="stopped-driver", **{**STEPS, "save_every": 20})
+    show = Disturbed(lambda left: signal.raise_signal(signal.SIGINT), times=1)
+    with pytest.raises(KeyboardInterrupt):
+        ray_train.fit(job, show)
+    newest = states.newest(job.store, job.prefix)
+    assert newest is not None and newest.state is not None
+    assert newest.state.step % 4 == 0 and newest.state.step % 20 != 0, "it is not one that was due"
+    record = ray_train.fit(job, lambda message: None)
+    assert record.files[WEIGHTS].sha256 == undisturbed.files[WEIGHTS].sha256
+
+
+def test_a_cache_without_room_ends_a_run_at_once(made: Made, ray_cluster: str, tmp_path: Path):
+    (tmp_path / "full").write_text("no folder can be made below a file, which is as good as a full disk")
+    reading = {"lanes": 4, "cache": str(tmp_path / "full" / "cache")}
+    show = Disturbed(lambda left: None, times=0)
+    with pytest.raises(SettingsError, match=r"cache"):
+        ray_train.fit(small_run.job_in(*made, name="full", **STEPS, reading=reading), show)
+    assert show.told == []
 
 
 def test_faults_of_settings_end_a_run_at_once(made: Made, ray_cluster: str):

@@ -18,7 +18,12 @@ from tests.training.ranks import LOADED, STAGES, WRITTEN
 FAST = ["zero-3", "zero-3-killed", "4-zero-1", "muon", "muon-alone", "options", "options-killed"]
 FAST_NAMES = {"zero-3", "4-zero-1", "options"}
 KILLED = ["zero-1", "zero-2", "zero-3", "muon", "bf16-exact", "averages", "options", "options-3", "options-exact"]
-SLOW = [*STAGES, *(f"{name}-killed" for name in KILLED if name not in FAST_NAMES), *(LOADED.keys() - FAST_NAMES)]
+SLOW = [
+    "ten-kills",
+    *STAGES,
+    *(f"{name}-killed" for name in KILLED if name not in FAST_NAMES),
+    *(LOADED.keys() - FAST_NAMES),
+]
 
 
 class Runs(NamedTuple):
@@ -93,12 +98,28 @@ def test_killed_ranks_leave_all_averages_and_checkpoints_on_the_way(slow: Runs):
     assert all(torch.equal(plain[name], state[name]) for name in plain)
 
 
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["zero-2", "zero-3", "offload", "bf16-exact", "bf16-3"])
+@pytest.mark.parametrize("name", ["zero-2", "zero-3", "offload", "bf16-exact", "bf16-3", "compiled-3"])
 def test_all_stages_learn_the_same(name: str, slow: Runs):
     near = 1e-4 if "bf16" not in name else 1e-2
     for losses in ("losses", "validated"):
         assert slow.told(name)[losses] == pytest.approx(slow.told("zero-1")[losses], rel=near)
+
+
+@pytest.mark.slow
+def test_blocks_that_are_computed_anew_learn_the_same_to_the_bit_at_zero_3(slow: Runs):
+    expected, state = slow.state("zero-3"), slow.state("anew-3")
+    assert all(torch.equal(expected[tensor], state[tensor]) for tensor in expected)
+    assert slow.told("anew-3")["losses"] == slow.told("zero-3")["losses"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_ten_times_ends_as_one_that_was_not(slow: Runs):
+    assert slow.codes["ten-kills"] == [-9, -9] * 10 + [0, 0]
+    assert slow.told("ten-kills")["losses"][-1] == slow.told("each-step")["losses"][-1]
+    expected, state = slow.state("each-step"), slow.state("ten-kills")
+    assert all(torch.equal(expected[tensor], state[tensor]) for tensor in expected)
 
 
 def test_muon_on_two_ranks_is_muon_on_one(fast: Runs):

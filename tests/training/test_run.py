@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 
 from infra.claim import held
-from infra.config import canonical_json
-from infra.errors import CheckpointError, DataError, SettingsError, StoreError, TakenOver, TrainingError
+from infra.config import canonical_json, parse
+from infra.errors import CheckpointError, DataError, SettingsError, Stopped, StoreError, TakenOver, TrainingError
 from infra.records import CheckpointRecord, DataObject, SnapshotRecord, get_data, put_data, read_record
 from infra.store import FileStore, Store
 from tests.training import small_run
@@ -29,6 +29,7 @@ from training.leftovers import collect_states
 from training.loader import reader
 from training.loop import Job, train
 from training.sampling import Artist, SampleSettings
+from training.settings import TrainSettings
 from training.team import Team
 
 
@@ -352,6 +353,34 @@ def test_a_notice_that_machines_will_go_commits_a_state_once(make: Any, alone: N
     job = replace(make("noticed", save_every=6, log_every=2), ends_soon=lambda: True)
     train(job, lambda message: saved.append(message["step"]) if message["event"] == "saved" else None)
     assert saved == [2]
+
+
+def test_a_stopped_run_commits_a_state_at_a_log_line_and_goes_on_from_there(
+    store: Store, make: Any, undisturbed: CheckpointRecord
+):
+    job, said = make("stopped"), list[dict[str, Any]]()
+    with pytest.raises(Stopped, match="stopped at step 1"):
+        train(replace(job, stopped=lambda: True), said.append)
+    assert committed(store, job) == [1]
+    assert said[-1] == {"event": "stopped", "step": 1}
+    resumed = run(replace(job, stopped=lambda: False))
+    assert resumed.files["model.safetensors"].sha256 == undisturbed.files["model.safetensors"].sha256
+
+
+def test_blocks_that_are_computed_anew_train_to_the_same_bytes(make: Any, undisturbed: CheckpointRecord):
+    anew = run(make("anew", checkpointing="blocks"))
+    for name in ("model.safetensors", "repa.safetensors", "text/model.safetensors"):
+        assert anew.files[name].sha256 == undisturbed.files[name].sha256, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"checkpointing": 0}, "1 or more"), ({"compile": True, "zero": 3}, "set blocks")],
+)
+def test_settings_that_cannot_be_met_are_refused(changes: dict[str, Any], told: str):
+    with pytest.raises(SettingsError, match=told):
+        parse(TrainSettings, small_run.SETTINGS | changes)
+    assert parse(TrainSettings, small_run.SETTINGS | {"checkpointing": 2}).recomputed == 2
 
 
 def test_states_at_certain_steps_are_kept_for_good(store: Store, make: Any, alone: None):

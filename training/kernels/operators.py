@@ -25,8 +25,9 @@ def operator(
         ctx.save_for_backward(*tensors)
 
     def differentiate(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        without = len(ctx.saved_tensors) + 1 - gradients  # the other tensors and the flag
-        return *run_backward(g, *ctx.saved_tensors, ctx.flag), *[None] * without
+        tensors = ctx.saved_tensors  # asked for once: activation checkpointing gives them out once
+        without = len(tensors) + 1 - gradients  # the other tensors and the flag
+        return *run_backward(g, *tensors, ctx.flag), *[None] * without
 
     run.register_fake(lambda *inputs: empty_like(inputs[0]))
     run_backward.register_fake(lambda g, *inputs: tuple(map(empty_like, inputs[:gradients])))

@@ -1,8 +1,13 @@
-"""torch.compile for the network: one graph for each input shape, and CUDA graphs for sampling."""
+"""torch.compile for the network: whole, one graph for each input shape, or block by block."""
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
+
 from training.model.pixnerd import PixNerd
+from training.model.repeated import recompute, repeated
 
 SHAPES = 256  # most graphs of one network; PyTorch's limit of 8 is fewer than a set of aspect buckets
 
@@ -19,3 +24,23 @@ def compile_network(net: PixNerd, *, replay: bool = False) -> None:
         recompile_limit=SHAPES,
         mode="reduce-overhead" if replay else None,
     )
+
+
+def compile_blocks(net: PixNerd) -> None:
+    """Compile each kind of block once for each shape, in place; all blocks of a stack share its graph.
+
+    What is hooked onto a block's call, as ZeRO 3 does, stays outside of the graph.
+    """
+    for blocks in repeated(net):
+        for block in blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, recompile_limit=SHAPES)
+
+
+def lighten(net: PixNerd, compile_: bool | Literal["blocks"], recomputed: int) -> None:
+    """For training: compiled, and each `recomputed`-th block computed anew; neither changes what is computed."""
+    if compile_ == "blocks":
+        compile_blocks(net)
+    if recomputed:
+        recompute(net, recomputed)  # around what is compiled: the compiler is not to look into it
+    if compile_ is True:
+        compile_network(net)

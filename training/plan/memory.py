@@ -2,13 +2,14 @@
 
 Weights, gradients and the optimiser's state follow from DeepSpeed's stages (Rajbhandari et al. 2019, arXiv 1910.02054)
 and from the defaults of its buffers. Activations are what autograd keeps from the forward to the backward pass, counted
-operation by operation in `training.model`; there is no recomputation but that of the field's product.
+operation by operation in `training.model`; of a block that is computed anew, its input is kept.
 
 Shapes: N patches, T text tokens, H hidden, K pixels of a patch, C field channels, W weights of a field block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from training.diffusion.settings import ObjectiveSettings
@@ -26,6 +27,7 @@ CONTEXT = 2 * GB  # the CUDA context, its libraries and NCCL: an allowance, not 
 GAPS = 0.1  # of the activations: what the allocator holds and cannot use, an allowance too
 
 Stage = Literal[1, 2, 3]
+Stack = Callable[[int, float, float], float]  # how many blocks, bytes of one, bytes of its input -> bytes of all
 
 
 class Sizes(NamedTuple):
@@ -124,9 +126,15 @@ def _host(setup: Setup, sizes: Sizes, state: float, averages: float) -> dict[str
 
 
 def activations(
-    config: ModelConfig, encoders: Encoders, objective: ObjectiveSettings | None = None, *, bf16: bool, gpu: bool
+    config: ModelConfig,
+    encoders: Encoders,
+    objective: ObjectiveSettings | None = None,
+    *,
+    bf16: bool,
+    gpu: bool,
+    recomputed: int = 0,
 ) -> dict[str, float]:
-    """Bytes that autograd keeps of one image, by part.
+    """Bytes that autograd keeps of one image, by part; each `recomputed`-th block of a stack is computed anew.
 
     Where no kernel of ours runs (on CPUs), a norm keeps more than its input: see `_copies`.
     """
@@ -134,13 +142,20 @@ def activations(
     b = 2 if bf16 else FP32
     objective = objective or ObjectiveSettings()
     skipped, kept = route(config, objective.routing)
-    trunk = (config.blocks - skipped) * _block(config, n, t, b, plain=not gpu)
-    trunk += skipped * _block(config, kept, t, b, plain=not gpu)
+    text = t * h * (2 * b + FP32)  # keys, values, a norm in fp32 of the text
+    trunk = _block(config, n, t, b, plain=not gpu) + text
+    routed = _block(config, kept, t, b, plain=not gpu) + text
+    refine = _block(config, t, 0, b, plain=not gpu)
+
+    def stack(blocks: int, block: float, its_input: float) -> float:
+        anew = blocks // recomputed if recomputed else 0
+        return (blocks - anew) * block + anew * its_input
+
     parts = {
-        "trunk": trunk + config.blocks * t * h * (2 * b + FP32),  # keys, values and a norm in fp32 of the text
-        "text refine": config.text_blocks * _block(config, t, 0, b, plain=not gpu),
+        "trunk": stack(config.blocks - skipped, trunk, n * h * b) + stack(skipped, routed, kept * h * b),
+        "text refine": stack(config.text_blocks, refine, t * h * b),
         "text in": t * (config.text_dim * (FP32 + (b if bf16 else 0)) + h * (2 * b + FP32)),
-        "field": _field(config, n, b, plain=not gpu) if config.field_blocks else n * 2 * h * b,
+        "field": _field(config, n, b, stack, plain=not gpu) if config.field_blocks else n * 2 * h * b,
         "image and loss": 6.0 * FP32 * 3 * n * config.patch_size**2,
         # The largest values of the backward pass itself: the gradients of one block's feed-forward part.
         "gradients of a block": n * b * (4.0 * config.mlp_hidden + h),
@@ -149,6 +164,8 @@ def activations(
         parts["features of predictions"] = float(encoders.vision.kept(n))
     if encoders.lpips:
         parts["LPIPS"] = float(encoders.lpips.kept(config.grid * config.patch_size))
+    if recomputed:
+        parts["a block that is computed anew"] = max(trunk, refine, n * b * sum(_field_block(config)))
     if encoders.vision and objective.repa:
         v = encoders.vision.width
         parts["REPA"] = n * (4.0 * h * b + v * (b + 3 * FP32))
@@ -175,10 +192,15 @@ def _copies(b: int) -> int:
     return 1 if b == FP32 else 4
 
 
-def _field(config: ModelConfig, patches: int, b: int, *, plain: bool) -> float:
+def _field_block(config: ModelConfig) -> tuple[int, int]:
+    """Values of a patch that a block keeps: its input, and its weights. The product computes the rest anew."""
+    return config.patch_size**2 * config.field_channels, 2 * config.field_channels**2 * config.field_ratio
+
+
+def _field(config: ModelConfig, patches: int, b: int, stack: Stack, *, plain: bool) -> float:
     k, c = config.patch_size**2, config.field_channels
-    weights = 2 * c * c * config.field_ratio
-    blocks = config.field_blocks * b * (k * c + weights)  # the product keeps its inputs and recomputes the rest
+    its_input, weights = _field_block(config)
+    blocks = stack(config.field_blocks, b * (its_input + weights), b * its_input)
     normed = k * c * (FP32 + b + (FP32 if plain else 0))
     last = normed if config.field_norm == "fc1_fc2_out" else k * c * b
     return patches * (blocks + last + b * (2 * config.hidden + 2 * 3 * k))

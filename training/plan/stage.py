@@ -119,12 +119,17 @@ class StagePlan:
 
     @cached_property
     def activations(self) -> dict[str, float]:
+        return self._activations(self.settings.recomputed)
+
+    def _activations(self, recomputed: int) -> dict[str, float]:
         setup = self.setup()
-        return activations(self.config, self.encoders, self.settings.objective, bf16=setup.bf16, gpu=setup.gpu)
+        objective, how = self.settings.objective, {"bf16": setup.bf16, "gpu": setup.gpu}
+        return activations(self.config, self.encoders, objective, **how, recomputed=recomputed)
 
     def memory(self, **changes: Any) -> Memory:
         """A rank's memory, with settings of the recipe changed."""
-        image, passing = sum(self.activations.values()), encoding(self.config, self.encoders)
+        recomputed = 1 if changes.pop("checkpointing", None) else self.settings.recomputed
+        image, passing = sum(self._activations(recomputed).values()), encoding(self.config, self.encoders)
         return memory(self.setup(**changes), self.sizes, image, passing)
 
     def fits(self, **changes: Any) -> bool | None:
@@ -148,6 +153,7 @@ class StagePlan:
         zeros: list[Stage] = [stage for stage in (2, 3) if stage > now.zero and now.ranks > 1]
         values: dict[str, list[Any]] = {
             "offload": [None] if now.offload else [None, True],
+            "checkpointing": [None] if self.settings.recomputed else [None, "blocks"],
             "exact_gradients": [None, False] if now.exact_gradients else [None],
             "zero": [None, *zeros],
             "micro_batch": [None, *self._smaller_micro_batches(now.micro_batch)],
@@ -172,14 +178,30 @@ class StagePlan:
 
     @property
     def step_seconds(self) -> float | None:
-        """FLOP / (ranks x peak x mfu), each precision by its own peak; None: the peak is not known."""
+        """FLOP / (ranks x peak x mfu), each precision by its own peak; None: the peak is not known.
+
+        What is computed anew takes its time, but is not among the FLOP of a step.
+        """
         device, bf16 = self.machines.device, self.settings.precision == "bf16"
         trained = self.rates.peak or (device.bf16 if bf16 else device.fp32)
         frozen = self.rates.peak or (device.bf16 if self.encoders.bf16 else device.fp32)
         if trained is None or frozen is None:
             return None
-        seconds = self.work.trained / trained + self.work.frozen / frozen
+        seconds = (self.work.trained + self.computed_anew) / trained + self.work.frozen / frozen
         return seconds * self.settings.batch / (self.machines.ranks * self.rates.mfu)
+
+    @property
+    def computed_anew(self) -> float:
+        """FLOP of an image in blocks whose inside is not kept."""
+        if not self.settings.recomputed:
+            return 0.0
+        parts, config = self.work.forward, self.config
+        stacks = (
+            (config.blocks, parts["blocks"]),
+            (config.text_blocks, parts["text refine"]),
+            (config.field_blocks, parts.get("field weights", 0) + parts.get("field products", 0)),
+        )
+        return sum(flop * (blocks // self.settings.recomputed) / blocks for blocks, flop in stacks if blocks)
 
     @property
     def hours(self) -> float | None:
