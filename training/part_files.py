@@ -57,7 +57,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         file.write(head)
         digest.update(head)
         for tensor in tensors.values():
-            values = memoryview(tensor.contiguous().view(torch.uint8).numpy())
+            values = tensor.contiguous().view(torch.uint8).numpy().data
             for first in range(0, len(values), _SLICE):
                 piece = values[first : first + _SLICE]
                 file.write(piece)  # this and the next release the lock

@@ -88,7 +88,7 @@ class Training:
         """Seconds until training may go on."""
         began = time.perf_counter()
         facts = {"step": self.taken, "position": self.taken, "curve": [], "returns": []}
-        saver.begin(states.collected(self.engine, self.ema), facts, lambda: None)
+        saver.begin(states.collected(self.engine, self.ema), facts, lambda team, part: None, lambda: None)
         return time.perf_counter() - began
 
 

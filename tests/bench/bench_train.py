@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
@@ -34,7 +34,9 @@ from pipelines.stages.train import TinyText, TinyVision
 from tests.gpu.inputs import start_rank
 from tests.training import small_run
 from training import loop, step
+from training.diffusion import draws
 from training.encoders import text, vision
+from training.meter import Meter
 from training.settings import TrainSettings
 from training.team import Team
 
@@ -46,12 +48,12 @@ class Clock:
     """Seconds of each part in each step; a part within another counts for itself alone."""
 
     def __init__(self) -> None:
-        self.steps: list[Counter[str]] = []
+        self.steps: list[dict[str, float]] = []
         self._open, self._since = ["rest"], time.perf_counter()
 
     def begin(self) -> None:
         self._switch()
-        self.steps.append(Counter())
+        self.steps.append(defaultdict[str, float](float))
 
     def call(self, part: str, function: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
         self._switch()
@@ -78,7 +80,7 @@ class Ahead:
     """CPU seconds of the loader's threads."""
 
     def __init__(self) -> None:
-        self.seconds, self._lock = Counter[str](), threading.Lock()
+        self.seconds, self._lock = defaultdict[str, float](float), threading.Lock()
 
     def around(self, what: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*inputs: Any) -> Any:
@@ -126,8 +128,8 @@ def set_(thing: Any, **attributes: Any) -> None:
         object.__setattr__(thing, name, value)
 
 
-def timed_meter(clock: Clock) -> type[loop.Meter]:
-    class Timed(loop.Meter):
+def timed_meter(clock: Clock) -> type[Meter]:
+    class Timed(Meter):
         def add(self, *inputs: Any) -> None:
             clock.call("logging", super().add, *inputs)
 
@@ -173,7 +175,7 @@ def measure(stage: str, steps: int, device: str, store: FileStore, data: Snapsho
     )
     scratch, clock, ahead = root / stage, Clock(), Ahead()
     scratch.mkdir()
-    timed_normal = patch.object(step, "normal", clock.around("draws", step.normal))
+    timed_normal = patch.object(step, "normal", clock.around("draws", draws.normal))
     with timed_normal, patch.object(loop, "Meter", timed_meter(clock)):
         training = loop.Training(replace(job, scratch=scratch), lambda message: None, Team(), scratch)
         watch(training, clock, ahead)
@@ -182,7 +184,7 @@ def measure(stage: str, steps: int, device: str, store: FileStore, data: Snapsho
     show(stage, job.settings, clock.steps[WARM_UP:], ahead, training)
 
 
-def show(stage: str, used: TrainSettings, steps: list[Counter[str]], ahead: Ahead, training: loop.Training) -> None:
+def show(stage: str, used: TrainSettings, steps: list[dict[str, float]], ahead: Ahead, training: loop.Training) -> None:
     whole = [sum(parts.values()) for parts in steps]
     parameters = sum(p.numel() for p in training.networks.trained.parameters())
     print(

@@ -98,7 +98,6 @@ def test_killed_ranks_leave_all_averages_and_checkpoints_on_the_way(slow: Runs):
     assert all(torch.equal(plain[name], state[name]) for name in plain)
 
 
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero-2", "zero-3", "offload", "bf16-exact", "bf16-3", "compiled-3"])
 def test_all_stages_learn_the_same(name: str, slow: Runs):

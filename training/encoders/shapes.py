@@ -94,7 +94,7 @@ class LpipsShape(NamedTuple):
         return sum(2 * 9 * before * width * (side >> block) ** 2 for before, width, block in self._layers)
 
     def kept(self, side: int) -> int:
-        """Bytes that autograd keeps of an image: itself, layers' results, blocks' differences, where the largest were."""
+        """Bytes that autograd keeps: the image, layers' results, blocks' differences, and where their largest were."""
         results = sum(4 * width * (side >> block) ** 2 for _, width, block in self._layers)
         ends = sum(4 * (width + 2) * (side >> block) ** 2 for block, width in enumerate(self.widths))  # and two norms
         pooled = sum(8 * width * (side >> block + 1) ** 2 for block, width in enumerate(self.widths[:-1]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -33,7 +33,8 @@ def compile_blocks(net: PixNerd) -> None:
     """
     for blocks in repeated(net):
         for block in blocks:
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, recompile_limit=SHAPES)
+            compiled: Any = torch.compile  # whose types do not know the limit yet
+            block.forward = compiled(block.forward, fullgraph=True, dynamic=False, recompile_limit=SHAPES)
 
 
 def lighten(net: PixNerd, compile_: bool | Literal["blocks"], recomputed: int) -> None:
