@@ -165,7 +165,8 @@ def activations(
     if encoders.lpips:
         parts["LPIPS"] = float(encoders.lpips.kept(config.grid * config.patch_size))
     if recomputed:
-        parts["a block that is computed anew"] = max(trunk, refine, n * b * sum(_field_block(config)))
+        field = n * b * sum(_field_block(config)) if config.field_blocks else 0.0
+        parts["a block that is computed anew"] = max(trunk, refine if config.text_blocks else 0.0, field)
     if encoders.vision and objective.repa:
         v = encoders.vision.width
         parts["REPA"] = n * (4.0 * h * b + v * (b + 3 * FP32))
