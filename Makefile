@@ -67,8 +67,19 @@ bench-model: $(READY)  ## the network against the published one: make bench-mode
 bench-order: $(READY)  ## what 16 ranks fetch of 45 million images, and when
 	@$(BIN)/python -m tests.bench.bench_order $(ARGS)
 
-bench-loader: $(READY)  ## images a second of the loader on one core, against webdataset
-	@$(BIN)/python -W ignore -m tests.bench.bench_loader $(ARGS)
+LOADERS := build/loaders
+
+bench-loader: $(READY) $(LOADERS)/.ready  ## the loader on one core, against webdataset, mosaicml-streaming and datago
+	@$(LOADERS)/bin/python -W ignore -m tests.bench.bench_loader $(ARGS)
+
+# They find torch and all else in $(VENV): without their dependencies, which ask for other versions of it.
+$(LOADERS)/.ready: $(READY)
+	$(PYTHON) -m venv $(LOADERS)
+	$(LOADERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps mosaicml-streaming==0.13.0 \
+		datago==2026.10.1 Brotli python-snappy cramjam 'zstd<2' xxhash catalogue paramiko
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(LOADERS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/all.pth
+	@touch $@
 
 bench-train: $(READY)  ## a training step of the demo's network, part by part: make bench-train ARGS='--device cuda'
 	@$(BIN)/python -W ignore -m tests.bench.bench_train $(ARGS)

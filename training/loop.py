@@ -133,6 +133,7 @@ class Training:
             keep=self.settings.keep,
             keep_every=self.settings.keep_every,
             allowed=job.check_claim,
+            settle=self.reader.settle,
         )
         self.step, self.position = 0, 0
         self.curve: list[dict[str, float]] = []
@@ -262,8 +263,7 @@ class Training:
         self._tell(f"{text}; data/truncated_captions counts them")
 
     def _save(self) -> None:
-        """Commit a state, once all that it was trained on is known to be undamaged."""
-        self.reader.settle()
+        """Commit a state in the background, once all that it was trained on is known to be undamaged."""
         step = self.step
         first = self.publisher.before_state(step, self.position, list(self.curve))
 
@@ -422,7 +422,7 @@ def _reader(job: Job, rows: DataObject) -> Reader:
     reading = job.settings.reading
     folder = cache.Folder(reading.cache or job.cache, reading.cache_gb)
     selection = Selection.open(job.store, rows, folder)
-    return Reader(selection, cache.Tars(job.store, folder), job.settings.seed)
+    return Reader(selection, cache.Tars(job.store, folder))
 
 
 def _batches(

@@ -93,11 +93,21 @@ class Saver:
     """
 
     def __init__(
-        self, store: Store, prefix: str, *, run: str, attempt: str, keep: int, keep_every: int, allowed: Allowed
+        self,
+        store: Store,
+        prefix: str,
+        *,
+        run: str,
+        attempt: str,
+        keep: int,
+        keep_every: int,
+        allowed: Allowed,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
+        """`allowed` raises on rank 0 where this run may not commit, `settle` on a rank whose samples were damaged."""
         self.team = Team.apart()
         self._store, self._prefix, self._run, self._attempt = store, prefix, run, attempt
-        self._keep, self._keep_every, self._allowed = keep, keep_every, allowed
+        self._keep, self._keep_every, self._allowed, self._settle = keep, keep_every, allowed, settle
         self._copies = HostCopies()
         self._under_way: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -138,6 +148,7 @@ class Saver:
         store, prefix, step, attempt = self._store, self._prefix, facts["step"], self._attempt
 
         def put_part() -> StateFile:
+            self._settle()
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "state.safetensors"
                 sha256 = write_tensors(path, part.tensors)

@@ -46,8 +46,10 @@ class Validation:
         return {"val/loss": sum(totals) / max(1.0, sum(counts)), **by_bin("val/loss_t", totals, counts)}
 
 
-def draw_evenly(seed: int, positions: Sequence[int], shape: tuple[int, ...]) -> Draw:
+def draw_evenly(
+    seed: int, positions: Sequence[int], shape: tuple[int, ...], *, bits_BN: torch.Tensor | None = None
+) -> Draw:
     """As in training, but with times spread evenly over all positions, and no caption dropped."""
-    drawn = draw(seed, positions, shape, drop=0.0)
+    drawn = draw(seed, positions, shape, drop=0.0, bits_BN=bits_BN)
     times = np.modf((np.asarray(positions, dtype=np.float64) + 0.5) * _GOLDEN)[0]
     return drawn._replace(t_B=torch.from_numpy(times.astype(np.float32)))

@@ -112,6 +112,14 @@ def test_shards_are_begun_no_faster_than_their_pace_and_fast_enough():
     assert all(started[order.shard(order.row(position))] < position for position in own)
 
 
+def test_a_small_corpus_is_asked_for_an_epoch_ahead_and_no_more():
+    order = Order(np.array([8, 4]), 0, DataSettings())
+    fetching = Fetching(order, 0, 1, 0)
+    list(fetching.until(4))
+    assert len(fetching._due) <= 2 * order.lanes
+    assert {start for start, _, _ in fetching._due} <= {0, order.lane_length}
+
+
 def test_an_empty_snapshot_is_refused():
     with pytest.raises(DataError, match="no rows"):
         Order(np.array([0]), 0, DataSettings())
@@ -161,7 +169,7 @@ def written(store: Store, kind: str, sides: list[int], spoilt: Container[int] = 
 
 def opened(store: Store, table: DataObject, cache: Path, gigabytes: float = 1) -> Reader:
     folder = Folder(cache, gigabytes)
-    return Reader(Selection.open(store, table, folder), Tars(store, folder), seed=0)
+    return Reader(Selection.open(store, table, folder), Tars(store, folder))
 
 
 def reader_of(tmp_path: Path, store: Store, kind: str, sides: list[int], spoilt: Container[int] = ()) -> Reader:
@@ -257,8 +265,11 @@ def test_buckets_are_refused_until_a_batch_knows_of_them(tmp_path: Path, store: 
 
 
 def test_captions_are_drawn_by_weight_and_anew_at_each_position(reader: Reader):
-    drawn = Counter(reader.caption(3, position).startswith("long") for position in range(400))
+    choices = draw(0, range(400), (1, 2, 2)).choice_B.tolist()
+    drawn = Counter(reader.caption(3, choice).startswith("long") for choice in choices)
     assert 0.68 < drawn[True] / 400 < 0.82
+    assert [reader.caption(3, choice) for choice in (0.0, 0.2499)] == ["row 3"] * 2
+    assert [reader.caption(3, choice) for choice in (0.25, 1 - 2**-53)] == ["long row 3"] * 2
 
 
 @pytest.mark.parametrize("threads", [0, 2])

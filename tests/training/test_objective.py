@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from training.diffusion import path
-from training.diffusion.draws import draw, normal
+from training.diffusion.draws import draw, normal, words
 from training.diffusion.objective import by_time, velocity_loss
 from training.diffusion.prediction import velocity_of_image
 from training.diffusion.repa import alignment, alignment_loss
@@ -45,6 +45,15 @@ def test_a_larger_image_and_another_rate_leave_time_and_drop_alone():
     assert torch.equal(small.drop_B, large.drop_B)
     often = draw(3, range(50), SHAPE, drop=0.5)
     assert torch.equal(often.drop_B | small.drop_B, often.drop_B)
+    for again in (large, often):
+        assert torch.equal(small.choice_B, again.choice_B)
+
+
+def test_bits_are_drawn_into_what_is_given():
+    whole, given = draw(3, range(50), SHAPE), torch.zeros(60, words(SHAPE), dtype=torch.int16)
+    draw(3, range(50), SHAPE, bits_BN=given[5:55])
+    assert torch.equal(given[5:55], whole.bits_BN)
+    assert not given[:5].any() and not given[55:].any()
 
 
 def test_draws_have_the_distributions_that_they_should():

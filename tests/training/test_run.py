@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -381,6 +382,30 @@ def test_settings_that_cannot_be_met_are_refused(changes: dict[str, Any], told: 
     with pytest.raises(SettingsError, match=told):
         parse(TrainSettings, small_run.SETTINGS | changes)
     assert parse(TrainSettings, small_run.SETTINGS | {"checkpointing": 2}).recomputed == 2
+def test_no_state_is_committed_of_what_was_read_damaged(
+    store: Store, make: Any, alone: None, monkeypatch: pytest.MonkeyPatch
+):
+    """Whole tars are waited for where states are written, which training does not wait for."""
+
+    def damaged(self: reader.Reader) -> None:
+        raise DataError("the tar is damaged", remedy="fetch it again")
+
+    main, threads = threading.current_thread(), set()
+    settle = reader.Reader.settle
+
+    def watched(self: reader.Reader) -> None:
+        threads.add(threading.current_thread() is main)
+        settle(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reader.Reader, "settle", watched)
+        run(make("settled", save_every=2))
+    assert threads == {True, False}  # once more at the end
+    monkeypatch.setattr(reader.Reader, "settle", damaged)
+    job = make("unsettled", save_every=2)
+    with pytest.raises(DataError, match="the tar is damaged"):
+        run(job)
+    assert committed(store, job) == []
 
 
 def test_states_at_certain_steps_are_kept_for_good(store: Store, make: Any, alone: None):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,7 +30,13 @@ from training.loader.reader import Reader, Unreadable
 from training.loader.selection import Sample
 
 MOST_THREADS = 16
-Drawing = Callable[[Sequence[int], tuple[int, ...]], Draw]  # of positions, for images of a shape
+
+
+class Drawing(Protocol):
+    def __call__(self, positions: Sequence[int], shape: tuple[int, ...], /, *, bits_BN: Tensor) -> Draw:
+        """What is drawn for the samples of these positions, whose images have this shape; the bits go to `bits_BN`."""
+
+
 Tokenize = Callable[[Sequence[str]], Tokens]
 
 
@@ -165,12 +171,13 @@ class Batches:
     def _fill(self, batch: Batch, rows: list[int], samples: list[Sample], part: slice) -> None:
         """Fill some of a batch's places."""
         shape = tuple(batch.images_BCHW.shape[1:])
-        drawn = self.draw(batch.positions[part].tolist(), shape)
-        batch.bits_BN[part], batch.t_B[part], batch.kept_BM[part] = drawn.bits_BN, drawn.t_B, drawn.kept_BM
+        drawn = self.draw(batch.positions[part].tolist(), shape, bits_BN=batch.bits_BN[part])
+        batch.t_B[part], batch.kept_BM[part] = drawn.t_B, drawn.kept_BM
+        drops, choices = drawn.drop_B.tolist(), drawn.choice_B.tolist()
         images_BHWC = batch.images_BCHW.permute(0, 2, 3, 1).numpy()
-        for place, dropped in zip(range(len(rows))[part], drawn.drop_B.tolist(), strict=True):
+        for place, dropped, choice in zip(range(len(rows))[part], drops, choices, strict=True):
             if not dropped:
-                batch.captions[place] = self.reader.caption(rows[place], int(batch.positions[place]))
+                batch.captions[place] = self.reader.caption(rows[place], choice)
             try:
                 self.reader.image(samples[place], images_BHWC[place])
             except Unreadable as error:

@@ -136,7 +136,8 @@ class Fetching:
 
     def until(self, position: int) -> Iterator[int]:
         """The shards to begin before the samples up to `position`, counted over all ranks, are read."""
-        self._look_ahead(position // self.order.lanes + self.order.window)
+        # Where a lane is shorter than a window, that would be many epochs: a small corpus is asked for once in each.
+        self._look_ahead(position // self.order.lanes + min(self.order.window, self.order.lane_length))
         while self._due and self._next <= position:
             _, _, shard = heapq.heappop(self._due)
             self._next = max(self._next, self._asked) + self._gap

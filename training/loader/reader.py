@@ -7,8 +7,8 @@ import io
 import numpy as np
 from PIL import Image
 
+from training.diffusion.draws import chosen
 from training.loader.cache import Tars
-from training.loader.order import generator
 from training.loader.selection import Sample, Selection
 
 
@@ -17,8 +17,8 @@ class Unreadable(ValueError):
 
 
 class Reader:
-    def __init__(self, selection: Selection, tars: Tars, seed: int) -> None:
-        self.selection, self.tars, self.seed = selection, tars, seed
+    def __init__(self, selection: Selection, tars: Tars) -> None:
+        self.selection, self.tars = selection, tars
 
     @property
     def rows_per_shard(self) -> np.ndarray:
@@ -32,11 +32,10 @@ class Reader:
         except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise Unreadable(f"the image {sample.key} of {sample.tar} cannot be decoded ({error})") from None
 
-    def caption(self, row: int, position: int) -> str:
-        """One of the row's captions, drawn with their weights from (seed, position): another epoch may draw another."""
+    def caption(self, row: int, choice: float) -> str:
+        """The one of the row's captions that a choice in [0, 1) falls on, by weight."""
         texts, weights = self.selection.captions(row)
-        draw = generator(self.seed, position, 1).random() * weights.sum()
-        return texts[int(np.searchsorted(np.cumsum(weights), draw, side="right"))]
+        return texts[chosen(choice, weights)]
 
     def settle(self) -> None:
         self.tars.settle()

@@ -59,10 +59,10 @@ class Selection:
         values = {name: self._value(row, name).as_py() for name in _COLUMNS[:5]}
         return Sample(tar=self.tars[int(np.searchsorted(self._ends, row, side="right"))], **values)
 
-    def captions(self, row: int) -> tuple[list[str], np.ndarray]:
+    def captions(self, row: int) -> tuple[list[str], list[float]]:
         """A row's captions and their weights."""
         texts, weights = (self._value(row, name).as_py() for name in _COLUMNS[5:])
-        return texts, np.asarray(weights, dtype=np.float64)
+        return texts, weights
 
     def _value(self, row: int, name: str) -> Any:
         number, within = divmod(row, _ROWS)
