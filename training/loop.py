@@ -260,7 +260,7 @@ class Training:
         self.told_truncated = True
         tokens = self.settings.network().text_tokens
         text = f"some captions are cut, as they are longer than {tokens} tokens (model.text_tokens)"
-        self._tell(f"{text}; data/truncated_captions counts them")
+        self.send({"event": "truncated", "text": f"{text}; data/truncated_captions counts them"})
 
     def _save(self) -> None:
         """Commit a state in the background, once all that it was trained on is known to be undamaged."""

@@ -194,7 +194,7 @@ def _show(context: Context, previews: Previews | None, message: dict[str, Any]) 
         context.progress(f"the checkpoint of step {message['step']} is {message['checkpoint']}")
         if previews is not None:
             previews.begin(message["step"], message["checkpoint"])
-    if message["event"] in ("told", "unreadable"):
+    if message["event"] in ("told", "truncated", "unreadable"):
         log.warning("%s: %s", context.stage, message["text"])
     if message["event"] == "stopped":
         context.progress(f"the state of step {message['step']} is committed")

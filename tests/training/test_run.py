@@ -240,7 +240,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, positions: range) -> None:
                 drawn.t_B[row] = torch.nan
         return drawn
 
-    monkeypatch.setattr(loop, "draw", draw)
+    monkeypatch.setattr(step, "draw", draw)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -382,6 +382,8 @@ def test_settings_that_cannot_be_met_are_refused(changes: dict[str, Any], told: 
     with pytest.raises(SettingsError, match=told):
         parse(TrainSettings, small_run.SETTINGS | changes)
     assert parse(TrainSettings, small_run.SETTINGS | {"checkpointing": 2}).recomputed == 2
+
+
 def test_no_state_is_committed_of_what_was_read_damaged(
     store: Store, make: Any, alone: None, monkeypatch: pytest.MonkeyPatch
 ):
@@ -572,7 +574,7 @@ def test_lean_encoders_train_resume_and_are_published_as_they_were(
     lean = {"encoder_precision": "bf16", "pack_text": True, "train_text": 0}
     lean["model"] = {**small_run.MODEL, "text_tokens": 4}
     told: list[str] = []
-    straight = train(make("lean", **lean), lambda m: told.append(m["text"]) if m["event"] == "told" else None)
+    straight = train(make("lean", **lean), lambda m: told.append(m["text"]) if m["event"] == "truncated" else None)
     broken = make("lean-killed", **lean)
     with pytest.raises(Killed):
         run(broken, kill_after=3)

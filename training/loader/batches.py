@@ -154,12 +154,14 @@ class Batches:
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
 
+        bits_BN = empty(count, words((3, height, width)), dtype=torch.int16)
+        kept = self.draw([], (3, height, width), bits_BN=bits_BN[:0]).kept_BM.shape[1]
         return Batch(
             images_BCHW=empty(count, height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
             weight_B=empty(count, dtype=torch.float32).fill_(1),
-            bits_BN=empty(count, words((3, height, width)), dtype=torch.int16),
+            bits_BN=bits_BN,
             t_B=empty(count, dtype=torch.float32),
-            kept_BM=empty(count, self.draw([], (3, height, width)).kept_BM.shape[1], dtype=torch.int64),
+            kept_BM=empty(count, kept, dtype=torch.int64),
             ids_BT=empty(count, self._token_count, dtype=torch.int64),
             mask_BT=empty(count, self._token_count, dtype=torch.int64),
             truncated_B=empty(count, dtype=torch.bool),
