@@ -869,8 +869,8 @@ def test_an_interrupt_ends_it_at_once(web: Web):
     web.pages["/"] = interrupt
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        one(web.url("/"))
-    assert time.monotonic() - began < 5
+        one(web.url("/"), seconds=300.0)
+    assert time.monotonic() - began < 100
     assert not fetch_threads()
 
 
