@@ -62,8 +62,8 @@ WRONG: list[Any] = [None, True, -7, 10**9, 2.5, float("nan"), "", "no such / wor
 WRONG += [[], ["x", 3], {}, {"x": {}}, {3: "x"}]
 
 PYDANTIC = re.compile(
-    r"function-|type=|tagged|union|validation error|validator|basemodel|input|constrained|pars(e|ing)|schema|discriminator"
-    r"|field required|dict\b|dictionary|instance|\bint\[|\bstr\b|\blist\[|traceback|permitted|loc\b",
+    r"function-|type=|tagged|union|validation error|validator|basemodel|input|constrained|pars(e|ing)|schema"
+    r"|discriminator|field required|dict\b|dictionary|instance|\bint\[|\bstr\b|\blist\[|traceback|permitted|loc\b",
     re.IGNORECASE,
 )
 
