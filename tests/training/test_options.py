@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from training.diffusion.draws import draw
 from training.diffusion.prediction import image_of_velocity, velocity_of_image
 from training.diffusion.samplers import noise_for
 from training.diffusion.settings import ObjectiveSettings, PerceptualSettings, RoutingSettings
-from training.encoders import vision
+from training.encoders import hub, vision
+from training.encoders import lpips as lpips_module
 from training.encoders.lpips import BLOCKS, Lpips
 from training.encoders.shapes import LpipsShape, tiny_vision
 from training.encoders.vision import VisionEncoder
@@ -367,6 +370,27 @@ def test_lpips_reads_the_names_of_its_own_package_and_refuses_what_lacks(lpips_f
 def test_an_images_velocity_gives_the_image_back():
     image, x_t, t = torch.randn(4, *SHAPE), torch.randn(4, *SHAPE), torch.tensor([0.0, 0.3, 0.9, 1.0])
     torch.testing.assert_close(image_of_velocity(velocity_of_image(image, x_t, t), x_t, t), image, rtol=1e-5, atol=1e-5)
+
+
+def test_lpips_of_the_hub_is_named_by_commit_and_fetched_as_encoders_are(
+    lpips_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Ranks that ask at different times, while a branch moves, must not get different weights."""
+    asked: list[str | None] = []
+
+    def download(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
+        asked.append(revision)
+        commit = tmp_path / (revision if revision not in (None, "main") else "c0ffee")
+        shutil.copytree(lpips_folder, commit, dirs_exist_ok=True)
+        return commit
+
+    monkeypatch.setattr(hub, "_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert lpips_module.pinned("somebody/lpips@main") == "somebody/lpips@c0ffee"
+    assert lpips_module.pinned(str(lpips_folder)) == str(lpips_folder)
+    x, y = torch.rand(2, 3, *SHAPE)
+    assert torch.equal(Lpips("somebody/lpips@c0ffee")(x, y), Lpips(lpips_folder)(x, y))
+    assert asked == ["main", "c0ffee"]
 
 
 @pytest.mark.parametrize("which", ["lpips", "dino"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,10 +82,19 @@ def _whole(name: str, revision: str | None, beside: tuple[str, ...] = _BESIDE) -
     return config.parent if all(cached(name, revision, part) for part in parts) else None
 
 
-def _download(name: str, revision: str | None) -> None:
+def snapshot(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
+    """The folder of a repository's commit, which is called like it, with its files of these patterns.
+
+    The processes of a machine ask one after another, and the first one fetches. It raises what the hub's library does.
+    """
+    with _alone(name):
+        return _download(name, revision, patterns)
+
+
+def _download(name: str, revision: str | None, patterns: Iterable[str] = _FILES) -> Path:
     from huggingface_hub import snapshot_download
 
-    snapshot_download(name, revision=revision, allow_patterns=_FILES)
+    return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
 
 
 @contextmanager

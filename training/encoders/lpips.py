@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infra.errors import CheckpointError
+from training.encoders import hub
 from training.model.fit import refuse
 
 FILES = ("*.safetensors", "*.pth", "*.pt")
@@ -65,7 +66,7 @@ class Lpips(nn.Module):
 
 
 def _unit(x_BCHW: Tensor) -> Tensor:
-    """Of length one over the channels. Where all are zero, this norm has a gradient of zero, unlike a square root."""
+    """Features divided by their norm over the channels, whose gradient is zero where they are, unlike a root's."""
     norm_B1HW: Tensor = torch.linalg.vector_norm(x_BCHW, dim=1, keepdim=True)
     return x_BCHW / (norm_B1HW + _LEAST)
 
@@ -122,22 +123,24 @@ def _misshapen(weights: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
+def pinned(source: str) -> str:
+    """The same with the commit that it means now, as `hub.pinned` does it for encoders; a folder stays a folder."""
+    return source if Path(source).is_dir() else f"{hub.split(source)[0]}@{_folder(source).name}"
+
+
 def _folder(source: str | Path) -> Path:
-    """The folder itself, or a hub's repository, `name` or `name@revision`, in this machine's cache."""
+    """The folder itself, or that of a hub's repository, `name` or `name@revision`, in this machine's cache."""
     if Path(source).is_dir():
         return Path(source)
-    from huggingface_hub import snapshot_download
-
-    name, _, revision = str(source).partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FILES)))
+        return hub.snapshot(*hub.split(str(source)), FILES)
     except Exception as error:  # the hub's library passes on the errors of whichever HTTP client it uses
         why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(f"no LPIPS can be had from {source} ({why})", remedy=REMEDY) from error
 
 
 def _tensors(path: Path, wanted: Collection[str]) -> dict[str, Tensor]:
-    """Those of a file that are wanted; torchvision's has a classifier of 500 MB behind them."""
+    """The file's tensors that are wanted. Torchvision's file also holds a classifier of 500 MB, which is not."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
