@@ -19,70 +19,35 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from infra.claim import Claim
 from infra.errors import SettingsError, Stopped, TrainingError
-from infra.records import CheckpointRecord, DataObject, SnapshotRecord
-from infra.store import Store
-from infra.tracking import Run
+from infra.records import CheckpointRecord, DataObject
 from training import checkpoint, states
-from training import model as models
 from training.ema import Ema
-from training.encoders.hub import pinned
-from training.encoders.text import TextEncoder
-from training.encoders.vision import VisionEncoder
 from training.engine import Engine
+from training.job import Job
 from training.loader import cache
 from training.loader.batches import Batch, Batches, Drawing
 from training.loader.reader import Reader
 from training.loader.selection import Selection
 from training.meter import Meter
-from training.model.compiled import lighten
-from training.model.pixnerd import PixNerd
-from training.model.repa_head import RepaHead
+from training.model.compiled import set_execution
+from training.networks import Networks, Origins, build, fetch
 from training.optim import learning_rate
-from training.perceptual import perceptual_losses
 from training.perf import Perf, flop_per_image, peak
 from training.publish import Frame, Publisher
 from training.settings import TrainSettings
-from training.step import Preparer, Trained, drawn
+from training.step import Preparer, drawn
 from training.team import Team
 from training.validation import Validation, draw_evenly
 from training.watchdog import Watchdog
 
-Files = dict[str, DataObject]  # by path in the folder that they make up
 _RECENT = 10  # log lines that a loss is compared with
-
-
-@dataclass
-class Job:
-    """One training run: what `train` needs on every rank. It is pickled to the workers."""
-
-    store: Store
-    prefix: str  # of the keys of all that it stores
-    digest: str  # of the run
-    settings: TrainSettings
-    snapshot: SnapshotRecord
-    text: Files | str  # a text encoder's files in the store, or the name of a published one
-    vision: Files | str | None
-    start_from: CheckpointRecord | None
-    run: Run
-    lpips: str | None = None  # where a folder or a hub has its weights, if a perceptual loss needs it
-    claim: Claim | None = None  # the driver's, if several drivers may start this run
-    ends_soon: Callable[[], bool] | None = None  # asked on all ranks alike: whether machines will be taken away
-    stopped: Callable[[], bool] | None = None  # asked on rank 0: whether somebody has stopped the run
-    scratch: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))  # for temporary files
-    cache: Path = field(default_factory=cache.default_folder)  # where `reading.cache` names none
-
-    def check_claim(self) -> None:
-        if self.claim is not None:
-            self.claim.check()
 
 
 Send = Callable[[dict[str, Any]], None]  # takes progress messages such as {"event": "saved", "step": 500}
@@ -110,9 +75,9 @@ class Training:
 
     def __init__(self, job: Job, send: Send, team: Team, folder: Path) -> None:
         self.job, self.settings, self.send, self.team = job, job.settings, send, team
-        self.origins = _fetch(job, folder, lambda encoder: team.on_rank_0(partial(pinned, encoder)))
-        self.networks = _build(self.settings, self.origins)
-        lighten(self.networks.trained.net, self.settings.compile, self.settings.recomputed)
+        self.origins = fetch(job, folder, team.on_rank_0)
+        self.networks = build(self.settings, self.origins)
+        set_execution(self.networks.trained.net, self.settings.compile, self.settings.recomputed)
         self.engine = _shard(self.networks, self.settings, team.size)
         self.ema = Ema(self.engine.masters, self.settings.ema)
         self.prepare = _preparer(self.networks, self.settings, self.engine.device)
@@ -296,77 +261,6 @@ def _diverged(broken: str, step: int, returns: int) -> TrainingError:
         f"{broken} near step {step}{after}",
         remedy="lower optim.lr, or set optim.clip: another setting is another run, from its start",
     )
-
-
-@dataclass
-class Origins:
-    """What a network and its encoders are made from, as it lies on this machine."""
-
-    start: Path | None  # the checkpoint whose EMA weights are inherited
-    text: Path | str  # a folder, or the name of a published encoder
-    vision: Path | str | None
-    lpips: str | None
-
-
-def _fetch(job: Job, folder: Path, pin: Callable[[str], str] = pinned) -> Origins:
-    start = checkpoint.fetch(job.store, job.start_from, folder / "start") if job.start_from is not None else None
-
-    def local(encoder: Files | str, name: str) -> Path | str:
-        if isinstance(encoder, dict):
-            return checkpoint.fetch_files(job.store, encoder, folder / name)
-        return Path(encoder) if Path(encoder).exists() else pin(encoder)
-
-    inherited = start / "text" if start is not None and (start / "text").exists() else None
-    text = inherited or local(job.text, "text")
-    objective = job.settings.objective
-    if objective.sees and job.vision is None:
-        what = "objective.repa" if objective.repa else "objective.perceptual.dino"
-        raise SettingsError(f"{what} needs a vision encoder", remedy=f"name one, or set {what} to 0")
-    if objective.perceptual.lpips and job.lpips is None:
-        raise SettingsError("objective.perceptual.lpips needs its weights", remedy="name them, or set it to 0")
-    vision = local(job.vision, "vision") if objective.sees and job.vision is not None else None
-    return Origins(start, text, vision, job.lpips if objective.perceptual.lpips else None)
-
-
-@dataclass
-class Networks:
-    trained: Trained
-    text: TextEncoder
-    vision: VisionEncoder | None
-
-    @property
-    def frozen_text(self) -> TextEncoder | None:
-        return self.text if self.trained.text is None else None
-
-
-def _build(settings: TrainSettings, origins: Origins) -> Networks:
-    """The denoiser, initialised from the seed or from another run's checkpoint, and its encoders."""
-    torch.manual_seed(settings.seed)
-    net = PixNerd(settings.network())
-    if origins.start is not None:
-        checkpoint.load_part(origins.start / models.WEIGHTS, net, "the network")
-    frozen = torch.bfloat16 if settings.encoder_precision == "bf16" else torch.float32
-    text = TextEncoder(
-        origins.text,
-        net.config.text_tokens,
-        dtype=torch.float32 if settings.train_text else frozen,
-        train_layers=settings.train_text,
-        rounded=net.config.round_text,
-        needed=net.config.text_padding if settings.pack_text else None,
-    )
-    if text.width != net.config.text_dim:
-        raise SettingsError(
-            f"the text encoder's features are {text.width} wide, the network expects {net.config.text_dim}",
-            remedy=f"set model.text_dim to {text.width}, or name another encoder",
-        )
-    objective = settings.objective
-    vision = VisionEncoder(origins.vision, dtype=frozen) if origins.vision is not None else None
-    head = RepaHead(net.config.hidden, vision.width) if vision is not None and objective.repa else None
-    if head is not None and origins.start is not None and (origins.start / models.HEAD).exists():
-        checkpoint.load_part(origins.start / models.HEAD, head, "the REPA head")
-    perceptual = perceptual_losses(objective.perceptual, origins.lpips, vision, (net.config.grid,) * 2)
-    trained = Trained(net, head, text if settings.train_text else None, objective, perceptual)
-    return Networks(trained, text, vision)
 
 
 def _shard(networks: Networks, settings: TrainSettings, ranks: int) -> Engine:

@@ -24,7 +24,7 @@ from infra.cluster import Channel, started_here
 from infra.errors import ClusterError, PixnerdError, SettingsError, StoreError, TrainingError
 from infra.records import CheckpointRecord
 from training import checkpoint
-from training.loop import Job
+from training.job import Job
 
 Show = Callable[[dict[str, Any]], None]
 _ABORT_SECONDS = 4.0
@@ -79,8 +79,10 @@ class _News:
 
     def __call__(self, message: dict[str, Any]) -> None:
         self.committed |= message["event"] == "saved"
-        if message["event"] in ("start", "stopped"):
-            (self.training if message["event"] == "start" else self.stopped).set()
+        if message["event"] == "start":
+            self.training.set()
+        if message["event"] == "stopped":
+            self.stopped.set()
         if message["event"] == "hung":
             self.hung[message["rank"]] = message["text"]
         else:

@@ -143,7 +143,7 @@ def _other_network(start: str, before: TrainStage, settings: TrainStage) -> Iter
 
 def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
     """A snapshot -> a checkpoint, from scratch or from an earlier stage's EMA weights."""
-    from training.loop import Job
+    from training.job import Job
     from training.ray_train import fit
 
     store = context.store

@@ -36,6 +36,7 @@ from tests.training import small_run
 from training import loop, step
 from training.diffusion import draws
 from training.encoders import text, vision
+from training.job import Job
 from training.meter import Meter
 from training.settings import TrainSettings
 from training.team import Team
@@ -161,7 +162,7 @@ def settings(stage: str, steps: int, device: str) -> TrainSettings:
 
 
 def measure(stage: str, steps: int, device: str, store: FileStore, data: SnapshotRecord, made: Any, root: Path) -> None:
-    job = loop.Job(
+    job = Job(
         store=store,
         prefix=f"training/{stage}",
         digest=stage,

@@ -25,7 +25,7 @@ from infra.shards import SELECTION_SCHEMA, TarWriter, parquet_bytes
 from infra.store import FileStore, Store
 from infra.tracking import NOWHERE
 from tests.gpu.encoders import CAPTIONS
-from training.loop import Job
+from training.job import Job
 from training.settings import TrainSettings
 
 ROWS = 128

@@ -26,7 +26,9 @@ from training import loop, states
 from training import model as models
 from training.ema import Ema
 from training.engine import Engine
-from training.loop import Job, train
+from training.job import Job
+from training.loop import train
+from training.networks import build, fetch
 from training.team import Team
 
 STEPS, SAVED = 8, 4
@@ -106,7 +108,7 @@ def _break_off(job: Job) -> None:
 def loaded(job: Job) -> Loaded:
     """What a new engine has after it has read the newest state, held against the state's own tensors."""
     with tempfile.TemporaryDirectory() as folder:
-        networks = loop._build(job.settings, loop._fetch(job, Path(folder)))
+        networks = build(job.settings, fetch(job, Path(folder)))
         engine = loop._shard(networks, job.settings, 1)
         ema = Ema(engine.masters, job.settings.ema)
         state = states.resume(job.store, job.prefix, Team(), engine, ema, print)

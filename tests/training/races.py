@@ -28,7 +28,8 @@ from infra.store import Entry, FileStore
 from tests.training import small_run
 from tests.training.forks import forked, together
 from training import checkpoint
-from training.loop import Job, train
+from training.job import Job
+from training.loop import train
 
 RANKS = 2
 SETTINGS: dict[str, Any] = {"workers": RANKS, "steps": 8, "save_every": 2, "objective": {"repa": 0.0}, "train_text": 0}

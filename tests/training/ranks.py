@@ -26,7 +26,9 @@ from tests.training import small_run
 from tests.training.forks import forked, together
 from training import loop, states
 from training.ema import Ema
-from training.loop import Job, train
+from training.job import Job
+from training.loop import train
+from training.networks import build, fetch
 from training.team import Team
 
 SETTINGS: dict[str, Any] = {
@@ -140,7 +142,7 @@ def loads(job: Job, state: Job, folder: Path) -> list[int]:
 
     def work(rank: int) -> None:
         with tempfile.TemporaryDirectory() as scratch:
-            parts = loop._build(job.settings, loop._fetch(job, Path(scratch)))
+            parts = build(job.settings, fetch(job, Path(scratch)))
             engine = loop._shard(parts, job.settings, job.settings.workers)
             ema = Ema(engine.masters, job.settings.ema)
             assert states.resume(job.store, state.prefix, Team(), engine, ema, print)

@@ -18,7 +18,7 @@ from infra.tracking import NOWHERE
 from tests.data_prep.corpora import prepare_here, settings_for
 from training.encoders import lpips as lpips_module
 from training.encoders import text, vision
-from training.loop import Job
+from training.job import Job
 from training.settings import TrainSettings
 
 MODEL = {

@@ -20,7 +20,7 @@ from infra.records import CheckpointRecord, DataObject, SnapshotRecord
 from infra.store import FileStore
 from tests.training import small_run
 from training import ray_train, states
-from training.loop import Job
+from training.job import Job
 from training.model import WEIGHTS
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1500)]

@@ -9,7 +9,7 @@ import pytest
 from infra.errors import DataError, PixnerdError, SettingsError, StoreError, TrainingError
 from tests.training.small_run import SETTINGS
 from training import ray_train
-from training.loop import Job
+from training.job import Job
 from training.settings import TrainSettings
 
 

@@ -26,9 +26,11 @@ from training import checkpoint, loop, states, step
 from training import model as models
 from training.diffusion import draws, objective
 from training.ema import Ema
+from training.job import Job
 from training.leftovers import collect_states
 from training.loader import reader
-from training.loop import Job, train
+from training.loop import train
+from training.networks import build, fetch
 from training.sampling import Artist, SampleSettings
 from training.settings import TrainSettings
 from training.team import Team
@@ -200,7 +202,7 @@ def test_a_resumed_optimiser_is_as_pytorch_itself_loads_it(store: Store, make: A
     job = make("optimiser")
     with pytest.raises(Killed):
         run(job, kill_after=3)
-    parts = loop._build(job.settings, loop._fetch(job, tmp_path))
+    parts = build(job.settings, fetch(job, tmp_path))
     engine = loop._shard(parts, job.settings, 1)
     assert states.resume(store, job.prefix, Team(), engine, Ema(engine.masters, job.settings.ema), pytest.fail)
     inner = engine._zero.optimizer
@@ -482,7 +484,7 @@ def test_a_state_of_an_earlier_version_is_resumed_from(
     store: Store, make: Any, undisturbed: CheckpointRecord, tmp_path: Path
 ):
     job = make("earlier")
-    parts = loop._build(job.settings, loop._fetch(job, tmp_path))
+    parts = build(job.settings, fetch(job, tmp_path))
     names = [name for name, parameter in parts.trained.named_parameters() if parameter.requires_grad]
     with pytest.raises(Killed):
         run(job, kill_after=3)

@@ -14,7 +14,8 @@ from infra.errors import SettingsError
 from infra.records import CheckpointRecord, SnapshotRecord, get_data
 from infra.store import FileStore
 from tests.training import small_run
-from training.loop import Job, train
+from training.job import Job
+from training.loop import train
 from training.perf import peak
 from training.validation import draw_evenly
 
