@@ -13,9 +13,10 @@ from safetensors.torch import save
 
 from infra import layout
 from infra.errors import CheckpointError, SettingsError
-from infra.records import AveragesPart, AveragesRecord, Profile, StageRecord, TrainOutput, put_data, write_record
+from infra.records import AveragesPart, AveragesRecord, Profile, TrainOutput, put_data, write_record
 from infra.store import FileStore, Store
 from orchestration.commands.checkpoint import ema, fetch
+from tests.infra.stage_records import record_of
 from training import checkpoint
 from training import model as models
 from training.model import ModelConfig, PixNerd
@@ -57,18 +58,7 @@ def store(tmp_path: Path) -> Store:
 def ended(store: Store) -> None:
     last = layout.CHECKPOINT.at(home=HOME)
     store.put(last, store.get(layout.CHECKPOINT_AT.at(home=HOME, step=6)))
-    output = TrainOutput(record=last, parameters=1, images_seen=24)
-    stage = StageRecord(
-        stage="mine",
-        kind="train",
-        digest_of_work="ab12",
-        inputs={},
-        settings={},
-        output=output,
-        versions={},
-        started="2026-01-01",
-        seconds=1.0,
-    )
+    stage = record_of(TrainOutput(record=last, parameters=1, images_seen=24), stage="mine")
     write_record(store, layout.STAGE.at(kind="train", digest="ab12"), stage)
 
 

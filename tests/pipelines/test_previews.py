@@ -98,12 +98,22 @@ def test_what_cannot_be_drawn_is_told_and_the_next_is_drawn(begin: Any, monkeypa
 
 
 def test_a_run_that_is_stopped_does_not_wait(begin: Any, monkeypatch: pytest.MonkeyPatch):
-    may_end = threading.Event()
-    monkeypatch.setattr(held_out, "generate", lambda *given: may_end.wait(60) and [])
+    began, may_end, ended = (threading.Event() for _ in range(3))
+
+    def here(order: generate.Order, prompts: Sequence[str], show: Any) -> list[DataObject]:
+        began.set()
+        may_end.wait(20)
+        ended.set()
+        return [generate._draw_chunk(order, 0, prompts)]
+
+    monkeypatch.setattr(held_out, "generate", here)
     previews = begin(Said(), "stopped")
     previews.begin(1, KEY.format(step=1))
+    assert began.wait(60)
     previews.__exit__(KeyboardInterrupt)
+    assert not ended.is_set()
     may_end.set()
+    previews._thread.join(60)
 
 
 def test_training_may_have_all_cpus(begin: Any, ray_cluster: str):
