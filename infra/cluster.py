@@ -168,7 +168,7 @@ def _handlers_kept() -> Iterator[None]:
 
 
 class Channel:
-    """Small dicts from tasks and training workers to the driver, in order: progress. Back goes its wish that they end.
+    """Carries small dicts from tasks and training workers to the driver, in order, and back its wish that they end.
 
     Work never depends on them: if they cannot be sent or received, it goes on without them.
     """

@@ -194,7 +194,7 @@ def spelt(pattern: str, like: str) -> AfterValidator:
     return AfterValidator(match)
 
 
-# Of what gets a folder, a key or a run of its own.
+# The name of a workflow or a source: it becomes the name of a folder and of MLflow's run, or a part of keys.
 Name = Annotated[
     str, spelt(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "at most 100 letters, digits, `_`, `.` and `-`, no mark first")
 ]

@@ -26,7 +26,7 @@ class Perf:
         self.flop_per_image, self.peak, self.device = flop_per_image, peak, device
 
     def read(self, images_per_second: float, ranks: int) -> dict[str, float]:
-        """Of the steps since the last log line; the memory is this rank's, at its most since the run began."""
+        """Figures for a log line, from the speed since the last one; of memory, the most that this rank ever held."""
         rate = images_per_second * self.flop_per_image / ranks
         share = {"perf/mfu": rate / self.peak} if self.peak else {}
         return {"perf/tflops": rate / TERA, **share, "perf/memory_gib": _peak_memory(self.device) / GIB}

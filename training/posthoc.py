@@ -101,7 +101,7 @@ def _frame(store: Store, home: str, scratch: Path, extra: dict[str, Any]) -> tup
 
 
 def _checkpoint(store: Store, home: str) -> CheckpointRecord:
-    """Of a run that is still under way, the newest on its way."""
+    """The run's checkpoint; the newest one on the way, if the run has not ended."""
     keys = sorted(layout.CHECKPOINT_AT.keys(store, home=home))
     if published := checkpoint.published(store, home):
         return published

@@ -124,7 +124,7 @@ class TrainSettings(Settings):
 
     @property
     def recomputed(self) -> int:
-        """Each so manieth block of a stack is computed anew in the backward pass; 0: none."""
+        """N, where every N-th block of a stack is computed anew in the backward pass; 0: none is."""
         return self.checkpointing if isinstance(self.checkpointing, int) else int(self.checkpointing == "blocks")
 
 

@@ -204,7 +204,7 @@ def local_folder(model: str) -> Path | None:
 
 
 def content_sha256(path: Path) -> str:
-    """Of a folder, a digest of the files that a model is loaded from; others in it, such as a README, do not count."""
+    """The hash of a model's file, or a digest of those files of a folder that models are loaded from: no README."""
     if path.is_file():
         return file_sha256(path)
     files = (file for file in path.iterdir() if file.suffix in _MODEL_FILES and file.is_file())

@@ -12,7 +12,7 @@ import pytest
 
 @pytest.mark.slow
 def test_two_drivers_killed_and_delayed_publish_the_undisturbed_model():
-    # Of these ten, five have claims; drivers are killed never, once and twice, with their ranks and without them.
+    # Five of these ten races have claims. Drivers are killed never, once or twice, alone or with their ranks.
     command = [sys.executable, "-W", "ignore", "-m", "tests.training.races", "--races", "10", "--seed", "0"]
     played = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200, check=False

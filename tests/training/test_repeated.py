@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from tests.training.test_model import inputs, network
 from training.model import PixNerd, Text
-from training.model.compiled import compile_blocks, lighten
+from training.model.compiled import compile_blocks, set_execution
 from training.model.repeated import recompute
 
 
@@ -76,7 +76,7 @@ def test_all_blocks_of_a_stack_share_a_graph():
 
 @pytest.mark.parametrize("compile_", [True, "blocks"])
 def test_blocks_are_compiled_and_computed_anew(compile_: Any):
-    eager, lightened = gradients(unchanged), gradients(partial(lighten, compile_=compile_, recomputed=1))
+    eager, lightened = gradients(unchanged), gradients(partial(set_execution, compile_=compile_, recomputed=1))
     assert not counters["graph_break"]
     for name in eager:
         torch.testing.assert_close(lightened[name], eager[name], rtol=1e-3, atol=1e-4)

@@ -111,7 +111,7 @@ class Order:
 
 
 class Fetching:
-    """Which shards a rank should begin to fetch as it reads on.
+    """Tells a rank which shards to begin to fetch while it reads on.
 
     A shard is due once a lane is within one window of the rows that are in it. Those due are begun in the order of
     need, and so few for the samples that were read that neither the start of a run, nor a resume, nor a new epoch asks

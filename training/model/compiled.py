@@ -37,8 +37,8 @@ def compile_blocks(net: PixNerd) -> None:
             block.forward = compiled(block.forward, fullgraph=True, dynamic=False, recompile_limit=SHAPES)
 
 
-def lighten(net: PixNerd, compile_: bool | Literal["blocks"], recomputed: int) -> None:
-    """For training: compiled, and each `recomputed`-th block computed anew; neither changes what is computed."""
+def set_execution(net: PixNerd, compile_: bool | Literal["blocks"], recomputed: int) -> None:
+    """Compile the network for training, and let every `recomputed`-th block be computed anew in the backward pass."""
     if compile_ == "blocks":
         compile_blocks(net)
     if recomputed:

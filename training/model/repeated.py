@@ -17,7 +17,7 @@ def repeated(module: nn.Module) -> Iterator[list[nn.Module]]:
 
 
 def recompute(module: nn.Module, every: int) -> None:
-    """Lets every so manieth block of each stack keep its inputs only, and compute the rest anew in the backward pass.
+    """Let every N-th block of each stack keep its inputs only, and compute the rest anew in the backward pass.
 
     Chen et al. 2016, arXiv 1604.06174. It happens inside of the block's own call, so ZeRO 3 brings the weights together
     once for both. No block draws random numbers, so there is no generator whose state would have to be kept. In a

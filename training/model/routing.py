@@ -15,10 +15,10 @@ from training.model.rotary import RotaryTable
 
 
 class Route(NamedTuple):
-    """Which patches of each image go through all blocks, and the first and last block that the others skip."""
+    """The patches of each image that go through all blocks; the others skip those from `first` to `last`."""
 
     kept_BM: Tensor  # indices, in order
-    first: int  # counted from one
+    first: int  # blocks are counted from one
     last: int
 
 
