@@ -30,6 +30,7 @@ from training.engine import Engine, import_deepspeed
 from training.optim import OptimSettings
 from training.team import Team
 
+HOME = "training/run"
 RATE = 100e6  # bytes a second
 WIDTH, BATCH = 2048, 128
 CHUNK = 2**20
@@ -82,7 +83,7 @@ class Training:
         return time.perf_counter() - began
 
     def saver(self, store: FileStore) -> states.Saver:
-        return states.Saver(store, "run", run="r", attempt="a", keep=1, keep_every=0, allowed=lambda: None)
+        return states.Saver(store, HOME, run="r", attempt="a", keep=1, keep_every=0, allowed=lambda: None)
 
     def begin(self, saver: states.Saver) -> float:
         """Seconds until training may go on."""
@@ -141,10 +142,10 @@ def read_by(ranks: int, writers: int, folder: Path) -> None:
 
     def resume(rank: int) -> None:
         training = Training(parameters)
-        assert states.resume(store, "run", Team(), training.engine, training.ema, print) is not None
+        assert states.resume(store, HOME, Team(), training.engine, training.ema, print) is not None
 
     assert together(writers, write) == [0] * writers
-    size = sum(entry.size for entry in store.list("run/state/"))
+    size = sum(entry.size for entry in store.list(f"{HOME}/state/"))
     assert together(ranks, resume) == [0] * ranks
     read = sum(map(int, (folder / "read").read_text().split()))
     print(f"  {ranks} ranks from a state of {writers}: {read / 1e6:.0f} MB read, {read / size:.2f} times the state")

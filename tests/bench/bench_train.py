@@ -84,10 +84,10 @@ class Ahead:
         self.seconds, self._lock = defaultdict[str, float](float), threading.Lock()
 
     def around(self, what: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*inputs: Any) -> Any:
+        def timed(*inputs: Any, **named: Any) -> Any:
             began = time.thread_time()
             try:
-                return function(*inputs)
+                return function(*inputs, **named)
             finally:
                 with self._lock:
                     self.seconds[what] += time.thread_time() - began
