@@ -108,20 +108,34 @@ class Race:
 
 def run_race(job: Job, race: Race, folder: Path) -> str:
     """What went wrong; empty if nothing did."""
+    started: list[int] = []
+    try:
+        return _run_race(job, race, folder, started)
+    finally:
+        for pid in started:  # a rank whose driver was killed before it started the other one waits for that for long
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
+
+def _run_race(job: Job, race: Race, folder: Path, started: list[int]) -> str:
     outs = [folder / f"{job.digest}-{n}" for n in range(2)]
-    start = [lambda n=n: forked(lambda: driver(job, outs[n], race.claims)) for n in range(2)]
+
+    def start(number: int) -> int:
+        started.append(forked(lambda: driver(job, outs[number], race.claims)))
+        return started[-1]
+
     events: list[tuple[float, str, int, bool]] = [(0.0, "start", 0, False), (race.start, "start", 1, False)]
     events += [(when, "kill", number, whole) for when, number, whole in race.kills]
     began, pids, codes = time.monotonic(), {}, {}
     for when, what, number, whole in sorted(events):
         time.sleep(max(0.0, began + when - time.monotonic()))
         if what == "start":
-            pids[number] = start[number]()
+            pids[number] = start(number)
         elif number in pids and os.waitpid(pids[number], os.WNOHANG)[0] == 0:
             with contextlib.suppress(ProcessLookupError):
                 (os.killpg if whole else os.kill)(pids[number], signal.SIGKILL)
             os.waitpid(pids[number], 0)
-            pids[number] = start[number]()  # whoever stopped it starts it again
+            pids[number] = start(number)  # whoever stopped it starts it again
         else:
             pids.pop(number, None)
             codes[number] = 0 if outs[number].exists() else 1
