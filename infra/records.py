@@ -226,6 +226,7 @@ class SnapshotOutput(Output, kind="snapshot"):
     rows: int
     counts: list[tuple[str, int]]
     size: str
+    classes: int | None = None  # of its labels, if it has some
 
 
 class EncodersOutput(Output, kind="encoders"):

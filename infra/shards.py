@@ -84,6 +84,11 @@ SELECTION_SCHEMA = pa.schema(
 )
 
 
+def selection_schema(labelled: bool = False) -> pa.Schema:
+    """That of a snapshot's selection, which has labels if they were asked for."""
+    return SELECTION_SCHEMA.append(pa.field("label", pa.int32(), nullable=False)) if labelled else SELECTION_SCHEMA
+
+
 # Keys are hashes, so their hex digits serve as random numbers. The first SPLIT_DIGITS decide whether a sample is held
 # out. The next SPLIT_DIGITS decide whether it is listed once more, where its source's weight is not a whole number.
 SPLIT_DIGITS = 8

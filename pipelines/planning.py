@@ -12,11 +12,12 @@ from data_prep.prepare.plan import BYTES_PER_PIXEL, PrepareSettings
 from infra.config import Settings, parse
 from infra.errors import CheckpointError, SettingsError
 from pipelines.stages.data import CorpusStage, source_references
-from pipelines.stages.fitting import has_text, size_of, text_encoder
+from pipelines.stages.fitting import classes_of, has_text, size_of, text_encoder
 from pipelines.stages.train import EncodersStage, TrainStage, fitted
 from training.encoders.hub import split
 from training.encoders.known import config_of
 from training.encoders.shapes import (
+    NO_TEXT,
     PUBLISHED_TEXT,
     PUBLISHED_VISION,
     LpipsShape,
@@ -46,8 +47,8 @@ def plans(stages: Mapping[str, Settings], machines: Machines, rates: Rates) -> l
 def _plan(
     name: str, settings: TrainStage, stages: Mapping[str, Settings], machines: Machines, rates: Rates
 ) -> StagePlan:
-    text = _text(name, settings, stages)
-    own = fitted(settings, size_of(stages.get(settings.data)), text.width)
+    text, data = _text(name, settings, stages), stages.get(settings.data)
+    own = fitted(settings, size_of(data), text.width or None, classes_of(data))
     try:
         on_these = parse(TrainSettings, own | {"workers": machines.ranks})
     except SettingsError as error:
@@ -62,6 +63,8 @@ def _plan(
 
 
 def _text(name: str, settings: TrainStage, stages: Mapping[str, Settings]) -> TextShape:
+    if settings.task == "class":
+        return NO_TEXT
     _, source = text_encoder(name, settings, stages)
     if isinstance(source, EncodersStage):
         return tiny_text(**source.text.model_dump())

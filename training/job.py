@@ -26,7 +26,7 @@ class Job:
     digest: str  # of the run
     settings: TrainSettings
     snapshot: SnapshotRecord
-    text: Files | str  # a text encoder's files in the store, or the name of a published one
+    text: Files | str  # a text encoder's files in the store, or a published one's name; labels need none
     vision: Files | str | None
     start_from: CheckpointRecord | None
     run: Run

@@ -6,7 +6,7 @@
 
 Only rank 0 asks the store for the run's states, and broadcasts what it reads; the ranks compare what they are about to
 do. So two drivers on one run at the same time cannot make a model of mixed steps. Data order, noise, times and dropped
-captions depend on the position alone, so a resumed run, on any number of ranks, continues the same sequence of samples.
+conditions depend on the position alone, so a resumed run continues the same samples on any number of ranks.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from training.engine import Engine
 from training.job import Job
 from training.loader import cache
 from training.loader.batches import Batch, Batches, Drawing
+from training.loader.conditions import Captions, Labels
 from training.loader.reader import Reader
 from training.loader.selection import Selection
 from training.meter import Meter
@@ -88,7 +89,7 @@ class Training:
         drawing = drawn(self.settings.objective, self.settings.network(), self.settings.seed)
         self.batches = _batches(self.reader, self.networks, self.settings, team, self.engine.device, drawing)
         self.unreadable: set[int] = set()  # rows that were told of
-        self.publisher = _publisher(job, self.origins, self.engine, team)
+        self.publisher = _publisher(job, self.origins, self.reader.selection.sizes, self.engine, team)
         self.told_truncated = False  # that captions are cut
         self.saver = states.Saver(
             job.store,
@@ -107,8 +108,8 @@ class Training:
     def run(self) -> None:
         """From the newest committed state to the last step; back to the last good state where the weights break."""
         self._resume()
-        order = self.batches.order
-        left_out = {"rows": order.total, "left_out": order.total - order.epoch_length}
+        orders = self.batches.orders
+        left_out = {"rows": orders.total, "left_out": orders.total - orders.epoch_length}
         self.send({"event": "start", "step": self.step, "steps": self.settings.steps, **left_out})
         while self.step < self.settings.steps:
             if broken := self._steps():
@@ -284,8 +285,7 @@ def _preparer(networks: Networks, settings: TrainSettings, device: torch.device)
     for encoder in (networks.frozen_text, networks.vision, lpips):
         if encoder is not None:
             encoder.to(device)
-    grid = (config.grid,) * 2
-    return Preparer(device, networks.frozen_text, networks.vision, grid, settings.objective, config.noise_scale)
+    return Preparer(device, networks.frozen_text, networks.vision, config, settings.objective)
 
 
 def _validation(job: Job, networks: Networks, team: Team, prepare: Preparer) -> Validation | None:
@@ -322,12 +322,14 @@ def _reader(job: Job, rows: DataObject) -> Reader:
 def _batches(
     reader: Reader, networks: Networks, settings: TrainSettings, team: Team, device: torch.device, drawing: Drawing
 ) -> Batches:
+    text = networks.text
+    condition = Labels(reader, settings.network().classes) if text is None else Captions(reader, text.tokenize)
     return Batches(
         reader,
         settings.reading,
         batch=settings.batch,
         draw=drawing,
-        tokenize=networks.text.tokenize,
+        condition=condition,
         rank=team.rank,
         ranks=team.size,
         seed=settings.seed,
@@ -335,7 +337,7 @@ def _batches(
     )
 
 
-def _publisher(job: Job, origins: Origins, engine: Engine, team: Team) -> Publisher:
+def _publisher(job: Job, origins: Origins, sizes: list[tuple[int, int]], engine: Engine, team: Team) -> Publisher:
     settings, start = job.settings, job.start_from
     return Publisher(
         job.store,
@@ -347,7 +349,7 @@ def _publisher(job: Job, origins: Origins, engine: Engine, team: Team) -> Publis
             "snapshot": job.snapshot.digest(),
             "start_from": start.digest() if start is not None else None,
         },
-        frame=lambda: Frame.of(settings.network(), origins.text, trained=settings.train_text > 0),
+        frame=lambda: Frame.of(settings.network(), origins.text, trained=settings.train_text > 0, sizes=sizes),
         shapes=engine.shapes,
         ema=settings.ema,
         every=settings.export_every,

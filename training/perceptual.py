@@ -32,16 +32,17 @@ class Perceptual:
     settings: PerceptualSettings
     lpips: Lpips | None
     vision: VisionEncoder | None
-    grid: tuple[int, int]
 
-    def distances(self, image_BCHW: Tensor, target_BCHW: Tensor, features_BNV: Tensor | None) -> list[Distance]:
-        """`features_BNV` are the vision encoder's of the target."""
+    def distances(
+        self, image_BCHW: Tensor, target_BCHW: Tensor, features_BNV: Tensor | None, grid: tuple[int, int]
+    ) -> list[Distance]:
+        """`features_BNV` are the vision encoder's of the target, one for each patch of the grid."""
         distances = []
         if self.lpips is not None:
             distances.append(Distance("lpips", self.settings.lpips, self.lpips(image_BCHW, target_BCHW)))
         if self.vision is not None:
             assert features_BNV is not None
-            seen_BNV = self.vision(image_BCHW, self.grid)
+            seen_BNV = self.vision(image_BCHW, grid)
             distances.append(Distance("dino", self.settings.dino, feature_distance(seen_BNV, features_BNV)))
         return distances
 
@@ -52,13 +53,13 @@ class Perceptual:
 
 
 def perceptual_losses(
-    settings: PerceptualSettings, lpips: str | None, vision: VisionEncoder | None, grid: tuple[int, int]
+    settings: PerceptualSettings, lpips: str | None, vision: VisionEncoder | None
 ) -> Perceptual | None:
     """`lpips` names where its weights are; the vision encoder is that of REPA, if this is on too."""
     if not settings.any:
         return None
     network = Lpips(lpips) if settings.lpips and lpips is not None else None
-    return Perceptual(settings, network, vision if settings.dino else None, grid)
+    return Perceptual(settings, network, vision if settings.dino else None)
 
 
 def feature_distance(one_BNV: Tensor, other_BNV: Tensor) -> Tensor:

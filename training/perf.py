@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from training.encoders.shapes import LpipsShape, text_shape, vision_shape
+from training.encoders.shapes import NO_TEXT, LpipsShape, text_shape, vision_shape
 from training.encoders.text import TextEncoder
 from training.encoders.vision import VisionEncoder
 from training.engine import Precision
@@ -32,10 +32,15 @@ class Perf:
         return {"perf/tflops": rate / TERA, **share, "perf/memory_gib": _peak_memory(self.device) / GIB}
 
 
-def flop_per_image(net: ModelConfig, text: TextEncoder, vision: VisionEncoder | None, settings: TrainSettings) -> int:
-    shapes = text_shape(text.model.config.to_dict()), vision_shape(_config(vision)) if vision is not None else None
+def flop_per_image(
+    net: ModelConfig, text: TextEncoder | None, vision: VisionEncoder | None, settings: TrainSettings
+) -> int:
+    """Images of several sizes have about as many pixels as a square of the trained one, which is counted."""
+    of_text = text_shape(text.model.config.to_dict()) if text is not None else NO_TEXT
+    of_vision = vision_shape(_config(vision)) if vision is not None else None
     lpips = LpipsShape() if settings.objective.perceptual.lpips else None
-    return work(net, Encoders(*shapes, settings.train_text, lpips=lpips), settings.objective, settings.steps).step
+    encoders = Encoders(of_text, of_vision, settings.train_text, lpips=lpips)
+    return work(net, encoders, settings.objective, settings.steps).step
 
 
 def peak(stated: float, precision: Precision, device: torch.device) -> float | None:

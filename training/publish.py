@@ -11,7 +11,7 @@ was killed before makes the same bytes again.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +45,16 @@ class Frame:
     extra: Mapping[str, Any]
 
     @classmethod
-    def of(cls, config: ModelConfig, text: Path | str, *, trained: bool) -> Frame:
-        """A published text encoder that was not trained is only named."""
+    def of(
+        cls, config: ModelConfig, text: Path | str | None, *, trained: bool, sizes: Sequence[tuple[int, int]]
+    ) -> Frame:
+        """A published text encoder that was not trained is only named; a network that draws from labels has none."""
+        extra: dict[str, Any] = {"buckets": sizes} if len(sizes) > 1 else {}
+        if text is None:
+            return cls(config, None, extra)
         if isinstance(text, str) and not trained:
-            return cls(config, None, {"text_encoder": text})
-        return cls(config, TextEncoder(text, config.text_tokens), {"text_encoder": "text"})
+            return cls(config, None, extra | {"text_encoder": text})
+        return cls(config, TextEncoder(text, config.text_tokens), extra | {"text_encoder": "text"})
 
     def write(self, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
         """`weights` are by the names that they have in `training.step.Trained`."""

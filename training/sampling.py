@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, TypeAdapter, ValidationError, field_validator
 from torch import Tensor
 
 from infra.config import Refused, Settings, operational, parse
@@ -35,6 +35,7 @@ Pictures = npt.NDArray[np.uint8]  # [B, H, W, 3]
 Size = tuple[int, int]  # height, width
 
 Precision = Literal["fp32", "bf16"]
+_SIZES = TypeAdapter(list[tuple[PositiveInt, PositiveInt]])
 PRECISIONS: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -87,11 +88,22 @@ def defaults(folder: Path, changes: Mapping[str, Any] | None = None) -> SampleSe
     return parse(SampleSettings, settings | dict(changes or {}))
 
 
-def sized(config: ModelConfig, size: Size | None) -> tuple[ModelConfig, Size]:
+def buckets(folder: Path, extra: Mapping[str, Any]) -> list[Size]:
+    """The sizes that a network was trained on, if there were several."""
+    try:
+        return _SIZES.validate_python(extra.get("buckets", []))
+    except ValidationError:
+        raise CheckpointError(
+            f"{folder}: extra.buckets of its config.json is not a list of heights and widths",
+            remedy="correct it, or remove it: other sizes than the square one are then drawn with larger patches",
+        ) from None
+
+
+def sized(config: ModelConfig, size: Size | None, buckets: Sequence[Size] = ()) -> tuple[ModelConfig, Size]:
     """The config with which a network draws pictures of that size, and the size (None: the trained one).
 
-    At another size than the trained one, a network with a field keeps its grid and draws larger or smaller patches. If
-    the trained size is not known, a square size is taken for it.
+    At another size than those it was trained at, a network with a field keeps its grid and draws larger or smaller
+    patches. If the trained size is not known, a square size is taken for it.
     """
     trained = config.image_size
     if trained is None:
@@ -105,7 +117,7 @@ def sized(config: ModelConfig, size: Size | None) -> tuple[ModelConfig, Size]:
         trained = size[0]
         config = config.model_copy(update={"image_size": trained})
     size = size or (trained, trained)
-    if size != (trained, trained) and config.field_blocks:
+    if size != (trained, trained) and size not in buckets and config.field_blocks:
         config = config.model_copy(update={"fixed_grid": True})
     config.check_size(*size)
     return config, size
@@ -113,8 +125,8 @@ def sized(config: ModelConfig, size: Size | None) -> tuple[ModelConfig, Size]:
 
 def resolved(folder: Path, settings: SampleSettings) -> SampleSettings:
     """The settings with size and precision filled in from the checkpoint; no weights are read."""
-    config, _ = models.read_config(folder)
-    _, size = sized(config, settings.size)
+    config, extra = models.read_config(folder)
+    _, size = sized(config, settings.size, buckets(folder, extra))
     precision = settings.precision or _saved_precision(folder, config)
     return settings.model_copy(update={"size": size, "precision": precision})
 
@@ -128,10 +140,10 @@ def _saved_precision(folder: Path, config: ModelConfig) -> Precision:
 class Artist:
     """A network that draws pictures, with its text encoder if it draws from prompts."""
 
-    def __init__(self, net: PixNerd, text: TextEncoder | None = None) -> None:
+    def __init__(self, net: PixNerd, text: TextEncoder | None = None, buckets: Sequence[Size] = ()) -> None:
         assert (text is None) == (net.config.task == "class")
         self.net, self.text = net.eval(), None if text is None else text.eval()
-        self.device = next(net.parameters()).device
+        self.device, self._buckets = next(net.parameters()).device, buckets
         self._config = net.config  # as it was saved; `net.config` changes with the size that is drawn
         self._encoded: dict[str, Text] = {}  # by prompt, of the last batch
         self._most_images = self._most_texts = 0  # of the largest batch so far or announced by `expect`
@@ -153,8 +165,8 @@ class Artist:
                     f"the text encoder {source} makes features of {text.width}, {folder} needs {config.text_dim}",
                     remedy="name the encoder that it was trained with in config.json's extra",
                 )
-        artist = cls(net, text)
-        net.config, _ = sized(config, settings.size)
+        artist = cls(net, text, trained_on := buckets(folder, extra))
+        net.config, _ = sized(config, settings.size, trained_on)
         if settings.compile:
             compile_network(net, replay=True)
         return artist
@@ -178,7 +190,7 @@ class Artist:
     ) -> Pictures:
         """Draws all of them at once; `watch` gets the number of each step and x [B, 3, H, W] after it."""
         assert settings.precision is None or PRECISIONS[settings.precision] == self.net.stem.weight.dtype
-        config, (height, width) = sized(self._config, settings.size)
+        config, (height, width) = sized(self._config, settings.size, self._buckets)
         if config != self.net.config:  # a new object, even an equal one, would have the network compiled again
             self.net.config = config
         subjects, seeds, wanted = list(subjects), list(seeds), len(seeds)

@@ -104,8 +104,9 @@ class TrainSettings(Settings):
         if self.validation.every % self.log_every:
             raise ValueError("validation.every must be a multiple of log_every")
         network = self.network()
-        if network.task != "text":
-            raise ValueError("only text-to-image networks are trained here; this one draws from labels")
+        if network.task == "class" and (self.train_text or self.pack_text):
+            which = "train_text" if self.train_text else "pack_text"
+            raise ValueError(f"{which}: a network that draws from labels has no text encoder")
         if network.image_size is None:
             raise ValueError("model.image_size must be the size that is trained at")
         if isinstance(self.checkpointing, int) and self.checkpointing < 1:

@@ -21,7 +21,7 @@ from training.diffusion.settings import ObjectiveSettings
 from training.encoders.text import TextEncoder
 from training.encoders.vision import VisionEncoder
 from training.loader.batches import Batch, Drawing
-from training.model.condition import Text
+from training.model.condition import Condition
 from training.model.pixnerd import PixNerd
 from training.model.presets import ModelConfig
 from training.model.repa_head import RepaHead
@@ -49,13 +49,15 @@ class Trained(nn.Module):
         self.net, self.head, self.text, self.settings, self.perceptual = net, head, text, settings, perceptual
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Report]:
-        text = inputs.text if self.text is None else self.text(inputs.ids_BT, inputs.mask_BT, inputs.lengths)
-        assert text is not None
+        condition = inputs.condition
+        if self.text is not None:
+            condition = self.text(inputs.ids_BT, inputs.mask_BT, inputs.lengths)
+        assert condition is not None
         tap = self.settings.repa_block if inputs.aligned else None
         routed = self.training and self.settings.routing.share > 0
         route = Route(inputs.kept_BM, *self.settings.routing.blocks) if routed else None
         net = as_velocity(self.net)
-        loss = velocity_loss(net, inputs.images_BCHW, text, inputs.noise_BCHW, inputs.t_B, tap, route)
+        loss = velocity_loss(net, inputs.images_BCHW, condition, inputs.noise_BCHW, inputs.t_B, tap, route)
         # The mean is over all places of the batch, also those of weight 0: else it would depend on the micro-batches.
         total = (loss.per_sample_B * inputs.weight_B).mean()
         by_bin = by_time(loss.per_sample_B, inputs.t_B, TIME_BINS, inputs.weight_B)
@@ -90,7 +92,8 @@ class Trained(nn.Module):
         image_BCHW = image_of_velocity(loss.v_BCHW, loss.x_t_BCHW, inputs.t_B)
         counted_B = perceptual.applies(inputs.t_B) * inputs.weight_B
         total = torch.zeros((), device=counted_B.device)
-        for name, weight, apart_B in perceptual.distances(image_BCHW, inputs.images_BCHW, inputs.features_BNV):
+        grid = self.net.config.patches(*image_BCHW.shape[2:])
+        for name, weight, apart_B in perceptual.distances(image_BCHW, inputs.images_BCHW, inputs.features_BNV, grid):
             total = total + weight * weighted_mean(apart_B, counted_B)
             report.means[f"perceptual/{name}"] = (apart_B.detach() * counted_B).sum(), counted_B.sum()
         return total
@@ -100,13 +103,13 @@ class Trained(nn.Module):
 class Inputs:
     images_BCHW: Tensor  # in [-1, 1]
     weight_B: Tensor  # 0 where there was no image to read, else 1
-    ids_BT: Tensor  # tokens of the captions
-    mask_BT: Tensor
+    ids_BT: Tensor | None  # tokens of the captions; none where the condition is labels
+    mask_BT: Tensor | None
     truncated_B: Tensor  # whether a caption was longer than that
     lengths: list[int]  # tokens of each caption, which the CPU knows without waiting for the device
     noise_BCHW: Tensor
     t_B: Tensor
-    text: Text | None  # features of a frozen text encoder
+    condition: Condition | None  # labels, or features of a frozen text encoder
     features_BNV: Tensor | None  # of the vision encoder, for REPA or a perceptual loss
     kept_BM: Tensor  # patches that skip no block; none where no token is routed
     aligned: bool  # whether REPA is on in this step
@@ -132,32 +135,33 @@ class Preparer:
     device: torch.device
     frozen_text: TextEncoder | None
     vision: VisionEncoder | None
-    grid: tuple[int, int]
+    config: ModelConfig
     objective: ObjectiveSettings
-    noise_scale: float = 1.0
 
     @torch.no_grad()
     def __call__(self, batch: Batch, step: int | None = None) -> Inputs:
         """`step` is how many came before this one; without it, the batch is for validation."""
         batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
         images_BCHW = batch.images_BCHW.contiguous().float() / 127.5 - 1
-        noise_BCHW = self.noise_scale * normal(batch.bits_BN, tuple(images_BCHW.shape[1:]))
-        tokens, lengths = (batch.ids_BT, batch.mask_BT), batch.lengths.tolist()
-        text = self.frozen_text(*tokens, lengths) if self.frozen_text is not None else None
+        noise_BCHW = self.config.noise_scale * normal(batch.bits_BN, tuple(images_BCHW.shape[1:]))
+        lengths, condition = batch.lengths.tolist(), batch.labels_B
+        if self.frozen_text is not None:
+            condition = self.frozen_text(batch.ids_BT, batch.mask_BT, lengths)
         aligned = step is not None and self.objective.aligns(step)
         features = None
         if aligned or (step is not None and self.objective.perceptual.dino):
             assert self.vision is not None
-            features = self.vision(images_BCHW, self.grid)
+            features = self.vision(images_BCHW, self.config.patches(*images_BCHW.shape[2:]))
         return Inputs(
             images_BCHW,
             batch.weight_B,
-            *tokens,
+            batch.ids_BT,
+            batch.mask_BT,
             batch.truncated_B,
             lengths,
             noise_BCHW,
             batch.t_B,
-            text,
+            condition,
             features,
             batch.kept_BM,
             aligned,
@@ -168,7 +172,7 @@ def drawn(objective: ObjectiveSettings, config: ModelConfig, seed: int) -> Drawi
     """What is drawn for samples of training. Tokens, of which routing keeps some, are an image's patches."""
 
     def routing(shape: tuple[int, ...]) -> tuple[int, int]:
-        patches = config.grid**2 if config.fixed_grid else math.prod(shape[1:]) // config.patch_size**2
+        patches = math.prod(config.patches(*shape[1:]))
         return patches, objective.routing.kept(patches)
 
     return partial(

@@ -145,7 +145,9 @@ def _sample(row: dict[str, Any], fields: dict[str, Any]) -> Sample:
 
 
 def drawn(name: str, texts: Sequence[str], weights: Sequence[float]) -> str:
-    """One of the captions, drawn with these weights by a hash of the name."""
+    """One of the captions, drawn with these weights by a hash of the name; labelled samples may have none."""
+    if not texts:
+        return ""
     fraction = int(hashlib.sha256(f"caption\0{name}".encode()).hexdigest()[:12], 16) / 16**12
     ends = np.cumsum(weights)
     return texts[min(int(np.searchsorted(ends, fraction * ends[-1], side="right")), len(texts) - 1)]

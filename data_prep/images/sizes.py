@@ -15,6 +15,7 @@ from infra.config import Settings, spelt
 
 Format = Literal["jpeg", "webp", "png"]
 Subsampling = Literal["444", "422", "420"]
+Resize = Literal["lanczos", "adm"]
 SUFFIX: dict[Format, str] = {"jpeg": "jpg", "webp": "webp", "png": "png"}
 
 PATCH = 16  # the side of the network's patches; images are made of whole ones

@@ -3,6 +3,10 @@
 torch's uint8 Lanczos with antialiasing is as good as Pillow's (56 dB against a float Lanczos) at a third of its time,
 and gives the same bytes on every x86 level. Decoding at reduced scale would be no faster and costs 15 dB; making a
 small size from a larger one would round twice. tests/bench/EXPERIMENTS.md says what else was tried.
+
+The other way is that of ADM (Dhariwal and Nichol 2021, arXiv 2105.05233), whose reference statistics of ImageNet were
+made of such images: halve the picture with a box filter while its shorter side is at least twice the square's, then
+make this side the square's with Pillow's bicubic filter, then cut the square out of the centre.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import torch
 from PIL import Image
 
 from data_prep.images.decode import Pixels_HW3
-from data_prep.images.sizes import Bucket, Format, Size, Subsampling
+from data_prep.images.sizes import Bucket, Format, Resize, Size, Subsampling
 from data_prep.rejections import Cause, Rejection
 
 
@@ -29,9 +33,15 @@ class Box(NamedTuple):
     height: int
 
 
-def fitted(pixels_HW3: Pixels_HW3, size: Size) -> tuple[Pixels_HW3, Box] | Rejection:
-    """The centre of the picture at `size`, and its box; a picture that is too small is refused, not enlarged."""
+def fitted(pixels_HW3: Pixels_HW3, size: Size, resize: Resize = "lanczos") -> tuple[Pixels_HW3, Box] | Rejection:
+    """The centre of the picture at `size`, and its box.
+
+    A picture that is too small is refused, not enlarged; only ADM's way enlarges it.
+    """
     height, width, _ = pixels_HW3.shape
+    if resize == "adm":
+        assert isinstance(size, int)
+        return _adm(pixels_HW3, size), centre_box(width, height, Bucket(size, size))
     if isinstance(size, int):
         shape = Bucket(size, size) if min(width, height) >= size else None
     else:
@@ -64,6 +74,16 @@ def resized(pixels_HW3: Pixels_HW3, box: Box, shape: Bucket) -> Pixels_HW3:
     if box.width != shape.width:
         part = _lanczos(part, *shape[::-1])
     return np.ascontiguousarray(part)
+
+
+def _adm(pixels_HW3: Pixels_HW3, side: int) -> Pixels_HW3:
+    image = Image.fromarray(pixels_HW3)
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return np.array(image.crop((left, top, left + side, top + side)))
 
 
 def _part(pixels_HW3: Pixels_HW3, box: Box) -> Pixels_HW3:

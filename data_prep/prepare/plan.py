@@ -21,9 +21,9 @@ from typing import Annotated, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from data_prep.images.sizes import Buckets, Format, Size, Subsampling, size_name
+from data_prep.images.sizes import Buckets, Format, Resize, Size, Subsampling, size_name
 from data_prep.prepare import links
 from data_prep.prepare.links import At
 from data_prep.prepare.retries import RetryRecord, retries, rows_again
@@ -66,6 +66,10 @@ Level = Annotated[int, Field(ge=0, le=255)]
 class PrepareSettings(Settings):
     sources: list[AnySource] = Field(min_length=1)
     sizes: list[Size] = Field([256], min_length=1, description="square sides and bucket sets, all from one decode")
+    resize: Resize = Field(
+        "lanczos",
+        description="adm: to squares as ADM makes them of ImageNet (halve, then bicubic), small images enlarged",
+    )
     format: Format = "jpeg"
     quality: int = Field(95, ge=1, le=100, description="of JPEG and WebP")
     subsampling: Subsampling = Field("444", description="of JPEG's colours")
@@ -103,6 +107,12 @@ class PrepareSettings(Settings):
         if len(set(map(size_name, sizes))) < len(sizes):
             raise ValueError("two sizes have the same name")
         return sizes
+
+    @model_validator(mode="after")
+    def _adm_makes_squares(self) -> PrepareSettings:
+        if self.resize == "adm" and (buckets := [s.name for s in self.sizes if isinstance(s, Buckets)]):
+            raise ValueError(f"resize: adm makes squares, and `{buckets[0]}` in `sizes` is a set of buckets")
+        return self
 
     @property
     def by_name(self) -> dict[str, Source]:

@@ -68,7 +68,7 @@ def make_picture(data: bytes, settings: PrepareSettings, decoder: Decoder = deco
 
 
 def _resized(pixels_HW3: Pixels_HW3, size: Size, settings: PrepareSettings) -> Resized | Rejection:
-    resized = fitted(pixels_HW3, size)
+    resized = fitted(pixels_HW3, size, settings.resize)
     if isinstance(resized, Rejection):
         return resized
     pixels, box = resized

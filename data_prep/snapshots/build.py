@@ -1,6 +1,6 @@
 """Makes a snapshot, the version of a dataset that training reads: samples, how often, their captions, and the split.
 
-    shards  ->  accepted  ->  not forgotten  ->  each condition of the filter  ->  has a caption of the mix
+    shards  ->  accepted  ->  not forgotten  ->  each condition of the filter  ->  has a caption of the mix, or a label
             ->  held out, or training: as often as its source weighs
 
 The filter (see `filters`) can name the columns of the index, those that the corpus kept, those of the named scores, and
@@ -37,14 +37,15 @@ from data_prep.snapshots.captions import Bools, Ints, Mixed, appended, caption_m
 from data_prep.snapshots.columns import columns_of, with_columns
 from data_prep.snapshots.filters import columns_in, masks, parse_filter
 from data_prep.snapshots.forget import ForgottenItems, concerning
+from data_prep.snapshots.labels import check_labels, labels
 from data_prep.snapshots.settings import SnapshotSettings, wrongs
-from data_prep.snapshots.tally import ACCEPTED, BY_SHARD, MIXED, REMEMBERED, WEIGHTED, Part, Tally
+from data_prep.snapshots.tally import ACCEPTED, BY_SHARD, LABELLED, MIXED, REMEMBERED, WEIGHTED, Part, Tally
 from data_prep.sources.reading import in_order
 from infra import layout
 from infra.config import digest
 from infra.errors import SettingsError
 from infra.records import ShardRecord, SnapshotRecord, put_data, read_record, recorded
-from infra.shards import SELECTION_SCHEMA, SPLIT_DIGITS, read_index, shard_prefix
+from infra.shards import SPLIT_DIGITS, read_index, selection_schema, shard_prefix
 from infra.store import Store
 
 FORMAT = 1  # raised when the same shards and settings would give another selection
@@ -73,7 +74,7 @@ def snapshot(store: Store, plan: str, edition: str, settings: SnapshotSettings) 
     name = Path(key).stem
     with TemporaryDirectory(prefix="pixnerd-snapshot-") as folder:
         paths = [Path(folder, half) for half in ("selection", "held-out")]
-        rows = _write(paths, selection.parts())
+        rows = _write(paths, selection.parts(), selection_schema(settings.labels is not None))
         record = SnapshotRecord(
             shards=shard_prefix(plan, size),
             size=size,
@@ -93,12 +94,12 @@ def snapshot(store: Store, plan: str, edition: str, settings: SnapshotSettings) 
     return record
 
 
-def _write(paths: Sequence[Path], parts: Iterable[Part]) -> list[int]:
+def _write(paths: Sequence[Path], parts: Iterable[Part], schema: pa.Schema) -> list[int]:
     """Write the rows of both halves of the split as they come, in row groups; return the number of rows of each."""
     rows = [0, 0]
     waiting: list[list[pa.RecordBatch]] = [[], []]
     with ExitStack() as files:
-        writers = [files.enter_context(pq.ParquetWriter(path, SELECTION_SCHEMA, compression="zstd")) for path in paths]
+        writers = [files.enter_context(pq.ParquetWriter(path, schema, compression="zstd")) for path in paths]
 
         def flush(number: int) -> None:
             if waiting[number]:
@@ -129,15 +130,18 @@ class _Selection:
     ) -> None:
         self.store, self.shards, self.settings, self.forgotten = store, shards, settings, forgotten
         self.first = np.cumsum([0, *(shard.inputs for shard in shards)])  # row of each shard among all rows
-        self.asked = columns_in(settings.filter)
+        self.labels = settings.labels
+        self.asked = columns_in(settings.filter) | ({settings.labels.column} if settings.labels else set())
         self.scores = SideTables(store, shards[0].plan, shards[0].size, shards, settings.scores)
         self.names, schema = columns_of(store, shards, settings.readers, self.asked)
         self.schema = with_columns(schema, [pa.field("duplicate", pa.bool_()), *self.scores.fields], self.asked)
         self.conditions = parse_filter(settings.filter, self.schema)
+        if self.labels is not None:
+            check_labels(self.labels, self.schema)
         self.duplicate = self._read_all("duplicate" in self.asked)
         remembered, weighted = [REMEMBERED] * bool(forgotten), [WEIGHTED] * bool(settings.weights)
         texts = [condition.text for condition in self.conditions]
-        self.tally = Tally([ACCEPTED, *remembered, *texts, MIXED, *weighted])
+        self.tally = Tally([ACCEPTED, *remembered, *texts, LABELLED if self.labels else MIXED, *weighted])
 
     def _read_all(self, duplicates: bool) -> Bools | None:
         """Read all rows once before the selection, if it needs duplicates or the pixels of forgotten items."""
@@ -169,9 +173,18 @@ class _Selection:
         for passed in [*remembered, *masks(filtered, self.conditions)]:
             left &= passed
             counts.append(np.bincount(code[left], minlength=len(sources)))
+        of_rows = None
+        if self.labels is not None:
+            of_rows = labels(filtered[self.labels.column].filter(pa.array(left)), self.labels)
+            left[left] = of_rows.is_valid().to_numpy(zero_copy_only=False)
         selected = accepted.filter(pa.array(left))
         mixed = caption_mix(captions.filter(pa.array(left)), self.settings.captions, selected["source"])
-        selected = _with_captions(selected, mixed)
+        captioned = pc.list_value_length(mixed.texts).to_numpy() > 0
+        if of_rows is None:
+            selected = _with(selected, selection_schema(), mixed).filter(pa.array(captioned))
+            captioned = captioned[captioned]
+        else:
+            selected = _with(selected, selection_schema(labelled=True), mixed, label=of_rows.drop_null())
         counts.append(_by_source(selected))
         held_out = _digits(selected["key"], 0) < _below(self.settings.held_out)
         times = np.where(held_out, 0, _times(selected, self.settings.weights))
@@ -183,7 +196,7 @@ class _Selection:
             by_source={name: [int(count[k]) for count in counts] for k, name in enumerate(sources)},
             by_shard=_by_bucket(self.shards[number].number, accepted, *halves),
             kinds=mixed.kinds,
-            shares=mixed.shares(times),
+            shares=mixed.shares(times[captioned]),
         )
 
     def _accepted(self, number: int) -> pa.Table:
@@ -229,12 +242,11 @@ def _samples(table: pa.Table, shard: ShardRecord) -> pa.RecordBatch:
     return pa.record_batch(columns)
 
 
-def _with_captions(samples: pa.RecordBatch, mixed: Mixed) -> pa.RecordBatch:
-    """The samples that have a caption of the mix, with their captions."""
-    columns = {name: samples[name] for name in samples.schema.names}
+def _with(samples: pa.RecordBatch, schema: pa.Schema, mixed: Mixed, **further: pa.Array) -> pa.RecordBatch:
+    """The samples with their captions, if they have some, and further columns."""
+    columns = {name: samples[name] for name in samples.schema.names} | further
     columns |= {"captions": mixed.texts, "caption_weights": mixed.weights}
-    batch = pa.record_batch([columns[name] for name in SELECTION_SCHEMA.names], schema=SELECTION_SCHEMA)
-    return batch.filter(pc.greater(pc.list_value_length(mixed.texts), 0))
+    return pa.record_batch([columns[name] for name in schema.names], schema=schema)
 
 
 def _digits(keys: pa.Array, first: int) -> Ints:

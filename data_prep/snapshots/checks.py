@@ -15,7 +15,7 @@ from data_prep.images.sizes import size_name
 from data_prep.prepare.plan import PrepareSettings
 from data_prep.scores.settings import ScorerSettings
 from data_prep.snapshots.filters import columns_in, parse_filter, suggestion
-from data_prep.snapshots.settings import SnapshotSettings, wrongs
+from data_prep.snapshots.settings import LabelSettings, SnapshotSettings, wrongs
 from infra.errors import SettingsError
 from infra.problems import Wrong, did_you_mean
 from infra.shards import INDEX_SCHEMA
@@ -46,8 +46,19 @@ def snapshot(
             yield Wrong("filter", f"names `{unknown[0]}`, which is no column of these shards", remedy)
         elif asked <= columns.keys():
             _check_types(settings.filter, asked, columns)
+        if settings.labels is not None:
+            yield from _labels(settings.labels, columns, known=not settings.scores)
     except SettingsError as error:
         yield Wrong("filter", f"is refused: {error.message}", error.remedy)
+
+
+def _labels(settings: LabelSettings, columns: dict[str, pa.DataType | None], known: bool) -> Iterator[Wrong]:
+    if settings.column not in columns:
+        if known:
+            remedy = suggestion(settings.column, columns, "columns")
+            yield Wrong("labels.column", f"names `{settings.column}`, which is no column of these shards", remedy)
+    elif (kind := columns[settings.column]) is not None and not pa.types.is_integer(kind):
+        yield Wrong("labels.column", f"names `{settings.column}`, which is {kind}", "name one of whole numbers")
 
 
 def _check_types(text: str, asked: set[str], columns: dict[str, pa.DataType | None]) -> None:

@@ -17,6 +17,11 @@ from infra.problems import Wrong
 Times = Annotated[float, Field(ge=0, le=100)]
 
 
+class LabelSettings(Settings):
+    column: str = Field("label", description="a column of whole numbers that the sources keep; the first label is 0")
+    classes: int = Field(ge=1, description="how many there are; a label that is not below it is an error")
+
+
 class SnapshotSettings(Settings):
     size: int | str = Field(256, description="one of the sizes that were prepared: a side, or a bucket set's name")
     filter: str = Field("", max_length=LONGEST)
@@ -29,6 +34,9 @@ class SnapshotSettings(Settings):
     scores: list[str] = Field([], description="digests of scores and captions that are joined to the index")
     weights: dict[str, Times] = Field({}, description="source -> how often training lists each of its samples (1)")
     captions: Mix = Field({}, description="kind -> weight, or a list of rules; none: all kinds alike")
+    labels: LabelSettings | None = Field(
+        None, description="for training by labels: rows without one are left out, and captions are not asked for"
+    )
     held_out: float = Field(0.0, ge=0, lt=1, description="fraction of the samples that training never sees")
     readers: int = operational(READERS, ge=1, description="shards that are read at once")
 

@@ -17,11 +17,12 @@ from infra.shards import parquet_bytes
 
 # The steps after which rows are counted, besides the filter's conditions, and the remedy if a step leaves no row.
 ACCEPTED, REMEMBERED, MIXED = "accepted", "not forgotten", "has a caption of the mix"
-WEIGHTED, HELD_OUT = "as often as its source weighs", "not held out"
+LABELLED, WEIGHTED, HELD_OUT = "has a label", "as often as its source weighs", "not held out"
 REMEDIES = {
     ACCEPTED: "check each source's `url`, and what lies there",
     REMEMBERED: "prepare images that nobody asked to forget",
     MIXED: "give `captions` a kind, a source or a length that they have",
+    LABELLED: "name the column in `labels.column` that holds them",
     WEIGHTED: "give `weights` more for the sources that are left",
     HELD_OUT: "lower `held_out`, or prepare more images",
 }
@@ -86,7 +87,8 @@ class Tally:
     def check(self, settings: SnapshotSettings, rejected: Counter[str]) -> None:
         """Raise an error if no row is left for training, or if no caption has a kind that the mix names."""
         counts = self.counts()
-        before = counts[self.steps.index(MIXED) - 1][1]
+        chosen = MIXED if MIXED in self.steps else LABELLED
+        before = counts[self.steps.index(chosen) - 1][1]
         for rule in rules_of(settings.captions):
             if before and rule.kind is not None and rule.kind not in self._kinds:
                 raise SettingsError(
@@ -98,7 +100,7 @@ class Tally:
 
     def _nothing_left(self, counts: list[tuple[str, int]], rejected: Counter[str]) -> DataError:
         """An error that names the step after which training has no sample."""
-        selected = dict(counts)[MIXED]
+        selected = dict(counts)[MIXED if MIXED in self.steps else LABELLED]
         if selected and selected == self._held_out:
             counts = [*counts, (HELD_OUT, 0)]
         elif selected:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from infra.errors import SettingsError
 from infra.pool import Work, results
 from infra.records import CheckpointRecord, DataObject, get_data, put_data
 from infra.shards import TarWriter
@@ -83,7 +84,7 @@ def _draw_chunk(order: Order, first: int, prompts: Sequence[str]) -> DataObject:
 
     images = order.images
     artist = _artist(order.store, order.checkpoint, order.settings)
-    repeated = [prompt for prompt in prompts for _ in range(images)]
+    repeated = [subject for prompt in prompts for subject in [_subject(artist, prompt)] * images]
     pictures = artist.draw(repeated, list(range(images)) * len(prompts), order.settings)
     packed = io.BytesIO()
     tar = TarWriter(packed)
@@ -94,6 +95,19 @@ def _draw_chunk(order: Order, first: int, prompts: Sequence[str]) -> DataObject:
         tar.add(f"{first + prompt:05d}-{image}.png", png.getvalue())
     tar.finish()
     return put_data(order.store, order.folder, f"{first:05d}.tar", packed.getvalue())
+
+
+def _subject(artist: Artist, prompt: str) -> str | int:
+    """A prompt as it is, or the label that it names if the network draws from labels."""
+    if artist.text is not None:
+        return prompt
+    classes = artist.net.config.classes
+    if not (prompt.isascii() and prompt.isdigit() and int(prompt) < classes):
+        raise SettingsError(
+            f"{prompt[:60]!r} is no label, and this network draws from labels",
+            remedy=f"give numbers from 0 to {classes - 1} as prompts",
+        )
+    return int(prompt)
 
 
 _loaded: dict[tuple[str, SampleSettings], Artist] = {}  # at most one: a worker draws many chunks with one checkpoint

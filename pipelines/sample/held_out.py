@@ -82,7 +82,10 @@ def draw(
 
 
 def _captions(store: Store, data: SnapshotRecord, count: int) -> list[Prompt]:
-    """The likeliest captions of samples that are spread evenly over the data, no text twice."""
+    """The likeliest captions of samples that are spread evenly over the data, no text twice.
+
+    Of data that are made for training by labels, these are the labels.
+    """
     rows = read_selection(store, data, held_out=data.held_out_rows > 0)
     prompts: dict[str, Prompt] = {}
     for number in _spread(rows.num_rows):
@@ -90,7 +93,8 @@ def _captions(store: Store, data: SnapshotRecord, count: int) -> list[Prompt]:
             break
         [row] = rows.slice(number, 1).to_pylist()
         weights = row["caption_weights"]
-        text = row["captions"][max(range(len(weights)), key=weights.__getitem__)]
+        likeliest = max(range(len(weights)), key=weights.__getitem__, default=0)
+        text = str(row["label"]) if "label" in row else row["captions"][likeliest]
         original = Original(tar=row["tar"], offset=row["offset"], length=row["length"])
         prompts.setdefault(text, Prompt(text=text, original=original))
     return list(prompts.values())

@@ -161,7 +161,8 @@ def snapshot(context: Context, settings: SnapshotStage, inputs: Inputs) -> Outpu
     record = run(context.store, prepared.plan, prepared.edition, plain)
     key = snapshot_key(prepared.plan, prepared.edition, plain, record.forgotten)
     context.run.metrics({"snapshot/rows": record.rows, "snapshot/held_out": record.held_out_rows}, 0)
-    return SnapshotOutput(record=key, rows=record.rows, counts=record.counts, size=record.size)
+    classes = settings.labels.classes if settings.labels is not None else None
+    return SnapshotOutput(record=key, rows=record.rows, counts=record.counts, size=record.size, classes=classes)
 
 
 KINDS = (

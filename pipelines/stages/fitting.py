@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from data_prep.images.sizes import Buckets
+from data_prep.prepare.plan import PrepareSettings
 from infra.config import Settings, parse
 from infra.errors import PixnerdError, SettingsError
 from pipelines.stages.data import SnapshotStage
@@ -25,27 +27,68 @@ def check_training(stages: Mapping[str, Settings], todo: Iterable[str]) -> None:
     for name in todo:
         settings = stages[name]
         if isinstance(settings, TrainStage):
-            _check_network(name, settings, stages, _text_width(name, settings, stages))
+            width = _text_width(name, settings, stages) if settings.task == "text" else None
+            _check_network(name, settings, stages, width)
+            _check_buckets(name, settings, stages)
             if settings.objective.sees and settings.encoders is None:
                 _check_vision(name, settings)
             if settings.objective.perceptual.lpips and settings.lpips is not None:
                 _check_lpips(name, settings.lpips)
 
 
-def _check_network(name: str, settings: TrainStage, stages: Mapping[str, Settings], width: int) -> None:
-    size = size_of(stages.get(settings.data))
+def _check_network(name: str, settings: TrainStage, stages: Mapping[str, Settings], width: int | None) -> None:
+    data = stages.get(settings.data)
+    size = size_of(data)
     set_size, set_width = (settings.model.get(field) for field in ("image_size", "text_dim"))
     if size is not None and set_size not in (None, size):
         raise SettingsError(
             f"`{name}.model.image_size` is {set_size}, but the images of `{settings.data}` are of size {size}",
             remedy="leave model.image_size out: it follows the data; or name other data",
         )
-    if set_width not in (None, width):
+    if width is not None and set_width not in (None, width):
         raise SettingsError(
             f"`{name}.model.text_dim` is {set_width}, but the text encoder's features are {width} wide",
             remedy="leave model.text_dim out: it follows the encoder; or name another encoder",
         )
-    parse(TrainSettings, fitted(settings, size, width), where=name)
+    above = stages.get(settings.start_from or "")
+    if isinstance(above, TrainStage) and (theirs := classes_of(stages.get(above.data))) != classes_of(data):
+        raise SettingsError(
+            f"`{name}` starts from the weights of `{settings.start_from}`, which has {theirs} classes, "
+            f"but `{settings.data}` {classes_of(data)}",
+            remedy="give both snapshots the same labels.classes",
+        )
+    parse(TrainSettings, fitted(settings, size, width, classes_of(data)), where=name)
+
+
+def _check_buckets(name: str, settings: TrainStage, stages: Mapping[str, Settings]) -> None:
+    """Images of several sizes must be made of whole patches, of as many as a square of the trained size has."""
+    buckets, network = _buckets(settings, stages), settings.network()
+    if buckets is None:
+        return
+    if network.image_size != buckets.side:
+        raise SettingsError(
+            f"`{name}.model.image_size` is {network.image_size}, but the buckets of `{settings.data}` have as many "
+            f"pixels as a square of {buckets.side}",
+            remedy=f"set {name}.model.image_size to {buckets.side}",
+        )
+    if network.fixed_grid or buckets.step % network.patch_size:
+        why = "a fixed grid is square" if network.fixed_grid else f"its patches have a side of {network.patch_size}"
+        raise SettingsError(
+            f"`{name}` cannot be trained on buckets with a step of {buckets.step}: {why}",
+            remedy="leave model.fixed_grid out, and prepare buckets whose `step` is a multiple of model.patch_size",
+        )
+
+
+def _buckets(settings: TrainStage, stages: Mapping[str, Settings]) -> Buckets | None:
+    data = stages.get(settings.data)
+    prepared = stages.get(data.shards) if isinstance(data, SnapshotStage) else None
+    sizes = prepared.sizes if isinstance(prepared, PrepareSettings) else []
+    of_data = [s for s in sizes if isinstance(s, Buckets) and isinstance(data, SnapshotStage) and s.name == data.size]
+    return of_data[0] if of_data else None
+
+
+def classes_of(data: Settings | None) -> int | None:
+    return data.labels.classes if isinstance(data, SnapshotStage) and data.labels is not None else None
 
 
 def size_of(data: Settings | None) -> int | None:
@@ -71,6 +114,8 @@ def text_encoder(name: str, settings: TrainStage, stages: Mapping[str, Settings]
 
 def has_text(settings: TrainStage, stages: Mapping[str, Settings]) -> bool:
     """Whether a stage's checkpoint holds its text encoder; a stage that starts from it then inherits that one."""
+    if settings.task == "class":
+        return False
     above = stages.get(settings.start_from or "")
     own = settings.encoders is not None or settings.train_text > 0 or Path(settings.text_encoder).exists()
     return own or (isinstance(above, TrainStage) and has_text(above, stages))

@@ -30,6 +30,7 @@ from infra.store import Store
 from infra.tracking import NOWHERE
 from pipelines.sample.previews import Preview, Previews, PreviewSettings
 from pipelines.stages.base import Below, Context, Inputs, StageKind, checkpoint_of, snapshot_of, stage_reference
+from pipelines.stages.data import SnapshotStage
 from training.encoders.known import known
 from training.model import outline
 from training.model.fit import shapes
@@ -100,34 +101,55 @@ class TrainStage(TrainSettings):
         description="for perceptual.lpips: a folder or hub repository with torchvision's vgg16 and LPIPS's vgg",
     )
 
+    @property
+    def task(self) -> str:
+        return self.network().task
+
 
 def check_train(settings: TrainStage, below: Below) -> Iterator[Wrong]:
     """Encoders and sizes are checked in pipelines.stages.fitting instead, which may have to ask a hub."""
-    size = below["data"].size
-    if isinstance(size, str):
-        yield Wrong(
-            "data",
-            f"names `{settings.data}`, whose images are of the several sizes of `{size}`",
-            "train on a square size: buckets can be prepared, but not trained on yet",
-        )
     if settings.validation.every and not below["data"].held_out:
         yield Wrong("validation.every", f"is set, but `{settings.data}` holds no samples out", "set held_out there")
-    if settings.previews is not None and not settings.export_every:
-        yield Wrong("previews", "are drawn of checkpoints on the way, and there are none", "set export_every")
+    if settings.previews is not None:
+        yield from _no_previews(settings, settings.previews)
     if settings.objective.perceptual.lpips and settings.lpips is None:
         yield Wrong(
             "objective.perceptual.lpips",
             "needs a network that compares images, and `lpips` names none",
             "name a folder or hub repository with torchvision's vgg16 and LPIPS's weights/v0.1/vgg.pth as `lpips`",
         )
+    yield from _other_condition(settings, below["data"])
     if settings.start_from is not None:
         yield from _other_network(settings.start_from, below["start_from"], settings)
+
+
+def _no_previews(settings: TrainStage, previews: PreviewSettings) -> Iterator[Wrong]:
+    if not settings.export_every:
+        yield Wrong("previews", "are drawn of checkpoints on the way, and there are none", "set export_every")
+    if settings.task == "class" and previews.per_task:
+        told = "is a GenEval, whose prompts are texts, and this network draws from labels"
+        yield Wrong("previews.per_task", told, "set it to 0")
+
+
+def _other_condition(settings: TrainStage, data: SnapshotStage) -> Iterator[Wrong]:
+    by_label, labels = settings.task == "class", data.labels
+    if by_label and labels is None:
+        remedy = f"give `{settings.data}` labels: {{column: label, classes: N}}"
+        yield Wrong("data", f"names `{settings.data}`, which has no labels for this network to draw from", remedy)
+    elif not by_label and labels is not None:
+        remedy = "name a snapshot without `labels`, or a preset that draws from labels, such as XL/16"
+        yield Wrong("data", f"names `{settings.data}`, which is made for training by labels", remedy)
+    elif labels is not None and settings.model.get("classes", labels.classes) != labels.classes:
+        told = f"has {settings.model['classes']} classes, and the labels of `{settings.data}` {labels.classes}"
+        yield Wrong("model", told, "leave model.classes out: it follows the data")
 
 
 def _other_network(start: str, before: TrainStage, settings: TrainStage) -> Iterator[Wrong]:
     theirs, ours = before.network(), settings.network()
     if not ("text_dim" in before.model and "text_dim" in settings.model):  # else it follows from the encoder
         ours = ours.model_copy(update={"text_dim": theirs.text_dim})
+    if "classes" not in settings.model:  # it follows from the data
+        ours = ours.model_copy(update={"classes": theirs.classes})
     if shapes(outline(theirs).state_dict()) == shapes(outline(ours).state_dict()):
         return
     # These three decide no tensor's shape: two are about the size of images, one about how training begins.
@@ -151,11 +173,12 @@ def train(context: Context, settings: TrainStage, inputs: Inputs) -> Output:
     start = inputs.get("start_from")
     data = snapshot_of(store, inputs["data"])
     size = int(data.size) if data.size.isdigit() else None
+    classes = inputs["data"].of(SnapshotOutput).classes
     job = Job(
         store=store,
         prefix=layout.TRAINING.at(run=context.digest),
         digest=context.digest,
-        settings=parse(TrainSettings, fitted(settings, size, _text_width(store, settings, inputs))),
+        settings=parse(TrainSettings, fitted(settings, size, _text_width(store, settings, inputs), classes)),
         snapshot=data,
         text=encoders.text if encoders else settings.text_encoder,
         vision=encoders.vision if encoders else settings.vision_encoder,
@@ -220,14 +243,22 @@ def _previews(context: Context, settings: TrainStage, data: SnapshotRecord) -> A
     return Previews(context.store, context.digest, home, data, settings.previews, show, tell)
 
 
-def fitted(settings: TrainStage, size: int | None, text_width: int) -> dict[str, Any]:
-    """The stage's TrainSettings; image size and text width follow its data and its encoder unless `model` says them."""
-    model = {"text_dim": text_width, **({} if size is None else {"image_size": size}), **settings.model}
+def fitted(
+    settings: TrainStage, size: int | None, text_width: int | None, classes: int | None = None
+) -> dict[str, Any]:
+    """The stage's TrainSettings; sizes that follow its data and its encoder are theirs unless `model` says them."""
+    follow = {"text_dim": text_width, "image_size": size, "classes": classes}
+    model = {**{name: value for name, value in follow.items() if value is not None}, **settings.model}
     return settings.model_dump(include=set(TrainSettings.model_fields)) | {"model": model}
 
 
-def _text_width(store: Store, settings: TrainStage, inputs: Inputs) -> int:
-    """The width that is set, else that of the network whose weights are inherited, else the text encoder's."""
+def _text_width(store: Store, settings: TrainStage, inputs: Inputs) -> int | None:
+    """The width that is set, else that of the network whose weights are inherited, else the text encoder's.
+
+    None if the network draws from labels.
+    """
+    if settings.task == "class":
+        return None
     if "text_dim" in settings.model:
         return int(settings.model["text_dim"])
     if "start_from" in inputs:

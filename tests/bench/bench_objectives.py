@@ -94,12 +94,9 @@ def train(name: str, folder: Path, worlds: tuple[World, World], given: argparse.
     net, encoder = PixNerd(config), TextEncoder(folder / "text", config.text_tokens, train_layers=9)
     eye = VisionEncoder(folder / "vision") if objective.sees else None
     head = RepaHead(config.hidden, eye.width) if eye is not None and objective.repa else None
-    grid = (config.grid, config.grid)
-    perceptual = None
-    if objective.perceptual.any:
-        perceptual = Perceptual(objective.perceptual, None, eye, grid)
+    perceptual = Perceptual(objective.perceptual, None, eye) if objective.perceptual.any else None
     trained = Trained(net, head, encoder, objective, perceptual)
-    prepare = Preparer(torch.device("cpu"), None, eye, grid, objective, config.noise_scale)
+    prepare = Preparer(torch.device("cpu"), None, eye, config, objective)
     settings = parse(OptimSettings, {"lr": 1e-3, "warmup": 50, "betas": [0.9, 0.99]})
     optimizer = optimiser(trained.named_parameters(), settings)
     began = time.process_time()

@@ -29,6 +29,7 @@ from training.diffusion.draws import draw
 from training.encoders.text import Tokens
 from training.loader.batches import Batches
 from training.loader.cache import Folder, Tars
+from training.loader.conditions import Captions
 from training.loader.order import DataSettings
 from training.loader.reader import Reader
 from training.loader.selection import Selection
@@ -125,7 +126,7 @@ def opened(corpus: Corpus, cache: Path) -> Reader:
 def ours(reader: Reader, start: int) -> Generator[Delivered]:
     """With tokens, and with the random bits of noise, times and drops."""
     settings = DataSettings(lanes=8, threads=1)
-    batches = Batches(reader, settings, batch=BATCH, draw=partial(draw, 0), tokenize=words_as_tokens)
+    batches = Batches(reader, settings, batch=BATCH, draw=partial(draw, 0), condition=Captions(reader, words_as_tokens))
     with closing(batches.iterate(start // BATCH * BATCH)) as stream:
         for batch in stream:
             yield batch.images_BCHW.permute(0, 2, 3, 1), batch.captions

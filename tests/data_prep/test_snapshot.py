@@ -31,6 +31,7 @@ from infra.shards import (
     parquet_bytes,
     read_index,
     read_selection,
+    selection_schema,
     shard_key,
     shard_prefix,
 )
@@ -527,3 +528,26 @@ def test_tables_may_type_a_column_in_their_own_ways(tmp_path: Path) -> None:
     assert made(mixed)[0].rows == made((store, mixed[1]), filter="objects >= 0")[0].rows > 0
     with pytest.raises(DataError, match=r"`score` is (double|string) in one table and (double|string) in another"):
         made(mixed, filter="score >= 1")
+
+
+def test_labels_become_a_column_and_rows_without_one_are_left_out(prepared: tuple[Store, Plan]) -> None:
+    rows = {row["key"]: row for row in index(prepared).to_pylist() if row["accepted"]}
+    record, training, held_out = made(prepared, labels={"column": "objects", "classes": 9}, held_out=0.3)
+    labelled = {key: row["objects"] for key, row in rows.items() if row["objects"] is not None}
+    both = [*training.to_pylist(), *held_out.to_pylist()]
+    assert {row["key"]: row["label"] for row in both} == labelled
+    assert record.counts[-1] == ("has a label", len(labelled))
+    assert training.schema.equals(selection_schema(labelled=True))
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ({"column": "objects", "classes": 1}, "and labels of 1 classes are 0 to 0"),
+        ({"column": "score", "classes": 9}, "labels are whole numbers"),
+        ({"column": "objetcs", "classes": 9}, "no column of these shards"),
+    ],
+)
+def test_labels_that_are_none_are_refused(prepared: tuple[Store, Plan], labels: dict[str, Any], says: str) -> None:
+    with pytest.raises((DataError, SettingsError), match=says):
+        made(prepared, labels=labels)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from data_prep.images.sizes import SUFFIX, Bucket, Buckets, Format, Size, size_name
 from data_prep.images.transform import Box, centre_box, encode, fitted, resized
+from data_prep.prepare.plan import PrepareSettings
 from data_prep.rejections import Cause, Rejection
 from infra.config import digest, parse
 from infra.errors import SettingsError
@@ -171,3 +172,39 @@ def test_every_format_is_what_it_says_and_the_same_every_time(form: Format) -> N
     assert error == 0 if form == "png" else error < 12  # colours at half the resolution
     if form != "png":
         assert len(encode(picture, form, 30)) < len(data)
+
+
+def test_adms_way_halves_by_box_then_resizes_bicubically_and_cuts_the_centre() -> None:
+    """Each step is written down here as numbers, one axis after the other: means of two, then Keys' cubic filter."""
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (64, 100, 3), np.uint8)
+    made = fitted(picture, 24, "adm")
+    assert not isinstance(made, Rejection)
+    half = bytes_of(bytes_of(picture.reshape(64, 50, 2, 3).mean(2)).reshape(32, 2, 50, 3).mean(1))  # below twice 24
+    resized = cubic(cubic(half, round(50 * 24 / 32), 1), 24, 0)
+    left = (38 - 24) // 2
+    assert np.abs(made[0] - resized[:, left : left + 24]).max() <= 1
+    assert made[1] == Box(18, 0, 64, 64)
+
+
+def bytes_of(pixels: np.ndarray) -> np.ndarray:
+    return np.floor(pixels + 0.5).clip(0, 255)
+
+
+def cubic(pixels: np.ndarray, size: int, axis: int) -> np.ndarray:
+    """Resize one axis with Keys' filter (a = -1/2), stretched by the scale where it makes smaller."""
+    before = pixels.shape[axis]
+    scale = before / size
+    x = np.abs(np.arange(before)[None] + 0.5 - (np.arange(size)[:, None] + 0.5) * scale) / max(1.0, scale)
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0))
+    weights /= weights.sum(1, keepdims=True)
+    return bytes_of(np.moveaxis(np.tensordot(weights, pixels, (1, axis)), 0, axis))
+
+
+def test_adms_way_enlarges_what_is_small_and_makes_no_buckets() -> None:
+    made = fitted(zoo.picture(20, 30), 32, "adm")
+    assert not isinstance(made, Rejection) and made[0].shape == (32, 32, 3)
+    source = {"kind": "text_folder", "name": "own", "url": "photos"}
+    with pytest.raises(SettingsError, match="adm makes squares"):
+        parse(PrepareSettings, {"sources": [source], "sizes": [{"name": "b", "side": 64}], "resize": "adm"})

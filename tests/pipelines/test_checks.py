@@ -48,8 +48,12 @@ sft_data.weights={shape: 2}
     `sft_data.weights.shape` means a source called `shape`, of which there are no shards: did you mean `shapes`?
 sft_data.captions=[{source: web, weight: 1}]
     `sft_data.captions.0.source` means a source called `web`
-BUCKETS  ;  low_data.size=b32
-    `low.data` names `low_data`, whose images are of the several sizes of `b32`: train on a square size
+low.preset=XL/16  ;  low.train_text=0
+    `low.data` names `low_data`, which has no labels for this network to draw from
+low_data.labels={column: lable, classes: 3}
+    `low_data.labels.column` names `lable`, which is no column of these shards
+low_data.labels={column: task, classes: 3}
+    `low.data` names `low_data`, which is made for training by labels
 high.model.hidden=48
     `high.model` is another network than that of `low`, whose weights it starts from (hidden 96 there, 48 here)
 low.model.prediction=image  ;  low.objective.perceptual.lpips=0.1

@@ -22,8 +22,8 @@ from infra.tracking import NOWHERE
 from orchestration import launch, workflow
 from pipelines.stages import train as stages
 from pipelines.stages.base import Context
-from pipelines.stages.fitting import check_training
-from pipelines.stages.train import TrainStage
+from pipelines.stages.fitting import check_training, classes_of
+from pipelines.stages.train import TrainStage, check_train, fitted
 from tests.infra.stage_records import record_of
 from tests.training.small_run import write_lpips
 from training.encoders import known as encoders
@@ -294,3 +294,67 @@ def test_a_run_and_a_dry_run_tell_it_before_anything_is_built(
             go(dry_run=dry_run)
     assert "> train" in capsys.readouterr().out
     assert not list(open_store(str(tmp_path / "store")).list("plans/"))
+
+
+# Labels and buckets
+
+BUCKETS = {"name": "b48", "side": 48, "step": 16}
+
+
+def with_data(train: dict[str, Any], data: dict[str, Any], sizes: list[Any] | None = None) -> dict[str, Settings]:
+    kept = {"kind": "table_folder", "name": "own", "url": "photos", "tables": ["t.parquet"], "captions": ["c"]}
+    plain: dict[str, dict[str, Any]] = {
+        "prepare": {"kind": "prepare", "sources": [kept | {"keep": ["label"]}], "sizes": sizes or [64]},
+        "data": DATA | data,
+        "train": {"kind": "train", "preset": "XL/16", "data": "data", "steps": 10, "batch": 4} | train,
+    }
+    return {name: workflow.parse_stage(name, stage)[1] for name, stage in plain.items()}
+
+
+def wrongs(stages: dict[str, Settings]) -> list[str]:
+    train = stages["train"]
+    assert isinstance(train, TrainStage)
+    return [f"{wrong.field} {wrong.message}" for wrong in check_train(train, {"data": stages["data"]})]
+
+
+LABELS = {"labels": {"classes": 10}}
+NO_REPA = {"objective": {"repa": 0.0}}
+
+
+def test_a_network_that_draws_from_labels_takes_its_classes_from_the_data():
+    stages = with_data(NO_REPA, LABELS)
+    check_training(stages, ["train"])
+    assert not wrongs(stages)
+    assert isinstance(stages["train"], TrainStage)
+    assert fitted(stages["train"], 64, None, classes_of(stages["data"]))["model"] == {"image_size": 64, "classes": 10}
+
+
+@pytest.mark.parametrize(
+    ("train", "data", "says"),
+    [
+        ({}, {}, "which has no labels"),
+        ({"model": {"classes": 9}}, LABELS, "has 9 classes, and the labels of `data` 10"),
+        ({"preset": "tiny"}, LABELS, "made for training by labels"),
+        ({"previews": {"per_task": 2}, "export_every": 500}, LABELS, "is a GenEval, whose prompts are texts"),
+    ],
+)
+def test_a_condition_that_the_data_do_not_have_is_told(train: dict[str, Any], data: dict[str, Any], says: str):
+    assert says in wrongs(with_data(train, data))[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ({}, "is 256, but the buckets of `data` have as many pixels as a square of 48"),
+        ({"image_size": 48, "patch_size": 8, "fixed_grid": True}, "a fixed grid is square"),
+        ({"image_size": 48, "patch_size": 12}, "its patches have a side of 12"),
+    ],
+)
+def test_buckets_that_do_not_fit_the_network_are_told(model: dict[str, Any], says: str):
+    with pytest.raises(SettingsError, match=says):
+        check_training(with_data(NO_REPA | {"model": model}, LABELS | {"size": "b48"}, [BUCKETS]), ["train"])
+
+
+def test_buckets_that_fit_are_accepted():
+    model = {"image_size": 48, "patch_size": 8}
+    check_training(with_data(NO_REPA | {"model": model}, LABELS | {"size": "b48"}, [BUCKETS]), ["train"])

@@ -24,13 +24,15 @@ from PIL import Image
 
 from infra.errors import DataError, NotFound, SettingsError
 from infra.records import DataObject, put_data
-from infra.shards import SELECTION_SCHEMA, TarWriter, parquet_bytes
+from infra.shards import TarWriter, parquet_bytes, selection_schema
 from infra.store import FileStore, Store, open_store
 from training.diffusion.draws import draw
 from training.encoders.text import Tokens
 from training.loader import selection
 from training.loader.batches import Batch, Batches
+from training.loader.buckets import Orders
 from training.loader.cache import Folder, Tars, default_folder
+from training.loader.conditions import Captions, Labels
 from training.loader.order import FETCHES_A_SHARD, DataSettings, Fetching, Order
 from training.loader.reader import Reader, Unreadable
 from training.loader.selection import Sample, Selection
@@ -146,9 +148,12 @@ def saved(image: np.ndarray, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def written(store: Store, kind: str, sides: list[int], spoilt: Container[int] = ()) -> DataObject:
-    """The selection of grey images in tars of four; the brightness of an image and its caption both tell its row."""
-    columns: dict[str, list[Any]] = {name: [] for name in SELECTION_SCHEMA.names}
+def written(
+    store: Store, kind: str, sides: list[int], spoilt: Container[int] = (), labelled: bool = False
+) -> DataObject:
+    """The selection of grey images in tars of four; an image's brightness, caption and label all tell its row."""
+    schema = selection_schema(labelled)
+    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     for shard in range(len(sides) // 4):
         packed = io.BytesIO()
         tar = TarWriter(packed)
@@ -160,10 +165,10 @@ def written(store: Store, kind: str, sides: list[int], spoilt: Container[int] = 
         key = put_data(store, "t", f"{shard}.tar", packed.getvalue()).key
         for row, member in zip(rows, members, strict=True):
             captions = [f"row {row}", f"long row {row}"], [0.25, 0.75]
-            values = (str(row), key, *member, sides[row], sides[row], *captions, "source", "bucket")
-            for name, value in zip(SELECTION_SCHEMA.names, values, strict=True):
+            values = [str(row), key, *member, sides[row], sides[row], *captions, "source", "bucket", row]
+            for name, value in zip(schema.names, values, strict=False):
                 columns[name].append(value)
-    table = pa.table({f.name: pa.array(columns[f.name], f.type) for f in SELECTION_SCHEMA}, schema=SELECTION_SCHEMA)
+    table = pa.table({f.name: pa.array(columns[f.name], f.type) for f in schema}, schema=schema)
     return put_data(store, "selections", "selection.parquet", parquet_bytes(table))
 
 
@@ -184,8 +189,9 @@ def tokenize(captions: Sequence[str]) -> Tokens:
 
 def batches_of(reader: Reader, *, drop: float = 0.0, **given: Any) -> Batches:
     placed = {name: given.pop(name) for name in ("batch", "rank", "ranks") if name in given}
+    condition = given.pop("condition", None) or Captions(reader, tokenize)
     reading = DataSettings(**{"lanes": 4, **given})
-    return Batches(reader, reading, **{"batch": 4, **placed}, draw=partial(draw, 0, drop=drop), tokenize=tokenize)
+    return Batches(reader, reading, **{"batch": 4, **placed}, draw=partial(draw, 0, drop=drop), condition=condition)
 
 
 def row_of(caption: str) -> int:
@@ -239,7 +245,7 @@ def test_two_epochs_read_every_sample_twice_but_for_those_left_out(
     for rank in range(ranks):
         placed = {"rank": rank, "ranks": ranks, "batch": share * ranks}
         batches = batches_of(reader, lanes=lanes, window=window, threads=threads, **placed)
-        length = batches.order.epoch_length
+        length = batches.orders.epoch_length
         with closing(batches.iterate(0)) as stream:
             for batch in itertools.islice(stream, -(-2 * length // (share * ranks))):
                 for position, caption in zip(batch.positions.tolist(), batch.captions, strict=True):
@@ -258,10 +264,103 @@ def test_images_belong_to_their_captions(tmp_path: Path, store: Store, kind: str
     reader.close()
 
 
-def test_buckets_are_refused_until_a_batch_knows_of_them(tmp_path: Path, store: Store):
-    reader = reader_of(tmp_path, store, "PNG", [SIDE] * 11 + [16])
-    with pytest.raises(DataError, match="several sizes"):
-        batches_of(reader, batch=12).read(0)
+SIDES = [8, 16, 8, 8, 16, 8, 8, 24, 8, 8, 16, 24, 8, 8, 8, 8, 8, 16, 16, 8, 8, 8, 8, 8]
+
+
+@pytest.fixture
+def mixed(tmp_path: Path, store: Store) -> Iterator[Reader]:
+    """Images of three sizes, with labels."""
+    reader = opened(store, written(store, "PNG", SIDES, labelled=True), tmp_path / "cache")
+    yield reader
+    reader.close()
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    ranks=st.integers(1, 4),
+    threads=st.integers(0, 3),
+    lanes=st.integers(1, 6),
+    window=st.integers(1, 9),
+    share=st.integers(1, 3),
+)
+def test_two_epochs_of_buckets_and_labels_read_every_sample_twice_but_for_those_left_out(
+    mixed: Reader, ranks: int, threads: int, lanes: int, window: int, share: int
+):
+    """Each bucket's stream is counted by label, up to the end of its second epoch; images show their labels' rows."""
+    batch = share * ranks
+    streams: dict[int, dict[int, int]] = {side: {} for side in set(SIDES)}  # side -> place in its stream -> row
+    for rank in range(ranks):
+        placed = {"rank": rank, "ranks": ranks, "batch": batch, "lanes": lanes, "window": window, "threads": threads}
+        batches = batches_of(mixed, condition=Labels(mixed, 24), **placed)
+        enough = 2 * batches.orders.epoch_length // batch + 2 * len(streams)
+        with closing(batches.iterate(0)) as stream:
+            for number, part in enumerate(itertools.islice(stream, enough)):
+                side = part.images_BCHW.shape[2]
+                before = batches.orders.find(number * batch)[1]
+                assert part.labels_B is not None and part.images_BCHW.shape[3] == side
+                for place, row in zip((part.positions - number * batch).tolist(), part.labels_B.tolist(), strict=True):
+                    assert SIDES[row] == side
+                    assert before + place not in streams[side]
+                    streams[side][before + place] = row
+    for side, order in zip(sorted(streams), batches.orders.of, strict=True):
+        length, rows = order.epoch_length, streams[side]
+        for epoch in (0, 1):
+            seen = [rows[place] for place in range(epoch * length, (epoch + 1) * length)]
+            assert len(set(seen)) == length == SIDES.count(side) - SIDES.count(side) % order.lanes
+
+
+ROWS_OF_BUCKETS = st.lists(st.lists(st.integers(0, 30), min_size=3, max_size=3), min_size=1, max_size=8).filter(
+    lambda rows: all(map(sum, zip(*rows, strict=True)))
+)
+
+
+@given(rows=ROWS_OF_BUCKETS, batch=st.integers(1, 9), number=st.integers(0, 500))
+def test_batches_are_dealt_to_buckets_in_proportion_one_after_the_other(rows: list[list[int]], batch: int, number: int):
+    orders = Orders(np.array(rows), 0, DataSettings(lanes=2), batch)
+    dealt, after = orders.dealt(number), orders.dealt(number + 1)
+    bucket, before = orders.find(number * batch)
+    assert sum(dealt) == number and before == dealt[bucket] * batch
+    assert [b - a for a, b in zip(dealt, after, strict=True)] == [k == bucket for k in range(3)]
+    for count, order in zip(dealt, orders.of, strict=True):
+        assert abs(count - number * order.epoch_length / orders.epoch_length) < 2
+
+
+def test_buckets_walk_the_same_shards():
+    """At any time, two buckets that are spread alike over the shards read from nearly the same of them."""
+    orders = Orders(np.tile([30, 10], (96, 1)), 0, DataSettings(lanes=4, window=80), 4)
+    place = {int(shard): k for k, shard in enumerate(orders.of[0]._epoch(0)[0])}
+    common, other = (
+        [place[o.shard(o.row(int(part * o.lane_length) * o.lanes))] for part in np.arange(0, 1, 0.01)]
+        for o in orders.of
+    )
+    assert max(abs(a - b) for a, b in zip(common, other, strict=True)) <= 4  # a window holds rows of 80 / 30 shards
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_buckets_are_the_same_on_any_number_of_ranks_and_from_any_batch(mixed: Reader, ranks: int):
+    whole = batches_of(mixed, condition=Labels(mixed, 24), drop=0.3)
+    for position in (0, 4, 20, 44):
+        expected = whole.read(position)
+        for rank in range(ranks):
+            placed = {"rank": rank, "ranks": ranks}
+            batches = batches_of(mixed, condition=Labels(mixed, 24), drop=0.3, **placed)
+            with closing(batches.iterate(position)) as stream:
+                part = next(stream)
+            own = slice(rank, None, ranks)
+            assert same(replace(expected.map(lambda t: t[own]), captions=expected.captions[own]), part)  # noqa: B023
+
+
+def test_a_dropped_label_is_that_of_no_class(mixed: Reader):
+    batch = batches_of(mixed, condition=Labels(mixed, 24), drop=1.0).read(0)
+    assert batch.labels_B is not None and batch.labels_B.tolist() == [24] * 4
+    assert batch.ids_BT is None
+
+
+def test_labels_that_are_missing_or_too_large_are_refused(mixed: Reader, reader: Reader):
+    with pytest.raises(DataError, match="no labels"):
+        Labels(reader, 24)
+    with pytest.raises(DataError, match="the network 3 classes"):
+        batches_of(mixed, condition=Labels(mixed, 3), batch=24).read(0)
 
 
 def test_captions_are_drawn_by_weight_and_anew_at_each_position(reader: Reader):
@@ -441,7 +540,7 @@ def test_a_tar_that_lost_a_bit_is_found_before_a_state_is_committed(reader: Read
 def test_a_large_selection_is_rewritten_in_even_pieces(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(selection, "_ROWS", 5)
     reader = reader_of(tmp_path, store, "PNG", [SIDE] * 24)
-    assert reader.rows_per_shard.tolist() == [4] * 6
+    assert reader.selection.rows_SK.tolist() == [[4]] * 6
     samples = [reader.selection.sample(row) for row in range(24)]
     assert [sample.key for sample in samples] == [str(row) for row in range(24)]
     assert [sample.tar[:3] for sample in samples] == [f"t/{row // 4}" for row in range(24)]

@@ -20,7 +20,7 @@ from infra.errors import CheckpointError, SettingsError
 from tests.training import small_run
 from training import model as models
 from training import sampling
-from training.diffusion.draws import draw
+from training.diffusion.draws import draw, words
 from training.diffusion.prediction import image_of_velocity, velocity_of_image
 from training.diffusion.samplers import noise_for
 from training.diffusion.settings import ObjectiveSettings, PerceptualSettings, RoutingSettings
@@ -36,7 +36,7 @@ from training.model.routing import Route
 from training.perceptual import Perceptual
 from training.sampling import Artist, SampleSettings
 from training.settings import TrainSettings
-from training.step import Inputs, Preparer, Trained
+from training.step import Inputs, Preparer, Trained, drawn
 
 CONFIG = ModelConfig(**(small_run.MODEL | {"image_size": 32, "blocks": 4, "prediction": "image"}))
 SHAPE, PATCHES = (3, 32, 32), 16
@@ -116,10 +116,13 @@ def batch_of(images: int, **changes: Any) -> Batch:
     )
 
 
+def preparer(vision: VisionEncoder | None, objective: ObjectiveSettings, **changes: Any) -> Preparer:
+    return Preparer(torch.device("cpu"), None, vision, CONFIG.model_copy(update=changes), objective)
+
+
 def test_noise_is_scaled_in_training_and_in_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     plain, twice = (
-        Preparer(torch.device("cpu"), None, None, (4, 4), ObjectiveSettings(repa=0), scale)(batch_of(8), 0).noise_BCHW
-        for scale in (1.0, 2.0)
+        preparer(None, ObjectiveSettings(repa=0), noise_scale=scale)(batch_of(8), 0).noise_BCHW for scale in (1.0, 2.0)
     )
     assert torch.equal(twice, 2 * plain)
     assert float(twice.var()) == pytest.approx(4, rel=0.05)
@@ -174,6 +177,15 @@ def test_a_route_follows_from_the_position_alone_and_is_fair():
     assert len(torch.unique(many.kept_BM, dim=0)) > 3000  # of 12,870
 
 
+def test_a_route_keeps_its_share_of_the_patches_of_each_size():
+    objective = ObjectiveSettings(routing=RoutingSettings(share=0.5))
+    for config, patches in ((CONFIG, 32), (CONFIG.model_copy(update={"fixed_grid": True}), PATCHES)):
+        bits_BN = torch.empty(40, words((3, 32, 64)), dtype=torch.int16)
+        kept_BM = drawn(objective, config, 0)(range(40), (3, 32, 64), bits_BN=bits_BN).kept_BM
+        assert kept_BM.shape == (40, patches // 2)
+        assert int(kept_BM.max()) == patches - 1
+
+
 def test_routed_tokens_come_back_as_they_went():
     net, images = network(), torch.randn(3, *SHAPE)
     kept = draw(0, range(3), SHAPE, routing=routing).kept_BM
@@ -226,7 +238,7 @@ def inputs(images: int, kept: Tensor, **changes: Any) -> Inputs:
         "lengths": [],
         "noise_BCHW": torch.randn(images, *SHAPE),
         "t_B": torch.tensor([0.1, 0.5, 0.9])[:images],
-        "text": caption(images),
+        "condition": caption(images),
         "features_BNV": None,
         "kept_BM": kept,
         "aligned": False,
@@ -266,7 +278,7 @@ def test_the_vision_encoder_does_not_run_once_alignment_ends(eye: VisionEncoder)
 
     handle = eye.register_forward_hook(counted)
     try:
-        prepare = Preparer(torch.device("cpu"), None, eye, (4, 4), ObjectiveSettings(repa=0.5, repa_until=3))
+        prepare = preparer(eye, ObjectiveSettings(repa=0.5, repa_until=3))
         given = [prepare(batch_of(2), step) for step in range(5)]
     finally:
         handle.remove()
@@ -274,7 +286,7 @@ def test_the_vision_encoder_does_not_run_once_alignment_ends(eye: VisionEncoder)
     assert [each.features_BNV is not None for each in given] == [True, True, True, False, False]
     assert calls == 3
     watching = ObjectiveSettings(repa=0.5, repa_until=1, perceptual=PerceptualSettings(dino=0.1))
-    late = Preparer(torch.device("cpu"), None, eye, (4, 4), watching)(batch_of(2), 7)
+    late = preparer(eye, watching)(batch_of(2), 7)
     assert late.features_BNV is not None
     assert not late.aligned
 
@@ -398,7 +410,7 @@ def test_a_perceptual_loss_counts_at_its_times_only(which: str, lpips_folder: Pa
     net = network()
     settings = ObjectiveSettings(repa=0, perceptual=parse(PerceptualSettings, {which: 0.5, "times": [0.5, 0.8]}))
     lpips, seen = (Lpips(lpips_folder), None) if which == "lpips" else (None, eye)
-    perceptual = Perceptual(settings.perceptual, lpips, seen, (4, 4))
+    perceptual = Perceptual(settings.perceptual, lpips, seen)
     given = inputs(3, NONE)
     with torch.no_grad():
         given.features_BNV = eye(given.images_BCHW, (4, 4)) if seen else None
@@ -412,7 +424,7 @@ def test_a_perceptual_loss_counts_at_its_times_only(which: str, lpips_folder: Pa
     t = given.t_B.view(-1, 1, 1, 1)
     image = net(t * given.images_BCHW + (1 - t) * given.noise_BCHW, given.t_B, caption(3))
     assert isinstance(image, Tensor)
-    [distance] = perceptual.distances(image, given.images_BCHW, given.features_BNV)
+    [distance] = perceptual.distances(image, given.images_BCHW, given.features_BNV, (4, 4))
     torch.testing.assert_close(sums, distance.apart_B[1].detach(), rtol=1e-3, atol=1e-6)
     [gradient] = torch.autograd.grad(total - plain, [net.stem.weight])
     [expected] = torch.autograd.grad(0.5 * distance.apart_B[1] / 3, [net.stem.weight])

@@ -13,6 +13,7 @@ from infra.config import parse
 from infra.errors import SettingsError
 from training.diffusion.settings import RoutingSettings
 from training.encoders.shapes import (
+    NO_TEXT,
     PUBLISHED_TEXT,
     PUBLISHED_VISION,
     LpipsShape,
@@ -116,6 +117,14 @@ def test_options_of_the_objective_are_counted():
     assert seen.sizes.frozen == plain.sizes.frozen + LpipsShape().parameters
 
 
+@pytest.mark.parametrize("changes", [{}, {"checkpointing": "blocks"}])
+def test_labels_need_nothing_of_a_text_encoder(changes: dict[str, Any]):
+    planned = plan(encoders=Encoders(NO_TEXT, DINO), preset="XL/16", **changes)
+    assert (planned.work.text, planned.sizes.frozen) == (0, DINO.parameters)
+    assert planned.activations["text in"] == planned.activations["text refine"] == 0
+    assert planned.fits()
+
+
 def inputs(config: ModelConfig, images: int, device: str) -> tuple[Tensor, Tensor, Any]:
     assert config.image_size is not None
     x_BCHW = torch.zeros(images, 3, config.image_size, config.image_size, device=device)
@@ -202,8 +211,9 @@ def qwen(hidden: int, layers: int, heads: int, vocab: int) -> torch.nn.Module:
         ModelConfig(hidden=96, heads=4, blocks=4, text_blocks=2, image_size=64, patch_size=8, text_dim=32),
         ModelConfig(hidden=64, heads=4, blocks=6, text_blocks=0, image_size=64, text_tokens=16, field_norm="fc1"),
         PRESETS["tiny"],
+        ModelConfig(task="class", hidden=96, heads=4, blocks=4, image_size=64, patch_size=8),
     ],
-    ids=["with text blocks", "one norm", "tiny"],
+    ids=["with text blocks", "one norm", "tiny", "labels"],
 )
 def test_autograd_keeps_as_much_as_is_counted(config: ModelConfig):
     """On a CPU in fp32, where it can be seen; the forms on a GPU differ by what `plain` says."""

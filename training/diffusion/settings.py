@@ -58,7 +58,7 @@ class ObjectiveSettings(Settings):
     time_deviation: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="of that normal; below 1: fewer times near noise and near images"
     )
-    drop: Fraction = Field(0.1, description="share of captions replaced by the empty one, for guidance")
+    drop: Fraction = Field(0.1, description="share of captions made empty, or of labels made none, for guidance")
     repa: float = Field(0.5, ge=0, description="weight of the alignment with the vision encoder; 0: none")
     repa_block: int = Field(6, ge=1, description="the block whose tokens are aligned, counted from one")
     repa_until: int | None = Field(

@@ -45,6 +45,9 @@ class TextShape(NamedTuple):
         return (self.layers if layers is None else min(layers, self.layers)) * per_layer
 
 
+NO_TEXT = TextShape(0, 0, 0, 0, 0, 0, 0)  # of a network that draws from labels
+
+
 class VisionShape(NamedTuple):
     """A DINOv2, as `VisionEncoder` uses it."""
 

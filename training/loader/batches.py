@@ -1,4 +1,4 @@
-"""A rank's share of every global batch, read ahead in threads.
+"""A rank's share of every global batch, read ahead in threads. A batch's images have one size.
 
 Nothing is computed for a batch between two steps: images, captions, their tokens and random draws are made ahead, in
 pinned memory where there is a GPU, and copied to it on a stream of their own. Each sample fills its place in the
@@ -10,7 +10,6 @@ Shapes: B images, C channels, H height, W width, T tokens, N random words.
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -22,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infra.errors import DataError
 from training.diffusion.draws import Draw, words
-from training.encoders.text import Tokens
-from training.loader.order import DataSettings, Fetching, Order
+from training.loader.buckets import Orders
+from training.loader.conditions import Conditioner
+from training.loader.order import DataSettings, Fetching
 from training.loader.reader import Reader, Unreadable
 from training.loader.selection import Sample
 
@@ -37,9 +36,6 @@ class Drawing(Protocol):
         """What is drawn for the samples of these positions, whose images have this shape; the bits go to `bits_BN`."""
 
 
-Tokenize = Callable[[Sequence[str]], Tokens]
-
-
 @dataclass(frozen=True)
 class Batch:
     images_BCHW: Tensor  # uint8, its channels last in memory
@@ -47,12 +43,13 @@ class Batch:
     bits_BN: Tensor
     t_B: Tensor
     kept_BM: Tensor  # patches that token routing keeps; none where it is off
-    ids_BT: Tensor
-    mask_BT: Tensor
-    truncated_B: Tensor  # bool: captions that were longer than that
-    captions: list[str]  # the dropped ones are empty
+    truncated_B: Tensor  # bool: captions that have more tokens than the network takes
+    captions: list[str]  # the dropped ones are empty; numbers where the condition is a label
     positions: np.ndarray
     lengths: np.ndarray  # tokens of each caption; they stay on the CPU
+    ids_BT: Tensor | None = None  # of captions; else there are labels
+    mask_BT: Tensor | None = None
+    labels_B: Tensor | None = None
     unreadable: dict[int, str] = field(default_factory=dict)  # row of the selection -> what is wrong with its image
 
     def split(self, size: int) -> Iterator[Batch]:
@@ -93,25 +90,23 @@ class Batches:
         *,
         batch: int,
         draw: Drawing,
-        tokenize: Tokenize,
+        condition: Conditioner,
         rank: int = 0,
         ranks: int = 1,
         seed: int = 0,
         device: torch.device | None = None,
     ) -> None:
-        self.reader, self.order = reader, Order(reader.rows_per_shard, seed, settings)
+        self.reader, self.orders = reader, Orders(reader.selection.rows_SK, seed, settings, batch)
         self.batch, self.rank, self.ranks, self.prefetch = batch, rank, ranks, settings.prefetch
-        self.draw, self.tokenize, self.device = draw, tokenize, device or torch.device("cpu")
+        self.draw, self.condition, self.device = draw, condition, device or torch.device("cpu")
         self.threads = default_threads() if settings.threads is None else settings.threads
-        self._tokenizing = threading.Lock()  # a tokenizer is not made for several threads
-        self._token_count = tokenize([""]).ids_BT.shape[1]
 
     def read(self, position: int) -> Batch:
         return self._start(position, _AtOnce()).result()
 
     def iterate(self, position: int) -> Generator[Batch]:
         """Endless batches from `position` on; close it to stop the threads."""
-        fetching = Fetching(self.order, self.rank, self.ranks, position)
+        fetching = self._fetching(position)
         mover = _Mover(self.device)
         with ExitStack() as stack:
             planner: Executor = _AtOnce()
@@ -130,14 +125,25 @@ class Batches:
                     mover.start(ahead[0].result())
                 yield batch
 
-    def _plan(self, fetching: Fetching, position: int, workers: Executor) -> _Pending:
-        for shard in fetching.until(position + self.batch):
+    def _fetching(self, position: int) -> list[Fetching]:
+        """What each bucket's order fetches; a shard that another bucket has begun is not fetched again."""
+        if len(self.orders.of) == 1:
+            starts = [position]
+        else:
+            starts = [batches * self.batch for batches in self.orders.dealt(position // self.batch)]
+        pairs = zip(self.orders.of, starts, strict=True)
+        return [Fetching(order, self.rank, self.ranks, start) for order, start in pairs]
+
+    def _plan(self, fetching: list[Fetching], position: int, workers: Executor) -> _Pending:
+        bucket, before = self.orders.find(position)
+        for shard in fetching[bucket].until(before + self.batch):
             self.reader.tars.begin(self.reader.selection.tars[shard])
         return self._start(position, workers)
 
     def _start(self, position: int, workers: Executor) -> _Pending:
         positions = np.arange(position + self.rank, position + self.batch, self.ranks)
-        rows = [self.order.row(int(p)) for p in positions]
+        bucket, before = self.orders.find(position)
+        rows = [self.orders.of[bucket].row(before + int(p)) for p in positions - position]
         samples = [self.reader.selection.sample(row) for row in rows]
         batch = self._empty(positions, samples)
         size = -(-len(rows) // max(1, self.threads))
@@ -145,10 +151,6 @@ class Batches:
         return _Pending(batch, [workers.submit(self._fill, batch, rows, samples, part) for part in parts])
 
     def _empty(self, positions: np.ndarray, samples: list[Sample]) -> Batch:
-        if len({(sample.height, sample.width) for sample in samples}) > 1:
-            raise DataError(
-                "the snapshot's images are of several sizes", remedy="train on a square size, not on buckets"
-            )
         height, width, count = samples[0].height, samples[0].width, len(samples)
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -156,18 +158,19 @@ class Batches:
 
         bits_BN = empty(count, words((3, height, width)), dtype=torch.int16)
         kept = self.draw([], (3, height, width), bits_BN=bits_BN[:0]).kept_BM.shape[1]
+        shapes = self.condition.shapes.items()
+        condition: dict[str, Any] = {name: empty(count, *shape, dtype=torch.int64) for name, shape in shapes}
         return Batch(
             images_BCHW=empty(count, height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
             weight_B=empty(count, dtype=torch.float32).fill_(1),
             bits_BN=bits_BN,
             t_B=empty(count, dtype=torch.float32),
             kept_BM=empty(count, kept, dtype=torch.int64),
-            ids_BT=empty(count, self._token_count, dtype=torch.int64),
-            mask_BT=empty(count, self._token_count, dtype=torch.int64),
-            truncated_B=empty(count, dtype=torch.bool),
+            truncated_B=empty(count, dtype=torch.bool).fill_(False),
             captions=[""] * count,
             positions=positions,
             lengths=np.zeros(count, dtype=np.int64),
+            **condition,
         )
 
     def _fill(self, batch: Batch, rows: list[int], samples: list[Sample], part: slice) -> None:
@@ -175,28 +178,23 @@ class Batches:
         shape = tuple(batch.images_BCHW.shape[1:])
         drawn = self.draw(batch.positions[part].tolist(), shape, bits_BN=batch.bits_BN[part])
         batch.t_B[part], batch.kept_BM[part] = drawn.t_B, drawn.kept_BM
-        drops, choices = drawn.drop_B.tolist(), drawn.choice_B.tolist()
         images_BHWC = batch.images_BCHW.permute(0, 2, 3, 1).numpy()
-        for place, dropped, choice in zip(range(len(rows))[part], drops, choices, strict=True):
-            if not dropped:
-                batch.captions[place] = self.reader.caption(rows[place], choice)
+        values, batch.captions[part] = self.condition(rows[part], drawn.drop_B, drawn.choice_B)
+        for name, value in values.items():
+            getattr(batch, name)[part] = value
+        if batch.mask_BT is not None:
+            batch.lengths[part] = batch.mask_BT[part].sum(1).numpy()
+        for place in range(len(rows))[part]:
             try:
                 self.reader.image(samples[place], images_BHWC[place])
             except Unreadable as error:
                 images_BHWC[place], batch.weight_B[place] = 0, 0
                 batch.unreadable[rows[place]] = str(error)
-        tokens = self._tokens(batch.captions[part])
-        batch.ids_BT[part], batch.mask_BT[part], batch.truncated_B[part] = tokens
-        batch.lengths[part] = tokens.mask_BT.sum(1).numpy()
 
     def _on_device(self) -> None:
         """Threads begin on the first GPU, where pinned memory would cost every rank of the machine a context."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-
-    def _tokens(self, captions: Sequence[str]) -> Tokens:
-        with self._tokenizing:
-            return self.tokenize(captions)
 
 
 def default_threads() -> int:

@@ -42,9 +42,20 @@ class DataSettings(Settings):
 class Order:
     """position -> row, by arithmetic and two permutations: of an epoch's shards and of a window, kept while in use."""
 
-    def __init__(self, rows_per_shard: np.ndarray, seed: int, settings: DataSettings) -> None:
-        self.rows_per_shard = rows_per_shard
-        self.first_row = np.concatenate([[0], np.cumsum(rows_per_shard)])[:-1]
+    def __init__(
+        self,
+        rows_per_shard: np.ndarray,
+        seed: int,
+        settings: DataSettings,
+        *,
+        first_row: np.ndarray | None = None,
+        stream: tuple[int, ...] = (),
+    ) -> None:
+        """`first_row`: each shard's first row in the selection, if other rows lie between. Orders of several streams
+        permute shards alike, and windows in different ways."""
+        self.rows_per_shard, self.stream = rows_per_shard, stream
+        in_a_row = np.concatenate([[0], np.cumsum(rows_per_shard)])[:-1]
+        self.first_row = in_a_row if first_row is None else first_row
         self.seed, self.window = seed, settings.window
         self.total = int(rows_per_shard.sum())
         self.lanes = min(settings.lanes, self.total)
@@ -104,7 +115,7 @@ class Order:
     def _window(self, epoch: int, lane: int, window: int, size: int) -> np.ndarray:
         kept, shuffled = self._windows.get((epoch, lane), (-1, None))
         if kept != window or shuffled is None:
-            shuffled = generator(self.seed, epoch, lane, window).permutation(size)
+            shuffled = generator(self.seed, epoch, lane, window, *self.stream).permutation(size)
             self._windows.pop((epoch - 1, lane), None)
             self._windows[epoch, lane] = (window, shuffled)
         return shuffled

@@ -20,10 +20,6 @@ class Reader:
     def __init__(self, selection: Selection, tars: Tars) -> None:
         self.selection, self.tars = selection, tars
 
-    @property
-    def rows_per_shard(self) -> np.ndarray:
-        return self.selection.rows_per_shard
-
     def image(self, sample: Sample, out_HWC: np.ndarray) -> None:
         """Decode a sample's image into an array of its size; Unreadable if it cannot be."""
         data = self.tars.read(sample.tar, sample.offset, sample.length)

@@ -123,8 +123,7 @@ class PixNerd(nn.Module):
 
     def _draw(self, x_BCHW: Tensor, tokens_BNH: Tensor, time_BH: Tensor) -> Tensor:
         height, width = x_BCHW.shape[-2:]
-        p = self.config.patch_size
-        rows, columns = (self.config.grid,) * 2 if self.config.fixed_grid else (height // p, width // p)
+        rows, columns = self.config.patches(height, width)
         if self.field is not None:
             s_PH = F.silu(tokens_BNH + time_BH[:, None]).flatten(0, 1)
             pixels_PK3 = _cut(x_BCHW, rows, columns).flatten(0, 1).transpose(1, 2)

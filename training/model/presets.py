@@ -105,6 +105,10 @@ class ModelConfig(Settings):
             raise SettingsError("the size that this network was trained at is not known", remedy=_TELL_SIZE)
         return self.image_size // self.patch_size
 
+    def patches(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the patches of an image."""
+        return (self.grid, self.grid) if self.fixed_grid else (height // self.patch_size, width // self.patch_size)
+
     @property
     def size_step(self) -> int:
         """The number of which an image's sides must be multiples."""

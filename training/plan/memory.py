@@ -138,14 +138,14 @@ def activations(
 
     Where no kernel of ours runs (on CPUs), a norm keeps more than its input: see `_copies`.
     """
-    n, t, h = config.grid**2, config.text_tokens, config.hidden
+    n, t, h = config.grid**2, config.text_tokens if config.task == "text" else 0, config.hidden
     b = 2 if bf16 else FP32
     objective = objective or ObjectiveSettings()
     skipped, kept = route(config, objective.routing)
     text = t * h * (2 * b + FP32)  # keys, values, a norm in fp32 of the text
     trunk = _block(config, n, t, b, plain=not gpu) + text
     routed = _block(config, kept, t, b, plain=not gpu) + text
-    refine = _block(config, t, 0, b, plain=not gpu)
+    refine = _block(config, t, 0, b, plain=not gpu) if t else 0.0  # there is no text to a label
 
     def stack(blocks: int, block: float, its_input: float) -> float:
         anew = blocks // recomputed if recomputed else 0
