@@ -159,8 +159,10 @@ ENCODER_FILES = Folder("encoders/{stage}/{encoder}")
 VERDICTS = Folder("evaluations/{stage}")
 JUDGED = Folder("evaluations/{stage}/pictures")  # tars of the pictures that were judged
 REPORT = Place("evaluations/{stage}/report.json", "EvalReport", (VERDICTS, JUDGED))
-PICTURES = Place("evaluations/{stage}/pictures.json", "Pictures", (JUDGED,))
+DRAWN = Place("evaluations/{stage}/drawn/{first:05d}.json", "Chunk", (JUDGED,))  # of a chunk's first prompt
+ANSWERED = Place("evaluations/{stage}/judged/{first:05d}.json", "Chunk", (VERDICTS,))
 SAMPLED = Folder("samples/{stage}/pictures")
+SAMPLING = Place("samples/{stage}/drawn/{first:05d}.json", "Chunk", (SAMPLED,))
 SAMPLES = Place("samples/{stage}/drawn.json", "Drawn", (SAMPLED,))
 PAGES = Folder("reports")
 

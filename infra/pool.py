@@ -11,7 +11,7 @@
 
 SIGTERM ends the loop between two results, and running tasks are cancelled: a later run gets the same results for those
 pieces. If a task's process dies, the piece is started once more; if that dies, too, an error names the piece. An error
-that a task raises is raised here.
+that a task raises is raised here, unless the work has another use for it: see `Work.failed`.
 """
 
 from __future__ import annotations
@@ -60,6 +60,13 @@ class Work(ABC, Generic[Piece, Result]):
         """Called when a task has ended; `result` is None if its process died."""
         self.left -= result is not None
 
+    def failed(self, piece: Piece, error: Exception, again: bool) -> Result | None:
+        """What takes the place of the result of a task that raised, or whose process died `again`.
+
+        None: the piece is started again. Here, there is nothing instead: the error is raised.
+        """
+        raise error from None
+
     def name(self, piece: Piece) -> str:
         return f"{self.noun.removesuffix('s')} {piece}"
 
@@ -105,7 +112,7 @@ def results(work: Work[Piece, Result]) -> Generator[tuple[Piece, Result], None, 
 
 
 def _result(task: Any, work: Work[Piece, Result], piece: Piece, again: bool) -> Result | None:
-    """The task's result; None if its process died, and the piece may be started again."""
+    """The task's result; None if the piece is to be started again, as its process died or the work asks for it."""
     import ray
     from ray import exceptions
 
@@ -113,11 +120,12 @@ def _result(task: Any, work: Work[Piece, Result], piece: Piece, again: bool) -> 
     try:
         return cast(Result, ray.get(task))
     except exceptions.RayTaskError as error:
-        raise error.cause from None
+        return work.failed(piece, error.cause, again)
     except (*died, exceptions.OutOfMemoryError) as error:
         if again:
-            raise ClusterError(
+            killed = ClusterError(
                 f"{work.name(piece)} kills its worker, and did so before ({first_line(error)})",
                 remedy="look for the out-of-memory killer in the node's log; have fewer workers at a time",
-            ) from None
+            )
+            return work.failed(piece, killed, again)
         return None

@@ -145,7 +145,8 @@ class Interval(Plain):
 
 
 class EvalReport(Record):
-    newest_schema = 2  # in which a score may have no interval; a report in which all have one is still of schema 1
+    # In 2 a score may have no interval, in 3 the devices are told. A report that needs neither is still of schema 1.
+    newest_schema = 3
     protocol: str  # "geneval", "dpg", "fid"
     judge: str
     prompts: str  # digest of the prompt set
@@ -155,10 +156,13 @@ class EvalReport(Record):
     scores: dict[str, Interval]  # "geneval/overall", "geneval/counting", ...
     details: DataObject  # Parquet: one row per image with the verdict and its reason
     pictures: list[DataObject]  # tars of PNGs, <prompt>-<image>.png
+    devices: list[str] = []  # on which pictures were drawn and judged
 
     @model_validator(mode="before")
     @classmethod
     def _oldest_fitting_schema(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        if fields.get("devices"):
+            return {"schema_version": 3, **fields}
         scores = [Interval.model_validate(score) for score in fields.get("scores", {}).values()]
         return fields if all(score.low is not None for score in scores) else {"schema_version": 2, **fields}
 

@@ -184,11 +184,19 @@ class Artist:
             self._most_images = max(self._most_images, len(subjects))
             self._most_texts = max(self._most_texts, len(set(subjects)))
 
-    @torch.no_grad()
     def batch(
         self, subjects: Sequence[str | int], seeds: Sequence[int], settings: SampleSettings, watch: Watch | None = None
     ) -> Pictures:
         """Draws all of them at once; `watch` gets the number of each step and x [B, 3, H, W] after it."""
+        x_BCHW = self.solve(subjects, seeds, settings, watch)
+        check_finite(x_BCHW, subjects, seeds)
+        return pixels(x_BCHW)
+
+    @torch.no_grad()
+    def solve(
+        self, subjects: Sequence[str | int], seeds: Sequence[int], settings: SampleSettings, watch: Watch | None = None
+    ) -> Tensor:
+        """What `batch` makes pictures of: x [B, 3, H, W], which may be NaN or infinite."""
         assert settings.precision is None or PRECISIONS[settings.precision] == self.net.stem.weight.dtype
         config, (height, width) = sized(self._config, settings.size, self._buckets)
         if config != self.net.config:  # a new object, even an equal one, would have the network compiled again
@@ -210,8 +218,7 @@ class Artist:
             condition, empty = self._conditions(subjects, settings.compile)
             velocity = guided(as_velocity(self.net), condition, empty, settings.guidance, settings.interval)
             x_BCHW = solver(settings.solver)(velocity, x_BCHW, timesteps(settings.steps, settings.shift), watch_wanted)
-        check_finite(x_BCHW[:wanted], subjects, seeds)
-        return pixels(x_BCHW[:wanted])
+        return x_BCHW[:wanted]
 
     def _conditions(self, subjects: Sequence[str | int], pad: bool) -> tuple[Condition, Condition]:
         """The subjects' condition, and the empty one for guidance: the empty caption, or the label of no class."""

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -28,9 +28,10 @@ from data_prep.scores import Sample, Scorer
 from data_prep.scores.settings import ClipSettings, EndpointSettings, ScorerSettings
 from data_prep.sources.reading import in_order
 from infra import layout
-from infra.config import Settings, digest, operational
+from infra.actors import Actors, PoolSettings, fitted
+from infra.config import digest
 from infra.errors import ClusterError, DataError
-from infra.pool import Work, results
+from infra.pool import results
 from infra.records import ScoreRecord, ScoreSummary, ShardRecord, fetch_data, put_data, read_record, recorded
 from infra.shards import parquet_bytes, read_index, read_parquet, shard_key, shard_number
 from infra.store import Store
@@ -39,11 +40,8 @@ FORMAT = 1  # raised when the same images, settings and weights would give other
 _READERS = 16  # score records, which are small, that are read at once
 
 
-class ScoreSettings(Settings):
+class ScoreSettings(PoolSettings):
     scorer: ScorerSettings
-    workers: int | None = operational(None, ge=1, description="none: as many as the cluster holds")
-    cpus: int = operational(1, ge=1, description="of each worker: they decode while the network works")
-    gpus: float = operational(0.0, ge=0, description="of each worker: 1, or a part of one; 0: it works on the CPU")
 
 
 @dataclass(frozen=True)
@@ -103,8 +101,11 @@ def score(
     todo = [number for number in numbers if number not in scored]
     if todo:
         progress(tally.progress())
-        for _, (record, own) in results(_Job(store, settings, place, todo)):
-            tally.add(record, own=own)
+        needs = fitted(settings.needs)
+        placed = settings.model_copy(update={"scorer": settings.scorer.located(), "gpus": needs.gpus})
+        scoring: Actors[int, Done] = Actors("shards", todo, needs, _Worker, store, placed, place)
+        for _, done in results(scoring):
+            tally.add(done.record, own=done.own)
             progress(tally.progress())
     return recorded(store, place.summary_key(numbers), tally.summary(place, settings.scorer))
 
@@ -167,68 +168,12 @@ def _scored(store: Store, place: Place) -> set[int]:
     return {shard_number(entry.key) for entry in store.list(place.prefix) if entry.key.endswith(".json")}
 
 
-# The pool of actors
+# The actors
 
 
 class Done(NamedTuple):
     record: ScoreRecord
     own: bool  # False if another job had scored the shard meanwhile
-
-
-class _Job(Work[int, Done]):
-    """Scores shards, by their numbers, on actors each of which keeps its scorer loaded."""
-
-    noun = "shards"
-
-    def __init__(self, store: Store, settings: ScoreSettings, place: Place, todo: list[int]) -> None:
-        import ray
-
-        super().__init__(todo, min(_workers(settings), len(todo)))
-        settings = settings.model_copy(update={"scorer": settings.scorer.located()})
-        actor = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_restarts=0)(_Worker)
-        self._new_worker = partial(actor.remote, store, settings, place)
-        self._idle = [self._new_worker() for _ in range(self.at_once)]
-        self._busy: dict[int, Any] = {}  # shard -> its worker
-
-    def ready(self, running: Collection[int]) -> Iterator[int]:
-        yield from super().ready(running)
-        while self._idle and not self.waiting:
-            self._kill(self._idle.pop())  # another worker may be waiting for the CPUs and GPUs that it holds
-
-    def start(self, piece: int, again: bool) -> Any:
-        worker = self._busy[piece] = self._new_worker() if again else self._idle.pop()
-        return worker.score.remote(piece)
-
-    def ended(self, piece: int, result: Done | None) -> None:
-        super().ended(piece, result)
-        worker = self._busy.pop(piece)
-        if result is not None:
-            self._idle.append(worker)
-
-    def give_up(self, tasks: list[Any]) -> None:
-        for worker in [*self._idle, *self._busy.values()]:
-            self._kill(worker)
-
-    @staticmethod
-    def _kill(worker: Any) -> None:
-        import ray
-
-        ray.kill(worker)
-
-
-def _workers(settings: ScoreSettings) -> int:
-    """As many as were asked for, but no more than fit into the cluster: another one would wait for ever."""
-    import ray
-
-    needs = {kind: amount for kind, amount in (("CPU", settings.cpus), ("GPU", settings.gpus)) if amount}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fit = sum(min(int(node.get(kind, 0) // amount) for kind, amount in needs.items()) for node in nodes)
-    if not fit:
-        raise ClusterError(
-            f"the cluster holds no worker of {settings.cpus} CPUs and {settings.gpus:g} GPUs",
-            remedy="set the score's `cpus` and `gpus` to what one node has, or join a larger cluster",
-        )
-    return min(settings.workers or fit, fit)
 
 
 class _Worker:
@@ -238,7 +183,7 @@ class _Worker:
         self.store, self.settings, self.place = store, settings, place
         self.scorer: Scorer | None = None
 
-    def score(self, number: int) -> Done:
+    def do(self, number: int) -> Done:
         if self.store.exists(self.place.key(number)):
             return Done(read_record(self.store, self.place.key(number), ScoreRecord), own=False)
         if self.scorer is None:

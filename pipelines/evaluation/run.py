@@ -8,45 +8,51 @@ from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import Field
 
 from infra import layout
-from infra.config import Settings, digest
-from infra.records import CheckpointRecord, DataObject, EvalReport, Record, put_data, read_record, recorded
+from infra.actors import Needs, PoolSettings
+from infra.config import digest
+from infra.records import CheckpointRecord, EvalReport, get_data, put_data, recorded
 from infra.shards import parquet_bytes
 from infra.store import Store
 from pipelines.evaluation import geneval as protocol
-from pipelines.evaluation.generate import Order, Resources, Show, generate, read_pictures
-from pipelines.evaluation.judges import Image, Judge, ShapeJudge
+from pipelines.evaluation.chunks import Chunk, Made, Maker, Shelf, Show, make
+from pipelines.evaluation.generate import PICTURES, DrawingSettings, Order, ToJudge, chunked, generate, place, tars
+from pipelines.evaluation.judges import Judge, ShapeJudge
 from pipelines.evaluation.prompts import Prompt, load_prompts, shape_prompts
 from pipelines.evaluation.statistics import intervals
-from training.sampling import SampleSettings
+
+_VERDICTS = "verdicts"
+_SCHEMA = pa.schema(
+    [
+        ("task", pa.string()),
+        ("prompt", pa.int64()),
+        ("text", pa.string()),
+        ("image", pa.int64()),
+        ("correct", pa.bool_()),
+        ("reasons", pa.string()),
+    ]
+)
 
 
-class GenevalSettings(Settings):
+class GenevalSettings(PoolSettings):
     prompts: str = Field("shapes", description="`shapes`: the shape world's own; or a JSONL file of GenEval metadata")
     per_task: int = Field(12, ge=2, description="prompts a task of the shape world's set")
     images: int = Field(4, ge=1, description="pictures a prompt, from seeds 0, 1, ...")
     judge: Literal["shapes"] = "shapes"
-    sampling: SampleSettings = SampleSettings()
+    sampling: DrawingSettings = DrawingSettings()
     seed: int = Field(0, description="of the bootstrap")
 
 
 def prompts_digest(settings: GenevalSettings) -> str:
     """A digest of the prompts themselves, as a file may change while its name does not."""
-    return digest([prompt.metadata() for prompt in _prompts(settings)])
+    return digest([prompt.metadata() for prompt in read_prompts(settings)])
 
 
-def _prompts(settings: GenevalSettings) -> list[Prompt]:
+def read_prompts(settings: GenevalSettings) -> list[Prompt]:
     return shape_prompts(settings.per_task) if settings.prompts == "shapes" else load_prompts(Path(settings.prompts))
-
-
-class Pictures(Record):
-    """The record of what was drawn; with it, an interrupted run is judged without being drawn again."""
-
-    prompts: list[str]
-    images: int
-    tars: list[DataObject]
 
 
 def geneval(
@@ -55,44 +61,81 @@ def geneval(
     checkpoint: CheckpointRecord,
     settings: GenevalSettings,
     show: Show,
-    resources: Resources = Resources(),
+    needs: Needs | None = None,
 ) -> EvalReport:
-    """Evaluate a checkpoint by GenEval; pictures that an interrupted run drew are used again."""
-    prompts = _prompts(settings)
-    order = Order(store, layout.JUDGED.at(stage=stage), checkpoint, settings.images, settings.sampling, resources)
-    drawn = _draw(order, layout.PICTURES.at(stage=stage), [prompt.prompt for prompt in prompts], show)
-    judge: Judge = ShapeJudge()
-    pictures = read_pictures(store, drawn.tars)
-    verdicts = protocol.evaluate(
-        judge, prompts, [[_pixels(pictures.get((p, i))) for i in range(settings.images)] for p in range(len(prompts))]
-    )
+    """Evaluate a checkpoint by GenEval; what an interrupted run drew and judged is used again."""
+    prompts = [prompt.prompt for prompt in read_prompts(settings)]
+    needs = needs or settings.needs
+    order = Order(store, stage, checkpoint, settings.images, settings.sampling, needs)
+    return judged(store, stage, checkpoint.digest(), generate(order, prompts, show), settings, show, needs)
+
+
+def judged(
+    store: Store,
+    stage: str,
+    checkpoint: str,
+    drawn: Sequence[Chunk],
+    settings: GenevalSettings,
+    show: Show,
+    needs: Needs,
+) -> EvalReport:
+    """The report on pictures that are there. `checkpoint` tells whose they are."""
+    prompts, judge = read_prompts(settings), ShapeJudge()
+    chunks = chunked([prompt.prompt for prompt in prompts], settings.images, settings.sampling)
+    items = {
+        first: ToJudge(chunk.data[PICTURES], asked.pictures(settings.images), chunk.failed)
+        for (first, asked), chunk in zip(chunks.items(), drawn, strict=True)
+        if PICTURES in chunk.data
+    }
+    judging = make(Shelf(store, layout.ANSWERED, stage), _Judging(store, judge, prompts), items, needs, show)
+    failed = {place(name): cause for chunk in (*drawn, *judging) for name, cause in chunk.failed.items()}
+    verdicts = [verdict for chunk in judging for verdict in _verdicts(store, chunk)]
+    verdicts += [_missing(prompts, number, image, cause) for (number, image), cause in failed.items()]
+    verdicts.sort(key=lambda verdict: (verdict.number, verdict.image))
     scores = intervals(protocol.by_task(verdicts), seed=settings.seed)
     report = EvalReport(
         protocol="geneval",
         judge=judge.name,
         prompts=prompts_digest(settings),
-        checkpoint=checkpoint.digest(),
+        checkpoint=checkpoint,
         images=len(verdicts),
-        failed=len(verdicts) - len(pictures),
+        failed=len(failed),
         scores={f"geneval/{task}": interval for task, interval in scores.items()},
         details=put_data(store, layout.VERDICTS.at(stage=stage), "verdicts.parquet", parquet_bytes(_table(verdicts))),
-        pictures=drawn.tars,
+        pictures=tars(drawn),
+        devices=sorted({chunk.device for chunk in (*drawn, *judging)}),
     )
     return recorded(store, layout.REPORT.at(stage=stage), report)
 
 
-def _draw(order: Order, key: str, prompts: list[str], show: Show) -> Pictures:
-    if order.store.exists(key):
-        return read_record(order.store, key, Pictures)
-    drawn = Pictures(prompts=prompts, images=order.images, tars=generate(order, prompts, show))
-    return recorded(order.store, key, drawn)
+class _Judging(Maker[ToJudge]):
+    noun = "batches of verdicts"
+
+    def __init__(self, store: Store, judge: Judge, prompts: Sequence[Prompt]) -> None:
+        self.store, self.judge, self.prompts = store, judge, prompts
+
+    def load(self, device: str) -> None: ...
+
+    def pictures(self, item: ToJudge) -> list[str]:
+        return item.there
+
+    def make(self, item: ToJudge) -> Made:
+        verdicts, failed = [], {}
+        for name, picture in item.read(self.store):
+            number, image = place(name)
+            if isinstance(picture, str):
+                failed[name] = picture
+                continue
+            prompt = self.prompts[number]
+            reasons = tuple(protocol.judge_picture(self.judge, prompt, picture))
+            verdicts.append(protocol.Verdict(prompt.tag, number, prompt.prompt, image, reasons))
+        return Made({f"{_VERDICTS}.parquet": parquet_bytes(_table(verdicts))}, failed)
 
 
-def _pixels(png: bytes | None) -> Image | None:
-    import numpy as np
-    from PIL import Image as Pillow
-
-    return None if png is None else np.asarray(Pillow.open(io.BytesIO(png)).convert("RGB"))
+def _missing(prompts: Sequence[Prompt], number: int, image: int, cause: str) -> protocol.Verdict:
+    """A picture that could not be made or judged counts as wrong."""
+    prompt = prompts[number]
+    return protocol.Verdict(prompt.tag, number, prompt.prompt, image, (f"no verdict: {cause}",))
 
 
 def _table(verdicts: Sequence[protocol.Verdict]) -> pa.Table:
@@ -104,4 +147,14 @@ def _table(verdicts: Sequence[protocol.Verdict]) -> pa.Table:
         "correct": [v.correct for v in verdicts],
         "reasons": ["; ".join(v.reasons) for v in verdicts],
     }
-    return pa.table(columns)
+    return pa.table(columns, schema=_SCHEMA)
+
+
+def _verdicts(store: Store, chunk: Chunk) -> list[protocol.Verdict]:
+    if _VERDICTS not in chunk.data:
+        return []
+    rows = pq.read_table(io.BytesIO(get_data(store, chunk.data[_VERDICTS]))).to_pylist()
+    return [
+        protocol.Verdict(row["task"], row["prompt"], row["text"], row["image"], tuple(filter(None, [row["reasons"]])))
+        for row in rows
+    ]

@@ -13,21 +13,22 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from infra import layout
+from infra.actors import Needs
 from infra.config import Settings
-from infra.errors import NotFound
+from infra.errors import CheckpointError, NotFound
 from infra.records import CheckpointRecord, DataObject, Plain, Record, SnapshotRecord, read_record, recorded
 from infra.shards import read_selection
 from infra.store import Store
-from pipelines.evaluation.generate import Order, Resources, Show, generate, read_pictures
+from pipelines.evaluation.chunks import Show
+from pipelines.evaluation.generate import DrawingSettings, Order, generate, read_pictures, tars
 from pipelines.pictures import sheet
-from training.sampling import SampleSettings
 
 
 class DrawSettings(Settings):
     count: int = Field(8, ge=0, le=1000, description="how many captions of the data's held-out samples are drawn")
     prompts: list[str] = Field([], description="prompts of one's own, drawn before those")
     images: int = Field(4, ge=1, le=100, description="pictures a prompt, from seeds 0, 1, ...")
-    sampling: SampleSettings = SampleSettings()
+    sampling: DrawingSettings = DrawingSettings()
 
     @model_validator(mode="after")
     def _draws_something(self) -> DrawSettings:
@@ -64,19 +65,25 @@ def draw(
     data: SnapshotRecord,
     settings: DrawSettings,
     show: Show,
-    resources: Resources = Resources(),
+    needs: Needs = Needs(),
 ) -> Drawn:
     key = layout.SAMPLES.at(stage=stage)
     if store.exists(key):
         return read_record(store, key, Drawn)
     prompts = [*(Prompt(text=text) for text in settings.prompts), *_captions(store, data, settings.count)]
-    order = Order(store, layout.SAMPLED.at(stage=stage), checkpoint, settings.images, settings.sampling, resources)
+    order = Order(store, stage, checkpoint, settings.images, settings.sampling, needs, layout.SAMPLING)
+    chunks = generate(order, [prompt.text for prompt in prompts], show)
+    for name, cause in (missing for chunk in chunks for missing in chunk.failed.items()):
+        raise CheckpointError(
+            f"the picture {name} could not be drawn: {cause}",
+            remedy="use shift, guidance and steps nearer to the defaults, or precision fp32",
+        )
     drawn = Drawn(
         checkpoint=checkpoint.digest(),
         prompts=prompts,
         seen=not data.held_out_rows,
         images=settings.images,
-        tars=generate(order, [prompt.text for prompt in prompts], show),
+        tars=tars(chunks),
     )
     return recorded(store, key, drawn)
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 from pydantic import Field, model_validator
 
+from infra.actors import Needs
 from infra.causes import first_line
 from infra.records import CheckpointRecord, EvalReport, SnapshotRecord, read_record
 from infra.store import Store
-from pipelines.evaluation.generate import Resources
 from pipelines.evaluation.run import GenevalSettings, geneval
 from pipelines.sample import held_out
 from pipelines.sample.held_out import DrawSettings
@@ -92,15 +92,15 @@ class Previews:
 
     def _draw(self, step: int, checkpoint: CheckpointRecord) -> Preview:
         settings, name = self.settings, f"{self.stage}-{step:08d}"
-        resources = Resources(cpus=0, gpus=settings.gpus, at_once=1)  # training has the CPUs
-        drawn = held_out.draw(self.store, name, checkpoint, self.data, settings, _say_nothing, resources)
+        needs = Needs(workers=1, cpus=0, gpus=settings.gpus)  # training has the CPUs
+        drawn = held_out.draw(self.store, name, checkpoint, self.data, settings, _say_nothing, needs)
         sheet = self.home / f"step-{step:08d}.png"
         self.home.mkdir(parents=True, exist_ok=True)
         held_out.write_sheet(self.store, drawn, f"step {step:,}", sheet)
         report = None
         if settings.per_task:
-            judged = GenevalSettings(per_task=settings.per_task, images=settings.images, sampling=settings.sampling)
-            report = geneval(self.store, name, checkpoint, judged, _say_nothing, resources)
+            asked = {"per_task": settings.per_task, "images": settings.images, "sampling": settings.sampling}
+            report = geneval(self.store, name, checkpoint, GenevalSettings(**asked), _say_nothing, needs)
         return Preview(step, sheet, report)
 
 

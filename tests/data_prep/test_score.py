@@ -453,7 +453,7 @@ def test_the_same_bytes_whoever_did_the_work_and_a_second_run_does_nothing(
     for row in rows:
         assert (row["captions"] is None) == (row["captioner_failure"] == "empty_answer")
         assert row["captions"] is None or [caption["kind"] for caption in row["captions"]] == ["recaption"]
-    monkeypatch.setattr(score_module, "_Job", refuse)
+    monkeypatch.setattr(score_module, "Actors", refuse)
     assert score(store, plan, edition, "32", settings) == summary
     store.delete(Place(plan, "32", summary.scorer).summary_key(list(range(COUNT // 8))))
     assert score(store, plan, edition, "32", settings) == summary
@@ -598,7 +598,7 @@ def test_a_shard_that_kills_every_worker_is_an_error(
 def test_weights_that_differ_between_machines_are_noticed(store: Store, plan: str, url: str):
     worker = score_module._Worker(store, endpoint(url), Place(plan, "32", "another"))
     with pytest.raises(DataError, match="differ between machines"):
-        worker.score(0)
+        worker.do(0)
 
 
 def test_a_shard_without_samples_has_an_empty_table(store: Store, plan: str, url: str):

@@ -11,17 +11,19 @@ import pytest
 
 from data_prep.snapshots.build import snapshot
 from data_prep.snapshots.settings import SnapshotSettings
-from infra.records import CheckpointRecord, DataObject, SnapshotRecord, write_record
+from infra.records import CheckpointRecord, SnapshotRecord, write_record
 from infra.store import Store, open_store
 from pipelines.evaluation import generate, run
+from pipelines.evaluation.chunks import Chunk
+from pipelines.evaluation.generate import DrawingSettings
 from pipelines.sample import held_out
 from pipelines.sample.previews import Preview, Previews, PreviewSettings
 from tests.data_prep.corpora import prepare_here, settings_for, write_corpus
+from tests.pipelines.drawn_here import drawn_here
 from tests.training import small_checkpoint
 from training import checkpoint as checkpoints
-from training.sampling import SampleSettings
 
-SETTINGS = PreviewSettings(count=2, prompts=["a red circle"], images=1, sampling=SampleSettings(steps=2))
+SETTINGS = PreviewSettings(count=2, prompts=["a red circle"], images=1, sampling=DrawingSettings(steps=2))
 KEY = "training/run/checkpoints/{step:08d}.json"
 
 
@@ -64,10 +66,10 @@ def begin(store: Store, data: SnapshotRecord, checkpoint: CheckpointRecord, tmp_
 def test_the_newest_checkpoint_that_waits_is_the_next(begin: Any, monkeypatch: pytest.MonkeyPatch):
     began, may_end = threading.Event(), threading.Event()
 
-    def here(order: generate.Order, prompts: Sequence[str], show: Any) -> list[DataObject]:
+    def here(order: generate.Order, prompts: Sequence[str], show: Any) -> list[Chunk]:
         began.set()
         assert may_end.wait(60)
-        return [generate._draw_chunk(order, 0, prompts)]
+        return drawn_here(order, prompts)
 
     monkeypatch.setattr(held_out, "generate", here)
     said = Said()
@@ -83,10 +85,10 @@ def test_the_newest_checkpoint_that_waits_is_the_next(begin: Any, monkeypatch: p
 
 
 def test_what_cannot_be_drawn_is_told_and_the_next_is_drawn(begin: Any, monkeypatch: pytest.MonkeyPatch):
-    def here(order: generate.Order, prompts: Sequence[str], show: Any) -> list[DataObject]:
-        if "00000002" in order.folder:
+    def here(order: generate.Order, prompts: Sequence[str], show: Any) -> list[Chunk]:
+        if "00000002" in order.stage:
             raise RuntimeError("no room\nand more lines")
-        return [generate._draw_chunk(order, 0, prompts)]
+        return drawn_here(order, prompts)
 
     monkeypatch.setattr(held_out, "generate", here)
     said = Said()
@@ -100,11 +102,11 @@ def test_what_cannot_be_drawn_is_told_and_the_next_is_drawn(begin: Any, monkeypa
 def test_a_run_that_is_stopped_does_not_wait(begin: Any, monkeypatch: pytest.MonkeyPatch):
     began, may_end, ended = (threading.Event() for _ in range(3))
 
-    def here(order: generate.Order, prompts: Sequence[str], show: Any) -> list[DataObject]:
+    def here(order: generate.Order, prompts: Sequence[str], show: Any) -> list[Chunk]:
         began.set()
         may_end.wait(20)
         ended.set()
-        return [generate._draw_chunk(order, 0, prompts)]
+        return drawn_here(order, prompts)
 
     monkeypatch.setattr(held_out, "generate", here)
     previews = begin(Said(), "stopped")

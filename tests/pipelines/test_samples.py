@@ -14,14 +14,16 @@ from data_prep.snapshots.build import snapshot
 from data_prep.snapshots.settings import SnapshotSettings
 from infra.config import parse
 from infra.errors import SettingsError
-from infra.records import CheckpointRecord, DataObject, SnapshotRecord
+from infra.records import CheckpointRecord, SnapshotRecord
 from infra.shards import read_selection
 from infra.store import Store, open_store
 from pipelines.evaluation import generate
+from pipelines.evaluation.chunks import Chunk
 from pipelines.page.report import build
 from pipelines.sample import held_out
 from pipelines.sample.held_out import Drawn, DrawSettings
 from tests.data_prep.corpora import prepare_here, settings_for, write_corpus
+from tests.pipelines.drawn_here import drawn_here
 from tests.pipelines.small_story import make
 from tests.training import small_checkpoint
 from training import checkpoint as checkpoints
@@ -55,9 +57,9 @@ def drawing(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Drawing in this process, as a worker of Ray does it; the prompts of every call."""
     calls: list[list[str]] = []
 
-    def here(order: generate.Order, prompts: Sequence[str], show: Any) -> list[DataObject]:
+    def here(order: generate.Order, prompts: Sequence[str], show: Any) -> list[Chunk]:
         calls.append(list(prompts))
-        return [generate._draw_chunk(order, 0, prompts)]
+        return drawn_here(order, prompts)
 
     monkeypatch.setattr(held_out, "generate", here)
     return calls
