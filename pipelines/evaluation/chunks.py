@@ -1,7 +1,7 @@
 """Work on pictures, chunk by chunk, by a pool of Ray actors: drawing and judging both are.
 
-    <folder>/<number>.json           Chunk, written last
-    <folder>/../<name>-<sha256>      what was made of the chunk: a tar of pictures, a table of verdicts
+    evaluations/<stage>/drawn/00008.json                       Chunk, written last
+    evaluations/<stage>/pictures/pictures-00008-<sha256>.tar   what was made of it; of judging, a table of verdicts
 
 What is in a chunk depends on settings that count, so the bytes depend neither on how many actors there are nor on which
 of them dies. A chunk whose record is there is not made again. What fails twice is counted with its cause.
@@ -69,6 +69,13 @@ class Shelf(NamedTuple):
         [folder] = self.place.names
         return folder.at(stage=self.stage)
 
+    def put(self, number: int, made: Made, device: str) -> Chunk:
+        data = {}
+        for name, content in made.files.items():
+            stem, _, suffix = name.rpartition(".")
+            data[stem] = put_data(self.store, self.folder, f"{stem}-{number:05d}.{suffix}", content)
+        return recorded(self.store, self.key(number), Chunk(data=data, failed=made.failed, device=device))
+
 
 def make(shelf: Shelf, maker: Maker[Item], items: Mapping[int, Item], needs: Needs, show: Show) -> list[Chunk]:
     """The chunks of all items, in their order; Ray must be up if one is missing."""
@@ -123,14 +130,7 @@ class _Actor:
         if not self.loaded:
             self.maker.load(self.device)
             self.loaded = True
-        made = self.maker.make(item)
-        data = {}
-        for name, content in made.files.items():
-            stem, _, suffix = name.rpartition(".")
-            data[stem] = put_data(shelf.store, shelf.folder, f"{stem}-{number:05d}.{suffix}", content)
-        return recorded(
-            shelf.store, shelf.key(number), Chunk(data=data, failed=made.failed, device=_named(self.device))
-        )
+        return shelf.put(number, self.maker.make(item), _named(self.device))
 
 
 def device_of(needs: Needs) -> str:

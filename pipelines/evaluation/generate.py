@@ -7,29 +7,23 @@ checkpoints are compared on the same noise.
 from __future__ import annotations
 
 import io
-import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
 from infra import layout
 from infra.actors import Needs
-from infra.causes import first_line
 from infra.errors import SettingsError
 from infra.layout import Place
-from infra.records import CheckpointRecord, DataObject, get_data
-from infra.shards import TarWriter
+from infra.records import CheckpointRecord
 from infra.store import Store
 from pipelines.evaluation.chunks import Chunk, Made, Maker, Shelf, Show, make
+from pipelines.evaluation.tars import packed
 from training import checkpoint as checkpoints
 from training.sampling import Artist, SampleSettings, pixels
-
-PICTURES = "pictures"  # what a chunk calls its tar of <prompt>-<image>.png
 
 
 class DrawingSettings(SampleSettings):
@@ -73,12 +67,6 @@ def chunked(prompts: Sequence[str], images: int, settings: DrawingSettings) -> d
     return {first: Asked(first, tuple(prompts[first : first + size])) for first in range(0, len(prompts), size)}
 
 
-def place(name: str) -> tuple[int, int]:
-    """The number of the prompt and of its picture, by the picture's name."""
-    prompt, _, image = name.partition("-")
-    return int(prompt), int(image)
-
-
 class _Drawing(Maker[Asked]):
     noun = "batches of pictures"
 
@@ -104,17 +92,15 @@ class _Drawing(Maker[Asked]):
         subjects = [subject for prompt in item.prompts for subject in [_subject(self.artist, prompt)] * self.images]
         x_BCHW = self.artist.solve(subjects, list(range(self.images)) * len(item.prompts), self.settings)
         finite = x_BCHW.isfinite().flatten(1).all(1).tolist()
-        packed = io.BytesIO()
-        tar, failed = TarWriter(packed), {}
+        pngs, failed = dict[str, bytes](), dict[str, str]()
         for name, picture, whole in zip(self.pictures(item), pixels(x_BCHW.nan_to_num()), finite, strict=True):
             if not whole:
                 failed[name] = "it came out as NaN or infinity"
                 continue
             png = io.BytesIO()
             Image.fromarray(picture).save(png, "PNG")
-            tar.add(f"{name}.png", png.getvalue())
-        tar.finish()
-        return Made({f"{PICTURES}.tar": packed.getvalue()}, failed)
+            pngs[f"{name}.png"] = png.getvalue()
+        return packed(pngs, failed)
 
 
 def _subject(artist: Artist, prompt: str) -> str | int:
@@ -128,45 +114,3 @@ def _subject(artist: Artist, prompt: str) -> str | int:
             remedy=f"give numbers from 0 to {classes - 1} as prompts",
         )
     return int(prompt)
-
-
-def tars(chunks: Iterable[Chunk]) -> list[DataObject]:
-    return [chunk.data[PICTURES] for chunk in chunks if PICTURES in chunk.data]
-
-
-class ToJudge(NamedTuple):
-    """A chunk's pictures, for makers that look at them."""
-
-    tar: DataObject
-    names: list[str]  # of all pictures that the chunk should have
-    failed: dict[str, str]  # those of them that were not drawn
-
-    @property
-    def there(self) -> list[str]:
-        return [name for name in self.names if name not in self.failed]
-
-    def read(self, store: Store) -> Iterator[tuple[str, npt.NDArray[np.uint8] | str]]:
-        """Each picture that should be there [H, W, 3], or why it cannot be read."""
-        from PIL import Image
-
-        pngs = read_pictures(store, [self.tar])
-        for name in self.there:
-            try:
-                with Image.open(io.BytesIO(pngs[place(name)])) as picture:
-                    yield name, np.asarray(picture.convert("RGB"))
-            except KeyError:
-                yield name, "it is missing"
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                yield name, f"it cannot be read ({first_line(error)})"
-
-
-def read_pictures(store: Store, tars: Sequence[DataObject]) -> dict[tuple[int, int], bytes]:
-    """(number of the prompt, number of its image) -> the PNG."""
-    pngs = {}
-    for data in tars:
-        with tarfile.open(fileobj=io.BytesIO(get_data(store, data))) as tar:
-            for member in tar:
-                file = tar.extractfile(member)
-                if file is not None:
-                    pngs[place(Path(member.name).stem)] = file.read()
-    return pngs

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from infra import layout
 from infra.actors import Needs, PoolSettings
 from infra.config import digest
-from infra.records import CheckpointRecord, EvalReport, get_data, put_data, recorded
+from infra.files import sha256_of
+from infra.records import CheckpointRecord, EvalReport, put_data, recorded
 from infra.shards import parquet_bytes
 from infra.store import Store
+from pipelines.evaluation import folders
 from pipelines.evaluation import geneval as protocol
-from pipelines.evaluation.chunks import Chunk, Made, Maker, Shelf, Show, make
-from pipelines.evaluation.generate import PICTURES, DrawingSettings, Order, ToJudge, chunked, generate, place, tars
-from pipelines.evaluation.judges import Judge, ShapeJudge
+from pipelines.evaluation.chunks import Chunk, Shelf, Show, make
+from pipelines.evaluation.generate import DrawingSettings, Order, chunked, generate
+from pipelines.evaluation.judges import ShapeJudge
+from pipelines.evaluation.judging import Judging, table_of, verdicts_of
 from pipelines.evaluation.prompts import Prompt, load_prompts, shape_prompts
 from pipelines.evaluation.statistics import intervals
-
-_VERDICTS = "verdicts"
-_SCHEMA = pa.schema(
-    [
-        ("task", pa.string()),
-        ("prompt", pa.int64()),
-        ("text", pa.string()),
-        ("image", pa.int64()),
-        ("correct", pa.bool_()),
-        ("reasons", pa.string()),
-    ]
-)
+from pipelines.evaluation.tars import PICTURES, ToJudge, place, tars
 
 
 class GenevalSettings(PoolSettings):
@@ -70,6 +59,22 @@ def geneval(
     return judged(store, stage, checkpoint.digest(), generate(order, prompts, show), settings, show, needs)
 
 
+def geneval_of_folder(store: Store, folder: Path, settings: GenevalSettings, show: Show) -> EvalReport:
+    """Judge pictures that are in a folder: another model's, perhaps."""
+    prompts = read_prompts(settings)
+    counted = settings.model_copy(update={"sampling": DrawingSettings(batch=settings.sampling.batch)})
+    pictures = digest(
+        {
+            str(path.relative_to(folder)): sha256_of(path)
+            for path in sorted(folder.glob("*/samples/*"))
+            if path.is_file()
+        }
+    )
+    stage = digest([pictures, prompts_digest(settings), counted.chosen()])
+    drawn = folders.taken(store, stage, folder, prompts, settings.images, settings.sampling)
+    return judged(store, stage, f"folder-{pictures}", drawn, settings, show, settings.needs)
+
+
 def judged(
     store: Store,
     stage: str,
@@ -87,9 +92,9 @@ def judged(
         for (first, asked), chunk in zip(chunks.items(), drawn, strict=True)
         if PICTURES in chunk.data
     }
-    judging = make(Shelf(store, layout.ANSWERED, stage), _Judging(store, judge, prompts), items, needs, show)
+    judging = make(Shelf(store, layout.ANSWERED, stage), Judging(store, judge, prompts), items, needs, show)
     failed = {place(name): cause for chunk in (*drawn, *judging) for name, cause in chunk.failed.items()}
-    verdicts = [verdict for chunk in judging for verdict in _verdicts(store, chunk)]
+    verdicts = [verdict for chunk in judging for verdict in verdicts_of(store, chunk)]
     verdicts += [_missing(prompts, number, image, cause) for (number, image), cause in failed.items()]
     verdicts.sort(key=lambda verdict: (verdict.number, verdict.image))
     scores = intervals(protocol.by_task(verdicts), seed=settings.seed)
@@ -101,60 +106,14 @@ def judged(
         images=len(verdicts),
         failed=len(failed),
         scores={f"geneval/{task}": interval for task, interval in scores.items()},
-        details=put_data(store, layout.VERDICTS.at(stage=stage), "verdicts.parquet", parquet_bytes(_table(verdicts))),
+        details=put_data(store, layout.VERDICTS.at(stage=stage), "verdicts.parquet", parquet_bytes(table_of(verdicts))),
         pictures=tars(drawn),
         devices=sorted({chunk.device for chunk in (*drawn, *judging)}),
     )
     return recorded(store, layout.REPORT.at(stage=stage), report)
 
 
-class _Judging(Maker[ToJudge]):
-    noun = "batches of verdicts"
-
-    def __init__(self, store: Store, judge: Judge, prompts: Sequence[Prompt]) -> None:
-        self.store, self.judge, self.prompts = store, judge, prompts
-
-    def load(self, device: str) -> None: ...
-
-    def pictures(self, item: ToJudge) -> list[str]:
-        return item.there
-
-    def make(self, item: ToJudge) -> Made:
-        verdicts, failed = [], {}
-        for name, picture in item.read(self.store):
-            number, image = place(name)
-            if isinstance(picture, str):
-                failed[name] = picture
-                continue
-            prompt = self.prompts[number]
-            reasons = tuple(protocol.judge_picture(self.judge, prompt, picture))
-            verdicts.append(protocol.Verdict(prompt.tag, number, prompt.prompt, image, reasons))
-        return Made({f"{_VERDICTS}.parquet": parquet_bytes(_table(verdicts))}, failed)
-
-
 def _missing(prompts: Sequence[Prompt], number: int, image: int, cause: str) -> protocol.Verdict:
     """A picture that could not be made or judged counts as wrong."""
     prompt = prompts[number]
     return protocol.Verdict(prompt.tag, number, prompt.prompt, image, (f"no verdict: {cause}",))
-
-
-def _table(verdicts: Sequence[protocol.Verdict]) -> pa.Table:
-    columns = {
-        "task": [v.task for v in verdicts],
-        "prompt": [v.number for v in verdicts],
-        "text": [v.prompt for v in verdicts],
-        "image": [v.image for v in verdicts],
-        "correct": [v.correct for v in verdicts],
-        "reasons": ["; ".join(v.reasons) for v in verdicts],
-    }
-    return pa.table(columns, schema=_SCHEMA)
-
-
-def _verdicts(store: Store, chunk: Chunk) -> list[protocol.Verdict]:
-    if _VERDICTS not in chunk.data:
-        return []
-    rows = pq.read_table(io.BytesIO(get_data(store, chunk.data[_VERDICTS]))).to_pylist()
-    return [
-        protocol.Verdict(row["task"], row["prompt"], row["text"], row["image"], tuple(filter(None, [row["reasons"]])))
-        for row in rows
-    ]

@@ -24,7 +24,7 @@ from infra.records import (
     read_record,
 )
 from infra.store import Store
-from pipelines.evaluation.generate import read_pictures
+from pipelines.evaluation.tars import read_pictures
 from pipelines.page.shape_outcomes import Fate, fates
 from pipelines.sample import held_out
 

@@ -20,7 +20,8 @@ from infra.records import CheckpointRecord, DataObject, Plain, Record, SnapshotR
 from infra.shards import read_selection
 from infra.store import Store
 from pipelines.evaluation.chunks import Show
-from pipelines.evaluation.generate import DrawingSettings, Order, generate, read_pictures, tars
+from pipelines.evaluation.generate import DrawingSettings, Order, generate
+from pipelines.evaluation.tars import read_pictures, tars
 from pipelines.pictures import sheet
 
 
