@@ -119,13 +119,14 @@ def _score(report: EvalReport, name: str) -> float:
 
 
 KINDS = (
-    StageKind("sample", SampleStage, sample, takes={"checkpoint": "train", "data": "snapshot"}),
+    StageKind("sample", SampleStage, sample, takes={"checkpoint": "train", "data": "snapshot"}, format=2),
     StageKind(
         "evaluate",
         EvaluateStage,
         evaluate,
         outside=lambda settings, store, inputs: prompts_digest(settings),
         takes={"checkpoint": "train"},
+        format=2,  # in 1 the pictures of several prompts were drawn in other batches, and their size did not count
     ),
     StageKind("gate", GateStage, gate, check=check_gate, takes={"scores": "evaluate"}),
 )

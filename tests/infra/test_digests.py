@@ -31,14 +31,14 @@ DEMO = {
     "sft_data": "63865c204d22112f",
     "encoders": "7849c60ac29beb99",
     "low": "575ed020eda0c743",
-    "low_score": "f86c39ff6b81cf97",
+    "low_score": "5b427464f54797d5",
     "high": "90d221b36afe54e9",
-    "high_score": "96b3dde436806a5d",
+    "high_score": "d8e27f5ce2c965e0",
     "sft": "3f760b86d0976abc",
-    "sft_score": "b39fc9aee10d7523",
-    "gate": "1e35611f65fead9d",
-    "register": "646c2a9fbba405bd",
-    "report": "2ceb5301ba2a0bea",
+    "sft_score": "aead261a7b87cf59",
+    "gate": "560fab2e38765880",
+    "register": "e2dd947f987b8d48",
+    "report": "0fbc0711f794868c",
 }
 
 
