@@ -25,13 +25,24 @@ CPU = Options("cpu", tiny=True)
 KERNELS = PARTS["kernels"]
 
 
+Lines = dict[str, list[dict[str, object]]]
+
+
 @pytest.fixture(scope="module")
-def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, object]]]:
-    """What every part has handed out, from one process, as PyTorch takes seconds to import."""
-    folder = tmp_path_factory.mktemp("parts")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> Lines:
+    return run(tmp_path_factory.mktemp("parts"), RUN)
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Lines:
+    return run(tmp_path_factory.mktemp("resume"), ["resume"])
+
+
+def run(folder: Path, names: list[str]) -> Lines:
+    """What each part has handed out, from one process, as PyTorch takes seconds to import."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
     made = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.gpu.bare", str(folder), *RUN],
+        [sys.executable, "-W", "ignore", "-m", "tests.gpu.bare", str(folder), *names],
         cwd=command.ROOT,
         env=environment,
         capture_output=True,
@@ -39,20 +50,20 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
         check=False,
     )
     assert made.returncode == 0, made.stdout[-2000:] + made.stderr[-4000:]
-    return {name: [json.loads(line) for line in (folder / name).read_text().splitlines()] for name in RUN}
+    return {name: [json.loads(line) for line in (folder / name).read_text().splitlines()] for name in names}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUN)
-def test_a_part_gives_all_its_figures_on_a_bare_machine(lines: dict[str, list[dict[str, object]]], name: str):
+def test_a_part_gives_all_its_figures_on_a_bare_machine(lines: Lines, name: str):
     rows = [Row(**line["row"]) for line in lines[name]]  # type: ignore[arg-type]
     assert {row.figure for row in rows} == PARTS[name].figures.keys()
     assert all(row.was_run and row.measured and ", CPU, torch" in row.where for row in rows)
     assert not any(line["failed"] for line in lines[name])
 
 
-def test_resumed_on_a_cpu_it_is_the_same_bit_for_bit(lines: dict[str, list[dict[str, object]]]):
-    told = {line["row"]["figure"]: line["row"]["measured"] for line in lines["resume"]}  # type: ignore[index]
+def test_resumed_on_a_cpu_it_is_the_same_bit_for_bit(resumed: Lines):
+    told = {line["row"]["figure"]: line["row"]["measured"] for line in resumed["resume"]}  # type: ignore[index]
     for precision in ("fp32", "bf16"):
         assert told[f"{precision}: the state of a fused AdamW, loaded"] == "the same bits True, fused True, steps [4.0]"
         run = told[f"{precision}: a killed and resumed run against a straight one"]

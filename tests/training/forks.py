@@ -17,6 +17,20 @@ import torch.distributed as dist
 from infra.errors import PixnerdError
 
 
+def import_all() -> None:
+    """What every child would import and load again, in seconds; to be called before the first is forked."""
+    from training.engine import import_deepspeed
+
+    import_deepspeed()
+    import torch._dynamo
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from deepspeed.runtime.zero.muon import muon_optimizer
+    from transformers import AutoModel, Dinov2Model, Qwen2TokenizerFast, Qwen3Model
+
+    assert all((torch._dynamo, muon_optimizer, AutoModel, Dinov2Model, Qwen2TokenizerFast, Qwen3Model))
+    ShareMemCommBuilder().load(verbose=False)
+
+
 def forked(work: Callable[[], int]) -> int:
     """The number of a child process that does the work and ends with what it gives."""
     if pid := os.fork():

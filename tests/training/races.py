@@ -26,7 +26,7 @@ from infra.config import canonical_json
 from infra.records import CheckpointRecord
 from infra.store import Entry, FileStore
 from tests.training import small_run
-from tests.training.forks import forked, together
+from tests.training.forks import forked, import_all, together
 from training import checkpoint
 from training.job import Job
 from training.loop import train
@@ -155,15 +155,9 @@ def main() -> None:
     parser.add_argument("--races", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    # What each child would import and load again.
-    from training.engine import import_deepspeed
-
-    import_deepspeed()
+    import_all()
     import torch
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-    from transformers import Dinov2Model, Qwen2TokenizerFast, Qwen3Model  # noqa: F401
 
-    ShareMemCommBuilder().load(verbose=False)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

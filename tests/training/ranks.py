@@ -23,7 +23,7 @@ from infra import layout
 from infra.records import CheckpointRecord, DataObject, SnapshotRecord, get_data, read_record
 from infra.store import FileStore
 from tests.training import small_run
-from tests.training.forks import forked, together
+from tests.training.forks import forked, import_all, together
 from training import loop, states
 from training.ema import Ema
 from training.job import Job
@@ -185,9 +185,7 @@ def write_inputs(folder: Path, store: FileStore) -> dict[str, Any]:
 
 
 def main(folder: Path, names: list[str]) -> None:
-    from training.engine import import_deepspeed
-
-    import_deepspeed()
+    import_all()
     torch.set_num_threads(1)
     store = Keeps(folder / "store")
     inputs = write_inputs(folder, store)

@@ -155,6 +155,7 @@ def test_micro_batches_give_the_same_model(store: Store, make: Any, undisturbed:
     assert all(torch.allclose(whole[name], parts[name], atol=2e-4) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_trains_to_the_same_model(
     store: Store, make: Any, undisturbed: CheckpointRecord, tmp_path: Path
 ):

@@ -157,6 +157,7 @@ def test_what_is_no_number_is_no_picture(classes: Path):
         artist.draw([1, 2, 3], [7, 8, 9], FEW)
 
 
+@pytest.mark.slow
 def test_two_graphs_are_compiled_whatever_the_batches(tmp_path: Path):
     text = small_checkpoint.write_text(tmp_path, blocks=1, text_blocks=0)
     torch._dynamo.reset()
