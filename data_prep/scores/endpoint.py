@@ -12,7 +12,7 @@ import base64
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import pyarrow as pa
 from data_prep.images.decode import sniff
 from data_prep.scores import Failure, Row, Sample
 from data_prep.scores.replies import caption_fields, caption_row
-from data_prep.scores.settings import Ask, EndpointSettings
+from data_prep.scores.settings import Ask, EndpointSettings, Server
 from infra.errors import PixnerdError, SettingsError
 from infra.text import printable
 
@@ -42,8 +42,7 @@ class _Failed(NamedTuple):
 
 class EndpointScorer:
     def __init__(self, settings: EndpointSettings) -> None:
-        self.settings = settings
-        self.headers = _headers(settings)
+        self.settings, self.client = settings, Client(settings)
 
     @property
     def fields(self) -> list[pa.Field]:
@@ -53,15 +52,30 @@ class EndpointScorer:
         return {}  # the server does not tell its own
 
     def rows(self, samples: Iterable[Sample]) -> Iterator[Row]:
+        for replies in self.client.replies((sample.image, self.settings.asks) for sample in samples):
+            if replies:
+                yield caption_row(self.settings.failure, zip(self.settings.asks, replies, strict=True))
+            else:
+                yield {self.settings.failure: Failure.UNREADABLE_IMAGE.value}
+
+
+class Client:
+    """Asks a server about images."""
+
+    def __init__(self, settings: Server) -> None:
+        self.settings, self.headers = settings, _headers(settings)
+
+    def replies(self, asked: Iterable[tuple[bytes, Sequence[Ask]]]) -> list[list[str | Failure]]:
+        """Every reply about each image, none if servers do not decode its format."""
         try:
-            yield from asyncio.run(self._rows(samples))
+            return asyncio.run(self._replies(asked))
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
 
-    async def _rows(self, samples: Iterable[Sample]) -> list[Row]:
+    async def _replies(self, asked: Iterable[tuple[bytes, Sequence[Ask]]]) -> list[list[str | Failure]]:
         health = _Health(self.settings)
         slots = asyncio.Semaphore(self.settings.concurrency)
-        by_sample: list[list[asyncio.Task[str | Failure]]] = []
+        by_image: list[list[asyncio.Task[str | Failure]]] = []
 
         async def reply(image: str, ask: Ask) -> str | Failure:
             try:
@@ -71,22 +85,17 @@ class EndpointScorer:
             return health.count(outcome)
 
         async with self._session() as session, asyncio.TaskGroup() as group:
-            for sample in samples:
+            for content, asks in asked:
                 tasks: list[asyncio.Task[str | Failure]] = []
-                by_sample.append(tasks)
-                if (format := sniff(sample.image)) not in _FORMATS:
+                by_image.append(tasks)
+                if (format := sniff(content)) not in _FORMATS:
                     continue
-                image = f"data:image/{format.lower()};base64,{base64.b64encode(sample.image).decode()}"
-                for ask in self.settings.asks:
+                image = f"data:image/{format.lower()};base64,{base64.b64encode(content).decode()}"
+                for ask in asks:
                     await slots.acquire()  # before the next image is read, so that memory holds only those in flight
                     tasks.append(group.create_task(reply(image, ask)))
         health.check()
-        return [self._row([task.result() for task in tasks]) for tasks in by_sample]
-
-    def _row(self, replies: list[str | Failure]) -> Row:
-        if not replies:
-            return {self.settings.failure: Failure.UNREADABLE_IMAGE.value}
-        return caption_row(self.settings.failure, zip(self.settings.asks, replies, strict=True))
+        return [[task.result() for task in tasks] for tasks in by_image]
 
     def _session(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
@@ -157,7 +166,7 @@ class EndpointScorer:
 class _Health:
     """Counts a shard's failures, to tell images that fail from a server that is broken, which is an error."""
 
-    def __init__(self, settings: EndpointSettings) -> None:
+    def __init__(self, settings: Server) -> None:
         self.settings = settings
         self.requests = self.in_a_row = 0
         self.failures: Counter[str] = Counter()
@@ -186,7 +195,7 @@ class _Health:
         )
 
 
-def _headers(settings: EndpointSettings) -> dict[str, str]:
+def _headers(settings: Server) -> dict[str, str]:
     if settings.api_key is None:
         return {}
     key = settings.api_key.reveal()

@@ -25,14 +25,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".pt", ".pth", ".npz", ".txt", ".model", ".jinja")
 
 
-class _ScorerSettings(Settings):
-    joined: ClassVar[frozenset[str]] = frozenset()  # columns of the index to which the side table's values are added
-
-    name: Column
-
-    @abstractmethod
-    def columns(self) -> list[str]:
-        """The side table's columns, without `key`."""
+class Weighed(Settings):
+    """Settings of a model, some of which may name local files with its weights."""
 
     def local(self) -> dict[str, Path]:
         """The settings that name a file or folder of this machine, with its absolute path."""
@@ -45,6 +39,16 @@ class _ScorerSettings(Settings):
     def located(self) -> Self:
         """These settings with absolute paths, for workers with another working directory."""
         return self.model_copy(update={name: str(path) for name, path in self.local().items()})
+
+
+class _ScorerSettings(Weighed):
+    joined: ClassVar[frozenset[str]] = frozenset()  # columns of the index to which the side table's values are added
+
+    name: Column
+
+    @abstractmethod
+    def columns(self) -> list[str]:
+        """The side table's columns, without `key`."""
 
     @property
     def failure(self) -> str:
@@ -147,27 +151,31 @@ class _CaptionerSettings(_ScorerSettings):
         return asks
 
 
-class VlmSettings(_CaptionerSettings):
-    """Captions by a model of transformers' format, Qwen2.5-VL or Qwen3-VL above all; decoding is greedy."""
+class Vlm(Weighed):
+    """A vision-language model of transformers' format."""
 
-    kind: Literal["vlm"] = "vlm"
     model: str = Field(description="a hub model's name, or a folder with its files")
     revision: str | None = Field(None, description="of a hub model: a commit, so that later runs load the same weights")
     dtype: Dtype = "bfloat16"
     max_pixels: int | None = Field(None, ge=1024, description="larger images are scaled down; none: the model's limit")
-    batch_size: int = operational(8, ge=1)
 
     def local(self) -> dict[str, Path]:
         folder = local_folder(self.model)
         return {"model": folder} if folder else {}
 
 
-class EndpointSettings(_CaptionerSettings):
-    """Captions by a server that speaks OpenAI's protocol (vLLM, SGLang, ...): POST URL/chat/completions."""
+class VlmSettings(Vlm, _CaptionerSettings):
+    """Captions by a model of transformers' format, Qwen2.5-VL or Qwen3-VL above all; decoding is greedy."""
+
+    kind: Literal["vlm"] = "vlm"
+    batch_size: int = operational(8, ge=1)
+
+
+class Server(Weighed):
+    """A server that speaks OpenAI's protocol (vLLM, SGLang, ...): POST URL/chat/completions."""
 
     model_config = ConfigDict(hide_input_in_errors=True)  # a URL may hold a password by mistake
 
-    kind: Literal["endpoint"] = "endpoint"
     url: str = operational(..., description="http://host:8000/v1: where it runs changes no result")
     model: str = Field(min_length=1)
     temperature: float = Field(0.0, ge=0, le=2)
@@ -191,6 +199,12 @@ class EndpointSettings(_CaptionerSettings):
         if "@" in url.netloc:
             raise ValueError("an endpoint holds no user and password; use api_key")
         return value.rstrip("/")
+
+
+class EndpointSettings(Server, _CaptionerSettings):
+    """Captions by a server that speaks OpenAI's protocol."""
+
+    kind: Literal["endpoint"] = "endpoint"
 
 
 ScorerSettings = Annotated[ClipSettings | VlmSettings | EndpointSettings, Field(discriminator="kind")]

@@ -18,7 +18,7 @@ from data_prep.images.decode import decode
 from data_prep.rejections import Rejection
 from data_prep.scores import Failure, Row, Sample, library_versions, prepared
 from data_prep.scores.replies import caption_fields, caption_row
-from data_prep.scores.settings import Ask, VlmSettings, local_folder
+from data_prep.scores.settings import Ask, Vlm, VlmSettings, local_folder
 from infra.causes import first_line
 from infra.errors import CheckpointError, SettingsError
 
@@ -28,8 +28,7 @@ MAX_ASPECT = 200  # Qwen's image processor refuses narrower strips
 class VlmScorer:
     def __init__(self, settings: VlmSettings, device: str = "cpu", threads: int = 1) -> None:
         self.settings, self.device, self.threads = settings, device, threads
-        self.processor, self.model = _load(settings)
-        self.model.to(device)
+        self.processor, self.model = load(settings, device)
         self.prompts = [self._prompt(ask) for ask in settings.asks]
 
     @property
@@ -52,23 +51,31 @@ class VlmScorer:
                     yield caption_row(self.settings.failure, zip(self.settings.asks, next(by_image), strict=True))
 
     def _prompt(self, ask: Ask) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": ask.prompt}]
-        prompt: str = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        return prompt
+        return chat(self.processor, ask.prompt)
 
-    @torch.inference_mode()
     def _replies(self, prompt: str, ask: Ask, images: list[Image.Image]) -> list[str]:
         """The model's reply to one prompt about each image."""
-        inputs = self.processor(
-            text=[prompt] * len(images), images=images, padding=True, padding_side="left", return_tensors="pt"
-        ).to(self.device)
-        ids_BT = self.model.generate(**inputs, max_new_tokens=ask.max_tokens)
-        replies: list[str] = self.processor.batch_decode(
-            ids_BT[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return replies
+        return generated(self.processor, self.model, [prompt] * len(images), images, ask.max_tokens)
+
+
+def chat(processor: Any, text: str) -> str:
+    """A turn of the user, an image and a text, as the model's template writes it."""
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    prompt: str = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    return prompt
+
+
+@torch.inference_mode()
+def generated(processor: Any, model: Any, prompts: list[str], images: list[Image.Image], max_tokens: int) -> list[str]:
+    """The model's reply to each prompt about its image."""
+    inputs = processor(text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt")
+    ids_BT = model.generate(**inputs.to(model.device), max_new_tokens=max_tokens)
+    replies: list[str] = processor.batch_decode(
+        ids_BT[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return replies
 
 
 def _decoded(sample: Sample) -> Image.Image | Failure:
@@ -81,7 +88,8 @@ def _decoded(sample: Sample) -> Image.Image | Failure:
     return Image.fromarray(decoded.pixels)
 
 
-def _load(settings: VlmSettings) -> tuple[Any, Any]:
+def load(settings: Vlm, device: str) -> tuple[Any, Any]:
+    """The processor and the network, which decodes greedily."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
@@ -101,7 +109,7 @@ def _load(settings: VlmSettings) -> tuple[Any, Any]:
     _decode_greedily(model, processor.tokenizer)
     if settings.max_pixels is not None:
         _limit_pixels(processor.image_processor, settings.max_pixels)
-    return processor, model.eval()
+    return processor, model.eval().to(device)
 
 
 def _decode_greedily(model: Any, tokenizer: Any) -> None:
