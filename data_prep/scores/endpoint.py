@@ -190,7 +190,7 @@ class _Health:
     def _broken(self) -> PixnerdError:
         failed, (commonest, _) = self.failures.total(), self.failures.most_common(1)[0]
         return PixnerdError(
-            f"{self.settings.url} gave no caption for {failed} of {self.requests} requests, mostly: {commonest}",
+            f"{self.settings.url} gave no answer to {failed} of {self.requests} requests, mostly: {commonest}",
             remedy="look at the server's log, then run again; or raise the endpoint's `tolerated` to record these",
         )
 

@@ -77,12 +77,12 @@ class ShapeJudge:
         mask = detection.mask_HW
         inside = mask & ~_grow(~mask)
         pixels = image_HWC[inside if inside.sum() >= 4 else mask].astype(np.float32)
-        background = _background(image_HWC)
+        background = background_colour(image_HWC)
         _, distance_K = _match(np.median(pixels, axis=0) - background, background, PALEST)
         return list(COLOURS)[int(distance_K.argmin())]
 
 
-def _background(image_HWC: Image) -> Floats:
+def background_colour(image_HWC: Image) -> Floats:
     median_C: Floats = np.median(_border(image_HWC), axis=0).astype(np.float32)
     return median_C
 
@@ -113,7 +113,7 @@ def _match(offset_C: Floats, background_C: Floats, palest: float) -> tuple[Float
 
 def _segment(image_HWC: Image) -> tuple[Labels, Floats]:
     """Each pixel's best palette colour, and how far the pixel is from the background (0) to that colour (1)."""
-    background = _background(image_HWC)
+    background = background_colour(image_HWC)
     offset_HWC = image_HWC.astype(np.float32) - background
     label_HW = _match(_blur(offset_HWC), background, 0)[1].argmin(-1)
     along_HWK, _ = _match(offset_HWC, background, 0)

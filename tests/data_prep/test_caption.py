@@ -282,7 +282,7 @@ def test_a_broken_server_is_an_error_and_no_thousand_failures(count: int):
     async def handler(request: web.Request, body: dict[str, Any]) -> web.Response:
         return web.Response(status=500)
 
-    with serve(handler) as url, pytest.raises(PixnerdError, match=r"gave no caption.*server_error \(status 500\)"):
+    with serve(handler) as url, pytest.raises(PixnerdError, match=r"gave no answer.*server_error \(status 500\)"):
         captions(endpoint(url, retries=0), count)
     with pytest.raises(PixnerdError, match="unreachable"):
         captions(endpoint(url, retries=1), count)  # it is gone by now
