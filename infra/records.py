@@ -256,6 +256,10 @@ class EvaluateOutput(Output, kind="evaluate"):
     scores: dict[str, float]
 
 
+class DpgOutput(EvaluateOutput, kind="dpg"):
+    """The same of DPG-Bench, whose scores are in percent."""
+
+
 class Verdict(Plain):
     """Whether a score passes one rule of a gate."""
 

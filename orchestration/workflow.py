@@ -144,13 +144,14 @@ def _misfits(name: str, recipe: Recipe, parsed: Parsed) -> Iterator[Fault]:
 def _other_kinds(kind: StageKind, parsed: Parsed, inputs: Mapping[str, str]) -> Iterator[Wrong]:
     """What is wrong where a setting names a stage of another kind than it needs."""
     for field, target in inputs.items():
-        needed = kind.takes.get(field.partition(".")[0])
-        if needed is not None and parsed[target][0].name != needed:
-            fitting = [name for name, (other, _) in parsed.items() if other.name == needed]
+        taken = kind.takes.get(field.partition(".")[0])
+        needed = (taken,) if isinstance(taken, str) else taken
+        if needed is not None and parsed[target][0].name not in needed:
+            fitting = [name for name, (other, _) in parsed.items() if other.name in needed]
             yield Wrong(
                 field,
-                f"names `{target}`, whose kind is {parsed[target][0].name}, not {needed}",
-                f"name {' or '.join(fitting)}" if fitting else f"add a stage of the kind {needed}",
+                f"names `{target}`, whose kind is {parsed[target][0].name}, not {' or '.join(needed)}",
+                f"name {' or '.join(fitting)}" if fitting else f"add a stage of the kind {' or '.join(needed)}",
             )
 
 

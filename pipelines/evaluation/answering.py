@@ -1,8 +1,8 @@
 """Judges that answer questions about pictures, and their settings.
 
-    shapes     `dpg_shapes`: the shape world's, in closed form
-    vlm        `vqa`: a vision-language model in this process
-    endpoint   a server that speaks OpenAI's protocol
+shapes     `dpg_shapes`: the shape world's, in closed form
+vlm        `vqa`: a vision-language model in this process
+endpoint   a server that speaks OpenAI's protocol
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The DPG-Bench protocol (arXiv 2403.05135): yes-or-no questions about each picture, some of which depend on others.
 
 An item is a prompt with its questions, drawn as up to four pictures (crops of one 2 x 2 grid). A question counts 1 if
-the judge says exactly `yes`, and 0 if it says anything else, or if a question that it depends on counts 0: without a dog
-there is no brown dog. An item's score is the mean over questions, then over pictures; the overall score is the mean over
-items. All scores are in percent, as the published script prints them. A question's category is what stands before the
-bracket of its tuple, `attribute - color (dog, brown)`; its category of level 1 is what stands before the first dash.
+the judge says exactly `yes`, and 0 if it says anything else, or if a question that it depends on counts 0: without a
+dog there is no brown dog. An item's score is the mean over questions, then over pictures; the overall score is the mean
+over items. All scores are in percent, as the published script prints them. A question's category is what stands before
+the bracket of its tuple, `attribute - color (dog, brown)`; that of level 1 is what stands before the first dash.
 
 The two modes differ in what the published script (compute_dpg_bench.py) does wrong:
 

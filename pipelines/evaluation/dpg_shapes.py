@@ -1,7 +1,7 @@
 """DPG-Bench of the shape world: dense captions with graphs of questions, and a judge that answers them by geometry.
 
-An item is a held-out combination of which everything is said: the scene that `world.draw` makes of it. Its questions are
-about each thing, then, depending on that, its number, colour, size and place, and, depending on both, how two lie.
+An item is a held-out combination of which everything is said: the scene that `world.draw` makes of it. Its questions
+are about each thing, then, depending on that, its number, colour, size and place, and, depending on both, how two lie.
 """
 
 from __future__ import annotations
@@ -85,9 +85,7 @@ _COUNT = re.compile(rf"Are there (?P<number>{'|'.join(world.NUMBERS[2:])}) {_SHA
 _COLOUR = re.compile(rf"{_ALL} (?P<colour>{'|'.join(world.COLOURS)})\?")
 _SIZE = re.compile(rf"{_ALL} (?P<size>{'|'.join(world.SIZES)})\?")
 _PLACE = re.compile(rf"{_ALL} (?P<place>{'|'.join(world.PLACES)})\?")
-_RELATION = re.compile(
-    rf"{_ALL} (?P<relation>{'|'.join(world.RELATIONS)}) the (?P<other>{'|'.join(world.SHAPES)})\?"
-)
+_RELATION = re.compile(rf"{_ALL} (?P<relation>{'|'.join(world.RELATIONS)}) the (?P<other>{'|'.join(world.SHAPES)})\?")
 _BACKGROUND = "Is the background white?"
 WHITE = 230  # of 255, in every channel: nearer to white than to any colour of the palette
 MIDDLE = 0.07  # share of the side by which a thing in the middle may be off; one on the left is off by twice that

@@ -1,7 +1,7 @@
 """Answers by a vision-language model through transformers. An image is encoded once for all its questions.
 
-What a prompt says before the question, the image included, passes through the network once; its keys and values are kept
-and every question is read behind them. In names of arrays Q is questions, T tokens, V the vocabulary.
+What a prompt says before the question, the image included, passes through the network once; its keys and values are
+kept and every question is read behind them. In names of arrays Q is questions, T tokens, V the vocabulary.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class VlmAnswerer:
         return torch.cat(margins)
 
     def margin(self, hidden: Tensor) -> Tensor:
-        logits_QV = self.model.get_output_embeddings()(hidden).float()
+        logits_QV: Tensor = self.model.get_output_embeddings()(hidden).float()
         return logits_QV[:, self.yes].logsumexp(-1) - logits_QV[:, self.no].logsumexp(-1)
 
     def _ids(self, text: str) -> list[int]:

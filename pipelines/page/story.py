@@ -47,6 +47,9 @@ class Picture:
     png: bytes | None
 
 
+_COLUMNS = ("task", "prompt", "text", "image", "correct", "reasons")  # other protocols' tables have more
+
+
 @dataclass(frozen=True)
 class Shown:
     """What was drawn for captions of the data: prompts, each with its original picture and the drawn ones."""
@@ -152,4 +155,6 @@ def _chosen(store: Store, report: EvalReport) -> list[Picture]:
     pngs: dict[tuple[int, int], bytes] = {}
     for tar in report.pictures:  # one at a time: all pictures of a large evaluation would not fit in memory
         pngs |= {key: png for key, png in read_pictures(store, [tar]).items() if key in wanted}
-    return [Picture(**row, png=pngs.get((row["prompt"], row["image"]))) for row in rows]
+    return [
+        Picture(**{name: row[name] for name in _COLUMNS}, png=pngs.get((row["prompt"], row["image"]))) for row in rows
+    ]

@@ -92,8 +92,8 @@ class StageKind:
     outside: Callable[[Any, Store | None, Inputs], Any] = lambda settings, store, inputs: None
     # Mistakes that show only beside the settings of the stages that it names; they are told before any work begins.
     check: Callable[[Any, Below], Iterable[Wrong]] = lambda settings, below: ()
-    # Setting that names stages -> the kind that those stages must be of.
-    takes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # Setting that names stages -> the kind that those stages must be of, or the kinds that they may be of.
+    takes: Mapping[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
     format: int = 1  # raised when the code would make other bytes of the same settings and inputs
     reads_all: bool = False  # it reads every other stage of the workflow that did not fail
 

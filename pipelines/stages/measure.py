@@ -80,13 +80,13 @@ class GateStage(Settings):
 
 
 def check_gate(settings: GateStage, below: Below) -> Iterator[Wrong]:
-    scores = [f"geneval/{name}" for name in (*TASKS, "overall")]
+    scores = [*(f"geneval/{name}" for name in (*TASKS, "overall")), "dpg/overall"]
     for number, rule in enumerate(settings.rules):
         if rule.above is not None and rule.above not in settings.scores:
             remedy = did_you_mean(rule.above, settings.scores, f"name one of {', '.join(settings.scores)}")
             message = f"names `{rule.above}`, which is not among the gate's scores"
             yield Wrong(f"rules.{number}.above", message, remedy)
-        if rule.score not in scores:
+        if rule.score not in scores and not rule.score.startswith("dpg/"):  # whose categories the questions name
             remedy = did_you_mean(rule.score, scores, f"known: {', '.join(scores)}")
             yield Wrong(f"rules.{number}.score", f"is {rule.score}, which no evaluation has", remedy)
 
@@ -128,5 +128,5 @@ KINDS = (
         takes={"checkpoint": "train"},
         format=2,  # in 1 the pictures of several prompts were drawn in other batches, and their size did not count
     ),
-    StageKind("gate", GateStage, gate, check=check_gate, takes={"scores": "evaluate"}),
+    StageKind("gate", GateStage, gate, check=check_gate, takes={"scores": ("evaluate", "dpg")}),
 )

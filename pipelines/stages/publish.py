@@ -57,6 +57,11 @@ def report(context: Context, settings: ReportStage, inputs: Inputs) -> Output:
 
 
 KINDS = (
-    StageKind("register", RegisterStage, register, takes={"gate": "gate", "checkpoint": "train", "scores": "evaluate"}),
+    StageKind(
+        "register",
+        RegisterStage,
+        register,
+        takes={"gate": "gate", "checkpoint": "train", "scores": ("evaluate", "dpg")},
+    ),
     StageKind("report", ReportStage, report, reads_all=True),
 )
