@@ -129,11 +129,12 @@ def _retry_failed(recipe: recipes.Recipe, store: Store, nodes: Sequence[workflow
     return any_failed
 
 
-def _reports(store: Store, records: dict[str, StageRecord]) -> dict[str, EvalReport]:
-    """The evaluation reports, by the name of the train stage whose checkpoint was scored."""
+def _reports(store: Store, records: dict[str, StageRecord]) -> list[dict[str, EvalReport]]:
+    """The evaluation reports of each protocol, by the name of the train stage whose checkpoint was scored."""
     trained = {record.digest_of_work: name for name, record in records.items()}
-    return {
-        trained.get(record.inputs["checkpoint"], name): read_record(store, record.output.record, EvalReport)
-        for name, record in records.items()
-        if isinstance(record.output, EvaluateOutput)
-    }
+    reports: dict[str, dict[str, EvalReport]] = {}
+    for name, record in records.items():
+        if isinstance(record.output, EvaluateOutput):
+            report = read_record(store, record.output.record, EvalReport)
+            reports.setdefault(report.protocol, {})[trained.get(record.inputs["checkpoint"], name)] = report
+    return list(reports.values())

@@ -156,12 +156,12 @@ def prepared(summary: PrepareSummary, per_second: float) -> str:
     return "; ".join(texts)
 
 
-def show_result(records: Iterable[StageRecord], reports: dict[str, EvalReport]) -> None:
+def show_result(records: Iterable[StageRecord], reports: Iterable[dict[str, EvalReport]]) -> None:
     """Print the scores of each stage, what was registered, and where contact sheet and report page are."""
     from infra.records import RegisterOutput, ReportOutput, SampleOutput
 
-    if reports:
-        show_scores(reports)
+    for of_protocol in reports:
+        show_scores(of_protocol)
     for out in (record.output for record in records):
         if isinstance(out, RegisterOutput):
             print(f"registered  {out.model} version {out.version} as `{out.alias}`: {out.source}")
@@ -174,9 +174,11 @@ def show_result(records: Iterable[StageRecord], reports: dict[str, EvalReport]) 
 def show_scores(reports: dict[str, EvalReport]) -> None:
     from pipelines.evaluation.statistics import NO_INTERVAL, ends, without_interval
 
-    names = list(next(iter(reports.values())).scores)
-    scores = [[report.scores[name] for report in reports.values()] for name in names]
-    cells = [[f"{score.value:.3f} {ends(score)}" for score in row] for row in scores]
-    table(["", *reports], [[name, *row] for name, row in zip(names, cells, strict=True)])
-    if any(without_interval(score) for row in scores for score in row):
+    def cell(report: EvalReport, name: str) -> str:
+        score = report.scores.get(name)
+        return "" if score is None else f"{score.value:.3f} {ends(score)}"
+
+    names = dict.fromkeys(name for report in reports.values() for name in report.scores)
+    table(["", *reports], [[name, *(cell(report, name) for report in reports.values())] for name in names])
+    if any(without_interval(score) for report in reports.values() for score in report.scores.values()):
         print(NO_INTERVAL)
