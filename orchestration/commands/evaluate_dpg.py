@@ -134,6 +134,7 @@ def _of_pictures(
         terminal.print_json({**report.model_dump(mode="json"), **scores.plain()})
     else:
         terminal.show_scores({str(checkpoint or images): report})
+        print(f"judge: {report.judge}; questions: {dpg_run.questions_name(settings)}")
         _print_coverage(scores)
 
 

@@ -18,7 +18,7 @@ from pipelines.evaluation import dpg as protocol
 from pipelines.evaluation.answering import AnyJudge, ShapeAnswers
 from pipelines.evaluation.asking import Asking, Item, Said, answers_in, nothing_said, said_of, table_of
 from pipelines.evaluation.chunks import Chunk, Shelf, Show, make
-from pipelines.evaluation.dpg import Mode, Question, Scores, by_item, read_questions
+from pipelines.evaluation.dpg import Mode, Question, Scores, by_item, is_official, read_questions
 from pipelines.evaluation.dpg_shapes import shape_questions
 from pipelines.evaluation.generate import Asked, DrawingSettings, Order, chunked, generate
 from pipelines.evaluation.grids import Grids
@@ -42,6 +42,13 @@ def questions_of(settings: DpgSettings) -> list[Question]:
     if settings.questions == "shapes":
         return shape_questions(settings.per_task)
     return read_questions(Path(settings.questions))
+
+
+def questions_name(settings: DpgSettings) -> str:
+    """Whose questions these are, as scores of other questions are not to be compared."""
+    if settings.questions == "shapes":
+        return "the shape world's"
+    return "DPG-Bench's" if is_official(Path(settings.questions)) else Path(settings.questions).name
 
 
 def items_of(questions: Sequence[Question]) -> list[Item]:

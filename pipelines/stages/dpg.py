@@ -6,7 +6,7 @@ import re
 
 from infra import layout
 from infra.records import DpgOutput, Output
-from pipelines.evaluation.dpg_run import DpgSettings, outside
+from pipelines.evaluation.dpg_run import DpgSettings, outside, questions_name
 from pipelines.stages.base import Context, Inputs, StageKind, checkpoint_of, stage_reference
 
 
@@ -23,7 +23,8 @@ def evaluate(context: Context, settings: DpgStage, inputs: Inputs) -> Output:
     scores = {name: interval.value for name, interval in report.scores.items()}
     named = {_metric(name, report.judge): value for name, value in scores.items()}
     context.run.metrics(named, checkpoint.step)
-    context.run.tags({"pixnerd.checkpoint": report.checkpoint, "pixnerd.judge": report.judge})
+    about = {"checkpoint": report.checkpoint, "judge": report.judge, "questions": questions_name(settings)}
+    context.run.tags({f"pixnerd.{name}": value for name, value in about.items()})
     context.parent.metrics({f"{inputs['checkpoint'].stage}/{name}": value for name, value in named.items()}, 0)
     return DpgOutput(record=layout.REPORT.at(stage=context.digest), scores=scores)
 

@@ -17,9 +17,10 @@ from infra.errors import EvaluationError
 from pipelines.evaluation import dpg
 from pipelines.evaluation.dpg import Answers, Question, by_item, read_answers, read_questions, score
 
-COLUMNS = (
-    "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language"
-).split(",")
+COLUMNS = [
+    *("item_id", "text", "keywords", "proposition_id", "dependency"),
+    *("category_broad", "category_detailed", "tuple", "question_natural_language"),
+]
 WHOLE, PART, COLOUR = "entity - whole", "entity - part", "attribute - color"
 
 

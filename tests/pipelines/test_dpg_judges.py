@@ -147,7 +147,9 @@ def test_the_likelier_word_and_the_said_word(vlm: Path):
     for image, of_image in zip(pictures, words, strict=True):
         margins = [one_by_one(judge, image, f"{text} {judge.settings.instruction}") for text in TEXTS]
         assert of_image == ["yes" if margin > 0 else "no" for margin in margins]
-    assert {word for of_image in words for word in of_image} == {"yes", "no"}
+    judge.yes, judge.no = judge.no, judge.yes
+    (swapped,) = judge.answers([(pictures[0], TEXTS)])
+    assert swapped == ["no" if word == "yes" else "yes" for word in words[0]]
     speaker = VlmAnswerer(settings(vlm, answer="generated"), "cpu")
     (spoken,) = speaker.answers([(pictures[0], TEXTS)])
     assert len(spoken) == len(TEXTS) and all(isinstance(word, str) for word in spoken)

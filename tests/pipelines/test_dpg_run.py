@@ -1,0 +1,239 @@
+"""DPG-Bench on pictures: from a checkpoint or a folder of grids to a report; all that fails is counted with its cause.
+
+The pool of actors is held by `test_evaluation`; here its actor works in this process.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from infra.config import parse
+from infra.errors import EvaluationError
+from infra.layout import REPORT
+from infra.records import DpgOutput, EvalReport, read_record
+from infra.store import Store, open_store
+from pipelines.evaluation import asking, dpg_run, generate, grids
+from pipelines.evaluation.answering import Unanswered
+from pipelines.evaluation.asking import answers_in
+from pipelines.evaluation.chunks import Chunk, Maker, Shelf, _Actor
+from pipelines.evaluation.dpg_run import DpgSettings, dpg, dpg_of_folder, items_of, kept_scores, questions_of
+from pipelines.evaluation.dpg_shapes import ShapeAnswerer
+from pipelines.stages import dpg as stage
+from pipelines.stages.kinds import KINDS
+from tests.data_prep.small_scorers import build_vlm
+from tests.drawing import correct_picture
+from tests.training import small_checkpoint
+from training import checkpoint as checkpoints
+
+SETTINGS: dict[str, Any] = {"per_task": 1, "sampling": {"steps": 1, "batch": 9}}
+SIDE = 32
+
+
+def settings(**changes: Any) -> DpgSettings:
+    return parse(DpgSettings, SETTINGS | changes)
+
+
+def nothing(text: str, done: int, total: int) -> None: ...
+
+
+def made_here(shelf: Shelf, maker: Maker[Any], items: Mapping[int, Any], *_: Any) -> list[Chunk]:
+    actor = _Actor(shelf, maker, "cpu")
+    return [actor.do(number, item) for number, item in items.items()]
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (dpg_run, generate):
+        monkeypatch.setattr(module, "make", made_here)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """Another model's grids: right ones."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for item in items_of(questions_of(settings())):
+        grid = Image.new("RGB", (2 * SIDE, 2 * SIDE))
+        for seed in range(4):
+            picture = Image.fromarray(correct_picture(item.prompt, seed, SIDE))
+            grid.paste(picture, (SIDE * (seed % 2), SIDE * (seed // 2)))
+        grid.save(folder / f"{item.name}.png")
+    return folder
+
+
+def rows(store: Store, report: EvalReport) -> dict[tuple[str, int], dict[str, Any]]:
+    from pipelines.evaluation.judging import verdict_rows
+
+    return {(row["item"], row["image"]): row for row in verdict_rows(store, report.details)}
+
+
+def test_right_grids_have_all_points_and_what_is_wrong_with_files_is_counted(theirs: Path, store: Store):
+    right = dpg_of_folder(store, theirs, SIDE, settings(), nothing)
+    assert (right.protocol, right.judge, right.images, right.failed) == ("dpg", "shapes", 24, 0)
+    assert {score.value for score in right.scores.values()} == {100.0}
+    assert {"dpg/overall", "dpg/entity", "dpg/attribute - color"} <= right.scores.keys()
+
+    (theirs / "single_object-0.png").unlink()
+    torn = theirs / "two_object-0.png"
+    torn.write_bytes(torn.read_bytes()[:-40])
+    Image.new("RGB", (2 * SIDE, SIDE)).save(theirs / "counting-0.png")
+    (theirs / "colors-0.png").write_bytes(b"no picture")
+    report = dpg_of_folder(store, theirs, SIDE, settings(), nothing)
+    told = {item: row["failure"] for (item, image), row in rows(store, report).items() if image == 3}
+    assert told["single_object-0"] == "its grid is not in the folder"
+    assert told["two_object-0"].startswith("its grid cannot be read (")
+    assert told["counting-0"] == f"its grid is {2 * SIDE} x {SIDE}, not {2 * SIDE} x {2 * SIDE}"
+    assert told["colors-0"].startswith("its grid cannot be read (") and str(theirs) not in told["colors-0"]
+    assert told["position-0"] is told["color_attr-0"] is None
+    assert (report.images, report.failed) == (24, 16)
+    assert report.scores["dpg/overall"].value == pytest.approx(100 * 2 / 6)
+    assert report.checkpoint != right.checkpoint
+    scores = kept_scores(store, report, questions_of(settings()), "fixed")
+    assert vars(scores.coverage) == {"items": 6, "scored": 2, "failed": 4, "missing": 0}
+
+
+def test_wrong_pictures_lose_the_points_that_their_questions_have(theirs: Path, store: Store):
+    """One grid in the place of another: there is no circle, so its size and colour fall too."""
+    report = dpg_of_folder(store, theirs, SIDE, settings(), nothing)
+    name = "single_object-0"
+    asked = {item.name: item for item in items_of(questions_of(settings()))}[name].asked
+    grid = Image.new("RGB", (2 * SIDE, 2 * SIDE), "white")
+    grid.save(theirs / f"{name}.png")
+    wrong = dpg_of_folder(store, theirs, SIDE, settings(), nothing)
+    row = rows(store, wrong)[name, 0]
+    assert not row["correct"] and row["reasons"] == "Is there a circle? no" and row["failure"] is None
+    lost = 100 * (1 - 1 / len(asked)) / 6  # what is left of this item: its background is white
+    assert report.scores["dpg/overall"].value - wrong.scores["dpg/overall"].value == pytest.approx(lost)
+
+
+def test_a_judge_that_raises_is_counted(theirs: Path, store: Store, monkeypatch: pytest.MonkeyPatch):
+    whole = ShapeAnswerer.answers
+
+    def sometimes(self: ShapeAnswerer, asked: Any) -> Any:
+        words = whole(self, asked)
+        return [[Unanswered("broken"), *of_picture[1:]] if n == 1 else of_picture for n, of_picture in enumerate(words)]
+
+    monkeypatch.setattr(ShapeAnswerer, "answers", sometimes)
+    report = dpg_of_folder(store, theirs, SIDE, settings(sampling={"batch": 24}), nothing)
+    item = items_of(questions_of(settings()))[0]
+    assert report.failed == 1
+    assert rows(store, report)[item.name, 1]["failure"] == "the judge failed: broken"
+    answers = answers_in(store, report.details)
+    assert answers[item.name][1][1] is None and answers[item.name][0][1] == "yes"
+    for mode, scored, overall in (("compat", 5, 100.0), ("fixed", 5, None)):
+        scores = kept_scores(store, report, questions_of(settings()), mode)  # type: ignore[arg-type]
+        assert (scores.coverage.scored, scores.coverage.failed) == (scored, 1)
+        assert overall is None or scores.overall == overall
+
+
+def test_as_published_the_judge_is_named_so(theirs: Path, store: Store):
+    report = dpg_of_folder(store, theirs, SIDE, settings(mode="compat"), nothing)
+    assert report.judge == "shapes, compat"
+    with pytest.raises(EvaluationError, match="no item has a score"):
+        dpg_of_folder(store, theirs, SIDE, settings(mode="compat", questions=str(_lone(theirs))), nothing)
+
+
+def _lone(folder: Path) -> Path:
+    path = folder / "lone.csv"
+    with path.open("w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language"])
+        lines.writerow(["position-0", "a circle", 1, 0, "entity (circle)", "Is there a circle?"])
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_checkpoint.write_text(tmp_path_factory.mktemp("net") / "net")
+
+
+@pytest.mark.parametrize("images", [1, 3, 4])
+def test_an_exported_folder_imported_again_gives_the_same_report(
+    folder: Path, store: Store, tmp_path: Path, images: int
+):
+    checkpoint = checkpoints.publish_folder(store, folder)
+    drawn = settings(images=images)
+    report = dpg(store, "one", checkpoint, drawn, nothing)
+    assert report.images == 6 * images and report.failed == 0
+    items = [item.name for item in items_of(questions_of(drawn))]
+    out = tmp_path / "out"
+    assert grids.laid_out(store, report, items, images, out) == 6
+    with Image.open(out / f"{items[0]}.png") as grid:
+        side = grid.width if images == 1 else grid.width // 2
+    again = dpg_of_folder(store, out, side, drawn, nothing)
+    assert again.scores == report.scores
+    assert again.details.sha256 == report.details.sha256
+    assert [tar.sha256 for tar in again.pictures] == [tar.sha256 for tar in report.pictures]
+    assert read_record(store, REPORT.at(stage="one"), EvalReport) == report
+
+
+def test_pictures_lie_in_their_grid_as_the_published_script_cuts_them(theirs: Path, store: Store, tmp_path: Path):
+    report = dpg_of_folder(store, theirs, SIDE, settings(), nothing)
+    items = [item.name for item in items_of(questions_of(settings()))]
+    grids.laid_out(store, report, items, 4, tmp_path / "out")
+    for item in items:
+        with Image.open(theirs / f"{item}.png") as theirs_, Image.open(tmp_path / f"out/{item}.png") as ours:
+            assert theirs_.tobytes() == ours.tobytes()
+
+
+def test_a_folder_without_any_grid_is_refused(store: Store, tmp_path: Path):
+    with pytest.raises(EvaluationError, match="holds no pictures of these items"):
+        dpg_of_folder(store, tmp_path, SIDE, settings(), nothing)
+
+
+@pytest.mark.parametrize("answer", ["likelier", "generated"])
+def test_a_vision_language_model_judges_by_the_whole_path(theirs: Path, store: Store, tmp_path: Path, answer: str):
+    build_vlm(tmp_path / "tiny-vl", "qwen3")
+    judge = {"kind": "vlm", "model": str(tmp_path / "tiny-vl"), "dtype": "float32", "answer": answer}
+    by_model = settings(judge=judge)
+    report = dpg_of_folder(store, theirs, SIDE, by_model, nothing)
+    assert report.judge == f"tiny-vl ({answer})" and report.failed == 0
+    words = {
+        word for item in answers_in(store, report.details).values() for crop in item.values() for word in crop.values()
+    }
+    assert words <= {"yes", "no"} if answer == "likelier" else not words & {"yes", "no", None}
+    before = dpg_run.outside(by_model)
+    (tmp_path / "tiny-vl" / "chat_template.jinja").write_text("another")
+    assert dpg_run.outside(by_model) != before, "the judge's files count"
+
+
+def test_the_digest_holds_the_questions_and_not_the_name_of_their_file(theirs: Path, tmp_path: Path):
+    path = _lone(theirs)
+    (tmp_path / "copy.csv").write_bytes(path.read_bytes())
+    one, other = (dpg_run.outside(settings(questions=str(name))) for name in (path, tmp_path / "copy.csv"))
+    assert one == other
+    (tmp_path / "copy.csv").write_text(path.read_text().replace("Is there", "Do you see"))
+    assert dpg_run.outside(settings(questions=str(tmp_path / "copy.csv"))) != one
+    assert dpg_run.counted(settings()) == dpg_run.counted(settings(questions=str(path), workers=3))
+
+
+def test_metrics_name_the_judge():
+    assert stage._metric("dpg/overall", "Qwen/Qwen2.5-VL-7B-Instruct (likelier)") == (
+        "dpg/Qwen-Qwen2.5-VL-7B-Instruct likelier/overall"
+    )
+    assert stage._metric("dpg/attribute - color", "shapes") == "dpg/shapes/attribute - color"
+
+
+def test_a_gate_takes_the_scores_of_either_protocol():
+    assert KINDS["gate"].takes["scores"] == ("evaluate", "dpg")
+    assert issubclass(DpgOutput, KINDS["evaluate"] and DpgOutput.__mro__[1])
+
+
+def test_who_judges_is_refused_if_its_weights_changed_on_the_way(theirs: Path, store: Store, tmp_path: Path):
+    build_vlm(tmp_path / "tiny-vl", "qwen3")
+    by_model = settings(judge={"kind": "vlm", "model": str(tmp_path / "tiny-vl"), "dtype": "float32"})
+    maker = asking.Asking(store, by_model.judge.located(), items_of(questions_of(by_model)))
+    (tmp_path / "tiny-vl" / "chat_template.jinja").write_text("another")
+    with pytest.raises(EvaluationError, match="differ between machines"):
+        maker.load("cpu")
