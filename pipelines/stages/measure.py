@@ -75,7 +75,8 @@ class Rule(Settings):
 
 
 class GateStage(Settings):
-    scores: list[str] = stage_reference()  # the rules judge the first; the others are there to be compared with
+    # A rule judges the first that has its score; the others are there to be compared with.
+    scores: list[str] = stage_reference()
     rules: list[Rule] = Field(min_length=1)
 
 
@@ -96,10 +97,10 @@ def gate(context: Context, settings: GateStage, inputs: Inputs) -> Output:
     reports = {
         name: report_of(context.store, inputs[f"scores.{number}"]) for number, name in enumerate(settings.scores)
     }
-    judged = reports[settings.scores[0]]
     verdicts = []
     for rule in settings.rules:
-        value = _score(judged, rule.score)
+        having = (report for report in reports.values() if rule.score in report.scores)
+        value = _score(next(having, reports[settings.scores[0]]), rule.score)
         if rule.at_least is not None:
             limit, passed = f"at least {rule.at_least:.3f}", value >= rule.at_least
             verdicts.append(Verdict(score=rule.score, value=value, limit=limit, passed=passed))

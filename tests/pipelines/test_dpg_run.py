@@ -8,26 +8,33 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from PIL import Image
 
 from infra.config import parse
-from infra.errors import EvaluationError
+from infra.errors import EvaluationError, SettingsError
 from infra.layout import REPORT
-from infra.records import DpgOutput, EvalReport, read_record
+from infra.records import DpgOutput, EvalReport, GateOutput, read_record
 from infra.store import Store, open_store
+from infra.tracking import NOWHERE, Tracker
+from orchestration import workflow
+from pipelines import recipes
 from pipelines.evaluation import asking, dpg_run, generate, grids
 from pipelines.evaluation.answering import Unanswered
 from pipelines.evaluation.asking import answers_in
 from pipelines.evaluation.chunks import Chunk, Maker, Shelf, _Actor
 from pipelines.evaluation.dpg_run import DpgSettings, dpg, dpg_of_folder, items_of, kept_scores, questions_of
 from pipelines.evaluation.dpg_shapes import ShapeAnswerer
+from pipelines.evaluation.judging import verdict_rows
+from pipelines.page.report import build
 from pipelines.stages import dpg as stage
-from pipelines.stages.kinds import KINDS
+from pipelines.stages import measure
+from pipelines.stages.base import Context
 from tests.data_prep.small_scorers import build_vlm
 from tests.drawing import correct_picture
+from tests.pipelines import small_story
 from tests.training import small_checkpoint
 from training import checkpoint as checkpoints
 
@@ -73,8 +80,6 @@ def theirs(tmp_path: Path) -> Path:
 
 
 def rows(store: Store, report: EvalReport) -> dict[tuple[str, int], dict[str, Any]]:
-    from pipelines.evaluation.judging import verdict_rows
-
     return {(row["item"], row["image"]): row for row in verdict_rows(store, report.details)}
 
 
@@ -225,9 +230,56 @@ def test_metrics_name_the_judge():
     assert stage._metric("dpg/attribute - color", "shapes") == "dpg/shapes/attribute - color"
 
 
-def test_a_gate_takes_the_scores_of_either_protocol():
-    assert KINDS["gate"].takes["scores"] == ("evaluate", "dpg")
-    assert issubclass(DpgOutput, KINDS["evaluate"] and DpgOutput.__mro__[1])
+GATED = """
+name: gated
+extends: demo
+stages:
+  low_dpg: {kind: dpg, checkpoint: low}
+  sft_dpg: {kind: dpg, checkpoint: sft}
+  gate:
+    scores: [sft_score, sft_dpg, low_dpg]
+    rules:
+      - {score: dpg/overall, at_least: 60}
+      - {score: dpg/overall, above: low_dpg}
+      - {score: geneval/overall, at_least: 0.6}
+"""
+
+
+def test_a_recipe_gates_by_both_protocols(tmp_path: Path):
+    path = tmp_path / "gated.yaml"
+    path.write_text(GATED)
+    assert {"low_dpg", "sft_dpg"} <= {node.name for node in workflow.graph(recipes.load(str(path)))}
+    path.write_text(GATED.replace("dpg/overall, at", "dgp/overall, at"))
+    with pytest.raises(SettingsError, match="is dgp/overall, which no evaluation has: did you mean `dpg/overall`"):
+        workflow.graph(recipes.load(str(path)))
+    path.write_text(GATED.replace("sft_dpg, low_dpg", "sft_dpg, low"))
+    with pytest.raises(SettingsError, match="whose kind is train, not evaluate or dpg"):
+        workflow.graph(recipes.load(str(path)))
+
+
+def test_a_stage_of_a_workflow_and_the_gate_behind_it(folder: Path, store: Store, tmp_path: Path):
+    made = small_story.Made(store)
+    record = made.put("net", checkpoints.publish_folder(store, folder))
+    made.stage("low", "train", {"record": record, "parameters": 1, "images_seen": 1})
+    context = Context(store, tmp_path, cast(Tracker, None), NOWHERE, lambda *_: None, "low_dpg", "one")
+    asked = parse(stage.DpgStage, SETTINGS | {"checkpoint": "low"})
+    output = stage.evaluate(context, asked, {"checkpoint": made.stages[-1]})
+    assert isinstance(output, DpgOutput) and output.scores["dpg/overall"] <= 100
+    made.stage("low_dpg", "dpg", output.model_dump(), checkpoint="low")
+    for least, passed in ((0.0, True), (100.5, False)):
+        rules = {"scores": ["low_dpg"], "rules": [{"score": "dpg/overall", "at_least": least}]}
+        verdict = measure.gate(context, parse(measure.GateStage, rules), {"scores.0": made.stages[-1]})
+        assert isinstance(verdict, GateOutput) and verdict.passed is passed
+
+
+def test_the_page_shows_both_protocols_apart(theirs: Path, store: Store):
+    made = small_story.make(store)
+    report = dpg_of_folder(store, theirs, SIDE, settings(), nothing)
+    output = {"record": made.put("low_dpg", report), "scores": {k: v.value for k, v in report.scores.items()}}
+    made.stage("low_dpg", "dpg", output, checkpoint="low")
+    page = build(store, "both", made.stages)
+    assert "dpg by the judge “shapes”" in page and "geneval by the judge “shapes”" in page
+    assert "a photo of a large" in page
 
 
 def test_who_judges_is_refused_if_its_weights_changed_on_the_way(theirs: Path, store: Store, tmp_path: Path):
