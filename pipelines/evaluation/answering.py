@@ -76,18 +76,6 @@ class EndpointAnswers(Server):
 AnyJudge = Annotated[ShapeAnswers | VlmAnswers | EndpointAnswers, Field(discriminator="kind")]
 
 
-def load(settings: AnyJudge, device: str) -> Answerer:
-    if isinstance(settings, EndpointAnswers):
-        return EndpointAnswerer(settings)
-    if isinstance(settings, VlmAnswers):
-        from pipelines.evaluation.vqa import VlmAnswerer
-
-        return VlmAnswerer(settings, device)
-    from pipelines.evaluation.dpg_shapes import ShapeAnswerer
-
-    return ShapeAnswerer()
-
-
 class EndpointAnswerer:
     """Asks all questions about some pictures at once; a question that the server did not answer has its cause."""
 

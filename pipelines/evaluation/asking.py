@@ -17,9 +17,18 @@ from infra.errors import EvaluationError
 from infra.records import DataObject, get_data
 from infra.shards import parquet_bytes
 from infra.store import Store
-from pipelines.evaluation import answering, dpg
-from pipelines.evaluation.answering import Answer, AnyJudge, Unanswered
+from pipelines.evaluation import dpg
+from pipelines.evaluation.answering import (
+    Answer,
+    Answerer,
+    AnyJudge,
+    EndpointAnswerer,
+    EndpointAnswers,
+    Unanswered,
+    VlmAnswers,
+)
 from pipelines.evaluation.chunks import Chunk, Made, Maker
+from pipelines.evaluation.dpg_shapes import ShapeAnswerer
 from pipelines.evaluation.tars import ToJudge, place
 
 _ANSWERS = "answers"
@@ -38,6 +47,16 @@ _SCHEMA = pa.schema(
         ("answers", pa.list_(_ANSWER)),
     ]
 )
+
+
+def load(settings: AnyJudge, device: str) -> Answerer:
+    if isinstance(settings, EndpointAnswers):
+        return EndpointAnswerer(settings)
+    if isinstance(settings, VlmAnswers):
+        from pipelines.evaluation.vqa import VlmAnswerer
+
+        return VlmAnswerer(settings, device)
+    return ShapeAnswerer()
 
 
 class Item(NamedTuple):
@@ -65,7 +84,7 @@ class Asking(Maker[ToJudge]):
     def load(self, device: str) -> None:
         if digest(self.judge.identity()) != self.identity:
             raise EvaluationError("the judge's weights differ between machines", remedy="give all nodes the same files")
-        self.answerer = answering.load(self.judge, device)
+        self.answerer = load(self.judge, device)
 
     def pictures(self, item: ToJudge) -> list[str]:
         return item.there

@@ -31,6 +31,7 @@ from training.encoders import text
 
 COMMANDS = [
     ["new"], ["plan"], ["run"], ["prepare"], ["train"], ["sample"], ["report"], ["doctor"], ["evaluate", "geneval"],
+    ["evaluate", "dpg"],
     ["checkpoint", "show"], ["checkpoint", "import"], ["checkpoint", "export"], ["checkpoint", "fetch"],
     ["data", "show"], ["data", "verify"], ["data", "forget"], ["data", "gc"],
 ]  # fmt: skip

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.errors import EvaluationError
+from infra.errors import EvaluationError, SettingsError
+from orchestration.cli import app
 from pipelines.evaluation import dpg
 from pipelines.evaluation.dpg import Answers, Question, by_item, read_answers, read_questions, score
 
@@ -271,3 +272,19 @@ def test_answers_are_scored_by_the_command_without_ray_and_without_torch(tmp_pat
         assert told.keys() == {"overall", "items", "l1", "l2", "coverage"}
         assert told["overall"] == pytest.approx(overall)
         assert told["coverage"].keys() == {"items", "scored", "failed", "missing"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ([], "name a checkpoint, or a folder of pictures"),
+        (["net", "--images", "x", "--out", "y"], "name a checkpoint, or a folder of pictures"),
+        (["--images", "x", "--out", "y"], "--images and --resolution go together"),
+        (["net", "--out", "y", "--mode", "best"], "`best` is no mode of scoring"),
+        (["--answers", "a.jsonl"], "--answers scores what was kept, with --questions"),
+        (["net", "--answers", "a.jsonl", "--questions", "q.csv"], "--answers scores what was kept, with --questions"),
+    ],
+)
+def test_what_does_not_go_together_is_told(arguments: list[str], why: str):
+    with pytest.raises(SettingsError, match=why):
+        app(["evaluate", "dpg", *arguments], standalone_mode=False)

@@ -15,7 +15,8 @@ from PIL import Image as Pillow
 from data_prep.shapes import world
 from infra.config import parse
 from infra.errors import CheckpointError, PixnerdError
-from pipelines.evaluation.answering import EndpointAnswers, Unanswered, VlmAnswers, load
+from pipelines.evaluation.answering import EndpointAnswers, Unanswered, VlmAnswers
+from pipelines.evaluation.asking import load
 from pipelines.evaluation.dpg import by_item, score
 from pipelines.evaluation.dpg_shapes import ShapeAnswerer, shape_questions
 from pipelines.evaluation.judges import Image
