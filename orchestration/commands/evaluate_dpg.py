@@ -39,7 +39,7 @@ def dpg(
         typer.Option(
             "--answers",
             help='Score these answers alone, lines such as {"item": "dog", "crop": 0, "question": 3, "answer": "yes"}; '
-            "null: the judge raised.",
+            "null: the judge raised; or a report's table of them, FILE.parquet.",
         ),
     ] = None,
     mode: Annotated[
@@ -89,7 +89,13 @@ def _of_answers(
             remedy="pixnerd evaluate dpg --questions questions.csv --answers answers.jsonl --mode fixed",
         )
     asked = read_questions(Path(questions))
-    _print(score(asked, read_answers(answers, asked), _mode(mode) or "fixed"), json_)
+    if answers.suffix == ".parquet":
+        from pipelines.evaluation import asking
+
+        kept = asking.read_answers(answers)
+    else:
+        kept = read_answers(answers, asked)
+    _print(score(asked, kept, _mode(mode) or "fixed"), json_)
 
 
 def _of_pictures(

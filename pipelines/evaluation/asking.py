@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -144,8 +145,22 @@ def said_of(store: Store, chunk: Chunk) -> list[Said]:
 
 def answers_in(store: Store, details: DataObject) -> dpg.Answers:
     """The answers that a report keeps, as they are scored."""
+    return _answers(_rows(get_data(store, details)))
+
+
+def read_answers(path: Path) -> dpg.Answers:
+    """The same from a copy of that table."""
+    try:
+        return _answers(_rows(path.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise EvaluationError(
+            f"{path} is no table of answers ({type(error).__name__})", remedy="name the `details` of a report of DPG"
+        ) from None
+
+
+def _answers(rows: Sequence[Mapping[str, Any]]) -> dpg.Answers:
     answers: dict[str, dict[int, Mapping[int, str | None]]] = {}
-    for row in _rows(get_data(store, details)):
+    for row in rows:
         answers.setdefault(row["item"], {})[row["image"]] = _said(row).answers
     return answers
 

@@ -6,6 +6,7 @@ The pool of actors is held by `test_evaluation`; here its actor works in this pr
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -16,15 +17,17 @@ from PIL import Image
 from infra.config import parse
 from infra.errors import EvaluationError, SettingsError
 from infra.layout import REPORT
-from infra.records import DpgOutput, EvalReport, GateOutput, read_record
+from infra.records import DpgOutput, EvalReport, GateOutput, get_data, read_record
 from infra.store import Store, open_store
 from infra.tracking import NOWHERE, Tracker
 from orchestration import workflow
+from orchestration.cli import app
 from pipelines import recipes
 from pipelines.evaluation import asking, dpg_run, generate, grids
 from pipelines.evaluation.answering import Unanswered
 from pipelines.evaluation.asking import answers_in
 from pipelines.evaluation.chunks import Chunk, Maker, Shelf, _Actor
+from pipelines.evaluation.dpg import read_questions
 from pipelines.evaluation.dpg_run import DpgSettings, dpg, dpg_of_folder, items_of, kept_scores, questions_of
 from pipelines.evaluation.dpg_shapes import ShapeAnswerer
 from pipelines.evaluation.judging import verdict_rows
@@ -140,6 +143,31 @@ def test_a_judge_that_raises_is_counted(theirs: Path, store: Store, monkeypatch:
         scores = kept_scores(store, report, questions_of(settings()), mode)  # type: ignore[arg-type]
         assert (scores.coverage.scored, scores.coverage.failed) == (scored, 1)
         assert overall is None or scores.overall == overall
+
+
+def test_the_table_of_a_report_is_scored_again_by_the_command(
+    theirs: Path, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    own = tmp_path / "questions.csv"
+    with own.open("w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language"])
+        for question in questions_of(settings()):
+            parents = ", ".join(map(str, question.parents)) or "0"
+            lines.writerow([question.item, question.prompt, question.number, parents, question.about, question.text])
+    assert read_questions(own) == questions_of(settings())
+    Image.new("RGB", (2 * SIDE, 2 * SIDE), "white").save(theirs / "position-0.png")
+    (theirs / "colors-0.png").unlink()
+    report = dpg_of_folder(store, theirs, SIDE, settings(questions=str(own)), nothing)
+    table = tmp_path / "answers.parquet"
+    table.write_bytes(get_data(store, report.details))
+    app(["evaluate", "dpg", "--questions", str(own), "--answers", str(table), "--json"], standalone_mode=False)
+    told = json.loads(capsys.readouterr().out)
+    assert told["overall"] == pytest.approx(report.scores["dpg/overall"].value) and told["overall"] < 100
+    assert told["coverage"] == {"items": 6, "scored": 5, "failed": 1, "missing": 0}
+    table.write_bytes(b"no table")
+    with pytest.raises(EvaluationError, match="is no table of answers"):
+        asking.read_answers(table)
 
 
 def test_as_published_the_judge_is_named_so(theirs: Path, store: Store):
