@@ -81,6 +81,13 @@ def test_by_hand_without_faults(tmp_path: Path):
     assert vars(scores.coverage) == {"items": 2, "scored": 2, "failed": 0, "missing": 0}
 
 
+def test_categories_as_published_are_of_the_last_picture_and_from_before_zeroing(tmp_path: Path):
+    questions = asked(tmp_path, row("lone", 1), row("dog", 1), row("dog", 2, "1", COLOUR))
+    answers = said(lone=[{1: "no"}], dog=[{1: "yes", 2: "no"}, {1: "no", 2: "yes"}])
+    assert score(questions, answers, "compat").l2 == {COLOUR: 100, WHOLE: 0}
+    assert score(questions, answers, "fixed").l2 == {COLOUR: 0, WHOLE: 25}
+
+
 def test_zeroing_passes_through_a_parent_that_stands_before_its_child_in_both_modes(tmp_path: Path):
     questions = asked(tmp_path, row("lone", 1), row("dog", 1), row("dog", 2, "1"), row("dog", 3, "0, 2"))
     answers = said(dog=[{1: "no", 2: "yes", 3: "yes"}])

@@ -72,6 +72,9 @@ def test_what_a_picture_does_not_show_is_answered_with_no():
     assert answers(picture, *wrong) == ["no"] * len(wrong)
     dark = np.where((picture == 255).all(-1, keepdims=True), 40, picture).astype(np.uint8)
     assert answers(dark, "Is the background white?") == ["no"]
+    three = correct_picture("three red circles", 0, 64)
+    counted = answers(three, "Are there two circles?", "Are there three circles?", "Are there four circles?")
+    assert counted == ["no", "yes", "no"]
     two = correct_picture("a red circle left of a blue square", 0, 64)
     assert answers(two, "Is the circle right of the square?", "Is the square right of the circle?") == ["no", "yes"]
 

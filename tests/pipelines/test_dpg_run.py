@@ -6,6 +6,7 @@ The pool of actors is held by `test_evaluation`; here its actor works in this pr
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ from pipelines.evaluation.dpg import read_questions
 from pipelines.evaluation.dpg_run import DpgSettings, dpg, dpg_of_folder, items_of, kept_scores, questions_of
 from pipelines.evaluation.dpg_shapes import ShapeAnswerer
 from pipelines.evaluation.judging import verdict_rows
+from pipelines.evaluation.tars import read_pictures
 from pipelines.page.report import build
 from pipelines.stages import dpg as stage
 from pipelines.stages import measure
@@ -214,6 +216,11 @@ def test_an_exported_folder_imported_again_gives_the_same_report(
 def test_pictures_lie_in_their_grid_as_the_published_script_cuts_them(theirs: Path, store: Store, tmp_path: Path):
     report = dpg_of_folder(store, theirs, SIDE, settings(), nothing)
     items = [item.name for item in items_of(questions_of(settings()))]
+    first = items_of(questions_of(settings()))[0]
+    for (number, image), data in read_pictures(store, report.pictures).items():
+        if number == 0:
+            with Image.open(io.BytesIO(data)) as picture:
+                assert picture.tobytes() == correct_picture(first.prompt, image, SIDE).tobytes()
     grids.laid_out(store, report, items, 4, tmp_path / "out")
     for item in items:
         with Image.open(theirs / f"{item}.png") as theirs_, Image.open(tmp_path / f"out/{item}.png") as ours:
