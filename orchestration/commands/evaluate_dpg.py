@@ -133,7 +133,7 @@ def _of_pictures(
             stage = digest([record.digest(), dpg_run.outside(settings), dpg_run.counted(settings)])
             report = dpg_run.dpg(opened, stage, record, settings, screen.count)
     if export is not None:
-        items = [item.name for item in dpg_run.items_of(asked)]
+        items = [item.name for item in dpg_run.items_of(settings)]
         laid_out(opened, report, items, settings.images, export)
     scores = dpg_run.kept_scores(opened, report, asked, settings.mode)
     if json_:

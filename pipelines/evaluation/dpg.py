@@ -19,8 +19,8 @@ The two modes differ in what the published script (compute_dpg_bench.py) does wr
     a judge that raised     the item has no score                         the question counts 0
     an item without answers has no score                                  counts 0
 
-In both, coverage counts the items by what became of them: `scored`, `failed` (an answer is null or absent, or, in
-compat, the script would have raised) and `missing` (there is no answer at all).
+In both, coverage counts the items by what became of them: `scored`, `failed` (an answer is null or absent, nobody has
+asked about it, or, in compat, the script would have raised) and `missing` (there is no answer at all).
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ Mode = Literal["compat", "fixed"]
 YES = "yes"
 OFFICIAL = "https://raw.githubusercontent.com/TencentQQGYLab/ELLA/3c228f1/dpg_bench/dpg_bench.csv"
 OFFICIAL_BLOB = "98457fc9901943f51ff9a30367250fc292533bed"  # what `git hash-object` prints for it
+OFFICIAL_PROMPTS = (
+    "https://github.com/TencentQQGYLab/ELLA/tree/3c228f1/dpg_bench/prompts"  # git tree ac3ba27, 1,065 files
+)
 _COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
 _FILE_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f]+")  # items name the files of their grids
 
@@ -107,6 +110,21 @@ def _question(row: Mapping[str, str | None], place: str) -> Question:
     return read
 
 
+def read_prompts(folder: Path, items: Iterable[str]) -> dict[str, str]:
+    """Item -> its prompt, from files as DPG-Bench has them: <item_id>.txt."""
+    prompts = {}
+    for item in items:
+        path = folder / f"{item}.txt"
+        try:
+            prompts[item] = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise EvaluationError(
+                f"the prompt {path} cannot be read ({type(error).__name__})",
+                remedy=f"name a folder that has a file for each item; the official ones are in {OFFICIAL_PROMPTS}",
+            ) from None
+    return prompts
+
+
 def is_official(path: Path) -> bool:
     """Whether these are the published questions, by git's hash of the file."""
     content = path.read_bytes()
@@ -117,7 +135,8 @@ def is_official(path: Path) -> bool:
 def read_answers(path: Path, questions: Sequence[Question]) -> Answers:
     """Answers from lines such as {"item": "dog", "crop": 0, "question": 3, "answer": "yes"}.
 
-    A question is named by its number, or by its text as in the published script's list of details.
+    A question is named by its number, or by its text as in the published script's list of details. Items that nobody
+    has asked about are kept, as they are counted; if there are no others, the answers are to another file's questions.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -138,6 +157,8 @@ def read_answers(path: Path, questions: Sequence[Question]) -> Answers:
                     f"{path}, line {place}: question {number} is answered again, and otherwise",
                     remedy="keep one answer to each question about each picture",
                 )
+    if read and not read.keys() & known.numbers.keys():
+        raise EvaluationError(f"{path} answers none of these questions", remedy="name the file of its questions")
     return read
 
 
@@ -170,7 +191,7 @@ def _answer(line: str, known: _Known, place: str) -> tuple[str, int, list[int], 
             remedy='write lines such as {"item": "dog", "crop": 0, "question": 3, "answer": "yes"}, null for no answer',
         ) from None
     if item not in known.numbers:
-        raise EvaluationError(f"{place}: there are no questions about this item", remedy="name the file that has them")
+        return item, crop, [], answer
     numbers = known.by_text.get((item, str(question)), [])
     with_number = isinstance(question, int) or (isinstance(question, str) and question.strip().isdecimal())
     if with_number and int(question) in known.numbers[item]:
@@ -263,6 +284,7 @@ def score(questions: Sequence[Question], answers: Answers, mode: Mode) -> Scores
                 _published(tally, item, published.get(item), pictures)
             except _ScriptFails as failure:
                 tally.failures[item] = str(failure)
+    tally.failures |= dict.fromkeys(answers.keys() - tally.items.keys(), "there are no questions about it")
     return tally.scores()
 
 
@@ -281,8 +303,8 @@ class _Tally:
             of_category.setdefault(item, []).append(100 * by_question[number])
 
     def scores(self) -> Scores:
-        failed, missing = len(self.failures), len(self.missing)
-        coverage = Coverage(len(self.items), len(self.items) - failed - missing, failed, missing)
+        items, failed, missing = len(self.items | self.failures), len(self.failures), len(self.missing)
+        coverage = Coverage(items, items - failed - missing, failed, missing)
         return Scores(self.values, self.by_category, self.failures, coverage)
 
 

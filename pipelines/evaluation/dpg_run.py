@@ -18,7 +18,7 @@ from pipelines.evaluation import dpg as protocol
 from pipelines.evaluation.answering import AnyJudge, ShapeAnswers
 from pipelines.evaluation.asking import Asking, Item, Said, answers_in, nothing_said, said_of, table_of
 from pipelines.evaluation.chunks import Chunk, Shelf, Show, make
-from pipelines.evaluation.dpg import Mode, Question, Scores, by_item, is_official, read_questions
+from pipelines.evaluation.dpg import Mode, Question, Scores, by_item, is_official, read_prompts, read_questions
 from pipelines.evaluation.dpg_shapes import shape_questions
 from pipelines.evaluation.generate import Asked, DrawingSettings, Order, chunked, generate
 from pipelines.evaluation.grids import Grids
@@ -30,6 +30,9 @@ FORMAT = 1  # raised when the same pictures, questions and judge would give anot
 
 class DpgSettings(PoolSettings):
     questions: str = Field("shapes", description="`shapes`: the shape world's own; or a CSV file in DPG-Bench's form")
+    prompts: str | None = Field(
+        None, description="a folder of ITEM.txt, the prompt of each item; none: the questions' column `text`"
+    )
     per_task: int = Field(12, ge=1, description="items a task of the shape world's set")
     images: int = Field(4, ge=1, le=4, description="pictures an item, from seeds 0, 1, ...")
     judge: AnyJudge = ShapeAnswers()
@@ -51,24 +54,34 @@ def questions_name(settings: DpgSettings) -> str:
     return "DPG-Bench's" if is_official(Path(settings.questions)) else Path(settings.questions).name
 
 
-def items_of(questions: Sequence[Question]) -> list[Item]:
+def items_of(settings: DpgSettings) -> list[Item]:
     """The items in the order of their first rows."""
-    return [Item(name, next(iter(asked.values())).prompt, asked) for name, asked in by_item(questions).items()]
+    items = by_item(questions_of(settings))
+    if settings.prompts is not None:
+        prompts = read_prompts(Path(settings.prompts), items)
+    else:
+        prompts = {name: next(iter(asked.values())).prompt for name, asked in items.items()}
+    if nothing := [name for name, prompt in prompts.items() if not prompt.strip()]:
+        raise EvaluationError(
+            f"the item {nothing[0]} has no prompt", remedy="fill the column `text`, or name a folder: --set prompts="
+        )
+    return [Item(name, prompts[name], asked) for name, asked in items.items()]
 
 
-def questions_digest(questions: Sequence[Question]) -> str:
-    """A digest of the questions themselves, as a file may change while its name does not."""
-    return digest([list(question) for question in questions])
+def questions_digest(settings: DpgSettings) -> str:
+    """A digest of the prompts and questions themselves, as a file may change while its name does not."""
+    prompts = [] if settings.prompts is None else [item.prompt for item in items_of(settings)]
+    return digest([*(list(question) for question in questions_of(settings)), *prompts])
 
 
 def outside(settings: DpgSettings) -> list[object]:
     """What a report depends on besides the settings: the questions, and the judge with its weights."""
-    return [FORMAT, questions_digest(questions_of(settings)), settings.judge.identity()]
+    return [FORMAT, questions_digest(settings), settings.judge.identity()]
 
 
 def counted(settings: DpgSettings) -> dict[str, object]:
-    """The settings that change results, whatever the folder of the judge's weights and the file of questions."""
-    return {name: value for name, value in settings.chosen().items() if name not in ("judge", "questions")}
+    """The settings that change results, whatever the names of the files that `outside` reads."""
+    return {name: value for name, value in settings.chosen().items() if name not in ("judge", "questions", "prompts")}
 
 
 def dpg(
@@ -80,7 +93,7 @@ def dpg(
     needs: Needs | None = None,
 ) -> EvalReport:
     """Evaluate a checkpoint by DPG-Bench; what an interrupted run drew and judged is used again."""
-    items = items_of(questions_of(settings))
+    items = items_of(settings)
     needs = needs or settings.needs
     order = Order(store, stage, checkpoint, settings.images, settings.sampling, needs)
     drawn = generate(order, [item.prompt for item in items], show)
@@ -89,7 +102,7 @@ def dpg(
 
 def dpg_of_folder(store: Store, folder: Path, resolution: int, settings: DpgSettings, show: Show) -> EvalReport:
     """Judge a folder's pictures, cut from grids: another model's, perhaps."""
-    items = items_of(questions_of(settings))
+    items = items_of(settings)
     drawing = DrawingSettings(batch=settings.sampling.batch)
     grids = Grids(folder, [item.name for item in items], settings.images, resolution)
     pictures = digest([grids.digest(), resolution])
@@ -110,7 +123,7 @@ def judged(
 ) -> EvalReport:
     """The report on pictures that are there. `checkpoint` tells whose they are."""
     questions = questions_of(settings)
-    items, judge = items_of(questions), settings.judge.located()
+    items, judge = items_of(settings), settings.judge.located()
     to_judge = {
         first: ToJudge(chunk.data[PICTURES], asked.pictures(settings.images), chunk.failed)
         for (first, asked), chunk in zip(_chunked(items, settings).items(), drawn, strict=True)
@@ -130,7 +143,7 @@ def judged(
     report = EvalReport(
         protocol="dpg",
         judge=settings.judge.name if settings.mode == "fixed" else f"{settings.judge.name}, {settings.mode}",
-        prompts=questions_digest(questions),
+        prompts=questions_digest(settings),
         checkpoint=checkpoint,
         images=len(said),
         failed=sum(of_picture.failure is not None for of_picture in said),

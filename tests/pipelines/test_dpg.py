@@ -203,7 +203,6 @@ def test_answers_name_questions_by_number_or_text(tmp_path: Path):
         ("yes", "line 2 is no answer"),
         ('{"item": "dog", "crop": 0, "question": 1, "answer": true}', "line 2 is no answer"),
         ('{"item": "dog", "crop": [0], "question": 1, "answer": "no"}', "line 2 is no answer"),
-        ('{"item": "cat", "crop": 0, "question": 1, "answer": "no"}', "line 2: there are no questions about this item"),
         ('{"item": "dog", "crop": 0, "question": 5, "answer": "no"}', "line 2: its item has no such question"),
         ('{"item": "dog", "crop": 0, "question": 1, "answer": "no"}', "question 1 is answered again, and otherwise"),
     ],
@@ -213,6 +212,19 @@ def test_lines_that_are_no_answers(tmp_path: Path, line: str, why: str):
     path.write_text('{"item": "dog", "crop": 0, "question": 1, "answer": "yes"}\n' + line)
     with pytest.raises(EvaluationError, match=why):
         read_answers(path, asked(tmp_path, row("dog", 1)))
+
+
+@pytest.mark.parametrize("mode", ["compat", "fixed"])
+def test_an_item_that_nobody_has_asked_about_is_counted(tmp_path: Path, mode: dpg.Mode):
+    questions, path = asked(tmp_path, row("lone", 1), row("dog", 1)), tmp_path / "answers.jsonl"
+    lines = [{"item": item, "crop": 0, "question": 1, "answer": "yes"} for item in ("cat", "lone", "dog")]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    scores = score(questions, read_answers(path, questions), mode)
+    assert scores.overall == 100 and scores.failures["cat"] == "there are no questions about it"
+    assert scores.coverage.items == 3 == scores.coverage.scored + scores.coverage.failed
+    path.write_text(json.dumps(lines[0]))
+    with pytest.raises(EvaluationError, match="answers none of these questions"):
+        read_answers(path, questions)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def theirs(tmp_path: Path) -> Path:
     """Another model's grids: right ones."""
     folder = tmp_path / "theirs"
     folder.mkdir()
-    for item in items_of(questions_of(settings())):
+    for item in items_of(settings()):
         grid = Image.new("RGB", (2 * SIDE, 2 * SIDE))
         for seed in range(4):
             picture = Image.fromarray(correct_picture(item.prompt, seed, SIDE))
@@ -117,7 +117,7 @@ def test_wrong_pictures_lose_the_points_that_their_questions_have(theirs: Path, 
     """One grid in the place of another: there is no circle, so its size and colour fall too."""
     report = dpg_of_folder(store, theirs, SIDE, settings(), nothing)
     name = "single_object-0"
-    asked = {item.name: item for item in items_of(questions_of(settings()))}[name].asked
+    asked = {item.name: item for item in items_of(settings())}[name].asked
     grid = Image.new("RGB", (2 * SIDE, 2 * SIDE), "white")
     grid.save(theirs / f"{name}.png")
     wrong = dpg_of_folder(store, theirs, SIDE, settings(), nothing)
@@ -136,7 +136,7 @@ def test_a_judge_that_raises_is_counted(theirs: Path, store: Store, monkeypatch:
 
     monkeypatch.setattr(ShapeAnswerer, "answers", sometimes)
     report = dpg_of_folder(store, theirs, SIDE, settings(sampling={"batch": 24}), nothing)
-    item = items_of(questions_of(settings()))[0]
+    item = items_of(settings())[0]
     assert report.failed == 1
     assert rows(store, report)[item.name, 1]["failure"] == "the judge failed: broken"
     answers = answers_in(store, report.details)
@@ -201,7 +201,7 @@ def test_an_exported_folder_imported_again_gives_the_same_report(
     drawn = settings(images=images)
     report = dpg(store, "one", checkpoint, drawn, nothing)
     assert report.images == 6 * images and report.failed == 0
-    items = [item.name for item in items_of(questions_of(drawn))]
+    items = [item.name for item in items_of(drawn)]
     out = tmp_path / "out"
     assert grids.laid_out(store, report, items, images, out) == 6
     with Image.open(out / f"{items[0]}.png") as grid:
@@ -215,8 +215,8 @@ def test_an_exported_folder_imported_again_gives_the_same_report(
 
 def test_pictures_lie_in_their_grid_as_the_published_script_cuts_them(theirs: Path, store: Store, tmp_path: Path):
     report = dpg_of_folder(store, theirs, SIDE, settings(), nothing)
-    items = [item.name for item in items_of(questions_of(settings()))]
-    first = items_of(questions_of(settings()))[0]
+    items = [item.name for item in items_of(settings())]
+    first = items_of(settings())[0]
     for (number, image), data in read_pictures(store, report.pictures).items():
         if number == 0:
             with Image.open(io.BytesIO(data)) as picture:
@@ -256,6 +256,24 @@ def test_the_digest_holds_the_questions_and_not_the_name_of_their_file(theirs: P
     (tmp_path / "copy.csv").write_text(path.read_text().replace("Is there", "Do you see"))
     assert dpg_run.outside(settings(questions=str(tmp_path / "copy.csv"))) != one
     assert dpg_run.counted(settings()) == dpg_run.counted(settings(questions=str(path), workers=3))
+
+
+def test_prompts_may_lie_in_files_of_their_own(tmp_path: Path):
+    own = items_of(settings())
+    for item in own[:-1]:
+        (tmp_path / f"{item.name}.txt").write_text(f"{item.prompt}, seen at night\n")
+    at_night = settings(prompts=str(tmp_path))
+    with pytest.raises(EvaluationError, match=rf"{own[-1].name}.txt cannot be read.*TencentQQGYLab"):
+        items_of(at_night)
+    last = tmp_path / f"{own[-1].name}.txt"
+    last.write_text(" \n")
+    with pytest.raises(EvaluationError, match="has no prompt"):
+        items_of(at_night)
+    last.write_text("a dog")
+    assert [item.prompt for item in items_of(at_night)][-2:] == [f"{own[-2].prompt}, seen at night", "a dog"]
+    before = dpg_run.outside(at_night)
+    last.write_text("a cat")
+    assert dpg_run.outside(at_night) != before != dpg_run.outside(settings())
 
 
 def test_metrics_name_the_judge():
@@ -320,7 +338,7 @@ def test_the_page_shows_both_protocols_apart(theirs: Path, store: Store):
 def test_who_judges_is_refused_if_its_weights_changed_on_the_way(theirs: Path, store: Store, tmp_path: Path):
     build_vlm(tmp_path / "tiny-vl", "qwen3")
     by_model = settings(judge={"kind": "vlm", "model": str(tmp_path / "tiny-vl"), "dtype": "float32"})
-    maker = asking.Asking(store, by_model.judge.located(), items_of(questions_of(by_model)))
+    maker = asking.Asking(store, by_model.judge.located(), items_of(by_model))
     (tmp_path / "tiny-vl" / "chat_template.jinja").write_text("another")
     with pytest.raises(EvaluationError, match="differ between machines"):
         maker.load("cpu")
