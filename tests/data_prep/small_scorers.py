@@ -70,8 +70,11 @@ TEMPLATE = (
 PATCH = 8
 
 
-def build_vlm(folder: Path, kind: str) -> None:
-    """A `qwen2_5` or `qwen3`, whose generation_config.json asks for sampling, as the published ones do."""
+def build_vlm(folder: Path, kind: str, scale: int = 1) -> None:
+    """A `qwen2_5` or `qwen3`, whose generation_config.json asks for sampling, as the published ones do.
+
+    `scale` times as wide, and for images with so many times the side.
+    """
     import torch
     import transformers as t
 
@@ -79,18 +82,23 @@ def build_vlm(folder: Path, kind: str) -> None:
     named = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     text = {
         "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
+        "hidden_size": 32 * scale,
+        "intermediate_size": 64 * scale,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 512,
+        "num_attention_heads": 2 * scale,
+        "num_key_value_heads": scale,
+        "max_position_embeddings": 512 * scale**2,
         "bos_token_id": None,
         "eos_token_id": named["<|im_end|>"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
     }
-    vision: dict[str, Any] = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2}
-    vision |= {"patch_size": PATCH, "out_hidden_size": 32}
+    vision: dict[str, Any] = {
+        "depth": 2,
+        "hidden_size": 16 * scale,
+        "intermediate_size": 32 * scale,
+        "num_heads": 2 * scale,
+    }
+    vision |= {"patch_size": PATCH, "out_hidden_size": 32 * scale}
     ids = {
         f"{name}_token_id": named[f"<|{token}|>"] for name, token in (("image", "image_pad"), ("video", "video_pad"))
     } | {f"{name}_token_id": named[f"<|{name}|>"] for name in ("vision_start", "vision_end")}
@@ -108,14 +116,17 @@ def build_vlm(folder: Path, kind: str) -> None:
         model = network(config)
         for weight in model.parameters():
             if weight.ndim > 1:
-                torch.nn.init.normal_(weight, std=0.3)
+                torch.nn.init.normal_(weight, std=0.3 / scale**0.5)
     ends = [named["<|im_end|>"], named["<|endoftext|>"]]
     model.generation_config = t.GenerationConfig(
         do_sample=True, temperature=2.0, repetition_penalty=1.5, eos_token_id=ends, pad_token_id=ends[1]
     )
     model.save_pretrained(folder)
     pictures = t.Qwen2VLImageProcessor(
-        patch_size=PATCH, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 256, "longest_edge": 64 * 64}
+        patch_size=PATCH,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": 256, "longest_edge": 64 * 64 * scale**2},
     )
     processor(
         image_processor=pictures, tokenizer=tokenizer, video_processor=video(patch_size=PATCH), chat_template=TEMPLATE
