@@ -10,22 +10,23 @@ resumed stage continues its run.
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from infra.calls import Calls, NotTaken
 from infra.config import Settings, operational
 from infra.errors import TrackingError
 
 DIGEST_TAG = "pixnerd.digest"
-SOURCE_TAG = "pixnerd.source"
+CHECKPOINT_TAG = "pixnerd.checkpoint"
 _SQLITE = "sqlite:///"  # followed by the path
 _BATCH = 900  # metrics in a call; the server takes at most 1,000
 _LOCK_SECONDS = 60.0  # to wait for others that open a database file; one that takes longer hangs
@@ -37,6 +38,22 @@ _CLOSE_SECONDS, _CLOSE_AWAY_SECONDS = 12.0, 2.0  # to send the rest at the end: 
 _URI = "MLFLOW_TRACKING_URI"
 
 Call = Callable[[Any, str], object]  # takes MLflow's client and the run's id
+
+
+class Model(NamedTuple):
+    """A checkpoint, as one of MLflow's logged models: whatever measures it logs to the same one."""
+
+    name: str
+    checkpoint: str  # the digest of its record
+    source: str  # the URL of the record; the weights stay in the store
+    snapshot: str  # the digest of the data that it was trained on, if known
+
+
+class Measured(NamedTuple):
+    """What a checkpoint was measured on."""
+
+    name: str
+    digest: str
 
 
 class TrackingSettings(Settings):
@@ -84,15 +101,32 @@ class Tracker:
         run.call(lambda client, run_id: None)
         return run
 
-    def register(
-        self, name: str, alias: str, run: Run, source: str, tags: Mapping[str, str], metrics: Mapping[str, float]
-    ) -> str:
-        """Register a version of a model, which stands for a checkpoint in the store; returns the version."""
+    def scores(self, run: Run, model: Model, on: Measured, values: Mapping[str, float], step: int) -> None:
+        """Log a checkpoint's scores to its model and to the run that measured it. It does not wait for MLflow."""
+        now = int(time.time() * 1000)
+
+        def log() -> None:
+            from mlflow.entities import LoggedModelInput, Metric
+
+            client, run_id = run.begun()
+            with _default_uri(self.uri):
+                model_id = self._model_id(model, run_id)
+            client.log_inputs(run_id, models=[LoggedModelInput(model_id)])
+            metrics = [
+                Metric(key, value, now, step, model_id, on.name, on.digest, run_id) for key, value in values.items()
+            ]
+            client.log_batch(run_id, metrics=metrics)
+
+        run.dataset(on.name, on.digest, on.name, {}, "evaluation")
+        self._calls.add(log)
+
+    def register(self, name: str, alias: str, run: Run, model: Model, about: str) -> str:
+        """Register a checkpoint as a version of a model, with all scores that it has; returns the version."""
 
         def register() -> str:
             run_id = run.begun()[1]
             with _default_uri(self.uri):
-                return self._register(name, alias, run_id, source, tags, metrics)
+                return self._register(name, alias, run_id, model, about)
 
         try:
             return self._calls.ask(register, _REGISTER_SECONDS)
@@ -150,24 +184,14 @@ class Tracker:
         run = self._client.create_run(self._experiment_id, run_name=name, tags=all_tags)
         return str(run.info.run_id)
 
-    def _register(
-        self, name: str, alias: str, run_id: str, source: str, tags: Mapping[str, str], metrics: Mapping[str, float]
-    ) -> str:
-        import mlflow
-        from mlflow.entities import Metric
+    def _register(self, name: str, alias: str, run_id: str, model: Model, about: str) -> str:
         from mlflow.exceptions import MlflowException
 
         known = self._client.search_model_versions(f"name='{name}' and run_id='{run_id}'")
         if known:  # an earlier attempt of this stage has registered it
             self._client.set_registered_model_alias(name, alias, known[0].version)
             return str(known[0].version)
-        all_tags = {**tags, SOURCE_TAG: source}
-        model = mlflow.create_external_model(
-            name=name, source_run_id=run_id, tags=all_tags, experiment_id=self._experiment_id
-        )
-        now = int(time.time() * 1000)
-        logged = [Metric(key, value, now, 0, model_id=model.model_id) for key, value in metrics.items()]
-        self._client.log_batch(run_id, metrics=logged)
+        model_id = self._model_id(model, run_id)
         try:
             self._client.create_registered_model(name)
         except MlflowException as error:
@@ -175,10 +199,27 @@ class Tracker:
                 raise
         # As a version's source a server refuses paths outside of its own artifacts, but takes a model.
         version = self._client.create_model_version(
-            name, f"models:/{model.model_id}", run_id=run_id, tags=all_tags, model_id=model.model_id
+            name, f"models:/{model_id}", run_id, _tags(model), description=about, model_id=model_id
         )
         self._client.set_registered_model_alias(name, alias, version.version)
         return str(version.version)
+
+    def _model_id(self, model: Model, run_id: str) -> str:
+        """The logged model that stands for a checkpoint; the first that asks for it makes it."""
+        import mlflow
+
+        query = f"tags.`{CHECKPOINT_TAG}` = '{model.checkpoint}'"
+        known = self._client.search_logged_models([self._experiment_id], query, max_results=1)
+        if known:
+            return str(known[0].model_id)
+        # Names of MLflow's models have none of these characters.
+        name = re.sub(r"[/:.%\"']", "-", model.name)
+        made = mlflow.create_external_model(name, run_id, _tags(model), experiment_id=self._experiment_id)
+        return str(made.model_id)
+
+
+def _tags(model: Model) -> dict[str, str]:
+    return {CHECKPOINT_TAG: model.checkpoint, "pixnerd.source": model.source, "pixnerd.snapshot": model.snapshot}
 
 
 class Run:
@@ -232,6 +273,14 @@ class Run:
 
     def artifact(self, path: Path) -> None:
         self.call(lambda client, run_id: client.log_artifact(run_id, str(path)))
+
+    def table(self, file: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Log a table, which MLflow shows by itself; bytes in it are pictures."""
+
+        def log(client: Any, run_id: str) -> None:
+            client.log_table(run_id, {name: [_shown(cell) for cell in cells] for name, cells in columns.items()}, file)
+
+        self.call(log)
 
     def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any], context: str) -> None:
         """Log a dataset that the run reads, for MLflow's lineage."""
@@ -344,6 +393,16 @@ def _entities() -> Any:
     from mlflow import entities
 
     return entities
+
+
+def _shown(cell: Any) -> Any:
+    if not isinstance(cell, bytes):
+        return cell
+    from mlflow import Image
+    from PIL import Image as Pillow
+
+    with Pillow.open(io.BytesIO(cell)) as picture:
+        return Image(picture.convert("RGB"))
 
 
 def _masked(text: str) -> str:

@@ -25,6 +25,7 @@ from pipelines.stages.base import (
     snapshot_of,
     stage_reference,
 )
+from pipelines.stages.tracked import log_report
 
 
 class SampleStage(DrawSettings):
@@ -53,10 +54,7 @@ def evaluate(context: Context, settings: EvaluateStage, inputs: Inputs) -> Outpu
 
     checkpoint = checkpoint_of(context.store, inputs["checkpoint"])
     report = geneval(context.store, context.digest, checkpoint, settings, context.progress)
-    scores = {name: interval.value for name, interval in report.scores.items()}
-    context.run.metrics(scores, checkpoint.step)
-    context.run.tags({"pixnerd.checkpoint": report.checkpoint, "pixnerd.judge": report.judge})
-    context.parent.metrics({f"{inputs['checkpoint'].stage}/{name}": value for name, value in scores.items()}, 0)
+    scores = log_report(context, inputs["checkpoint"], report)
     return EvaluateOutput(record=layout.REPORT.at(stage=context.digest), scores=scores)
 
 

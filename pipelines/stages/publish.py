@@ -7,8 +7,9 @@ from typing import Annotated
 from infra import layout
 from infra.config import Settings, spelt
 from infra.errors import StageFailed
-from infra.records import GateOutput, Output, RegisterOutput, ReportOutput, TrainOutput, put_data
-from pipelines.stages.base import Context, Inputs, StageKind, checkpoint_of, report_of, stage_reference
+from infra.records import GateOutput, Output, RegisterOutput, ReportOutput, put_data
+from pipelines.stages.base import Context, Inputs, StageKind, report_of, stage_reference
+from pipelines.stages.tracked import log_scores, model_of
 
 
 class RegisterStage(Settings):
@@ -31,13 +32,12 @@ def register(context: Context, settings: RegisterStage, inputs: Inputs) -> Outpu
         raise StageFailed(
             f"the gate is closed ({'; '.join(missed)})", remedy="train longer, or change the gate's rules on purpose"
         )
-    checkpoint = checkpoint_of(context.store, inputs["checkpoint"])
-    report = report_of(context.store, inputs["scores"])
-    source = f"{context.store.url}/{inputs['checkpoint'].of(TrainOutput).record}"
-    tags = {"pixnerd.checkpoint": checkpoint.digest(), "pixnerd.snapshot": checkpoint.snapshot, "judge": report.judge}
-    scores = {name: interval.value for name, interval in report.scores.items()}
-    version = context.tracker.register(settings.model, settings.alias, context.run, source, tags, scores)
-    return RegisterOutput(model=settings.model, version=version, alias=settings.alias, source=source)
+    model, report = model_of(context, inputs["checkpoint"]), report_of(context.store, inputs["scores"])
+    log_scores(context, model, report, inputs["checkpoint"])
+    passed = [f"{rule.score} {rule.value:.3f} is {rule.limit}" for rule in verdict.verdicts]
+    about = f"{inputs['checkpoint'].stage}: {'; '.join(passed)}. Judged by {report.judge}."
+    version = context.tracker.register(settings.model, settings.alias, context.run, model, about)
+    return RegisterOutput(model=settings.model, version=version, alias=settings.alias, source=model.source)
 
 
 class ReportStage(Settings):

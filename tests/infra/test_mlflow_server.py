@@ -10,7 +10,7 @@ import pytest
 
 from infra import calls, notices
 from infra.errors import TrackingError
-from infra.tracking import Run, Tracker
+from infra.tracking import Measured, Model, Run, Tracker
 from tests.infra.fault_proxy import Fault, FaultProxy
 from tests.infra.outside import mlflow_server
 
@@ -50,6 +50,9 @@ def logged(server: str, run: Run) -> list[tuple[int, float]]:
     return [(metric.step, metric.value) for metric in client(server).get_metric_history(run.run_id, "train/loss")]
 
 
+MODEL = Model("sft-1", "abc", "file:///store/c", "data")
+
+
 def test_a_store_in_a_folder_is_registered_and_nothing_is_printed(
     server: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
@@ -59,13 +62,13 @@ def test_a_store_in_a_folder_is_registered_and_nothing_is_printed(
     with closing(Tracker(server, "test")) as tracker:
         parent = tracker.run("workflow", "w")
         run = tracker.run("register", "r", parent)
-        run.metrics({"geneval/overall": 0.7}, 1)
+        tracker.scores(run, MODEL, Measured("geneval-prompts", "12"), {"geneval/overall": 0.7}, 1)
         parent.artifact(page)
-        version = tracker.register("model", "champion", run, source, {"k": "v"}, {"geneval/overall": 0.7})
+        version = tracker.register("model", "champion", run, MODEL._replace(source=source), "")
         run.end()
         parent.end()
     made = client(server).get_model_version_by_alias("model", "champion")
-    assert (made.version, made.tags, made.run_id) == (version, {"k": "v", "pixnerd.source": source}, run.run_id)
+    assert (made.version, made.tags["pixnerd.source"], made.run_id) == (version, source, run.run_id)
     assert [client(server).get_run(one.run_id).info.status for one in (run, parent)] == ["FINISHED"] * 2
     assert [found.path for found in client(server).list_artifacts(parent.run_id)] == ["report.html"]
     assert capfd.readouterr().out == ""
@@ -75,7 +78,7 @@ def test_what_it_says_to_a_registration_is_told(server: str):
     with closing(Tracker(server, "test")) as tracker:
         run = tracker.run("refused", "r")
         with pytest.raises(TrackingError, match=f"MLflow at {server} did not take the model .*name.*a/b"):
-            tracker.register("a/b", "champion", run, "file:///store/c", {}, {})
+            tracker.register("a/b", "champion", run, MODEL, "")
 
 
 @pytest.mark.parametrize("fault", ["drop", "lost answer", (503, "Unavailable")], ids=str)

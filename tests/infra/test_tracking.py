@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import io
+import json
 import os
 import pickle
 import socket
@@ -14,10 +16,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from infra import calls, notices, scratch, tracking
 from infra.errors import TrackingError
-from infra.tracking import NOWHERE, Run, Tracker
+from infra.tracking import NOWHERE, Measured, Model, Run, Tracker
 
 LONG = 240.0  # seconds for what takes one or two where nothing else runs
 SECRET = "keep-this-to-yourself"
@@ -51,10 +54,18 @@ def client(tracker: Tracker):
     return MlflowClient(tracker.uri)
 
 
+def model(checkpoint: str) -> Model:
+    return Model("sft: 1.5", checkpoint, f"s3://a/{checkpoint}", "data")
+
+
 def known(run: Run) -> str:
     assert run.flush(LONG)
     assert run.run_id is not None
     return run.run_id
+
+
+def experiment_of(tracker: Tracker, run: Run) -> str:
+    return str(client(tracker).get_run(known(run)).info.experiment_id)
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -118,7 +129,7 @@ def test_a_file_that_is_no_database_stops_nothing_and_is_told_once(tmp_path: Pat
         run.metrics({"x": 1.0}, 0)
         assert run.flush(LONG)
         with pytest.raises(TrackingError, match=r"did not take the model \(file is not a database\)"):
-            tracker.register("m", "champion", run, "s3://a", {}, {})
+            tracker.register("m", "champion", run, model("a"), "")
     assert told(caplog) == [
         f"MLflow at {tmp_path}/mlflow.db refuses a call (file is not a database); the work goes on without it"
     ]
@@ -217,7 +228,7 @@ def test_a_server_that_is_down_stops_nothing_and_is_told_once(
     run.metrics({"x": 1.0}, 0)
     run.params({"y": 2})
     with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9 did not take the model \(.*refused.*MLFLOW_TRACKING_URI"):
-        tracker.register("m", "champion", run, "s3://a", {}, {})
+        tracker.register("m", "champion", run, model("a"), "")
     run.end()
     tracker.close()
     # A thread of an earlier test may still be waiting for its server, and tell that this server is gone.
@@ -232,22 +243,57 @@ def test_data_and_scores_make_a_lineage(tracker: Tracker, tmp_path: Path):
     run.dataset("snapshot-32", "abc", "file:///store/snapshots/abc.json", {"rows": 7}, "training")
     run.params({"optim.lr": 1e-3})
     before = dict(os.environ)
-    version = tracker.register("model", "champion", run, "file:///store/c", {"k": "v"}, {"geneval/overall": 0.7})
+    version = tracker.register("model", "champion", run, model("c"), "scores well")
     assert dict(os.environ) == before, "processes that are started later would find this tracker's URI"
     made = client(tracker).get_model_version_by_alias("model", "champion")
     assert (str(made.version), made.run_id) == (version, run.run_id)
-    assert made.tags == {"k": "v", "pixnerd.source": "file:///store/c"}
+    assert made.tags == {"pixnerd.checkpoint": "c", "pixnerd.source": "s3://a/c", "pixnerd.snapshot": "data"}
+    assert made.description == "scores well"
     found = client(tracker).get_run(run.run_id)
-    assert found.data.metrics["geneval/overall"] == 0.7
     assert found.inputs.dataset_inputs[0].dataset.digest == "abc"
     assert found.data.params["optim.lr"] == "0.001"
+
+
+def test_all_that_measures_a_checkpoint_logs_to_its_model(tracker: Tracker):
+    of_geneval, of_dpg, other = (tracker.run("scores", name) for name in ("g", "d", "o"))
+    tracker.scores(of_geneval, model("one"), Measured("geneval-prompts", "12"), {"geneval/overall": 0.7}, 500)
+    tracker.scores(of_dpg, model("one"), Measured("dpg-prompts", "34"), {"dpg/overall": 0.8}, 500)
+    tracker.scores(other, model("two"), Measured("dpg-prompts", "34"), {"dpg/overall": 0.2}, 900)
+    registered = tracker.register("measured", "champion", tracker.run("registers", "r"), model("one"), "")
+    experiment = experiment_of(tracker, other)
+    query = "tags.`pixnerd.checkpoint` = 'one'"
+    [found] = client(tracker).search_logged_models([experiment], query)
+    assert {(m.key, m.value, m.step, m.dataset_name, m.dataset_digest) for m in found.metrics} == {
+        ("geneval/overall", 0.7, 500, "geneval-prompts", "12"),
+        ("dpg/overall", 0.8, 500, "dpg-prompts", "34"),
+    }
+    run = client(tracker).get_run(of_dpg.run_id)
+    assert run.data.metrics == {"dpg/overall": 0.8}
+    assert [(data.dataset.name, data.dataset.digest) for data in run.inputs.dataset_inputs] == [("dpg-prompts", "34")]
+    assert [each.model_id for each in run.inputs.model_inputs] == [found.model_id]
+    version = client(tracker).get_model_version("measured", registered)
+    assert version.source == f"models:/{found.model_id}"
+
+
+def test_a_table_has_its_pictures(tracker: Tracker, tmp_path: Path):
+    png = io.BytesIO()
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(png, "PNG")
+    run = tracker.run("table", "t")
+    run.table("verdicts.json", {"prompt": ["a red square"], "picture": [png.getvalue()]})
+    known(run)
+    table = json.loads(Path(client(tracker).download_artifacts(run.run_id, "verdicts.json", str(tmp_path))).read_text())
+    assert table["columns"] == ["prompt", "picture"]
+    [[prompt, picture]] = table["data"]
+    assert prompt == "a red square"
+    shown = client(tracker).download_artifacts(run.run_id, picture["filepath"], str(tmp_path))
+    assert Image.open(shown).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_what_a_version_points_at_is_what_a_server_accepts(tracker: Tracker):
     from mlflow.exceptions import MlflowException
     from mlflow.server.handlers import _validate_source_model
 
-    tracker.register("accepted", "champion", tracker.run("accepted", "a"), "file:///store/c", {}, {})
+    tracker.register("accepted", "champion", tracker.run("accepted", "a"), model("c"), "")
     made = client(tracker).get_model_version_by_alias("accepted", "champion")
     _validate_source_model(made.source, made.source.removeprefix("models:/"))
     with pytest.raises(MlflowException, match="Invalid model version source"):
@@ -256,14 +302,14 @@ def test_what_a_version_points_at_is_what_a_server_accepts(tracker: Tracker):
 
 def test_registering_again_after_a_kill_makes_no_second_version(tracker: Tracker):
     run = tracker.run("killed", "k")
-    first = tracker.register("once", "champion", run, "s3://a/1", {}, {})
-    assert tracker.register("once", "champion", run, "s3://a/1", {}, {}) == first
+    first = tracker.register("once", "champion", run, model("1"), "")
+    assert tracker.register("once", "champion", run, model("1"), "") == first
     assert len(client(tracker).search_model_versions("name='once'")) == 1
 
 
 def test_another_run_makes_a_second_version_that_takes_the_alias(tracker: Tracker):
-    first = tracker.register("twice", "champion", tracker.run("again", "1"), "s3://a/1", {}, {})
-    second = tracker.register("twice", "champion", tracker.run("again", "2"), "s3://a/2", {}, {})
+    first = tracker.register("twice", "champion", tracker.run("again", "1"), model("1"), "")
+    second = tracker.register("twice", "champion", tracker.run("again", "2"), model("2"), "")
     assert first != second
     made = client(tracker).get_model_version_by_alias("twice", "champion")
     assert made.tags["pixnerd.source"] == "s3://a/2"

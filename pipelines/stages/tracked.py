@@ -1,0 +1,50 @@
+"""What evaluations tell MLflow, whichever protocol they follow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from infra.records import EvalReport, StageRecord, TrainOutput
+from infra.store import Store
+from infra.tracking import Measured, Model
+from pipelines.evaluation.judging import verdict_rows
+from pipelines.evaluation.tars import read_pictures
+from pipelines.stages.base import Context, checkpoint_of
+
+_SHOWN = 100  # pictures in MLflow's table, each the first of its prompt; all of them are in the store
+_COLUMNS = {"task": "task", "text": "prompt", "correct": "correct", "reasons": "reasons"}
+
+
+def model_of(context: Context, trained: StageRecord) -> Model:
+    """The checkpoint of a train stage, as MLflow lists it."""
+    record = checkpoint_of(context.store, trained)
+    source = f"{context.store.url}/{trained.of(TrainOutput).record}"
+    return Model(f"{trained.stage}-{record.step}", record.digest(), source, record.snapshot)
+
+
+def log_report(context: Context, trained: StageRecord, report: EvalReport) -> dict[str, float]:
+    """Log scores to the stage's run, to the workflow's and to the checkpoint's model; returns them."""
+    scores = log_scores(context, model_of(context, trained), report, trained)
+    context.run.tags({"pixnerd.checkpoint": report.checkpoint, "pixnerd.judge": report.judge})
+    context.parent.metrics({f"{trained.stage}/{name}": value for name, value in scores.items()}, 0)
+    context.run.table("verdicts.json", _verdicts(context.store, report))
+    return scores
+
+
+def log_scores(context: Context, model: Model, report: EvalReport, trained: StageRecord) -> dict[str, float]:
+    """Log a report's scores to the stage's run and to the checkpoint's model, with the prompts that they are on."""
+    scores = {name: score.value for name, score in report.scores.items()}
+    on = Measured(f"{report.protocol}-prompts", report.prompts)
+    context.tracker.scores(context.run, model, on, scores, checkpoint_of(context.store, trained).step)
+    return scores
+
+
+def _verdicts(store: Store, report: EvalReport) -> dict[str, list[Any]]:
+    rows = [row for row in verdict_rows(store, report.details) if row["image"] == 0][:_SHOWN]
+    pictures: dict[int, bytes] = {}
+    for tar in report.pictures:
+        if len(pictures) >= len(rows):
+            break
+        pictures |= {prompt: png for (prompt, image), png in read_pictures(store, [tar]).items() if image == 0}
+    columns = {shown: [row[name] for row in rows] for name, shown in _COLUMNS.items()}
+    return {**columns, "picture": [pictures.get(row["prompt"], "not drawn") for row in rows]}
