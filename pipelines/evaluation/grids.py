@@ -24,6 +24,7 @@ from pipelines.evaluation.generate import Asked
 from pipelines.evaluation.tars import packed, read_pictures
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_FORMATS = ("PNG", "JPEG", "WEBP")  # of other kinds, a stranger's file could make Pillow run other programs
 _BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # Pillow's errors of broken files
 
 
@@ -68,7 +69,7 @@ class Grids(NamedTuple):
             return "its grid is not in the folder"
         side = self.resolution * (1 if self.images == 1 else 2)
         try:
-            with Image.open(file) as grid:
+            with Image.open(file, formats=_FORMATS) as grid:
                 if grid.size != (side, side):
                     return f"its grid is {grid.width} x {grid.height}, not {side} x {side}"
                 return [_png(grid.convert("RGB").crop(box)) for box in _boxes(self.images, self.resolution)]

@@ -227,6 +227,18 @@ def test_pictures_lie_in_their_grid_as_the_published_script_cuts_them(theirs: Pa
             assert theirs_.tobytes() == ours.tobytes()
 
 
+def test_what_is_missing_stays_black_in_its_grid_or_has_none(theirs: Path, store: Store, tmp_path: Path):
+    (theirs / "position-0.png").unlink()
+    Image.new("RGB", (2 * SIDE, 2 * SIDE), "white").save(theirs / "colors-0.png", "GIF")
+    report = dpg_of_folder(store, theirs, SIDE, settings(), nothing)
+    assert rows(store, report)["colors-0", 0]["failure"].startswith("its grid cannot be read"), "it is no PNG"
+    items = [item.name for item in items_of(settings())]
+    assert grids.laid_out(store, report, items, 4, tmp_path / "out") == 4
+    one = {0: Path(theirs / "counting-0.png").read_bytes()}
+    corners = [grids._grid(one, 4).getpixel(at) for at in ((0, 0), (4 * SIDE - 1, 0), (0, 4 * SIDE - 1))]
+    assert corners == [(255, 255, 255), (0, 0, 0), (0, 0, 0)]
+
+
 def test_a_folder_without_any_grid_is_refused(store: Store, tmp_path: Path):
     with pytest.raises(EvaluationError, match="holds no pictures of these items"):
         dpg_of_folder(store, tmp_path, SIDE, settings(), nothing)
