@@ -1,15 +1,19 @@
-"""Local files: their hash and text, flushing them to disk, and writing them so that they appear whole or not."""
+"""Local files: their hash and text, locking and flushing them, and writing them so that they appear whole or not."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from infra.errors import SettingsError
+
+_LOCK_EVERY = 0.1  # seconds between two tries to lock a file
 
 
 def sha256_of(path: Path) -> str:
@@ -35,6 +39,25 @@ def sync(path: Path) -> None:
         if file.is_file():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
+
+
+@contextmanager
+def locked(path: Path, seconds: float) -> Iterator[None]:
+    """Lock a file, or raise after so many seconds: flock by itself would wait without end.
+
+    The kernel frees the lock when its process ends, in whatever way. The file stays.
+    """
+    deadline = time.monotonic() + seconds
+    with path.open("ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(f"another process still holds {path} after {seconds:g} s") from None
+            time.sleep(_LOCK_EVERY)
+        yield
 
 
 @contextmanager

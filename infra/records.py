@@ -166,6 +166,10 @@ class EvalReport(Record):
         scores = [Interval.model_validate(score) for score in fields.get("scores", {}).values()]
         return fields if all(score.low is not None for score in scores) else {"schema_version": 2, **fields}
 
+    def values(self) -> dict[str, float]:
+        """The scores without their intervals."""
+        return {name: score.value for name, score in self.scores.items()}
+
 
 class Output(Plain):
     """What a stage produced, as its record tells it to later stages and to the commands that read a store.
@@ -180,6 +184,11 @@ class Output(Plain):
         super().__init_subclass__(**options)
         cls.kind = kind
         Output._kinds[kind] = cls
+
+    @classmethod
+    def kinds(cls) -> tuple[str, ...]:
+        """The kinds whose outputs are of this class."""
+        return tuple(name for name, output in Output._kinds.items() if issubclass(output, cls))
 
     @classmethod
     def of_kind(cls, kind: str) -> type[Output]:

@@ -9,7 +9,6 @@ resumed stage continues its run.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import logging
@@ -17,26 +16,27 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from infra.calls import Calls, NotTaken
 from infra.config import Settings, operational
 from infra.errors import TrackingError
+from infra.files import locked
 
 DIGEST_TAG = "pixnerd.digest"
 CHECKPOINT_TAG = "pixnerd.checkpoint"
 _SQLITE = "sqlite:///"  # followed by the path
 _BATCH = 900  # metrics in a call; the server takes at most 1,000
 _LOCK_SECONDS = 60.0  # to wait for others that open a database file; one that takes longer hangs
-_LOCK_EVERY = 0.1
 _REGISTER_SECONDS = 90.0  # to wait until a model is registered
 _FLUSH_SECONDS = 1.0
 _CLOSE_SECONDS, _CLOSE_AWAY_SECONDS = 12.0, 2.0  # to send the rest at the end: if MLflow answers, and if it is away
 
 _URI = "MLFLOW_TRACKING_URI"
 
+Answer = TypeVar("Answer")
 Call = Callable[[Any, str], object]  # takes MLflow's client and the run's id
 
 
@@ -47,6 +47,13 @@ class Model(NamedTuple):
     checkpoint: str  # the digest of its record
     source: str  # the URL of the record; the weights stay in the store
     snapshot: str  # the digest of the data that it was trained on, if known
+
+
+class Bearer(NamedTuple):
+    """The version of a registered model that bears an alias."""
+
+    version: str
+    checkpoint: str  # the digest of its checkpoint's record
 
 
 class Measured(NamedTuple):
@@ -97,42 +104,44 @@ class Tracker:
             parent_id = parent.begun()[1] if parent is not None else ""
             return client, self._resume(name, digest, parent_id) or self._begin(name, digest, parent_id, tags or {})
 
-        run = Run(self._calls, begin)
+        run = Run(self._calls, begin, self._model_id)
         run.call(lambda client, run_id: None)
         return run
 
-    def scores(self, run: Run, model: Model, on: Measured, values: Mapping[str, float], step: int) -> None:
-        """Log a checkpoint's scores to its model and to the run that measured it. It does not wait for MLflow."""
-        now = int(time.time() * 1000)
+    def bearer(self, name: str, alias: str) -> Bearer | None:
+        """The version of a registered model that has the alias, if there is one."""
 
-        def log() -> None:
-            from mlflow.entities import LoggedModelInput, Metric
+        def look_up() -> Bearer | None:
+            from mlflow.exceptions import MlflowException
 
-            client, run_id = run.begun()
-            with _default_uri(self.uri):
-                model_id = self._model_id(model, run_id)
-            client.log_inputs(run_id, models=[LoggedModelInput(model_id)])
-            metrics = [
-                Metric(key, value, now, step, model_id, on.name, on.digest, run_id) for key, value in values.items()
-            ]
-            client.log_batch(run_id, metrics=metrics)
+            client = self._opened()
+            try:
+                version = client.get_model_version_by_alias(name, alias)
+            except MlflowException as error:
+                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    return None
+                raise
+            return Bearer(str(version.version), version.tags.get(CHECKPOINT_TAG, ""))
 
-        run.dataset(on.name, on.digest, on.name, {}, "evaluation")
-        self._calls.add(log)
+        return self._asked(look_up, "did not tell the model's version")
 
     def register(self, name: str, alias: str, run: Run, model: Model, about: str) -> str:
         """Register a checkpoint as a version of a model, with all scores that it has; returns the version."""
 
         def register() -> str:
             run_id = run.begun()[1]
-            with _default_uri(self.uri):
+            with _default_uri(self.uri):  # also for what MLflow's client looks up by itself
                 return self._register(name, alias, run_id, model, about)
 
+        return self._asked(register, "did not take the model")
+
+    def _asked(self, work: Callable[[], Answer], failure: str) -> Answer:
+        """What a call gives, which is waited for."""
         try:
-            return self._calls.ask(register, _REGISTER_SECONDS)
+            return self._calls.ask(work, _REGISTER_SECONDS)
         except NotTaken as error:
             raise TrackingError(
-                f"{self._calls.name} did not take the model ({error})",
+                f"{self._calls.name} {failure} ({error})",
                 remedy="mend that, or set MLFLOW_TRACKING_URI to another server; then run again: the rest is done",
             ) from None
 
@@ -208,13 +217,15 @@ class Tracker:
         """The logged model that stands for a checkpoint; the first that asks for it makes it."""
         import mlflow
 
+        self._opened()
         query = f"tags.`{CHECKPOINT_TAG}` = '{model.checkpoint}'"
         known = self._client.search_logged_models([self._experiment_id], query, max_results=1)
         if known:
             return str(known[0].model_id)
         # Names of MLflow's models have none of these characters.
         name = re.sub(r"[/:.%\"']", "-", model.name)
-        made = mlflow.create_external_model(name, run_id, _tags(model), experiment_id=self._experiment_id)
+        with _default_uri(self.uri):
+            made = mlflow.create_external_model(name, run_id, _tags(model), experiment_id=self._experiment_id)
         return str(made.model_id)
 
 
@@ -225,8 +236,13 @@ def _tags(model: Model) -> dict[str, str]:
 class Run:
     """A run that a stage logs to. No method waits for MLflow, or fails. Without a tracker nothing is logged."""
 
-    def __init__(self, calls: Calls | None = None, begin: Callable[[], tuple[Any, str]] | None = None) -> None:
-        self._calls, self._begin = calls, begin
+    def __init__(
+        self,
+        calls: Calls | None = None,
+        begin: Callable[[], tuple[Any, str]] | None = None,
+        model_id: Callable[[Model, str], str] | None = None,
+    ) -> None:
+        self._calls, self._begin, self._model_id = calls, begin, model_id
         self._known: tuple[Any, str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -253,6 +269,22 @@ class Run:
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         if self._calls:
             self._calls.add_row(self._log_rows, (int(time.time() * 1000), step, values))
+
+    def scores(self, model: Model, on: Measured, values: Mapping[str, float], step: int) -> None:
+        """Log a checkpoint's scores to this run, which measured it, and to the checkpoint's model."""
+        now = int(time.time() * 1000)
+
+        def log(client: Any, run_id: str) -> None:
+            assert self._model_id is not None
+            model_id, metric = self._model_id(model, run_id), _entities().Metric
+            client.log_inputs(run_id, models=[_entities().LoggedModelInput(model_id)])
+            metrics = [
+                metric(key, value, now, step, model_id, on.name, on.digest, run_id) for key, value in values.items()
+            ]
+            client.log_batch(run_id, metrics=metrics)
+
+        self.dataset(on.name, on.digest, on.name, {}, "evaluation")
+        self.call(log)
 
     def _log_rows(self, rows: list[tuple[int, int, Mapping[str, float]]]) -> None:
         """Metrics have the time of `metrics()`, not of this call: if it is repeated, they are the same ones."""
@@ -311,19 +343,10 @@ class Run:
 NOWHERE = Run()
 
 
-@contextmanager
-def _locked(uri: str) -> Iterator[None]:
-    """Lock a SQLite file: the first to open it makes its tables, and two that do so at once make each other fail.
-
-    The kernel frees the lock when its process ends, in whatever way. The file PATH.lock stays.
-    """
+def _locked(uri: str) -> AbstractContextManager[None]:
+    """Lock a SQLite file: the first to open it makes its tables, and two that do so at once make each other fail."""
     path = _file_of(uri)
-    if path is None:
-        yield
-        return
-    with open(f"{path}.lock", "ab") as file:
-        _lock(file)
-        yield
+    return nullcontext() if path is None else locked(Path(f"{path}.lock"), _LOCK_SECONDS)
 
 
 def _make_tables(uri: str, artifacts: str | None) -> None:
@@ -347,19 +370,6 @@ def _file_of(uri: str) -> Path | None:
     """The path in a URI of a SQLite database; None for other URIs and for databases in memory."""
     path = uri.removeprefix(_SQLITE).partition("?")[0]
     return None if not uri.startswith(_SQLITE) or path in ("", ":memory:") else Path(path)
-
-
-def _lock(file: IO[bytes]) -> None:
-    """Lock the file, or raise after some time: flock by itself would wait without end."""
-    deadline = time.monotonic() + _LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise TimeoutError(f"another process still holds {file.name} after {_LOCK_SECONDS:g} s") from None
-        time.sleep(_LOCK_EVERY)
 
 
 # Error codes of MLflow and its client that pass by themselves.

@@ -8,8 +8,11 @@ from typing import NamedTuple
 
 from infra import layout
 from infra.errors import CheckpointError, DataError, SettingsError
+from infra.problems import did_you_mean
 from infra.records import (
     CheckpointRecord,
+    EvalReport,
+    EvaluateOutput,
     PrepareSummary,
     ScoreSummary,
     SnapshotOutput,
@@ -17,7 +20,7 @@ from infra.records import (
     TrainOutput,
     read_record,
 )
-from infra.store import Store
+from infra.store import Store, open_store
 
 
 def stage_records(store: Store, kind: str) -> list[StageRecord]:
@@ -134,6 +137,36 @@ def checkpoint_at(store: Store, home: str, step: int) -> str:
             remedy=f"steps: {', '.join(map(str, sorted(keys)))}" if keys else "train with export_every",
         )
     return keys[step]
+
+
+def evaluation(name: str, store: str | None) -> tuple[Store, EvalReport]:
+    """The newest report of a store's evaluation stage of this name; or the one in a folder or store of its own."""
+    if store is None:
+        opened = open_store(name)
+        keys = list(layout.REPORT.keys(opened))
+        if len(keys) != 1:
+            raise SettingsError(
+                f"{name} holds {len(keys) or 'no'} evaluations",
+                remedy="name a stage and its --store"
+                if keys
+                else "name what `pixnerd evaluate --out` wrote, or --store",
+            )
+        return opened, read_record(opened, keys[0], EvalReport)
+    opened = open_store(store)
+    records = [
+        record
+        for kind in EvaluateOutput.kinds()
+        for record in stage_records(opened, kind)
+        if isinstance(record.output, EvaluateOutput)
+    ]
+    found = [record for record in records if record.stage == name]
+    if not found:
+        known = sorted({record.stage for record in records})
+        raise SettingsError(
+            f"{opened.url} holds no evaluation `{name}`", remedy=did_you_mean(name, known, f"it has {', '.join(known)}")
+        )
+    output = max(found, key=lambda record: record.started).of(EvaluateOutput)
+    return opened, read_record(opened, output.record, EvalReport)
 
 
 def makes_again(key: str) -> bool:

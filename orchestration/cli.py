@@ -16,7 +16,7 @@ from typer.exceptions import TyperException
 from infra import guard
 from infra.causes import explained, first_line
 from orchestration import patience
-from orchestration.commands import checkpoint, data, doctor, evaluate, new, plan, sample, settings, workflow
+from orchestration.commands import checkpoint, compare, data, doctor, evaluate, new, plan, sample, settings, workflow
 
 app = typer.Typer(
     name="pixnerd",
@@ -26,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     epilog="Add --debug to any command to see a failure's whole traceback. Start with: pixnerd run demo",
 )
-for group in (new, plan, workflow, sample, settings, doctor):
+for group in (new, plan, workflow, compare, sample, settings, doctor):
     app.add_typer(group.app)
 for group in (evaluate, checkpoint, data):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])

@@ -43,6 +43,7 @@ _SCHEMA = pa.schema(
         ("image", pa.int64()),
         ("correct", pa.bool_()),
         ("reasons", pa.string()),
+        ("score", pa.float64()),  # the share of its questions that are met, by the mode `fixed`
         ("item", pa.string()),
         ("failure", pa.string()),
         ("answers", pa.list_(_ANSWER)),
@@ -131,6 +132,7 @@ def table_of(said: Sequence[Said], items: Sequence[Item]) -> pa.Table:
                 "image": of_picture.image,
                 "correct": not wrong,
                 "reasons": f"no verdict: {failure}" if failure else "; ".join(wrong),
+                "score": dpg.met(item.asked, of_picture.answers),
                 "item": item.name,
                 "failure": failure,
                 "answers": [{"question": n, "answer": answer} for n, answer in of_picture.answers.items()],

@@ -310,7 +310,7 @@ class _Tally:
 
 def _fixed(tally: _Tally, item: str, asked: Questions, pictures: Sequence[Mapping[int, str | None]]) -> None:
     """Every question counts, after zeroing, on every picture; one without an answer counts 0."""
-    zeroed = [_zeroed(asked, {number: answers.get(number) == YES for number in asked}) for answers in pictures]
+    zeroed = [_zeroed(asked, _yes(asked, answers)) for answers in pictures]
     by_question = {number: _mean(marks[number] for marks in zeroed) if zeroed else 0.0 for number in asked}
     tally.add(item, asked, _mean(_mean(marks.values()) for marks in zeroed) if zeroed else 0.0, by_question)
     unanswered = [number for answers in pictures for number in asked if answers.get(number) is None]
@@ -318,6 +318,10 @@ def _fixed(tally: _Tally, item: str, asked: Questions, pictures: Sequence[Mappin
         tally.missing.append(item)
     elif unanswered:
         tally.failures[item] = f"question {unanswered[0]} has no answer"
+
+
+def _yes(asked: Questions, answers: Mapping[int, str | None]) -> dict[int, bool]:
+    return {number: answers.get(number) == YES for number in asked}
 
 
 def _zeroed(asked: Questions, marks: dict[int, bool]) -> dict[int, bool]:
@@ -367,9 +371,14 @@ def _mean(values: Iterable[float]) -> float:
     return sum(listed) / len(listed)
 
 
+def met(asked: Questions, answers: Mapping[int, str | None]) -> float:
+    """The share of a picture's questions that count, as the mode `fixed` has it."""
+    return _mean(_zeroed(asked, _yes(asked, answers)).values())
+
+
 def unmet(asked: Questions, answers: Mapping[int, str | None]) -> Iterator[str]:
     """What is wrong with a picture: the questions whose answer is not yes, those aside that depend on such a one."""
-    marks = {number: answers.get(number) == YES for number in asked}
+    marks = _yes(asked, answers)
     for number, question in asked.items():
         if not marks[number] and all(marks.get(parent, True) for parent in question.parents):
             said = answers.get(number)

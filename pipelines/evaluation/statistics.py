@@ -6,7 +6,9 @@ overall score the mean of the tasks' scores.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,7 @@ DRAWS = 10_000
 # The prompts that a task needs to have an interval. With five, even the range from the lowest to the highest score
 # contains the population's median with less than 95 % (1 - 2 / 2**n).
 FEWEST = 6
+_NORMAL_95 = 1.959963984540054  # standard deviations to each side that hold 95 % of a normal distribution
 NO_INTERVAL = f"–: no interval, as there are fewer than {FEWEST} prompts a task, or all of them alike"
 
 
@@ -50,7 +53,18 @@ def ends(score: Interval) -> str:
     return "–" if without_interval(score) else f"[{score.low:.3f}, {score.high:.3f}]"
 
 
-def paired(a: Scores, b: Scores, *, seed: int = 0, draws: int = DRAWS) -> dict[str, Interval]:
+class Difference(NamedTuple):
+    """How a differs from b on the same prompts."""
+
+    interval: Interval  # of a - b
+    better: float  # the share of draws in which a is better, and of half of those in which both are alike
+    needed: int | None  # prompts with which one point would show: so many that the interval is narrower than that
+
+
+POINT = 0.01
+
+
+def paired(a: Scores, b: Scores, *, seed: int = 0, draws: int = DRAWS) -> dict[str, Difference]:
     """The difference a - b of two evaluations of the same prompts; each draw resamples the same prompts in both."""
     if {task: len(prompts) for task, prompts in a.items()} != {task: len(prompts) for task, prompts in b.items()}:
         raise EvaluationError(
@@ -64,7 +78,32 @@ def paired(a: Scores, b: Scores, *, seed: int = 0, draws: int = DRAWS) -> dict[s
         value_b, deviation_b = _bootstrap(b[task], counts_DP)
         values[task], deviations[task] = value_a - value_b, deviation_a - deviation_b
     known = {task: len(prompts) >= FEWEST for task, prompts in a.items()}
-    return _summary(values, deviations, {**known, OVERALL: all(known.values())}, lowest=-1.0)
+    summary = _summary(values, deviations, {**known, OVERALL: all(known.values())}, lowest=-1.0)
+    prompts = {task: len(prompts) for task, prompts in a.items()}
+    prompts[OVERALL] = sum(prompts.values())
+    deviations[OVERALL] = np.mean(list(deviations.values()), axis=0)
+    return {
+        name: Difference(interval, _better(interval.value + deviations[name]), _needed(deviations[name], prompts[name]))
+        for name, interval in summary.items()
+    }
+
+
+def _better(differences_D: Floats) -> float:
+    return float(((differences_D > 0) + 0.5 * (differences_D == 0)).mean())
+
+
+def _needed(deviations_D: Floats, prompts: int) -> int | None:
+    """The deviation shrinks with the root of the number of prompts. None if it is not known, as none was seen."""
+    deviation = float(deviations_D.std())
+    return math.ceil(prompts * (_NORMAL_95 * deviation / POINT) ** 2) if deviation else None
+
+
+def wilson(successes: float, trials: int) -> Interval:
+    """The 95 % interval of a share (Wilson 1927). It takes pictures to be independent, and is known for any number."""
+    share, z2 = successes / trials, _NORMAL_95**2
+    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = _NORMAL_95 * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
+    return Interval(value=share, low=max(middle - half, 0.0), high=min(middle + half, 1.0))
 
 
 def _resample(prompts: int, draws: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:

@@ -12,7 +12,7 @@ from datetime import datetime
 from infra.records import GateOutput, RegisterOutput, StageRecord
 from infra.store import Store
 from pipelines.evaluation.statistics import ends, without_interval
-from pipelines.page import curves, held_out, inputs, lineage, samples, scores, settings
+from pipelines.page import comparison, curves, held_out, inputs, lineage, outcomes, samples, scores, settings
 from pipelines.page.elements import amount, check, duration, overall
 from pipelines.page.markup import Child, Html, page, tag
 from pipelines.page.story import Picture, Story, read
@@ -26,6 +26,8 @@ def build(store: Store, title: str, records: list[StageRecord]) -> str:
         lineage.section_of(story),
         held_out.section_of(story),
         scores.section_of(story),
+        comparison.section_of(story),
+        outcomes.section_of(story),
         samples.section_of(story),
         curves.section_of(story),
         inputs.section_of(story),

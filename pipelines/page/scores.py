@@ -32,7 +32,7 @@ def column(story: Story, number: int) -> Html:
 
 def _group(story: Story, group: list[int]) -> Html:
     reports = {k: story.reports[k] for k in group}
-    names = sorted({name for report in reports.values() for name in report.scores}, key=_order)
+    names = sorted({name for report in reports.values() for name in report.scores}, key=order)
     scores = [score for report in reports.values() for score in report.scores.values()]
     most = max([1.0, *(score.value if score.high is None else score.high for score in scores)])
     body = [[tag("span", words(name.rpartition("/")[2]), title=name),
@@ -50,7 +50,7 @@ def _group(story: Story, group: list[int]) -> Html:
     return tag("div", tag("p", about, class_="about"), table(["", *(column(story, k) for k in group)], body, "scores"))
 
 
-def _order(name: str) -> tuple[int, str]:
+def order(name: str) -> tuple[int, str]:
     """GenEval's tasks in their order, others by name, the overall score last."""
     last, tasks = name.rpartition("/")[2], list[str](TASKS)
     return tasks.index(last) if last in tasks else len(tasks) + (last == "overall"), name

@@ -31,6 +31,7 @@ from pipelines.sample import held_out
 Rows = list[dict[str, Any]]
 
 SEEDS = 4  # evaluation pictures shown of a prompt
+OUTCOMES = 4  # right and wrong pictures of a task
 SHOWN = 24  # captions shown, of those that were drawn
 
 
@@ -71,6 +72,7 @@ class Story:
     curves: dict[int, Rows] = field(default_factory=dict)
     reports: dict[int, EvalReport] = field(default_factory=dict)
     pictures: dict[int, list[Picture]] = field(default_factory=dict)
+    outcomes: dict[int, list[Picture]] = field(default_factory=dict)
     drawn: dict[int, Shown] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)  # what is missing in the store
 
@@ -126,7 +128,7 @@ def _read_output(story: Story, number: int) -> None:
         story.drawn[number] = Shown(drawn, held_out.pictures(store, drawn, most=SHOWN))
     elif isinstance(output, EvaluateOutput):
         report = story.reports[number] = read_record(store, output.record, EvalReport)
-        story.pictures[number] = _chosen(store, report)
+        _read_pictures(story, number, report)
 
 
 def _read_fates(story: Story, number: int) -> None:
@@ -143,18 +145,32 @@ def _table(store: Store, data: DataObject) -> Rows:
     return rows
 
 
-def _chosen(store: Store, report: EvalReport) -> list[Picture]:
+def _read_pictures(story: Story, number: int, report: EvalReport) -> None:
+    rows = _table(story.store, report.details)
+    chosen, outcomes = _chosen(rows), _outcomes(rows)
+    wanted = {(row["prompt"], row["image"]) for row in [*chosen, *outcomes]}
+    pngs: dict[tuple[int, int], bytes] = {}
+    for tar in report.pictures:  # one at a time: all pictures of a large evaluation would not fit in memory
+        pngs |= {key: png for key, png in read_pictures(story.store, [tar]).items() if key in wanted}
+    story.pictures[number], story.outcomes[number] = (
+        [Picture(**{c: row[c] for c in _COLUMNS}, png=pngs.get((row["prompt"], row["image"]))) for row in some]
+        for some in (chosen, outcomes)
+    )
+
+
+def _chosen(rows: Rows) -> Rows:
     """The first and the middle prompt of each task, so that nobody picks them by their pictures."""
-    rows = [row for row in _table(store, report.details) if row["image"] < SEEDS]
+    rows = [row for row in rows if row["image"] < SEEDS]
     numbers: dict[str, set[int]] = {}
     for row in rows:
         numbers.setdefault(row["task"], set()).add(row["prompt"])
     chosen = {k for of_task in map(sorted, numbers.values()) for k in (of_task[0], of_task[len(of_task) // 2])}
-    rows = [row for row in rows if row["prompt"] in chosen]
-    wanted = {(row["prompt"], row["image"]) for row in rows}
-    pngs: dict[tuple[int, int], bytes] = {}
-    for tar in report.pictures:  # one at a time: all pictures of a large evaluation would not fit in memory
-        pngs |= {key: png for key, png in read_pictures(store, [tar]).items() if key in wanted}
-    return [
-        Picture(**{name: row[name] for name in _COLUMNS}, png=pngs.get((row["prompt"], row["image"]))) for row in rows
-    ]
+    return [row for row in rows if row["prompt"] in chosen]
+
+
+def _outcomes(rows: Rows) -> Rows:
+    """The first right and the first wrong pictures of each task, each of another prompt where there are enough."""
+    found: dict[tuple[str, bool], Rows] = {}
+    for row in sorted(rows, key=lambda row: (row["image"], row["prompt"])):
+        found.setdefault((row["task"], row["correct"]), []).append(row)
+    return [row for some in found.values() for row in some[:OUTCOMES]]

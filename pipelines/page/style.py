@@ -71,10 +71,11 @@ thead th { color: var(--muted); font-size: 13px; vertical-align: bottom; }
 tbody tr:last-child > * { border-bottom: 0; }
 .lineage small, .scores thead small, .samples strong small, .fates th small { display: block; }
 .lineage td, .lineage th { vertical-align: top; }
-.scores td { white-space: nowrap; } .scores td b { display: inline-block; width: 3.2em; }
-.scores thead th { color: var(--text); font-weight: 640; font-size: 15px; }
+.scores td, .compared td { white-space: nowrap; } .scores td b, .compared td b { display: inline-block; width: 3.2em; }
+.scores thead th, .compared thead th { color: var(--text); font-weight: 640; font-size: 15px; }
 .scores thead small, .samples strong small { padding-left: 16px; }
-.scores tbody tr:last-child > * { border-top: 2px solid var(--text); font-weight: 640; }
+.scores tbody tr:last-child > *, .compared tbody tr:last-child > * {
+  border-top: 2px solid var(--text); font-weight: 640; }
 .interval { width: 140px; height: 14px; vertical-align: -2px; margin: 0 8px 0 2px; }
 .rule { stroke: var(--line); } .interval .rule { stroke: var(--quiet); opacity: 0.45; }
 .range { stroke: var(--ink); stroke-width: 5; stroke-linecap: round; opacity: 0.38; }
@@ -90,6 +91,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 .four { display: grid; grid-template-columns: repeat(4, 1fr); gap: 5px; max-width: 460px; }
 .samples p { font-size: 12.5px; color: var(--muted); margin-top: 5px; overflow: hidden; display: -webkit-box;
   -webkit-line-clamp: 2; -webkit-box-orient: vertical; overflow-wrap: anywhere; }
+.reasons { margin: 6px 0 0; padding-left: 16px; font-size: 12.5px; } .reasons small { color: var(--muted); }
 .samples p b { color: var(--text); }
 .tile { display: block; position: relative; aspect-ratio: 1; border-radius: 6px; overflow: hidden;
   background: var(--line); box-shadow: 0 0 0 1px var(--line); }
@@ -144,7 +146,7 @@ footer { margin-top: 48px; color: var(--muted); font-size: 13px; overflow-wrap: 
   .samples > div > strong { display: block; }
   .samples strong small { display: inline; padding-left: 6px; }
   .tiles b { font-size: 24px; } .scores .interval { display: none; }
-  .scores td small { display: block; font-size: 11px; }
+  .scores td small, .compared td small { display: block; font-size: 11px; }
   .scores th, .scores td, .lineage th, .lineage td { padding-right: 10px; }
 }
 @media print {

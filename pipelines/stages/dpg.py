@@ -8,6 +8,7 @@ from infra import layout
 from infra.records import DpgOutput, Output
 from pipelines.evaluation.dpg_run import DpgSettings, outside, questions_name
 from pipelines.stages.base import Context, Inputs, StageKind, checkpoint_of, stage_reference
+from pipelines.stages.tracked import log_report
 
 
 class DpgStage(DpgSettings):
@@ -20,13 +21,9 @@ def evaluate(context: Context, settings: DpgStage, inputs: Inputs) -> Output:
 
     checkpoint = checkpoint_of(context.store, inputs["checkpoint"])
     report = dpg(context.store, context.digest, checkpoint, settings, context.progress)
-    scores = {name: interval.value for name, interval in report.scores.items()}
-    named = {_metric(name, report.judge): value for name, value in scores.items()}
-    context.run.metrics(named, checkpoint.step)
-    about = {"checkpoint": report.checkpoint, "judge": report.judge, "questions": questions_name(settings)}
-    context.run.tags({f"pixnerd.{name}": value for name, value in about.items()})
-    context.parent.metrics({f"{inputs['checkpoint'].stage}/{name}": value for name, value in named.items()}, 0)
-    return DpgOutput(record=layout.REPORT.at(stage=context.digest), scores=scores)
+    log_report(context, inputs["checkpoint"], report, _metric)
+    context.run.tags({"pixnerd.questions": questions_name(settings)})
+    return DpgOutput(record=layout.REPORT.at(stage=context.digest), scores=report.values())
 
 
 def _metric(score: str, judge: str) -> str:

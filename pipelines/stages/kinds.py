@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from pipelines.stages import data, dpg, measure, publish, train
+from pipelines.stages import data, dpg, gate, measure, publish, train
 
-KINDS = {kind.name: kind for family in (data, train, measure, dpg, publish) for kind in family.KINDS}
+KINDS = {kind.name: kind for family in (data, train, measure, dpg, gate, publish) for kind in family.KINDS}
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Annotated
 from infra import layout
 from infra.config import Settings, spelt
 from infra.errors import StageFailed
-from infra.records import GateOutput, Output, RegisterOutput, ReportOutput, put_data
+from infra.records import EvaluateOutput, GateOutput, Output, RegisterOutput, ReportOutput, put_data
 from pipelines.stages.base import Context, Inputs, StageKind, report_of, stage_reference
 from pipelines.stages.tracked import log_scores, model_of
 
@@ -33,7 +33,7 @@ def register(context: Context, settings: RegisterStage, inputs: Inputs) -> Outpu
             f"the gate is closed ({'; '.join(missed)})", remedy="train longer, or change the gate's rules on purpose"
         )
     model, report = model_of(context, inputs["checkpoint"]), report_of(context.store, inputs["scores"])
-    log_scores(context, model, report, inputs["checkpoint"])
+    log_scores(context, inputs["checkpoint"], report)
     passed = [f"{rule.score} {rule.value:.3f} is {rule.limit}" for rule in verdict.verdicts]
     about = f"{inputs['checkpoint'].stage}: {'; '.join(passed)}. Judged by {report.judge}."
     version = context.tracker.register(settings.model, settings.alias, context.run, model, about)
@@ -61,7 +61,7 @@ KINDS = (
         "register",
         RegisterStage,
         register,
-        takes={"gate": "gate", "checkpoint": "train", "scores": ("evaluate", "dpg")},
+        takes={"gate": "gate", "checkpoint": "train", "scores": EvaluateOutput.kinds()},
     ),
     StageKind("report", ReportStage, report, reads_all=True),
 )

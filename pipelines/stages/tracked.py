@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from infra.records import EvalReport, StageRecord, TrainOutput
@@ -14,6 +15,12 @@ from pipelines.stages.base import Context, checkpoint_of
 _SHOWN = 100  # pictures in MLflow's table, each the first of its prompt; all of them are in the store
 _COLUMNS = {"task": "task", "text": "prompt", "correct": "correct", "reasons": "reasons"}
 
+Metric = Callable[[str, str], str]  # a score's name and the judge's -> what MLflow calls it
+
+
+def _own_name(score: str, judge: str) -> str:
+    return score
+
 
 def model_of(context: Context, trained: StageRecord) -> Model:
     """The checkpoint of a train stage, as MLflow lists it."""
@@ -22,21 +29,22 @@ def model_of(context: Context, trained: StageRecord) -> Model:
     return Model(f"{trained.stage}-{record.step}", record.digest(), source, record.snapshot)
 
 
-def log_report(context: Context, trained: StageRecord, report: EvalReport) -> dict[str, float]:
-    """Log scores to the stage's run, to the workflow's and to the checkpoint's model; returns them."""
-    scores = log_scores(context, model_of(context, trained), report, trained)
+def log_scores(
+    context: Context, trained: StageRecord, report: EvalReport, metric: Metric = _own_name
+) -> dict[str, float]:
+    """Log scores to the stage's run and to the checkpoint's model, with the prompts that they are on."""
+    scores = {metric(name, report.judge): score.value for name, score in report.scores.items()}
+    on = Measured(f"{report.protocol}-prompts", report.prompts)
+    context.run.scores(model_of(context, trained), on, scores, checkpoint_of(context.store, trained).step)
+    return scores
+
+
+def log_report(context: Context, trained: StageRecord, report: EvalReport, metric: Metric = _own_name) -> None:
+    """Log all that an evaluation found, its scores to the workflow's run as well."""
+    scores = log_scores(context, trained, report, metric)
     context.run.tags({"pixnerd.checkpoint": report.checkpoint, "pixnerd.judge": report.judge})
     context.parent.metrics({f"{trained.stage}/{name}": value for name, value in scores.items()}, 0)
     context.run.table("verdicts.json", _verdicts(context.store, report))
-    return scores
-
-
-def log_scores(context: Context, model: Model, report: EvalReport, trained: StageRecord) -> dict[str, float]:
-    """Log a report's scores to the stage's run and to the checkpoint's model, with the prompts that they are on."""
-    scores = {name: score.value for name, score in report.scores.items()}
-    on = Measured(f"{report.protocol}-prompts", report.prompts)
-    context.tracker.scores(context.run, model, on, scores, checkpoint_of(context.store, trained).step)
-    return scores
 
 
 def _verdicts(store: Store, report: EvalReport) -> dict[str, list[Any]]:

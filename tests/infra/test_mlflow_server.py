@@ -62,7 +62,7 @@ def test_a_store_in_a_folder_is_registered_and_nothing_is_printed(
     with closing(Tracker(server, "test")) as tracker:
         parent = tracker.run("workflow", "w")
         run = tracker.run("register", "r", parent)
-        tracker.scores(run, MODEL, Measured("geneval-prompts", "12"), {"geneval/overall": 0.7}, 1)
+        run.scores(MODEL, Measured("geneval-prompts", "12"), {"geneval/overall": 0.7}, 1)
         parent.artifact(page)
         version = tracker.register("model", "champion", run, MODEL._replace(source=source), "")
         run.end()

@@ -256,9 +256,9 @@ def test_data_and_scores_make_a_lineage(tracker: Tracker, tmp_path: Path):
 
 def test_all_that_measures_a_checkpoint_logs_to_its_model(tracker: Tracker):
     of_geneval, of_dpg, other = (tracker.run("scores", name) for name in ("g", "d", "o"))
-    tracker.scores(of_geneval, model("one"), Measured("geneval-prompts", "12"), {"geneval/overall": 0.7}, 500)
-    tracker.scores(of_dpg, model("one"), Measured("dpg-prompts", "34"), {"dpg/overall": 0.8}, 500)
-    tracker.scores(other, model("two"), Measured("dpg-prompts", "34"), {"dpg/overall": 0.2}, 900)
+    of_geneval.scores(model("one"), Measured("geneval-prompts", "12"), {"geneval/overall": 0.7}, 500)
+    of_dpg.scores(model("one"), Measured("dpg-prompts", "34"), {"dpg/overall": 0.8}, 500)
+    other.scores(model("two"), Measured("dpg-prompts", "34"), {"dpg/overall": 0.2}, 900)
     registered = tracker.register("measured", "champion", tracker.run("registers", "r"), model("one"), "")
     experiment = experiment_of(tracker, other)
     query = "tags.`pixnerd.checkpoint` = 'one'"

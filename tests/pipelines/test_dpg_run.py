@@ -35,7 +35,7 @@ from pipelines.evaluation.judging import verdict_rows
 from pipelines.evaluation.tars import read_pictures
 from pipelines.page.report import build
 from pipelines.stages import dpg as stage
-from pipelines.stages import measure
+from pipelines.stages import gate
 from pipelines.stages.base import Context
 from tests.data_prep.small_scorers import build_vlm
 from tests.drawing import correct_picture
@@ -333,7 +333,7 @@ def test_a_stage_of_a_workflow_and_the_gate_behind_it(folder: Path, store: Store
     made.stage("low_dpg", "dpg", output.model_dump(), checkpoint="low")
     for least, passed in ((0.0, True), (100.5, False)):
         rules = {"scores": ["low_dpg"], "rules": [{"score": "dpg/overall", "at_least": least}]}
-        verdict = measure.gate(context, parse(measure.GateStage, rules), {"scores.0": made.stages[-1]})
+        verdict = gate.gate(context, parse(gate.GateStage, rules), {"scores.0": made.stages[-1]})
         assert isinstance(verdict, GateOutput) and verdict.passed is passed
 
 

@@ -221,7 +221,11 @@ def test_scores_of_other_protocols(own: Made) -> None:
 
 
 def test_samples_have_the_same_prompts_in_every_column(page: Element) -> None:
-    rows = [row for row in page.one("div", "grid").all("div", "samples") if "head" not in str(row.attributes["class"])]
+    rows = [
+        row
+        for row in page.section("Samples").one("div", "grid").all("div", "samples")
+        if "head" not in str(row.attributes["class"])
+    ]
     assert len(rows) == 12  # two of each task
     tasks = [next(row.one("div", "prompt").all("small")).text() for row in rows]
     assert tasks == [task.replace("_", " ") for task in TASKS[:-1] for _ in range(2)]
@@ -238,7 +242,7 @@ def test_samples_have_the_same_prompts_in_every_column(page: Element) -> None:
 
 def test_wrong_pictures_are_counted_and_explained(made: Made, page: Element) -> None:
     right = wrong = 0
-    for cell in page.one("div", "grid").all("div"):
+    for cell in page.section("Samples").one("div", "grid").all("div"):
         if not any(isinstance(child, Element) and child.tag == "p" for child in cell.children):
             continue
         marked = list(cell.all("span", "wrong"))
@@ -425,7 +429,7 @@ def test_a_picture_that_failed_has_its_place(own: Made) -> None:
     report = own.named["sft_score"].model_copy(update={"pictures": [], "failed": 12})
     write_record(own.store, "records/failed.json", report)
     page = spoilt(own, "sft_score", output={"record": "records/failed.json"})
-    assert len(list(page.one("div", "grid").all("span", "none"))) == 12
+    assert len(list(page.section("Samples").one("div", "grid").all("span", "none"))) == 12
     assert "count as wrong: 12 of sft_score" in page.section("Scores").text()
 
 

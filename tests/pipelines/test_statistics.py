@@ -106,13 +106,16 @@ def test_pairing_sees_what_two_intervals_would_not() -> None:
     rng = np.random.default_rng(3)
     worse, _ = simulate(rng)
     better = {task: [[1.0, *prompt[1:]] for prompt in prompts] for task, prompts in worse.items()}
-    difference = statistics.paired(better, worse)["overall"]
+    found = statistics.paired(better, worse)["overall"]
+    difference = found.interval
     before, after = statistics.intervals(worse)["overall"], statistics.intervals(better)["overall"]
     assert difference.value == pytest.approx(after.value - before.value)
     assert holds(difference, difference.value) and not holds(difference, 0)
     assert before.high > after.low  # type: ignore[operator]
     same = statistics.paired(worse, worse)["overall"]
-    assert (same.low, same.value, same.high) == (0, 0, 0)
+    assert (same.interval.low, same.interval.value, same.interval.high) == (0, 0, 0)
+    assert (same.better, same.needed) == (0.5, None)
+    assert found.better > 0.975
 
 
 def test_paired_intervals_cover_the_truth() -> None:
@@ -123,7 +126,7 @@ def test_paired_intervals_cover_the_truth() -> None:
         a = (rng.random((12, 4)) < np.minimum(chances + 0.1, 1)).astype(float).tolist()
         b = (rng.random((12, 4)) < chances).astype(float).tolist()
         truth = 0.1 - 0.1**3 * (1 - 0.1 / 2)  # E[min(p + 0.1, 1) - p] for p from Beta(2, 2)
-        found = statistics.paired({"a": a}, {"a": b}, seed=seed, draws=400)["a"]
+        found = statistics.paired({"a": a}, {"a": b}, seed=seed, draws=400)["a"].interval
         covered += holds(found, truth)
     assert 0.88 <= covered / 200 <= 0.99
 
