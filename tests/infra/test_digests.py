@@ -32,13 +32,16 @@ DEMO = {
     "encoders": "7849c60ac29beb99",
     "low": "575ed020eda0c743",
     "low_score": "5b427464f54797d5",
+    "low_dpg": "3e1d8e5f90515075",
     "high": "90d221b36afe54e9",
     "high_score": "d8e27f5ce2c965e0",
+    "high_dpg": "063d62642f4aca87",
     "sft": "3f760b86d0976abc",
     "sft_score": "aead261a7b87cf59",
-    "gate": "560fab2e38765880",
-    "register": "e2dd947f987b8d48",
-    "report": "0fbc0711f794868c",
+    "sft_dpg": "3d392746c2309469",
+    "gate": "3d786ec85889319e",
+    "register": "458ab51a7c9bd3ad",
+    "report": "a3ef313a792476ac",
 }
 
 

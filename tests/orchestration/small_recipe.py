@@ -12,6 +12,7 @@ RECIPE: dict[str, Any] = {
     "defaults": {
         "train": {"log_every": 2, "save_every": 4, "batch": 8},
         "evaluate": {"per_task": 2, "images": 2, "sampling": {"steps": 2, "batch": 4}},
+        "dpg": {"per_task": 1, "images": 1, "sampling": {"steps": 2, "batch": 8}},
     },
     "stages": {
         "corpus": {"count": 240},

@@ -28,7 +28,7 @@ def test_recipes_are_offered_by_name():
 @pytest.mark.parametrize(
     ("incomplete", "told"),
     [
-        ("lo", ["low.", "low_data.", "low_score."]),
+        ("lo", ["low.", "low_data.", "low_dpg.", "low_score."]),
         ("low.objective.", ["low.objective.drop=0.05", "low.objective.repa=0.1", "low.objective.repa_block=2", "..."]),
         ("low.optim.l", ["low.optim.lr=0.002"]),
         ("train.op", ["train.optim.betas=", "train.optim.final=", "train.optim.lr=", "..."]),
@@ -42,7 +42,7 @@ def test_settings_are_offered_part_by_part_with_their_values(incomplete: str, to
 
 
 def test_the_recipe_is_found_in_a_line_that_cannot_be_read_yet():
-    assert offered("lo", "demo") == ["low.", "low_data.", "low_score."]
+    assert offered("lo", "demo") == ["low.", "low_data.", "low_dpg.", "low_score."]
     assert offered("lo", config=None) == []
     assert offered("lo", "no_such_recipe") == []
 
