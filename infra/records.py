@@ -269,6 +269,10 @@ class DpgOutput(EvaluateOutput, kind="dpg"):
     """The same of DPG-Bench, whose scores are in percent."""
 
 
+class FidOutput(EvaluateOutput, kind="fid"):
+    """The same of FID and kin, of which most are distances: lower is better."""
+
+
 class Verdict(Plain):
     """Whether a score passes one rule of a gate."""
 

@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from infra.errors import SettingsError
-from orchestration.commands import evaluate_dpg
+from orchestration.commands import evaluate_dpg, evaluate_fid
 from orchestration.options import JsonOption, OnOption
 
 app = typer.Typer(no_args_is_help=True, help="Score a checkpoint.", rich_markup_mode=None)
 app.command(epilog="Example: pixnerd evaluate dpg --questions questions.csv --answers answers.jsonl --mode compat")(
     evaluate_dpg.dpg
 )
+app.command(epilog="Example: pixnerd evaluate fid --features real.npz generated.npz --json")(evaluate_fid.fid)
 
 
 @app.command(epilog="Example: pixnerd evaluate geneval champion --out scores")

@@ -75,14 +75,14 @@ _Pictures = dict[str, dict[int, dict[int, float]]]
 
 def _scores(side: Side) -> _Pictures:
     """The score of each picture from the report's table: right or wrong, if it has no column of scores."""
+    if side.report.protocol == "fid":
+        raise EvaluationError(
+            f"{side.name} tells no score of single pictures", remedy="compare evaluations by GenEval or DPG-Bench"
+        )
     scores: _Pictures = {}
     for row in verdict_rows(side.store, side.report.details):
         of_prompt = scores.setdefault(row["task"], {}).setdefault(row["prompt"], {})
         of_prompt[row["image"]] = float(row.get("score", row["correct"]))
-    if not scores:
-        raise EvaluationError(
-            f"{side.name} tells no score of single pictures", remedy="compare evaluations by GenEval or DPG-Bench"
-        )
     return scores
 
 

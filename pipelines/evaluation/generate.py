@@ -1,7 +1,7 @@
 """Pictures of prompts, drawn chunk by chunk by a pool of actors that keep the network loaded (see `chunks`).
 
-Picture i of a prompt starts from seed i. So the pictures do not depend on how many workers draw them, and two
-checkpoints are compared on the same noise.
+Picture i of a prompt starts from seed i, or every picture from a seed of its own. So the pictures do not depend on how
+many workers draw them, and two checkpoints are compared on the same noise.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ class Order(NamedTuple):
     settings: DrawingSettings
     needs: Needs = Needs()
     place: Place = layout.DRAWN
+    apart: bool = False  # every picture has its own noise; else picture i of each prompt starts from seed i
 
 
 def generate(order: Order, prompts: Sequence[str], show: Show) -> list[Chunk]:
     """Draw the pictures of each prompt. Returns the chunks in the order of the prompts."""
-    drawing = _Drawing(order.store, order.checkpoint, order.images, order.settings)
+    drawing = _Drawing(order.store, order.checkpoint, order.images, order.settings, order.apart)
     asked = chunked(prompts, order.images, order.settings)
     return make(Shelf(order.store, order.place, order.stage), drawing, asked, order.needs, show)
 
@@ -70,8 +71,11 @@ def chunked(prompts: Sequence[str], images: int, settings: DrawingSettings) -> d
 class _Drawing(Maker[Asked]):
     noun = "batches of pictures"
 
-    def __init__(self, store: Store, checkpoint: CheckpointRecord, images: int, settings: DrawingSettings) -> None:
+    def __init__(
+        self, store: Store, checkpoint: CheckpointRecord, images: int, settings: DrawingSettings, apart: bool = False
+    ) -> None:
         self.store, self.checkpoint, self.images, self.settings = store, checkpoint, images, settings
+        self.apart = apart
 
     def load(self, device: str) -> None:
         import torch
@@ -90,7 +94,9 @@ class _Drawing(Maker[Asked]):
         from PIL import Image
 
         subjects = [subject for prompt in item.prompts for subject in [_subject(self.artist, prompt)] * self.images]
-        x_BCHW = self.artist.solve(subjects, list(range(self.images)) * len(item.prompts), self.settings)
+        first = item.first * self.images
+        seeds = range(first, first + len(subjects)) if self.apart else [*range(self.images)] * len(item.prompts)
+        x_BCHW = self.artist.solve(subjects, list(seeds), self.settings)
         finite = x_BCHW.isfinite().flatten(1).all(1).tolist()
         pngs, failed = dict[str, bytes](), dict[str, str]()
         for name, picture, whole in zip(self.pictures(item), pixels(x_BCHW.nan_to_num()), finite, strict=True):

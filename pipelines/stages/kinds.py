@@ -1,6 +1,6 @@
 """Every kind of stage that a recipe may name.
 
-    corpus -> prepare -> score -> snapshot -> encoders -> train -> sample, evaluate, dpg -> gate -> register -> report
+    corpus -> prepare -> score -> snapshot -> encoders -> train -> sample, evaluate, dpg, fid -> gate -> register -> report
 
 A stage's function gets its context, its settings, and the records of the stages that its settings name. What it returns
 becomes the `output` of its own record; later stages learn about it from there alone.
@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from pipelines.stages import data, dpg, gate, measure, publish, train
+from pipelines.stages import data, dpg, fid, gate, measure, publish, train
 
-KINDS = {kind.name: kind for family in (data, train, measure, dpg, gate, publish) for kind in family.KINDS}
+KINDS = {kind.name: kind for family in (data, train, measure, dpg, fid, gate, publish) for kind in family.KINDS}
 
 
 def versions() -> dict[str, str]:

@@ -31,7 +31,7 @@ from training.encoders import text
 
 COMMANDS = [
     ["new"], ["plan"], ["run"], ["prepare"], ["train"], ["sample"], ["report"], ["doctor"], ["evaluate", "geneval"],
-    ["evaluate", "dpg"],
+    ["evaluate", "dpg"], ["evaluate", "fid"], ["compare"],
     ["checkpoint", "show"], ["checkpoint", "import"], ["checkpoint", "export"], ["checkpoint", "fetch"],
     ["data", "show"], ["data", "verify"], ["data", "forget"], ["data", "gc"],
 ]  # fmt: skip

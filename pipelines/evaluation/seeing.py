@@ -1,0 +1,152 @@
+"""Looks at pictures with the Inception network, chunk by chunk: what an actor does, and how the driver adds it up.
+
+A chunk's file holds what the network saw. The driver reads one after the other, adds up moments, and keeps the
+features of so many pictures as precision, recall and KID need, so any number of pictures takes the same memory.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from infra.causes import first_line
+from infra.records import get_data
+from infra.store import Store
+from pipelines.evaluation.chunks import Chunk, Made, Maker
+from pipelines.evaluation.fid import Gaussian, InceptionScore, Moments
+
+KEPT = 10_000  # pictures whose features are kept, as the published precision and recall have it
+_SEEN = "seen"
+Picture = npt.NDArray[np.uint8]
+
+
+class Readable(Protocol):
+    """A chunk's pictures, drawn or real."""
+
+    @property
+    def there(self) -> list[str]: ...
+
+    def read(self, store: Store) -> Iterator[tuple[str, Picture | str]]: ...
+
+
+class Rows(NamedTuple):
+    """Real pictures in the tars of shards: the number of the first, and where each lies."""
+
+    first: int
+    places: tuple[tuple[str, int, int], ...]  # key of the tar, offset, length
+
+    @property
+    def there(self) -> list[str]:
+        return [f"{self.first + number:05d}-0" for number in range(len(self.places))]
+
+    def read(self, store: Store) -> Iterator[tuple[str, Picture | str]]:
+        for name, (tar, offset, length) in zip(self.there, self.places, strict=True):
+            yield name, _decoded(store.get(tar, offset, offset + length))
+
+
+def _decoded(data: bytes) -> Picture | str:
+    from data_prep.images.decode import decode
+    from data_prep.rejections import Rejection
+
+    decoded = decode(data)
+    return f"it cannot be read ({decoded.cause})" if isinstance(decoded, Rejection) else decoded.pixels
+
+
+class Seeing(Maker[Readable]):
+    noun = "batches of features"
+
+    def __init__(self, store: Store, weights: Path, batch: int) -> None:
+        self.store, self.weights, self.batch = store, weights, batch
+
+    def load(self, device: str) -> None:
+        from pipelines.evaluation.inception import Inception
+
+        self.network = Inception(self.weights, device)
+
+    def pictures(self, item: Readable) -> list[str]:
+        return item.there
+
+    def make(self, item: Readable) -> Made:
+        failed, pictures = dict[str, str](), list[Picture]()
+        for name, picture in item.read(self.store):
+            if isinstance(picture, str):
+                failed[name] = picture
+            else:
+                pictures.append(picture)
+        seen = [self.network.see(np.stack(batch)) for batch in _batches(pictures, self.batch)]
+        if not seen:
+            return Made({}, failed)
+        content = io.BytesIO()
+        features, spatial, logits = (np.concatenate(parts) for parts in zip(*seen, strict=True))
+        np.savez(content, features=features, spatial=spatial, logits=logits)
+        return Made({f"{_SEEN}.npz": content.getvalue()}, failed)
+
+
+def _batches(pictures: Sequence[Picture], size: int) -> Iterator[list[Picture]]:
+    """In their order; pictures of other sizes cannot share a batch."""
+    batch: list[Picture] = []
+    for picture in pictures:
+        if batch and (len(batch) == size or picture.shape != batch[0].shape):
+            yield batch
+            batch = []
+        batch.append(picture)
+    if batch:
+        yield batch
+
+
+class Side(NamedTuple):
+    """What is known of a set of pictures; an npz of ADM tells no more than its moments."""
+
+    pictures: Gaussian
+    spatial: Gaussian | None
+    features: npt.NDArray[np.float32] | None  # of the first `KEPT` pictures
+    inception_score: float | None
+
+
+def added_up(store: Store, chunks: Iterable[Chunk]) -> Side:
+    """A set's chunks as one."""
+    moments: Moments | None = None
+    spatial: Moments | None = None
+    kept: list[npt.NDArray[np.float32]] = []
+    score, count = InceptionScore(), 0
+    for chunk in chunks:
+        if _SEEN not in chunk.data:
+            continue
+        with np.load(io.BytesIO(get_data(store, chunk.data[_SEEN])), allow_pickle=False) as seen:
+            features, inner, logits = seen["features"], seen["spatial"], seen["logits"]
+        of_chunk, of_inner = Moments.of(features), Moments.of(inner)
+        moments = of_chunk if moments is None else moments + of_chunk
+        spatial = of_inner if spatial is None else spatial + of_inner
+        score.add(logits)
+        kept.append(features[: KEPT - count])
+        count += len(kept[-1])
+    assert moments is not None and spatial is not None, "a chunk without pictures ends the run before"
+    of_pictures, of_places = Gaussian.of_moments(moments), Gaussian.of_moments(spatial)
+    return Side(of_pictures, of_places, np.concatenate(kept), score.value())
+
+
+def of_adm(path: Path) -> Side | None:
+    """The moments in an npz of ADM's evaluations; None if it has none, only pictures."""
+    from infra.errors import EvaluationError
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if "mu" not in arrays:
+                return None
+            told = {name: np.asarray(arrays[name], np.float64) for name in ("mu", "sigma")}
+            inner = {name: np.asarray(arrays[name], np.float64) for name in ("mu_s", "sigma_s") if name in arrays}
+        mean_D, covariance_DD = told["mu"], told["sigma"]
+        if covariance_DD.shape != (len(mean_D), len(mean_D)) or not np.isfinite(covariance_DD).all():
+            raise ValueError("sigma does not fit mu")
+        places = Gaussian.of_covariance(inner["mu_s"], inner["sigma_s"]) if len(inner) == 2 else None
+        return Side(Gaussian.of_covariance(mean_D, covariance_DD), places, None, None)
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise EvaluationError(
+            f"{path} is no reference that can be read ({first_line(error)})",
+            remedy="name an .npz file with `mu` and `sigma`, or with pictures `arr_0`; or a folder of pictures",
+        ) from None
