@@ -62,8 +62,10 @@ class Gaussian(NamedTuple):
         _at_least_two(len(features))
         mean_D = features.mean(axis=0)
         centred_ND = (features - mean_D) / np.sqrt(len(features) - 1)
-        tall = centred_ND.shape[0] > centred_ND.shape[1]
-        return cls(mean_D, np.linalg.qr(centred_ND, mode="r") if tall else centred_ND)
+        if centred_ND.shape[0] <= centred_ND.shape[1]:
+            return cls(mean_D, centred_ND)
+        factor_DD: Floats = np.asarray(np.linalg.qr(centred_ND, mode="r"))
+        return cls(mean_D, factor_DD)
 
     @classmethod
     def of_moments(cls, moments: Moments) -> Gaussian:
@@ -72,7 +74,7 @@ class Gaussian(NamedTuple):
 
     @classmethod
     def of_covariance(cls, mean_D: Floats, covariance_DD: Floats) -> Gaussian:
-        """What rounding has left of eigenvalues that are zero is zero again: its root would be far larger than it is."""
+        """Eigenvalues that are only rounding errors become zero, as their roots would be far larger than they are."""
         values_D, vectors_DD = np.linalg.eigh((covariance_DD + covariance_DD.T) / 2)
         real = values_D > len(values_D) * np.finfo(np.float64).eps * values_D[-1]
         return cls(mean_D, (vectors_DD[:, real] * np.sqrt(values_D[real])).T)
@@ -81,6 +83,27 @@ class Gaussian(NamedTuple):
 def _at_least_two(count: int) -> None:
     if count < 2:
         raise EvaluationError("one picture has no covariance", remedy="give at least two pictures on each side")
+
+
+@dataclass
+class Gathering:
+    """A distribution out of parts: rows while they are fewer than they are wide, and only moments from there on."""
+
+    _moments: Moments | None = None
+    _rows: list[npt.NDArray[np.floating]] = field(default_factory=list)
+
+    def add(self, features_ND: npt.NDArray[np.floating]) -> None:
+        self._rows.append(features_ND)
+        if self._moments is None and sum(map(len, self._rows)) <= features_ND.shape[1]:
+            return
+        for rows in self._rows:
+            self._moments = Moments.of(rows) if self._moments is None else self._moments + Moments.of(rows)
+        self._rows.clear()
+
+    def gaussian(self) -> Gaussian:
+        if self._moments is not None:
+            return Gaussian.of_moments(self._moments)
+        return Gaussian.of_features(np.concatenate(self._rows))
 
 
 def frechet(a: Gaussian, b: Gaussian) -> float:

@@ -1,4 +1,4 @@
-"""A FID run: draw pictures, look at them and at real ones with Inception, compare, and write the report's record last."""
+"""A FID run: draw pictures, look at them and at real ones with Inception, and write the report's record last."""
 
 from __future__ import annotations
 

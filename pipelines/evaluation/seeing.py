@@ -18,7 +18,7 @@ from infra.causes import first_line
 from infra.records import get_data
 from infra.store import Store
 from pipelines.evaluation.chunks import Chunk, Made, Maker
-from pipelines.evaluation.fid import Gaussian, InceptionScore, Moments
+from pipelines.evaluation.fid import Gathering, Gaussian, InceptionScore
 
 KEPT = 10_000  # pictures whose features are kept, as the published precision and recall have it
 _SEEN = "seen"
@@ -110,24 +110,18 @@ class Side(NamedTuple):
 
 def added_up(store: Store, chunks: Iterable[Chunk]) -> Side:
     """A set's chunks as one."""
-    moments: Moments | None = None
-    spatial: Moments | None = None
+    of_pictures, of_places, score = Gathering(), Gathering(), InceptionScore()
     kept: list[npt.NDArray[np.float32]] = []
-    score, count = InceptionScore(), 0
     for chunk in chunks:
         if _SEEN not in chunk.data:
             continue
         with np.load(io.BytesIO(get_data(store, chunk.data[_SEEN])), allow_pickle=False) as seen:
-            features, inner, logits = seen["features"], seen["spatial"], seen["logits"]
-        of_chunk, of_inner = Moments.of(features), Moments.of(inner)
-        moments = of_chunk if moments is None else moments + of_chunk
-        spatial = of_inner if spatial is None else spatial + of_inner
+            features, spatial, logits = seen["features"], seen["spatial"], seen["logits"]
+        of_pictures.add(features)
+        of_places.add(spatial)
         score.add(logits)
-        kept.append(features[: KEPT - count])
-        count += len(kept[-1])
-    assert moments is not None and spatial is not None, "a chunk without pictures ends the run before"
-    of_pictures, of_places = Gaussian.of_moments(moments), Gaussian.of_moments(spatial)
-    return Side(of_pictures, of_places, np.concatenate(kept), score.value())
+        kept.append(features[: KEPT - sum(map(len, kept))])
+    return Side(of_pictures.gaussian(), of_places.gaussian(), np.concatenate(kept), score.value())
 
 
 def of_adm(path: Path) -> Side | None:

@@ -1,6 +1,7 @@
 """Every kind of stage that a recipe may name.
 
-    corpus -> prepare -> score -> snapshot -> encoders -> train -> sample, evaluate, dpg, fid -> gate -> register -> report
+    corpus -> prepare -> score -> snapshot -> encoders -> train -> sample, evaluate, dpg, fid -> gate -> register
+    and a report at the end
 
 A stage's function gets its context, its settings, and the records of the stages that its settings name. What it returns
 becomes the `output` of its own record; later stages learn about it from there alone.

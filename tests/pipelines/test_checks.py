@@ -63,7 +63,7 @@ low.data=prepare
 low_score.checkpoint=low_data
     `low_score.checkpoint` names `low_data`, whose kind is snapshot, not train
 gate.rules.1.above=low_scor
-    `gate.rules.1.above` names `low_scor`, which is not among the gate's scores, and the gate names no `model`: did you mean `low_score`?
+    `gate.rules.1.above` names `low_scor`, which is not among the gate's scores
 register.model=mine/best
     `register.model`: 'mine/best' cannot be used: write letters, digits, blanks
 register.alias=latest

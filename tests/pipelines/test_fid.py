@@ -5,15 +5,26 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from infra.errors import EvaluationError
-from pipelines.evaluation import fid
+from infra.config import parse
+from infra.errors import CheckpointError, EvaluationError, SettingsError
+from infra.store import open_store
+from pipelines.evaluation import chunks, fid, fid_run, inception, seeing
 from pipelines.evaluation.fid import Gaussian, InceptionScore, Moments, frechet
+from pipelines.evaluation.tars import read_pictures
+from pipelines.stages.fid import classes_of
+from tests.pipelines.drawn_here import drawn_here
+from tests.training import small_checkpoint
+from training import checkpoint as checkpoints
 
 Floats = Any
 
@@ -88,6 +99,17 @@ def test_moments_of_any_split_are_those_of_the_whole(sizes: list[int], rng: Any)
     np.testing.assert_allclose(merged.scatter_DD, whole.scatter_DD, atol=1e-9)
 
 
+@pytest.mark.parametrize("count", [7, 8, 40])
+def test_what_is_gathered_is_the_whole(count: int):
+    features, other = pictures(count, 8, 15), Gaussian.of_features(pictures(50, 8, 16))
+    gathered = fid.Gathering()
+    for part in np.split(features, [3, 6]):
+        gathered.add(part)
+    assert frechet(gathered.gaussian(), other) == pytest.approx(
+        frechet(Gaussian.of_features(features), other), abs=1e-9
+    )
+
+
 def test_kernel_distance_is_the_sum_over_pairs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fid, "_ROWS", 4)
     real, made = pictures(9, 6, 8), pictures(7, 6, 9, 0.5)
@@ -125,7 +147,7 @@ def test_precision_and_recall_are_those_of_brute_force(monkeypatch: pytest.Monke
 
 def test_copies_of_a_picture_are_within_it():
     real = np.repeat(pictures(3, 5, 13, 7.0), 5, axis=0)
-    assert fid.precision_recall(real, real[:10]) == (1.0, pytest.approx(10 / 15))
+    assert fid.precision_recall(real, real[:10]) == (1.0, 10 / 15)
 
 
 def test_the_inception_score_is_the_definition_in_blocks(monkeypatch: pytest.MonkeyPatch):
@@ -143,6 +165,9 @@ def test_the_inception_score_is_the_definition_in_blocks(monkeypatch: pytest.Mon
     few = InceptionScore()
     few.add(logits[:11])
     assert few.value() == pytest.approx(of(logits[:11]))
+
+
+# ------------------------------------------------------------------------------------------------- files
 
 
 def saved(path: Path, **arrays: Any) -> Path:
@@ -175,3 +200,135 @@ def test_the_command_scores_features_alone(tmp_path: Path, capsys: pytest.Captur
     paths = saved(tmp_path / "real.npz", features=real), saved(tmp_path / "made.npz", features=made)
     command(features=paths[0], more=[str(paths[1])], json_=True)
     assert json.loads(capsys.readouterr().out) == pytest.approx(fid.of_features(real, made))
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of the real network, in the file that users download."""
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save({}, folder / "none.pth")
+    torch.manual_seed(0)
+    with patch.object(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None):
+        network = FeatureExtractorInceptionV3("random", ["2048"], str(folder / "none.pth"))
+    torch.save(network.state_dict(), folder / "weights.pth")
+    return folder / "weights.pth"
+
+
+def noise(folder: Path, count: int, seed: int) -> Path:
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    for number in range(count):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(folder / f"{number:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks are made in this process: the pool has tests of its own."""
+
+    def make(shelf: chunks.Shelf, maker: Any, items: Any, needs: Any, show: Any) -> list[chunks.Chunk]:
+        actor = chunks._Actor(shelf, maker, "cpu")
+        return [actor.do(*item) for item in items.items()]
+
+    monkeypatch.setattr(fid_run, "make", make)
+    monkeypatch.setattr(fid_run, "generate", lambda order, prompts, show: drawn_here(order, prompts))
+
+
+def real(reference: Path | None, weights: Path, **changes: Any) -> fid_run.Real:
+    given = {"inception": str(weights), "count": 6, "sampling": {"steps": 1, "batch": 4, "guidance": 1.0}}
+    if reference is not None:
+        given["reference"] = str(reference)
+    return fid_run.Real(parse(fid_run.FidSettings, given | changes), None)
+
+
+def nothing(*_: Any) -> None: ...
+
+
+def test_folders_go_the_whole_path(here: None, weights: Path, tmp_path: Path):
+    """Every score is that of the features, which the real network sees in the real order."""
+    theirs, ours = noise(tmp_path / "real", 9, 0), noise(tmp_path / "made", 7, 1)
+    (ours / "05.png").write_bytes((ours / "05.png").read_bytes()[:-200])
+    store = open_store(str(tmp_path / "store"))
+    report = fid_run.fid_of_folder(store, ours, real(theirs, weights), nothing)
+    assert (report.images, report.failed) == (7, 1)
+    assert report.judge.endswith(", 6 pictures")
+    network = inception.Inception(weights)
+    seen = [
+        network.see(np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*")) if path.name != bad]))
+        for folder, bad in ((theirs, ""), (ours, "05.png"))
+    ]
+    expected = fid.of_features(seen[0].features, seen[1].features)
+    scores = {name.removeprefix("fid/"): score.value for name, score in report.scores.items()}
+    assert scores.keys() == {*expected, "sfid", "inception_score"}
+    for name, value in expected.items():
+        assert scores[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    spatial = [Gaussian.of_features(each.spatial) for each in seen]
+    assert seen[0].spatial.shape == (9, 7 * 17 * 17)
+    assert scores["sfid"] == pytest.approx(frechet(*spatial), rel=1e-4)
+    itself = fid_run.fid_of_folder(store, theirs, real(theirs, weights), nothing)
+    assert itself.scores["fid/fid"].value == pytest.approx(0, abs=1e-6)
+
+
+def test_pictures_of_adm_are_a_reference(here: None, weights: Path, tmp_path: Path):
+    theirs, ours = noise(tmp_path / "real", 6, 0), noise(tmp_path / "made", 5, 1)
+    pictures = np.stack([np.asarray(Image.open(path)) for path in sorted(theirs.glob("*"))])
+    store = open_store(str(tmp_path / "store"))
+    of_folder = fid_run.fid_of_folder(store, ours, real(theirs, weights), nothing).scores
+    packed = saved(tmp_path / "pictures.npz", arr_0=pictures)
+    of_pictures = fid_run.fid_of_folder(store, ours, real(packed, weights), nothing).scores
+    assert {name: score.value for name, score in of_pictures.items()} == {
+        name: score.value for name, score in of_folder.items()
+    }
+
+
+def test_moments_of_adm_are_a_reference(tmp_path: Path):
+    theirs, ours = pictures(30, 6, 0), pictures(20, 6, 1)
+    moments = {"mu": theirs.mean(0), "sigma": np.cov(theirs, rowvar=False)}
+    told = seeing.of_adm(saved(tmp_path / "moments.npz", **moments))
+    assert told is not None
+    made = seeing.Side(Gaussian.of_features(ours), None, ours.astype(np.float32), 2.0)
+    assert fid_run.scores_of(told, made) == {
+        "fid": pytest.approx(direct(theirs, ours), abs=1e-9),
+        "inception_score": 2.0,
+    }
+    both = seeing.of_adm(saved(tmp_path / "both.npz", **moments, mu_s=moments["mu"], sigma_s=moments["sigma"]))
+    assert both is not None and fid_run.scores_of(both, made._replace(spatial=made.pictures)).keys() >= {"sfid"}
+    assert seeing.of_adm(saved(tmp_path / "pictures.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))) is None
+    for name, wrong in {"short": {"mu": np.ones(3)}, "other": {**moments, "mu": np.ones(3)}}.items():
+        with pytest.raises(EvaluationError, match="is no reference that can be read"):
+            seeing.of_adm(saved(tmp_path / f"{name}.npz", **wrong))
+    with pytest.raises(EvaluationError, match="the reference has 6 features, and these pictures 5"):
+        fid_run.scores_of(told, made._replace(pictures=Gaussian.of_features(pictures(9, 5, 2))))
+
+
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_a_checkpoint_is_measured_and_no_two_pictures_share_their_noise(
+    here: None, weights: Path, tmp_path: Path, kind: str
+):
+    write = small_checkpoint.write_class if kind == "class" else small_checkpoint.write_text
+    store = open_store(str(tmp_path / "store"))
+    checkpoint = checkpoints.publish_folder(store, write(tmp_path / "net"))
+    asked = real(noise(tmp_path / "real", 5, 0), weights)
+    classes = classes_of(store, checkpoint)
+    assert (classes is None) == (kind == "text")
+    prompts = fid_run.prompts_of(store, None, classes, asked.settings) if kind == "class" else ["a red circle"] * 6
+    report = fid_run.fid(store, "one", checkpoint, prompts, asked, nothing)
+    assert (report.images, report.failed) == (6, 0)
+    pictures = read_pictures(store, report.pictures)
+    assert len(set(pictures.values())) == 6
+
+
+def test_what_is_missing_is_told_with_what_to_download(weights: Path, tmp_path: Path):
+    with pytest.raises(SettingsError, match=r"download https://.*6726825d\.pth, .*and set `inception` to the file"):
+        real(noise(tmp_path / "real", 2, 0), tmp_path / "none.pth").identity()
+    with pytest.raises(SettingsError, match="there are no real pictures"):
+        real(None, weights).identity()
+    (tmp_path / "other.pth").write_bytes(b"no weights")
+    with pytest.raises(CheckpointError, match=r"is no file of weights"):
+        inception.Inception(tmp_path / "other.pth")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "strange.pth")
+    with pytest.raises(CheckpointError, match=r"does not fit torch-fidelity's Inception"):
+        inception.Inception(tmp_path / "strange.pth")
