@@ -54,6 +54,7 @@ EXAMPLES: list[tuple[str, dict[str, Any]]] = [
     ),
     ("evaluate", {"checkpoint": "a", "sampling": {"interval": [0, 1], "size": [32, 32]}}),
     ("dpg", {"checkpoint": "a", "judge": {"kind": "vlm", "model": "b"}, "mode": "compat"}),
+    ("fid", {"checkpoint": "a", "data": "b", "count": 100, "split": "held_out"}),
     ("gate", {"scores": ["a", "b"], "rules": [{"at_least": 0.5, "above": "b"}]}),
     ("register", {"gate": "a", "checkpoint": "b", "scores": "c"}),
     ("report", {"title": "x"}),
