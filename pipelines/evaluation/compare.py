@@ -35,6 +35,8 @@ def compared(a: Side, b: Side, seed: int = 0) -> dict[str, Compared]:
         raise _not_the_same(a, b, "their pictures: both must have as many of each prompt, from the same seeds")
     by_prompt_a, by_prompt_b = (_by_prompt(scores) for scores in (scores_a, scores_b))
     differences = paired(by_prompt_a, by_prompt_b, seed=seed)
+    if len(by_prompt_a) == 1:  # of a single task the overall score is its own
+        differences = {OVERALL: differences[OVERALL]}
     scale = _PERCENT if a.report.protocol == "dpg" else 1.0
     return {
         name: Compared(

@@ -25,7 +25,7 @@ def _row(task: str, pictures: list[Picture]) -> Html:
     reasons = tag("ul", [_reason(picture) for picture in wrong], class_="reasons")
     return tag(
         "div",
-        tag("div", tag("strong", words(task)), class_="prompt"),
+        tag("div", tag("b", words(task)), class_="prompt"),
         tag("div", _four(right, "none is right")),
         tag("div", _four(wrong, "none is wrong"), reasons),
         class_="samples",
@@ -39,4 +39,4 @@ def _four(pictures: list[Picture], otherwise: str) -> Html:
 
 
 def _reason(picture: Picture) -> Html:
-    return tag("li", tag("bdi", picture.text), tag("small", tag("bdi", f" {picture.reasons}")))
+    return tag("li", tag("bdi", picture.text), tag("small", tag("bdi", f" – {picture.reasons}")))

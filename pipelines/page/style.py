@@ -71,7 +71,8 @@ thead th { color: var(--muted); font-size: 13px; vertical-align: bottom; }
 tbody tr:last-child > * { border-bottom: 0; }
 .lineage small, .scores thead small, .samples strong small, .fates th small { display: block; }
 .lineage td, .lineage th { vertical-align: top; }
-.scores td, .compared td { white-space: nowrap; } .scores td b, .compared td b { display: inline-block; width: 3.2em; }
+.scores td, .compared td { white-space: nowrap; } .scores td b { display: inline-block; width: 3.2em; }
+.compared td b { display: inline-block; width: 4.4em; }
 .scores thead th, .compared thead th { color: var(--text); font-weight: 640; font-size: 15px; }
 .scores thead small, .samples strong small { padding-left: 16px; }
 .scores tbody tr:last-child > *, .compared tbody tr:last-child > * {
