@@ -407,8 +407,7 @@ def written(keys: list[str]) -> pa.Array:
 
 
 def test_what_was_scored_at_another_size_is_found_by_key(unequal: tuple[Store, Plan]) -> None:
-    columns = {"captions": written, "luck": lambda keys: pa.array([luck(key) for key in keys], pa.float32())}
-    scored(unequal, "small", **columns)
+    scored(unequal, "small", captions=written, luck=lambda keys: pa.array([luck(key) for key in keys], pa.float32()))
     record, training, _ = made(unequal, size=32, scores=["small@16"], captions={"vlm": 1}, filter="luck is not None")
     keys = [row["key"] for row in index(unequal, 32).to_pylist() if row["accepted"]]
     assert training["key"].to_pylist() == [key for key in keys if luck(key) is not None]

@@ -37,7 +37,7 @@ def pictures(corpus: str, count: int) -> Iterator[Pictured]:
 
 def sa_1b(folder: Path) -> None:
     for first in (0, COUNT // 2):
-        members = {}
+        members: dict[str, bytes] = {}
         for number, (jpeg, _) in enumerate(pictures(f"sa-1b/{first}", COUNT // 2), start=first + 1):
             masks = {"image": {"image_id": number}, "annotations": [{"id": 1, "segmentation": {}}]}
             members |= {f"./sa_{number}.jpg": jpeg, f"./sa_{number}.json": json.dumps(masks).encode()}
@@ -72,7 +72,7 @@ def cc12m(folder: Path, web: str = "http://127.0.0.1:1/") -> dict[str, Page]:
 
 def blip3o_60k(folder: Path) -> None:
     for name in ("geneval_train", "object_1"):
-        members = {}
+        members: dict[str, bytes] = {}
         for number, (jpeg, caption) in enumerate(pictures(name, COUNT * 2 // 5)):
             members |= {f"{name}_{number}.jpg": jpeg, f"{name}_{number}.txt": caption.encode()}
         _tar(folder / f"{name}.tar", members)
