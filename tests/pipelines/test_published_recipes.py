@@ -106,6 +106,16 @@ def test_each_fits_on_sixteen_gpus(name: str):
     assert all(plan.fits() for plan in planned(name).values())
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_readme_tells_the_hours_and_the_cost_that_are_planned(name: str):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    found = re.search(rf"^\| \[`{name}`\].*\| (\d+) h, ([\d,]+) \$ \|", readme, re.MULTILINE)
+    assert found, "no row of the table"
+    hours = sum(plan.hours or 0 for plan in planned(name).values())
+    assert int(found[1]) == round(hours)
+    assert int(found[2].replace(",", "")) == pytest.approx(16 * 3.5 * hours, rel=0.05)
+
+
 def test_what_does_not_fit_is_told_with_a_way_out():
     cramped = planned("t2i_xxl", gpus="16xA100-40")
     assert not cramped["pretrain_512"].fits()
@@ -136,7 +146,7 @@ def comments(name: str) -> Iterator[str]:
 
 def test_the_larger_network_is_had_as_the_recipe_says():
     assignments = re.findall(r"--set ((?:train|pretrain|sft)\.\S+)", "\n".join(comments("t2i_cc12m")))
-    assert len(assignments) == 6
+    assert len(assignments) == 7
     larger = planned("t2i_cc12m", *assignments)
     assert larger["sft"].network / 1e6 == pytest.approx(905, rel=1e-3)
     assert larger["pretrain"].settings.optim.lr == 2e-4
