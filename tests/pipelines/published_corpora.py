@@ -20,6 +20,9 @@ from tests.data_prep.web import Page
 
 SIZE = 64
 CLASSES = ("n01440764", "n01443537", "n01484850")
+QUESTIONS = """item_id,text,proposition_id,dependency,tuple,question_natural_language
+0,A red circle.,1,0,entity - whole (circle),Is there a circle?
+"""
 COUNT = 24  # of each corpus; two fifths of it for those that are for fine-tuning
 
 
@@ -103,6 +106,7 @@ def write(folder: Path, web: str = "http://127.0.0.1:1/") -> dict[str, Page]:
     blip3o_60k(folder / "blip3o-60k")
     dalle_3(folder / "dalle-3")
     sharegpt_4o(folder / "sharegpt-4o")
+    (folder / "dpg_bench.csv").write_text(QUESTIONS)
     return cc12m(folder / "cc12m", web)
 
 
