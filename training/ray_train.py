@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from infra import guard, scratch
+from infra import guard, layout, scratch
 from infra.background import repeated
 from infra.causes import explained
 from infra.claim import held
@@ -68,6 +68,21 @@ def _fit(job: Job, show: Show) -> None:
             show({"event": "told", "text": text})
             left -= 1
             time.sleep(_PAUSE_SECONDS)
+            if isinstance(error, StoreError):
+                _wait_for(job)
+
+
+def _wait_for(job: Job) -> None:
+    """Returns when the store answers, or after the watchdog's time: attempts before that would be wasted.
+
+    Each question is patient by itself, and tells of the outage.
+    """
+    deadline = time.monotonic() + job.settings.hang_after
+    while time.monotonic() < deadline:
+        with suppress(StoreError):
+            job.store.exists(layout.CHECKPOINT.at(home=job.prefix))
+            return
+        time.sleep(_PAUSE_SECONDS)
 
 
 class _News:

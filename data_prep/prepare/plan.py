@@ -203,6 +203,11 @@ class Plan:
         count = self.sizes[size]
         return range(shard.number * count, (shard.number + 1) * count)
 
+    def beside(self, number: int, size: str, other: str) -> range:
+        """The numbers of the shards of another size that are made of the planned shard of shard `number` of a size."""
+        planned, count = number // self.sizes[size], self.sizes[other]
+        return range(planned * count, (planned + 1) * count)
+
     def all_numbers(self, size: str) -> set[int]:
         """The numbers of all shards of a size in this edition."""
         if size not in self.sizes:

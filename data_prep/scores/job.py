@@ -22,8 +22,9 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from data_prep.prepare.plan import all_shards, read_plan
+from data_prep.prepare.plan import Plan, all_shards, read_plan
 from data_prep.scores import Sample, Scorer
 from data_prep.scores.settings import ClipSettings, EndpointSettings, ScorerSettings
 from data_prep.sources.reading import in_order
@@ -116,18 +117,43 @@ def read_scores(store: Store, plan: str, size: str, scorer: str, number: int) ->
     return read_parquet(store, record.table, None)
 
 
+class Tables(NamedTuple):
+    """Which side tables a snapshot joins: those of a scorer, by its digest, made at a size."""
+
+    scorer: str
+    size: str
+
+    @classmethod
+    def named(cls, name: str, size: str) -> Tables:
+        """`DIGEST` means tables of the snapshot's own size, `DIGEST@256` those that were made at 256."""
+        scorer, _, other = name.partition("@")
+        return cls(scorer, other or size)
+
+    def name(self, size: str) -> str:
+        """What a snapshot of this size calls them."""
+        return self.scorer if self.size == size else f"{self.scorer}@{self.size}"
+
+
 class SideTables:
-    """The side tables of some scorers, named by their digests, for the shards of one plan and size."""
+    """The side tables of some scorers, named as in `Tables`, for the shards of one plan and size.
+
+    Shards of two sizes that were cut from one planned shard hold the same samples, except those that were refused at
+    one of the sizes. So what was scored at another size is found by key; what has no row there has no value.
+    """
 
     def __init__(
-        self, store: Store, plan: str, size: str, shards: Sequence[ShardRecord], scorers: Sequence[str]
+        self, store: Store, plan: Plan, size: str, shards: Sequence[ShardRecord], scorers: Sequence[str]
     ) -> None:
         self.store, self.plan, self.size, self.scorers = store, plan, size, scorers
-        numbers = {shard.number for shard in shards if shard.tar is not None}
-        for scorer in scorers:
-            self._check(scorer, numbers)
-        tables = self.read(min(numbers)) if numbers else []
-        self.schemas = {scorer: table.schema for scorer, table in zip(scorers, tables, strict=False)}
+        self._tables = [Tables.named(scorer, size) for scorer in scorers]
+        with_samples = {size: {shard.number for shard in shards if shard.tar is not None}}
+        for other in {tables.size for tables in self._tables} - {size}:
+            with_samples[other] = {shard.number for shard in all_shards(store, plan, other) if shard.tar is not None}
+        self._with_samples = with_samples
+        for tables in self._tables:
+            self._check(tables, with_samples[tables.size])
+        first = [self._read(tables, sorted(with_samples[tables.size])[:1]) for tables in self._tables]
+        self.schemas = {name: table.schema for name, table in zip(scorers, first, strict=True) if table is not None}
 
     @property
     def fields(self) -> list[pa.Field]:
@@ -135,30 +161,47 @@ class SideTables:
         omitted = ("key", "captions")
         return [field for schema in self.schemas.values() for field in schema if field.name not in omitted]
 
-    def read(self, number: int, keys: pa.ChunkedArray | None = None) -> list[pa.Table]:
-        """Each scorer's table of a shard, checked to have one row for each of the keys, in their order."""
-        tables = [read_scores(self.store, self.plan, self.size, scorer, number) for scorer in self.scorers]
-        for scorer, table in zip(self.scorers, tables, strict=True):
-            if keys is not None and not table["key"].equals(keys):
-                raise DataError(
-                    f"the scores {scorer} of shard {number} are not of the samples that its index holds",
-                    remedy="delete their record and run `score` again",
-                )
-        return tables
+    def read(self, number: int, keys: pa.ChunkedArray) -> list[pa.Table]:
+        """Each scorer's table for a shard's samples: one row for each of the keys, in their order."""
+        return [
+            self._own(tables, number, keys) if tables.size == self.size else self._other(name, tables, number, keys)
+            for name, tables in zip(self.scorers, self._tables, strict=True)
+        ]
 
-    def _check(self, scorer: str, numbers: set[int]) -> None:
-        place = Place(self.plan, self.size, scorer)
+    def _own(self, tables: Tables, number: int, keys: pa.ChunkedArray) -> pa.Table:
+        table = read_scores(self.store, self.plan.digest, self.size, tables.scorer, number)
+        if not table["key"].equals(keys):
+            raise DataError(
+                f"the scores {tables.scorer} of shard {number} are not of the samples that its index holds",
+                remedy="delete their record and run `score` again",
+            )
+        return table
+
+    def _other(self, name: str, tables: Tables, number: int, keys: pa.ChunkedArray) -> pa.Table:
+        beside = self.plan.beside(number, self.size, tables.size)
+        table = self._read(tables, [number for number in beside if number in self._with_samples[tables.size]])
+        table = self.schemas[name].empty_table() if table is None else table
+        row = pc.index_in(keys.combine_chunks(), value_set=table["key"].combine_chunks())
+        return table.take(row).set_column(table.schema.get_field_index("key"), "key", keys)
+
+    def _read(self, tables: Tables, numbers: Sequence[int]) -> pa.Table | None:
+        parts = [read_scores(self.store, self.plan.digest, tables.size, tables.scorer, number) for number in numbers]
+        return pa.concat_tables(parts) if parts else None
+
+    def _check(self, tables: Tables, numbers: set[int]) -> None:
+        place = Place(self.plan.digest, tables.size, tables.scorer)
         scored = _scored(self.store, place)
         if not scored:
-            parent = place.prefix[: -len(scorer) - 1]
+            parent = place.prefix[: -len(tables.scorer) - 1]
             others = sorted({entry.key.removeprefix(parent).partition("/")[0] for entry in self.store.list(parent)})
             raise DataError(
-                f"these shards have no scores called `{scorer}`",
+                f"these shards have no scores called `{tables.name(self.size)}`",
                 remedy=f"there are {', '.join(others)}" if others else "run `score` first, and name its digest",
             )
         if missing := sorted(numbers - scored):
             raise DataError(
-                f"{len(missing)} of {len(numbers)} shards have no scores `{scorer}` (the first is {missing[0]})",
+                f"{len(missing)} of {len(numbers)} shards have no scores `{tables.name(self.size)}` "
+                f"(the first is {missing[0]})",
                 remedy="run that `score` again: it goes on with what is missing",
             )
 

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.prepare.plan import all_shards, read_plan
+from data_prep.prepare.plan import Plan, all_shards, read_plan
 from data_prep.scores.job import SideTables
 from data_prep.snapshots import dedup
 from data_prep.snapshots.captions import Bools, Ints, Mixed, appended, caption_mix
@@ -70,7 +70,7 @@ def snapshot(store: Store, plan: str, edition: str, settings: SnapshotSettings) 
     shards = all_shards(store, planned, size)
     for wrong in wrongs(settings, {shard.source for shard in planned.shards}):
         raise SettingsError(f"`{wrong.field}` {wrong.message}", remedy=wrong.remedy)
-    selection = _Selection(store, shards, settings, forgotten)
+    selection = _Selection(store, planned, shards, settings, forgotten)
     name = Path(key).stem
     with TemporaryDirectory(prefix="pixnerd-snapshot-") as folder:
         paths = [Path(folder, half) for half in ("selection", "held-out")]
@@ -126,13 +126,18 @@ class _Selection:
     """Selects the samples of each shard in turn, and counts what each step leaves."""
 
     def __init__(
-        self, store: Store, shards: list[ShardRecord], settings: SnapshotSettings, forgotten: ForgottenItems
+        self,
+        store: Store,
+        plan: Plan,
+        shards: list[ShardRecord],
+        settings: SnapshotSettings,
+        forgotten: ForgottenItems,
     ) -> None:
         self.store, self.shards, self.settings, self.forgotten = store, shards, settings, forgotten
         self.first = np.cumsum([0, *(shard.inputs for shard in shards)])  # row of each shard among all rows
         self.labels = settings.labels
         self.asked = columns_in(settings.filter) | ({settings.labels.column} if settings.labels else set())
-        self.scores = SideTables(store, shards[0].plan, shards[0].size, shards, settings.scores)
+        self.scores = SideTables(store, plan, shards[0].size, shards, settings.scores)
         self.names, schema = columns_of(store, shards, settings.readers, self.asked)
         self.schema = with_columns(schema, [pa.field("duplicate", pa.bool_()), *self.scores.fields], self.asked)
         self.conditions = parse_filter(settings.filter, self.schema)

@@ -31,7 +31,10 @@ class SnapshotSettings(Settings):
         le=dedup.FARTHEST,
         description="the filter's `duplicate` also means images whose perceptual hashes differ in at most so many bits",
     )
-    scores: list[str] = Field([], description="digests of scores and captions that are joined to the index")
+    scores: list[str] = Field(
+        [],
+        description="digests of scores and captions that are joined to the index; DIGEST@256: those made at size 256",
+    )
     weights: dict[str, Times] = Field({}, description="source -> how often training lists each of its samples (1)")
     captions: Mix = Field({}, description="kind -> weight, or a list of rules; none: all kinds alike")
     labels: LabelSettings | None = Field(

@@ -98,7 +98,7 @@ def summarise(
     """
     planned = read_plan(store, plan, edition)
     shards = all_shards(store, planned, size)
-    side_tables = SideTables(store, plan, size, shards, list(dict.fromkeys(scores)))
+    side_tables = SideTables(store, planned, size, shards, list(dict.fromkeys(scores)))
     totals = _Totals()
     for content in in_order(partial(_read, store, columns, side_tables), shards, readers):
         totals.add(content)

@@ -24,6 +24,8 @@ from infra.store.settings import FIRST_PAUSE, PATIENCE
 T = TypeVar("T")
 
 STALE_SECONDS = 24 * 3600.0  # a scratch file this old belongs to a process that was killed
+# Errors of a disk that is written to: a call that only reads the store meets them where it copies to.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Errors of a network filesystem while its server is away, and just after it has come back.
 AWAY = {
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED),
@@ -226,6 +228,8 @@ class FileStore(Store):
                 remedy="give this user the right to read and write there",
             ) from error
         except OSError as error:
+            if not writing and error.errno in FULL:
+                raise
             if not writing and isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
                 raise not_found(self, key) from None
             if isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError):

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from data_prep.prepare.plan import PrepareSettings, read_plan
 from data_prep.rejections import counted
-from data_prep.scores.job import ScoreSettings, scorer_digest
+from data_prep.scores.job import ScoreSettings, Tables, scorer_digest
 from data_prep.snapshots import checks
 from data_prep.snapshots.forget import concerning
 from data_prep.snapshots.settings import SnapshotSettings
@@ -155,7 +155,8 @@ def snapshot(context: Context, settings: SnapshotStage, inputs: Inputs) -> Outpu
     from data_prep.snapshots.build import snapshot_key
 
     prepared = inputs["shards"].of(PrepareSummary)
-    scored = [inputs[f"scored.{number}"].of(ScoreSummary).scorer for number in range(len(settings.scored))]
+    summaries = [inputs[f"scored.{number}"].of(ScoreSummary) for number in range(len(settings.scored))]
+    scored = [Tables(summary.scorer, summary.size).name(str(settings.size)) for summary in summaries]
     scores = [*settings.scores, *scored]
     plain = SnapshotSettings(**settings.model_dump(exclude={"shards", "scored", "scores"}), scores=scores)
     record = run(context.store, prepared.plan, prepared.edition, plain)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.prepare.plan import Plan, make_plan
+from data_prep.prepare.plan import Plan, PrepareSettings, make_plan
 from data_prep.prepare.shard import make_shard, plain_outcomes
 from data_prep.scores.job import Place
 from data_prep.snapshots import dedup
@@ -36,7 +36,8 @@ from infra.shards import (
     shard_prefix,
 )
 from infra.store import Store, open_store
-from tests.data_prep.corpora import prepare_here, settings_for, write_corpus
+from tests.data_prep import zoo
+from tests.data_prep.corpora import prepare_here, settings_for, shaded, write_corpus
 
 COUNT = 60
 
@@ -334,11 +335,13 @@ def test_each_edition_of_a_plan_has_its_own_snapshots(tmp_path: Path) -> None:
 # Scores
 
 
-def scored(prepared: tuple[Store, Plan], scorer: str, *, skip: int | None = None, **columns: Any) -> None:
-    """Side tables of the smaller size; a column's values are made from the keys."""
+def scored(
+    prepared: tuple[Store, Plan], scorer: str, *, skip: int | None = None, size: int = 16, **columns: Any
+) -> None:
+    """Side tables of one size, the smaller one; a column's values are made from the keys."""
     store, plan = prepared
-    place = Place(plan.digest, "16", scorer)
-    for shard in list_shards(store, shard_prefix(plan.digest, "16")):
+    place = Place(plan.digest, str(size), scorer)
+    for shard in list_shards(store, shard_prefix(plan.digest, str(size))):
         table = read_index(store, shard)
         keys = table["key"].filter(table["accepted"]).to_pylist()
         table = pa.table({"key": keys} | {name: value([*keys]) for name, value in columns.items()})
@@ -383,6 +386,48 @@ def test_scored_captions_join_the_mix(two: tuple[Store, Plan]) -> None:
         assert row["caption_weights"] == ([0.25, 0.75] if said else [1.0])
     _, training, _ = made(two, scores=["writer"], captions={"vlm": 1})
     assert all(row["captions"] == [f"seen {row['key']}"] for row in training.to_pylist())
+
+
+@pytest.fixture
+def unequal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Store, Plan]:
+    """Four tars of the larger size for each of the smaller one, and pictures that are too small for the larger."""
+    monkeypatch.setattr(PrepareSettings, "_aim", property(lambda settings: 8 * 16**2 * 3 // 4))
+    write_corpus(tmp_path / "corpus", 40)
+    for number in (2, 8, 14):
+        kind = ("JPEG", "PNG")[number % 2]
+        (tmp_path / f"corpus/images/{number:05d}.{kind.lower()}").write_bytes(zoo.saved(shaded(number, 24), kind))
+    store = open_store(str(tmp_path / "store"))
+    plan = prepare_here(store, settings_for(tmp_path / "corpus"))
+    assert plan.sizes == {"32": 4, "16": 1}
+    return store, plan
+
+
+def written(keys: list[str]) -> pa.Array:
+    return pa.array([[{"kind": "vlm", "text": f"seen {key}"}] for key in keys], CAPTIONS)
+
+
+def test_what_was_scored_at_another_size_is_found_by_key(unequal: tuple[Store, Plan]) -> None:
+    scored(unequal, "small", captions=written, luck=lambda keys: pa.array([luck(key) for key in keys], pa.float32()))
+    record, training, _ = made(unequal, size=32, scores=["small@16"], captions={"vlm": 1}, filter="luck is not None")
+    keys = [row["key"] for row in index(unequal, 32).to_pylist() if row["accepted"]]
+    assert training["key"].to_pylist() == [key for key in keys if luck(key) is not None]
+    assert all(row["captions"] == [f"seen {row['key']}"] for row in training.to_pylist())
+    assert record.rows
+    with pytest.raises(DataError, match=r"no scores called `none@16`"):
+        made(unequal, size=32, scores=["none@16"])
+
+
+def test_what_was_not_scored_at_another_size_has_no_value(unequal: tuple[Store, Plan]) -> None:
+    scored(unequal, "large", size=32, captions=written)
+    _, training, _ = made(unequal, scores=["large@32"], captions={"vlm": 9, "short": 1})
+    large = {row["key"] for row in index(unequal, 32).to_pylist() if row["accepted"]}
+    rows = training.to_pylist()
+    assert sum(row["key"] not in large for row in rows) == 3
+    for row in rows:
+        seen = row["key"] in large
+        assert row["captions"][1:] == ([f"seen {row['key']}"] if seen else [])
+        assert row["caption_weights"] == pytest.approx([0.1, 0.9] if seen else [1.0])
+    assert made(unequal, scores=["large@32"], captions={"vlm": 1})[0].rows == len(large)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.none() | st.integers(0, 3)), max_size=60))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -52,10 +57,10 @@ def ranks() -> list[int]:
 
 
 class Disturbed:
-    """Shows a run's messages, and does something to it behind each of the first states."""
+    """Shows a run's messages, and does something to each of its first attempts behind a state."""
 
     def __init__(self, disturb: Callable[[int], None], times: int) -> None:
-        self._disturb, self._left = disturb, times
+        self._disturb, self._left, self._times = disturb, times, times
         self.told: list[str] = []
         self.steps: list[int] = []
 
@@ -64,7 +69,8 @@ class Disturbed:
             self.told.append(message["text"])
         if message["event"] == "log":
             self.steps.append(message["step"])
-        if message["event"] == "log" and self._left and message["step"] >= 8:
+        fresh = self._left + len(self.told) == self._times  # not disturbed yet: what is dying may still log
+        if message["event"] == "log" and self._left and fresh and message["step"] >= 8:
             self._left -= 1
             self._disturb(self._left)
 
@@ -119,7 +125,7 @@ def test_a_rank_that_is_stuck_in_a_read_says_so(made: Made, undisturbed: Checkpo
     assert record.files[WEIGHTS].sha256 == undisturbed.files[WEIGHTS].sha256
     [told] = show.told
     assert told.count("has taken no step for 20 s") == 2
-    assert "from iterate in batches.py" in told  # the one that waits for its data
+    assert "from result in batches.py" in told  # the one that waits for its data
     assert "from step in engine.py" in told  # and the one that waits for it
 
 
@@ -169,6 +175,87 @@ class Away(FileStore):
     def _check(self, concerned: bool) -> None:
         if concerned and (Path(self.root) / "away").exists():
             raise StoreError("the store is away", remedy="wait")
+
+
+class Outage(FileStore):
+    """A folder whose server is away while there is a file `outage` beside it: no call gets through."""
+
+    def _path(self, key: str) -> Path:
+        if self.mark.exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super()._path(key)
+
+    @property
+    def mark(self) -> Path:
+        return self.root.parent / "outage"
+
+
+def test_a_store_that_is_away_for_far_longer_than_its_calls_are_patient(made: Made, undisturbed: CheckpointRecord):
+    """As five minutes are to the usual 75 s, and longer than three attempts would last."""
+    store, snapshot, encoders = made
+    away = Outage(store.root, patience=2.0)
+    back = threading.Timer(100, lambda: away.mark.unlink(missing_ok=True))
+
+    def leave(left: int) -> None:
+        away.mark.touch()
+        back.start()
+
+    show = Disturbed(leave, times=1)
+    record = ray_train.fit(small_run.job_in(away, snapshot, encoders, "outage", **STEPS, retries=2), show)
+    back.join()
+    assert record.files[WEIGHTS].sha256 == undisturbed.files[WEIGHTS].sha256
+    [told] = show.told
+    assert "starting again from the last committed state (attempts left: 2)" in told
+
+
+class FullCache(FileStore):
+    """The disk that shards are copied to is full while there is a file `full` in the store."""
+
+    def download(self, key: str, path: Path) -> None:
+        def copy() -> None:
+            if key.endswith(".tar") and (self.root / "full").exists():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        self._do(key, copy)
+        super().download(key, path)
+
+
+def test_a_cache_disk_that_fills_up_ends_a_run_that_goes_on_later(
+    made: Made, undisturbed: CheckpointRecord, tmp_path: Path
+):
+    store, snapshot, encoders = made
+    full = store.root / "full"
+
+    def fill(left: int) -> None:
+        full.touch()
+        for tar in tmp_path.glob("*.tar"):  # so that they must be fetched again
+            tar.unlink()
+
+    reading = {"lanes": 4, "cache": str(tmp_path)}
+    job = small_run.job_in(FullCache(store.root), snapshot, encoders, "fills-up", **STEPS, reading=reading)
+    show = Disturbed(fill, times=1)
+    with pytest.raises(SettingsError, match=r"the cache .* cannot be written \(No space left on device\)") as told:
+        ray_train.fit(job, show)
+    assert "reading.cache_gb lower" in str(told.value)
+    assert show.told == []
+    full.unlink()
+    again = Disturbed(lambda left: None, times=0)
+    record = ray_train.fit(job, again)
+    assert record.files[WEIGHTS].sha256 == undisturbed.files[WEIGHTS].sha256
+    assert again.steps[0] > 4, "it goes on from a committed state"
+
+
+def test_a_node_that_is_killed_takes_its_rank_along_and_another_takes_its_place(
+    made: Made, undisturbed: CheckpointRecord, tmp_path: Path
+):
+    (tmp_path / "job").write_bytes(pickle.dumps(small_run.job_in(*made, name="node-killed", **STEPS)))
+    command = [sys.executable, "-m", "tests.training.nodes", str(tmp_path / "job")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["weights"] == undisturbed.files[WEIGHTS].sha256
+    assert said["told"]
+    assert all("starting again from the last committed state" in text for text in said["told"])
 
 
 def test_a_driver_that_is_stopped_has_its_ranks_commit_a_state(made: Made, undisturbed: CheckpointRecord):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import resource
 import threading
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
@@ -511,6 +512,29 @@ def test_a_deleted_file_is_read_from_the_store(tmp_path: Path, counted: Counted)
     reader.settle()
     assert counted.downloads[key] == 2
     reader.close()
+
+
+@pytest.fixture
+def no_room() -> Iterator[None]:
+    """Files of this process may grow to 2,000 bytes, which is as good as a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_fills_up_is_the_caches_and_not_the_stores(
+    tmp_path: Path, counted: Counted, request: pytest.FixtureRequest
+):
+    """An outage of the store is waited for; this would not pass by itself."""
+    reader = reader_of(tmp_path, counted, "PNG", [SIDE] * 12)
+    with closing(reader):
+        request.getfixturevalue("no_room")
+        fetched = reader.tars.begin(reader.selection.tars[0])
+        with pytest.raises(SettingsError, match=r"the cache .* cannot be written \(File too large\)") as told:
+            fetched.result()
+    assert "reading.cache_gb lower" in str(told.value)
+    assert not list((tmp_path / "cache").glob("making-*"))
 
 
 def test_another_users_folder_is_not_read(tmp_path: Path):

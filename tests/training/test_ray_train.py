@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from infra.errors import DataError, PixnerdError, SettingsError, StoreError, TrainingError
+from tests.infra.faked_time import FakedTime
 from tests.training.small_run import SETTINGS
 from training import ray_train
 from training.job import Job
@@ -29,9 +30,23 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return outcomes
 
 
-def fit(retries: int) -> list[str]:
+class Back:
+    """A store that answers again from some moment on."""
+
+    def __init__(self, clock: FakedTime, at: float = 0.0) -> None:
+        self.clock, self.at = clock, at
+
+    def exists(self, key: str) -> bool:
+        if self.clock.now < self.at:
+            self.clock.now += 75.0  # as long as a call is patient
+            raise StoreError("away", remedy="")
+        return False
+
+
+def fit(retries: int, store: Any = None) -> list[str]:
     said: list[str] = []
-    job: Any = type("Job", (), {"settings": TrainSettings(**SETTINGS, retries=retries)})
+    settings = TrainSettings(**SETTINGS, retries=retries)
+    job: Any = type("Job", (), {"settings": settings, "store": store or Back(FakedTime()), "prefix": "training/x"})
     ray_train._fit(job, lambda message: said.append(message.get("text", "")))
     return [text for text in said if text]
 
@@ -44,6 +59,32 @@ def test_deaths_are_retried_so_often_and_each_state_renews_the_allowance(attempt
     said = fit(retries=2)
     assert [text[-2:-1] for text in said] == ["2", "1", "2", "1", "2"]
     assert "starting again from the last committed state" in said[0]
+
+
+@pytest.mark.parametrize(("minutes", "attempts_made"), [(1, 2), (5, 2), (9, 2), (45, 3)])
+def test_a_store_that_is_away_costs_one_attempt_however_long_it_is(
+    minutes: int, attempts_made: int, attempts: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    """However long, that is, up to the watchdog's ten minutes; then there is another attempt, which waits as well."""
+    clock = FakedTime()
+    monkeypatch.setattr(ray_train, "time", clock)
+    monkeypatch.setattr(ray_train, "_PAUSE_SECONDS", 5.0)
+    store = Back(clock, clock.now + 60 * minutes)
+    started: list[float] = []
+
+    def attempt(job: Job, news: Any) -> None:
+        started.append(clock.now)
+        if clock.now < store.at:
+            clock.now += 90.0  # to start, and a call's patience
+            raise StoreError("away", remedy="")
+
+    monkeypatch.setattr(ray_train, "_attempt", attempt)
+    if minutes < 30:
+        assert len(fit(retries=2, store=store)) == 1
+    else:
+        with pytest.raises(StoreError, match="away"):
+            fit(retries=2, store=store)
+    assert len(started) == attempts_made
 
 
 def test_ten_kills_in_one_run_are_survived_where_each_comes_further(attempts: list[Any]):
