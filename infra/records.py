@@ -145,8 +145,9 @@ class Interval(Plain):
 
 
 class EvalReport(Record):
-    # In 2 a score may have no interval, in 3 the devices are told. A report that needs neither is still of schema 1.
-    newest_schema = 3
+    # In 2 a score may have no interval, in 3 the devices are told, in 4 the prompts' name, the judge's weights and what
+    # it saw. A report that needs none of it is still of schema 1.
+    newest_schema = 4
     protocol: str  # "geneval", "dpg", "fid"
     judge: str
     prompts: str  # digest of the prompt set
@@ -157,10 +158,15 @@ class EvalReport(Record):
     details: DataObject  # Parquet: one row per image with the verdict and its reason
     pictures: list[DataObject]  # tars of PNGs, <prompt>-<image>.png
     devices: list[str] = []  # on which pictures were drawn and judged
+    prompt_set: str = ""  # the name of the prompts
+    weights: dict[str, str] = {}  # the judge's networks -> the sha256 of local weights, or their tag
+    detections: list[DataObject] = []  # Parquet: what the judge saw, from which verdicts can be made again
 
     @model_validator(mode="before")
     @classmethod
     def _oldest_fitting_schema(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        if any(fields.get(name) for name in ("prompt_set", "weights", "detections")):
+            return {"schema_version": 4, **fields}
         if fields.get("devices"):
             return {"schema_version": 3, **fields}
         scores = [Interval.model_validate(score) for score in fields.get("scores", {}).values()]

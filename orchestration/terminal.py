@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from orchestration.patience import SILENCE, Watch
 
 if TYPE_CHECKING:
-    from infra.records import EvalReport, PrepareSummary, StageRecord
+    from infra.records import EvalReport, Interval, PrepareSummary, StageRecord
     from orchestration.workflow import Node, Plan
     from pipelines.stages.base import Progress as StageProgress
 
@@ -172,13 +172,18 @@ def show_result(records: Iterable[StageRecord], reports: Iterable[dict[str, Eval
 
 
 def show_scores(reports: dict[str, EvalReport]) -> None:
+    show_intervals({name: report.scores for name, report in reports.items()})
+
+
+def show_intervals(columns: Mapping[str, Mapping[str, Interval]]) -> None:
+    """What was evaluated -> its scores by name."""
     from pipelines.evaluation.statistics import NO_INTERVAL, ends, without_interval
 
-    def cell(report: EvalReport, name: str) -> str:
-        score = report.scores.get(name)
+    def cell(scores: Mapping[str, Interval], name: str) -> str:
+        score = scores.get(name)
         return "" if score is None else f"{score.value:.3f} {ends(score)}"
 
-    names = dict.fromkeys(name for report in reports.values() for name in report.scores)
-    table(["", *reports], [[name, *(cell(report, name) for report in reports.values())] for name in names])
-    if any(without_interval(score) for report in reports.values() for score in report.scores.values()):
+    names = dict.fromkeys(name for scores in columns.values() for name in scores)
+    table(["", *columns], [[name, *(cell(scores, name) for scores in columns.values())] for name in names])
+    if any(without_interval(score) for scores in columns.values() for score in scores.values()):
         print(NO_INTERVAL)

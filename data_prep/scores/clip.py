@@ -40,7 +40,7 @@ _UNUSABLE = (
 class ClipScorer:
     def __init__(self, settings: ClipSettings, device: str = "cpu", threads: int = 1) -> None:
         self.settings, self.device, self.threads = settings, device, threads
-        self.model, self.preprocess, self.tokenize = _load(settings, device)
+        self.model, self.preprocess, self.tokenize = load_clip(settings, device)
         self.heads = [(head, _load_head(head, device)) for head in settings.heads]
         self.dtype = getattr(torch, settings.dtype)
 
@@ -104,7 +104,8 @@ class ClipScorer:
         return {**finite, self.settings.failure: failure and failure.value}
 
 
-def _load(settings: ClipSettings, device: str) -> tuple[Any, Any, Any]:
+def load_clip(settings: ClipSettings, device: str) -> tuple[Any, Any, Any]:
+    """The network, what prepares pictures for it, and its tokenizer."""
     import open_clip
 
     name = f"local-dir:{settings.folder}" if settings.folder else settings.model

@@ -2,6 +2,7 @@
 
     00000/metadata.jsonl        the prompt as a line of GenEval's file
     00000/samples/0000.png      its pictures
+    results.jsonl               our verdicts, as GenEval's script for scores reads them
 
 Folders are numbered as the prompts are, and files as the prompt's pictures. Other files, such as `grid.png`, are left
 alone.
@@ -10,7 +11,7 @@ alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from infra import layout
@@ -18,13 +19,19 @@ from infra.errors import EvaluationError
 from infra.files import appearing
 from infra.records import EvalReport
 from infra.store import Store
+from pipelines.evaluation import detections
+from pipelines.evaluation import geneval as protocol
 from pipelines.evaluation.chunks import Chunk, Shelf
+from pipelines.evaluation.detections import Kept
 from pipelines.evaluation.generate import DrawingSettings, chunked
+from pipelines.evaluation.geneval import Verdict
+from pipelines.evaluation.judging import verdict_rows
 from pipelines.evaluation.prompts import Prompt
 from pipelines.evaluation.tars import packed, place, read_pictures
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _METADATA = "metadata.jsonl"
+_RESULTS = "results.jsonl"
 
 
 def taken(
@@ -55,8 +62,12 @@ def _samples(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}" / "samples"
 
 
+def _named(folder: Path, number: int, image: int, suffix: str = ".png") -> Path:
+    return _samples(folder, number) / f"{image:04d}{suffix}"
+
+
 def _file(folder: Path, number: int, image: int) -> Path | None:
-    files = (_samples(folder, number) / f"{image:04d}{suffix}" for suffix in _SUFFIXES)
+    files = (_named(folder, number, image, suffix) for suffix in _SUFFIXES)
     return next((file for file in files if file.is_file()), None)
 
 
@@ -76,7 +87,7 @@ def _check_prompt(path: Path, prompt: Prompt) -> None:
 
 
 def laid_out(store: Store, report: EvalReport, prompts: Sequence[Prompt], folder: Path) -> int:
-    """Write a report's pictures to a folder, one tar after the other; returns how many."""
+    """Write a report's pictures and verdicts to a folder, one tar after the other; returns how many pictures."""
     count = 0
     for number, prompt in enumerate(prompts):
         _samples(folder, number).mkdir(parents=True, exist_ok=True)
@@ -84,10 +95,47 @@ def laid_out(store: Store, report: EvalReport, prompts: Sequence[Prompt], folder
             path.write_text(json.dumps(prompt.metadata()) + "\n", encoding="utf-8")
     for tar in report.pictures:
         for (number, image), data in read_pictures(store, [tar]).items():
-            with appearing(_samples(folder, number) / f"{image:04d}{_suffix(data)}") as path:
+            with appearing(_named(folder, number, image, _suffix(data))) as path:
                 path.write_bytes(data)
             count += 1
+    with appearing(folder / _RESULTS) as path, path.open("w", encoding="utf-8") as file:
+        for result in results(store, report, prompts, folder):
+            file.write(json.dumps(result) + "\n")
     return count
+
+
+def results(store: Store, report: EvalReport, prompts: Sequence[Prompt], folder: Path) -> Iterator[dict[str, object]]:
+    """The verdicts as lines of GenEval's `results.jsonl`, one table of what the judge saw after the other."""
+    causes = {(row["prompt"], row["image"]): row for row in verdict_rows(store, report.details)}
+    seen = set[tuple[int, int]]()
+    for table in report.detections:
+        for (number, image), kept in detections.of_table(store, table).items():
+            seen.add((number, image))
+            judged = detections.verdict(prompts[number], number, image, kept)
+            yield _result(folder, prompts[number], judged, _details(prompts[number], kept))
+    for (number, image), row in causes.items():
+        if (number, image) not in seen:  # there was no picture, or it was judged before detections were kept
+            prompt = prompts[number]
+            reasons = (row["reasons"],) if row["reasons"] else ()
+            yield _result(folder, prompt, Verdict(prompt.tag, number, prompt.prompt, image, reasons), {})
+
+
+def _result(folder: Path, prompt: Prompt, verdict: Verdict, details: Mapping[str, object]) -> dict[str, object]:
+    return {
+        "filename": str(_file(folder, verdict.number, verdict.image) or _named(folder, verdict.number, verdict.image)),
+        "tag": verdict.task,
+        "prompt": verdict.prompt,
+        "correct": verdict.correct,
+        "reason": "\n".join(verdict.reasons),
+        "metadata": json.dumps(prompt.metadata()),
+        "details": json.dumps(details),
+    }
+
+
+def _details(prompt: Prompt, kept: Sequence[Kept]) -> dict[str, list[list[float]]]:
+    """Class -> the boxes that counted, each with its score."""
+    counted = protocol.counted(prompt, [detection for detection, _ in kept])
+    return {label: [[*found.box, found.score] for found in objects] for label, objects in counted.items()}
 
 
 def _suffix(data: bytes) -> str:

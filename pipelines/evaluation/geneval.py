@@ -1,6 +1,7 @@
 """The GenEval protocol (arXiv 2310.11513): what a judge detects in a picture, compared with what the prompt asks for.
 
-Thresholds, the rule for spatial relations and the order of checks follow the published code; the judge is exchangeable.
+Thresholds, the rule for spatial relations, the order of checks and the words of the reasons are those of the published
+code; the judge is exchangeable.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipelines.evaluation.detector.objects import COLOURS
 from pipelines.evaluation.judges import Detection, Image, Judge
 from pipelines.evaluation.prompts import TASKS, Prompt, Requirement, Task
 
@@ -57,7 +59,7 @@ def by_task(verdicts: Iterable[Verdict]) -> dict[str, list[list[float]]]:
 
 def judge_picture(judge: Judge, prompt: Prompt, image_HWC: Image) -> list[str]:
     """Everything that is wrong with the picture."""
-    detected = _by_label(judge.detect(image_HWC), COUNTING_THRESHOLD if prompt.tag == "counting" else THRESHOLD)
+    detected = counted(prompt, judge.detect(image_HWC))
     reasons: list[str] = []
     groups: list[Sequence[Detection] | None] = []  # for each earlier requirement, the objects that meet it
     for required in prompt.include:
@@ -71,13 +73,24 @@ def judge_picture(judge: Judge, prompt: Prompt, image_HWC: Image) -> list[str]:
     return reasons
 
 
-def _by_label(detections: Iterable[Detection], threshold: np.float32) -> Mapping[str, Sequence[Detection]]:
-    """The detections above the threshold, by class, best first, at most MOST_OBJECTS of each."""
+def counted(prompt: Prompt, detections: Iterable[Detection]) -> Mapping[str, Sequence[Detection]]:
+    """The detections above the prompt's threshold, by class, best first, at most MOST_OBJECTS of each."""
+    threshold = COUNTING_THRESHOLD if prompt.tag == "counting" else THRESHOLD
     by_label: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda detection: -detection.score):
         if np.float32(detection.score) > threshold:
             by_label.setdefault(detection.label, []).append(detection)
     return {label: objects[:MOST_OBJECTS] for label, objects in by_label.items()}
+
+
+def coloured(prompt: Prompt, detections: Iterable[Detection]) -> list[Detection]:
+    """The detections whose colours `judge_picture` asks for, so that a judge can look at them all at once."""
+    detected, asked = counted(prompt, detections), dict[int, Detection]()
+    for required in prompt.include:
+        objects = detected.get(required.label, [])[: required.count]
+        if required.color is not None and len(objects) == required.count:
+            asked |= {id(detection): detection for detection in objects}
+    return list(asked.values())
 
 
 def _missing(judge: Judge, image_HWC: Image, required: Requirement, objects: Sequence[Detection]) -> str:
@@ -87,9 +100,11 @@ def _missing(judge: Judge, image_HWC: Image, required: Requirement, objects: Seq
     if required.color is None:
         return ""
     colours = [judge.colour(image_HWC, detection) for detection in objects]
-    if colours.count(required.color) >= required.count:
+    if (right := colours.count(required.color)) >= required.count:
         return ""
-    return f"expected {required.color} {required.label}>={required.count}, found {', '.join(sorted(colours))}"
+    others = [*COLOURS, *sorted(set(colours) - {*COLOURS, ""})]  # "": the colour of an object is not known
+    seen = ", ".join(f"{colours.count(colour)} {colour}" for colour in others if colour in colours)
+    return f"expected {required.color} {required.label}>={required.count}, found {right} {required.color}; and {seen}"
 
 
 def _misplaced(
@@ -105,8 +120,7 @@ def _misplaced(
     for detection in objects:
         for target in targets:
             if relation not in (sides := relations(detection, target)):
-                actual = " and ".join(sorted(sides)) or "no side of"
-                return f"expected {required.label} {relation} target, found {actual} target"
+                return f"expected {required.label} {relation} target, found {' and '.join(sorted(sides))} target"
     return ""
 
 

@@ -6,6 +6,7 @@ picture's rows and columns, C its channels, K the palette's colours, S the shape
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
@@ -32,6 +33,9 @@ class Detection:
     mask_HW: Mask
 
 
+NO_MASK: Mask = np.zeros((0, 0), np.bool_)  # of a detection whose mask nobody asks for
+
+
 class Judge(Protocol):
     @property
     def name(self) -> str: ...
@@ -39,6 +43,41 @@ class Judge(Protocol):
     def detect(self, image_HWC: Image) -> Sequence[Detection]: ...
 
     def colour(self, image_HWC: Image, detection: Detection) -> str: ...
+
+
+class BatchJudge(ABC):
+    """A judge that looks at several pictures at once."""
+
+    name: str
+    batch: int  # pictures at once
+
+    @abstractmethod
+    def detections(self, images: Sequence[Image]) -> list[list[Detection]]: ...
+
+    @abstractmethod
+    def colours(self, objects: Sequence[tuple[Image, Detection]]) -> list[str]:
+        """The colour of each object in the picture that it was found in."""
+
+    def detect(self, image_HWC: Image) -> Sequence[Detection]:
+        return self.detections([image_HWC])[0]
+
+    def colour(self, image_HWC: Image, detection: Detection) -> str:
+        return self.colours([(image_HWC, detection)])[0]
+
+
+class OneByOne(BatchJudge):
+    """A judge of single pictures as one of batches."""
+
+    batch = 1
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge, self.name = judge, judge.name
+
+    def detections(self, images: Sequence[Image]) -> list[list[Detection]]:
+        return [list(self.judge.detect(image)) for image in images]
+
+    def colours(self, objects: Sequence[tuple[Image, Detection]]) -> list[str]:
+        return [self.judge.colour(image, detection) for image, detection in objects]
 
 
 # A region is compared with the ideal shapes of its own area and centroid. Scores are a softmax over the overlaps (IoU)

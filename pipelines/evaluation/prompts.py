@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -66,9 +67,13 @@ def load_prompts(path: Path) -> list[Prompt]:
             f"the prompts in {path} cannot be read ({type(error).__name__})",
             remedy="name a JSONL file of GenEval metadata",
         ) from None
-    prompts = [_read(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    return parse_prompts(lines, str(path))
+
+
+def parse_prompts(lines: Iterable[str], source: str) -> list[Prompt]:
+    prompts = [_read(line, f"{source}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
-        raise EvaluationError(f"{path} holds no prompts", remedy="name a JSONL file of GenEval metadata")
+        raise EvaluationError(f"{source} holds no prompts", remedy="name a JSONL file of GenEval metadata")
     return prompts
 
 

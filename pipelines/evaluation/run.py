@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from pydantic import Field
 
@@ -18,30 +18,36 @@ from infra.store import Store
 from pipelines.evaluation import folders
 from pipelines.evaluation import geneval as protocol
 from pipelines.evaluation.chunks import Chunk, Shelf, Show, make
+from pipelines.evaluation.detector.settings import JudgeSettings, identity, name_of
 from pipelines.evaluation.generate import DrawingSettings, Order, chunked, generate
-from pipelines.evaluation.judges import ShapeJudge
-from pipelines.evaluation.judging import Judging, table_of, verdicts_of
-from pipelines.evaluation.prompts import Prompt, load_prompts, shape_prompts
+from pipelines.evaluation.judging import DETECTIONS, Judging, table_of, verdicts_of
+from pipelines.evaluation.prompts import Prompt
+from pipelines.evaluation.sets import PromptSettings, prompt_set, prompts_digest, read_prompts
 from pipelines.evaluation.statistics import intervals
 from pipelines.evaluation.tars import PICTURES, ToJudge, place, tars
 
 
-class GenevalSettings(PoolSettings):
-    prompts: str = Field("shapes", description="`shapes`: the shape world's own; or a JSONL file of GenEval metadata")
-    per_task: int = Field(12, ge=2, description="prompts a task of the shape world's set")
+class GenevalSettings(PromptSettings, PoolSettings):
     images: int = Field(4, ge=1, description="pictures a prompt, from seeds 0, 1, ...")
-    judge: Literal["shapes"] = "shapes"
+    judge: JudgeSettings = "shapes"
     sampling: DrawingSettings = DrawingSettings()
     seed: int = Field(0, description="of the bootstrap")
 
+    def chosen(self) -> dict[str, Any]:
+        """With the judge, even the one that is the default: digests have always held its name."""
+        return {"judge": self.judge, **super().chosen()}
 
-def prompts_digest(settings: GenevalSettings) -> str:
-    """A digest of the prompts themselves, as a file may change while its name does not."""
-    return digest([prompt.metadata() for prompt in read_prompts(settings)])
+
+def outside(settings: GenevalSettings) -> str:
+    """What results depend on besides settings: the prompts, and the weights of a judge that has some."""
+    prompts, weights = prompts_digest(settings), identity(settings.judge)
+    return prompts if weights is None else digest([prompts, weights])
 
 
-def read_prompts(settings: GenevalSettings) -> list[Prompt]:
-    return shape_prompts(settings.per_task) if settings.prompts == "shapes" else load_prompts(Path(settings.prompts))
+def stage_of(checkpoint: str, settings: GenevalSettings) -> str:
+    """Where an evaluation lies that no workflow names: a digest of what its results depend on."""
+    own = settings.prompts == "shapes" and settings.judge == "shapes"
+    return digest([checkpoint, settings.chosen(), *([] if own else [outside(settings)])])
 
 
 def geneval(
@@ -70,7 +76,7 @@ def geneval_of_folder(store: Store, folder: Path, settings: GenevalSettings, sho
             if path.is_file()
         }
     )
-    stage = digest([pictures, prompts_digest(settings), counted.chosen()])
+    stage = digest([pictures, outside(settings), counted.chosen()])
     drawn = folders.taken(store, stage, folder, prompts, settings.images, settings.sampling)
     return judged(store, stage, f"folder-{pictures}", drawn, settings, show, settings.needs)
 
@@ -85,14 +91,15 @@ def judged(
     needs: Needs,
 ) -> EvalReport:
     """The report on pictures that are there. `checkpoint` tells whose they are."""
-    prompts, judge = read_prompts(settings), ShapeJudge()
+    prompts = read_prompts(settings)
     chunks = chunked([prompt.prompt for prompt in prompts], settings.images, settings.sampling)
     items = {
         first: ToJudge(chunk.data[PICTURES], asked.pictures(settings.images), chunk.failed)
         for (first, asked), chunk in zip(chunks.items(), drawn, strict=True)
         if PICTURES in chunk.data
     }
-    judging = make(Shelf(store, layout.ANSWERED, stage), Judging(store, judge, prompts), items, needs, show)
+    judge = Judging(store, settings.judge, prompts, max(1, int(needs.cpus)))
+    judging = make(Shelf(store, layout.ANSWERED, stage), judge, items, needs, show)
     failed = {place(name): cause for chunk in (*drawn, *judging) for name, cause in chunk.failed.items()}
     verdicts = [verdict for chunk in judging for verdict in verdicts_of(store, chunk)]
     verdicts += [_missing(prompts, number, image, cause) for (number, image), cause in failed.items()]
@@ -100,7 +107,7 @@ def judged(
     scores = intervals(protocol.by_task(verdicts), seed=settings.seed)
     report = EvalReport(
         protocol="geneval",
-        judge=judge.name,
+        judge=name_of(settings.judge),
         prompts=prompts_digest(settings),
         checkpoint=checkpoint,
         images=len(verdicts),
@@ -109,6 +116,9 @@ def judged(
         details=put_data(store, layout.VERDICTS.at(stage=stage), "verdicts.parquet", parquet_bytes(table_of(verdicts))),
         pictures=tars(drawn),
         devices=sorted({chunk.device for chunk in (*drawn, *judging)}),
+        prompt_set=prompt_set(settings),
+        weights=identity(settings.judge) or {},
+        detections=[chunk.data[DETECTIONS] for chunk in judging if DETECTIONS in chunk.data],
     )
     return recorded(store, layout.REPORT.at(stage=stage), report)
 

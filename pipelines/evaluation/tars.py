@@ -65,13 +65,13 @@ class ToJudge(NamedTuple):
 
     def read(self, store: Store) -> Iterator[tuple[str, npt.NDArray[np.uint8] | str]]:
         """Each picture that should be there [H, W, 3], or why it cannot be read."""
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         pngs = read_pictures(store, [self.tar])
         for name in self.there:
             try:
                 with Image.open(io.BytesIO(pngs[place(name)])) as picture:
-                    yield name, np.asarray(picture.convert("RGB"))
+                    yield name, np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
             except KeyError:
                 yield name, "it is missing"
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -41,6 +41,7 @@ def _group(story: Story, group: list[int]) -> Html:
     first = reports[group[0]]
     about = [
         f"{first.protocol} by the judge “{first.judge}”, prompts ",
+        f"“{first.prompt_set}” " if first.prompt_set else "",
         short(first.prompts),
         f", {' and '.join(sorted({f'{report.images:,}' for report in reports.values()}))} pictures each. ",
         "Bars are 95 % intervals from a bootstrap over prompts. ",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from infra import layout
 from infra.records import EvaluateOutput, Output, SampleOutput
-from pipelines.evaluation.run import GenevalSettings, prompts_digest
+from pipelines.evaluation.run import GenevalSettings, outside
 from pipelines.sample import held_out
 from pipelines.sample.held_out import DrawSettings
 from pipelines.stages.base import Context, Inputs, StageKind, checkpoint_of, snapshot_of, stage_reference
@@ -47,7 +47,7 @@ KINDS = (
         "evaluate",
         EvaluateStage,
         evaluate,
-        outside=lambda settings, store, inputs: prompts_digest(settings),
+        outside=lambda settings, store, inputs: outside(settings),
         takes={"checkpoint": "train"},
         format=2,  # in 1 the pictures of several prompts were drawn in other batches, and their size did not count
     ),

@@ -21,7 +21,8 @@ from infra.records import CheckpointRecord, EvalReport
 from infra.store import FileStore, open_store
 from pipelines.evaluation import chunks, folders, generate
 from pipelines.evaluation.judging import verdict_rows
-from pipelines.evaluation.run import GenevalSettings, geneval, geneval_of_folder, read_prompts
+from pipelines.evaluation.run import GenevalSettings, geneval, geneval_of_folder
+from pipelines.evaluation.sets import read_prompts
 from pipelines.evaluation.tars import read_pictures
 from tests.drawing import correct_picture
 from tests.training import small_checkpoint

