@@ -153,6 +153,7 @@ def judged(
         ),
         pictures=tars(drawn),
         devices=sorted({chunk.device for chunk in (*drawn, *answered)}),
+        prompt_set=questions_name(settings),
     )
     return recorded(store, layout.REPORT.at(stage=stage), report)
 

@@ -6,7 +6,7 @@ import re
 
 from infra import layout
 from infra.records import DpgOutput, Output
-from pipelines.evaluation.dpg_run import DpgSettings, outside, questions_name
+from pipelines.evaluation.dpg_run import DpgSettings, outside
 from pipelines.stages.base import Context, Inputs, StageKind, checkpoint_of, stage_reference
 from pipelines.stages.tracked import log_report
 
@@ -22,7 +22,6 @@ def evaluate(context: Context, settings: DpgStage, inputs: Inputs) -> Output:
     checkpoint = checkpoint_of(context.store, inputs["checkpoint"])
     report = dpg(context.store, context.digest, checkpoint, settings, context.progress)
     log_report(context, inputs["checkpoint"], report, _metric)
-    context.run.tags({"pixnerd.questions": questions_name(settings)})
     return DpgOutput(record=layout.REPORT.at(stage=context.digest), scores=report.values())
 
 

@@ -42,7 +42,8 @@ def log_scores(
 def log_report(context: Context, trained: StageRecord, report: EvalReport, metric: Metric = _own_name) -> None:
     """Log all that an evaluation found, its scores to the workflow's run as well."""
     scores = log_scores(context, trained, report, metric)
-    context.run.tags({"pixnerd.checkpoint": report.checkpoint, "pixnerd.judge": report.judge})
+    told = {"checkpoint": report.checkpoint, "judge": report.judge, "prompts": report.prompt_set or report.prompts}
+    context.run.tags({f"pixnerd.{name}": value for name, value in told.items()})
     context.parent.metrics({f"{trained.stage}/{name}": value for name, value in scores.items()}, 0)
     context.run.table("verdicts.json", _verdicts(context.store, report))
 

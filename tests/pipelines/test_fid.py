@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from infra.config import parse
 from infra.errors import CheckpointError, EvaluationError, SettingsError
@@ -23,6 +21,7 @@ from pipelines.evaluation.fid import Gaussian, InceptionScore, Moments, frechet
 from pipelines.evaluation.tars import read_pictures
 from pipelines.stages.fid import classes_of
 from tests.pipelines.drawn_here import drawn_here
+from tests.pipelines.small_inception import write_inception
 from tests.training import small_checkpoint
 from training import checkpoint as checkpoints
 
@@ -207,14 +206,7 @@ def test_the_command_scores_features_alone(tmp_path: Path, capsys: pytest.Captur
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights of the real network, in the file that users download."""
-    folder = tmp_path_factory.mktemp("inception")
-    torch.save({}, folder / "none.pth")
-    torch.manual_seed(0)
-    with patch.object(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None):
-        network = FeatureExtractorInceptionV3("random", ["2048"], str(folder / "none.pth"))
-    torch.save(network.state_dict(), folder / "weights.pth")
-    return folder / "weights.pth"
+    return write_inception(tmp_path_factory.mktemp("inception") / "weights.pth")
 
 
 def noise(folder: Path, count: int, seed: int) -> Path:

@@ -24,11 +24,19 @@ from pipelines.stages.train import TrainStage
 from tests.data_prep.small_scorers import build_clip, build_vlm
 from tests.data_prep.web import Web
 from tests.pipelines import published_corpora
+from tests.pipelines.small_inception import write_inception
 from training.plan.machines import machines
 from training.plan.stage import Rates, StagePlan
 
 MINIATURES = Path(__file__).parent / "miniatures"
 PUBLISHED = sorted(path.stem for path in MINIATURES.glob("*.yaml"))
+NAMED = [  # files that recipes say how to get, and that are hashed before anything runs
+    "models/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth",
+    "models/weights-inception-2015-12-05-6726825d.pth",
+    "models/inception.pth",
+    "corpora/VIRTUAL_imagenet256_labeled.npz",
+    "corpora/VIRTUAL_imagenet512.npz",
+]
 ONLY_IN_SMALL = {"encoders"}  # small random ones in place of a hub's
 
 
@@ -40,6 +48,8 @@ def downloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("clip/open_clip_config.json", "vlm/config.json"):
         (folder / "models" / name).parent.mkdir(parents=True)
         (folder / "models" / name).write_text("{}")
+    for name in NAMED:
+        (folder / name).write_bytes(b"")
     return folder
 
 
@@ -184,6 +194,7 @@ def at_hand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("at-hand")
     build_clip(folder / "models/clip")
     build_vlm(folder / "models/vlm", "qwen2_5")
+    write_inception(folder / "models/inception.pth")
     with Web() as web:
         web.pages |= published_corpora.write(folder / "corpora", web.url())
         yield folder
