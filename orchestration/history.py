@@ -44,6 +44,7 @@ class WorkflowRun(Who, Record):
     recipe: dict[str, Any]  # as it was resolved
     git: str  # commit of the code, with `-dirty` if it was changed; empty if it is not in a repository
     version: str
+    order: list[str]  # of the stages, each after those that it reads
     stages: dict[str, StageOfRun]
 
 
@@ -84,6 +85,7 @@ def begun(run: str, workflow: str, recipe: Mapping[str, Any], stages: Mapping[st
         recipe=_masked_values(recipe),
         git=_git(),
         version=version("pixnerd"),
+        order=list(stages),
         stages=dict(stages),
     )
 

@@ -88,7 +88,7 @@ class Runs:
             state, why = str(end.state), end.why
         elif silence is not None and silence < PATIENCE_SECONDS:
             state, why = "running", f"last heard of {silence:.0f} s ago"
-        return RunNow(record, state, why, {stage: self._stage(record, end, stage) for stage in record.stages})
+        return RunNow(record, state, why, {stage: self._stage(record, end, stage) for stage in record.order})
 
     def _stage(self, run: WorkflowRun, end: RunEnd | None, stage: str) -> StageNow:
         first = run.stages[stage]
@@ -135,7 +135,7 @@ class Runs:
             return DataError(f"no run is recorded in {self.store.url}", remedy="check the URL, or run a workflow there")
         return SettingsError(
             f"no run that was looked at has a stage `{stage}`",
-            remedy=f"the run {newest.run} of `{newest.workflow}` has {', '.join(newest.stages)}",
+            remedy=f"the run {newest.run} of `{newest.workflow}` has {', '.join(newest.order)}",
         )
 
     def _record(self, name: str) -> WorkflowRun:

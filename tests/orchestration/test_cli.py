@@ -30,13 +30,8 @@ from training import model as models
 from training.encoders import text
 
 COMMANDS = [
-<<<<<<< HEAD
-    ["new"], ["plan"], ["run"], ["prepare"], ["train"], ["sample"], ["report"], ["doctor"], ["evaluate", "geneval"],
-    ["evaluate", "dpg"], ["evaluate", "fid"], ["compare"],
-=======
     ["new"], ["plan"], ["run"], ["prepare"], ["train"], ["stage"], ["sample"], ["report"], ["doctor"],
-    ["status"], ["explain"], ["logs"], ["evaluate", "geneval"], ["evaluate", "dpg"],
->>>>>>> b3c7a59 (Let each stage be done by one of several drivers, and tell of runs and attempts)
+    ["compare"], ["status"], ["explain"], ["logs"], ["evaluate", "geneval"], ["evaluate", "dpg"], ["evaluate", "fid"],
     ["checkpoint", "show"], ["checkpoint", "import"], ["checkpoint", "export"], ["checkpoint", "fetch"],
     ["data", "show"], ["data", "verify"], ["data", "forget"], ["data", "gc"],
 ]  # fmt: skip

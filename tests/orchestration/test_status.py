@@ -162,7 +162,7 @@ def test_what_reads_all_waits_for_the_others_but_not_for_those_that_failed(
 
 
 def test_status_tells_of_each_stage(command: Command, ran: list[str], capsys: pytest.CaptureFixture[str]):
-    command.write(a={"value": 1}, b={"value": -1}, c={"above": "b"}, d={"above": "a"})
+    command.write(a={"value": 1}, b={"value": -1}, c={"above": "b"}, d={"above": "a"}, _e={"above": "d"})
     with pytest.raises(StageFailed):
         command.run()
     capsys.readouterr()
@@ -174,7 +174,9 @@ def test_status_tells_of_each_stage(command: Command, ran: list[str], capsys: py
         "b": "failed",
         "c": "skipped",
         "d": "done",
+        "_e": "done",
     }
+    assert list(told["stages"]) == ["a", "d", "_e", "b", "c"], "each after those that it reads"
     assert told["recipe"]["stages"]["b"]["value"] == -1
     status(command.store.url, last=5, json_=False)
     text = capsys.readouterr().out
@@ -312,7 +314,15 @@ def test_in_a_store_of_a_thousand_runs_the_answer_takes_two_seconds(store: Store
         }
         run = f"20260101T{number:06d}-abcdef"
         record = history.WorkflowRun(
-            **this_driver(), run=run, workflow="mine", command=[], recipe={}, git="", version="0", stages=stages
+            **this_driver(),
+            run=run,
+            workflow="mine",
+            command=[],
+            recipe={},
+            git="",
+            version="0",
+            order=names,
+            stages=stages,
         )
         ends = {
             name: history.StageEnd(kind="make", digest_of_work=stage.digest_of_work, event="finished", text="")
