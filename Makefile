@@ -42,7 +42,8 @@ test-faults: $(READY)  ## training ranks that are killed, stopped and stuck, and
 	$(BIN)/python -m pytest -m faults --timeout 1500 $(ARGS)
 
 test-s3: $(READY)    ## the tests that want object storage, against a real radosgw
-	$(BIN)/python -m tests.infra.radosgw -- $(BIN)/python -m pytest tests/infra/test_store.py tests/data_prep/test_prepare_s3.py $(ARGS)
+	$(BIN)/python -m tests.infra.radosgw -- $(BIN)/python -m pytest tests/infra/test_store.py tests/data_prep/test_prepare_s3.py \
+		tests/orchestration/test_lease.py::test_the_same_on_a_real_server $(ARGS)
 
 # A machine with a GPU need not have a network: what is installed there is taken, and what lacks is named.
 gpu:            ## what needs a GPU, without Ray or a network: make gpu ARGS='--parts kernels,train256'

@@ -15,6 +15,8 @@
     ├── TrackingError             MLflow did not take what the work needs it to take
     ├── TakenOver                 another driver has taken this work over, since this one sent no heartbeat
     ├── StageFailed               a stage of a workflow failed; wraps the cause
+    ├── NotPromoted               exit code 3: a gate is closed, so what stands behind it is not done
+    ├── NotNow                    exit code 75: another driver has the work, or what it needs is missing
     └── Stopped                   exit code 143: somebody asked for it by SIGTERM
 
 `message` says what happened, `remedy` what to do about it: both are required, since an error without a next step is a
@@ -102,6 +104,14 @@ class TakenOver(PixnerdError): ...
 
 
 class StageFailed(PixnerdError): ...
+
+
+class NotPromoted(PixnerdError):
+    exit_code = 3
+
+
+class NotNow(PixnerdError):
+    exit_code = 75  # as sysexits.h has it for what is to be tried again later
 
 
 class Stopped(PixnerdError):

@@ -173,9 +173,21 @@ PAGES = Folder("reports")
 
 STAGE = Place("stages/{kind}/{digest}.json", "StageRecord", (ENCODER_FILES, PAGES))
 RUNNING = Place("running/{run}.json", "RunRecord")
+RUN = Place("workflows/begun/{run}.json", "WorkflowRun")
+RUN_STAGE = Place("workflows/stages/{run}/{stage}.json", "RunStage")  # what a run has settled of a stage
+RUN_END = Place("workflows/ended/{run}.json", "RunEnd")
+
+# Attempts at the work of a stage, numbered from 1: see orchestration/lease.py
+
+ATTEMPTS = Spelling("attempts/{kind}/{digest}/")
+HELD = Place("attempts/{kind}/{digest}/{number:04d}/held.json", "Attempt")
+ENDED = Place("attempts/{kind}/{digest}/{number:04d}/end.json", "AttemptEnd", (ENCODER_FILES, PAGES))
+RECORDED = Place("attempts/{kind}/{digest}/{number:04d}/recorded")  # the stage's record has been written
+LOG = Place("attempts/{kind}/{digest}/{number:04d}/log.txt")
+
 CORPUS = Spelling("corpus/{stage}")  # a local folder, in the workflow's own
 
-BEAT = ".beat"  # added to the key of a driver's or a run's record: its heartbeat
+BEAT = ".beat"  # added to the key of a driver's, a run's or an attempt's record: its heartbeat
 
 # Folders that may be in a store that is a local folder, but are not part of it: `gc` and the like skip them.
 NOT_OURS = (

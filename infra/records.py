@@ -292,6 +292,9 @@ class GateOutput(Output, kind="gate"):
     passed: bool
     verdicts: list[Verdict]
 
+    def failed(self) -> list[Verdict]:
+        return [verdict for verdict in self.verdicts if not verdict.passed]
+
 
 class RegisterOutput(Output, kind="register"):
     model: str

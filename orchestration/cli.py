@@ -1,6 +1,7 @@
 """The `pixnerd` command. Heavy imports are made inside the command functions, so that `--help` answers at once.
 
-Exit codes: 0 done, 1 the work failed, 2 bad usage or settings, 130 or 143 stopped by SIGINT or SIGTERM.
+Exit codes: 0 done, 1 the work failed, 2 bad usage or settings, 130 or 143 stopped by SIGINT or SIGTERM. `stage` has two
+more: 3 not promoted, 75 not now.
 """
 
 from __future__ import annotations
@@ -16,7 +17,19 @@ from typer.exceptions import TyperException
 from infra import guard
 from infra.causes import explained, first_line
 from orchestration import patience
-from orchestration.commands import checkpoint, compare, data, doctor, evaluate, new, plan, sample, settings, workflow
+from orchestration.commands import (
+    checkpoint,
+    compare,
+    data,
+    doctor,
+    evaluate,
+    new,
+    plan,
+    sample,
+    settings,
+    status,
+    workflow,
+)
 
 app = typer.Typer(
     name="pixnerd",
@@ -26,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     epilog="Add --debug to any command to see a failure's whole traceback. Start with: pixnerd run demo",
 )
-for group in (new, plan, workflow, compare, sample, settings, doctor):
+for group in (new, plan, workflow, status, compare, sample, settings, doctor):
     app.add_typer(group.app)
 for group in (evaluate, checkpoint, data):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])

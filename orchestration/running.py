@@ -36,8 +36,11 @@ class RunRecord(Record):
 
 
 @contextmanager
-def noted(store: Store, workflow: str, tell: Tell) -> Iterator[None]:
-    """Keep a note of this run while the body runs; `tell` is called once for each other run, with a line about it."""
+def noted(store: Store, workflow: str, tell: Tell, run: str = "") -> Iterator[None]:
+    """Keep a note of this run while the body runs; `tell` is called once for each other run, with a line about it.
+
+    `run`: its name, if there is a record of it (see history.py).
+    """
     record = RunRecord(
         workflow=workflow,
         host=socket.gethostname(),
@@ -45,7 +48,7 @@ def noted(store: Store, workflow: str, tell: Tell) -> Iterator[None]:
         process=process_of(os.getpid()),
         since=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )
-    key = layout.RUNNING.at(run=uuid.uuid4().hex[:12])
+    key = layout.RUNNING.at(run=run or uuid.uuid4().hex[:12])
     others = Others(store, tell, own=key)
     with suppress(PixnerdError):
         write_record(store, key, record)

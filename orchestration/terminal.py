@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from orchestration.workflow import Node, Plan
     from pipelines.stages.base import Progress as StageProgress
 
-_SIGNS = {"reused": "=", "running": ">", "finished": "+", "failed": "!", "skipped": "-"}
-_PLAN_SIGNS = {"done": "=", "open": "?", "new": ">"}
+_SIGNS = {"reused": "=", "running": ">", "finished": "+", "failed": "!", "skipped": "-", "waiting": "~"}
+_PLAN_SIGNS = {"done": "=", "open": "?", "new": ">", "closed": "-"}
 
 
 class Screen:
@@ -66,7 +66,8 @@ class Screen:
 
     def stage(self, node: Node, event: str, text: str) -> None:
         self._pace = _Pace()
-        self.doing(f"at {node.name}" if event == "running" else "working")
+        verbs = {"running": "at", "waiting": "waiting for"}
+        self.doing(f"{verbs[event]} {node.name}" if event in verbs else "working")
         if event == "running":
             self.own, self.stage_began = 0.0, time.monotonic()
         self._line(f"{_SIGNS[event]} {node.name:<12} {event:<8} {text}".rstrip())
@@ -142,7 +143,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def show_plan(plans: Sequence[Plan]) -> None:
     for plan in plans:
-        print(f"{_PLAN_SIGNS[plan.state]} {plan.node.name:<12} {plan.state:<5} {plan.why}")
+        print(f"{_PLAN_SIGNS[plan.state]} {plan.node.name:<12} {plan.state:<6} {plan.why}")
 
 
 def prepared(summary: PrepareSummary, per_second: float) -> str:

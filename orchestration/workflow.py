@@ -8,6 +8,7 @@ reused, in this workflow and in any other on the same store.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,14 +19,29 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from infra import layout
-from infra.causes import explained
+from infra.causes import explained, first_line
 from infra.config import Settings, digest, parse
-from infra.errors import Fault, NotFound, PixnerdError, RecordError, SettingsError, StageFailed, Stopped
+from infra.errors import (
+    Fault,
+    NotFound,
+    NotNow,
+    PixnerdError,
+    RecordError,
+    SettingsError,
+    StageFailed,
+    Stopped,
+    StoreError,
+    TakenOver,
+)
 from infra.problems import Wrong, did_you_mean, settings_error, shown, where
-from infra.records import StageRecord, read_record, recorded
+from infra.records import GateOutput, StageRecord, read_record
 from infra.store import Store
+from infra.tracking import NOWHERE
+from orchestration.lease import Attempt, Driver, Lease
+from orchestration.stage_log import StageLog
+from orchestration.status import changes
 from pipelines.recipes import Recipe
-from pipelines.stages.base import Context, StageKind
+from pipelines.stages.base import Context, Progress, StageKind
 from pipelines.stages.kinds import KINDS, versions
 
 
@@ -38,13 +54,15 @@ class Node:
     input_digests: dict[str, str]  # the same setting -> that stage's digest
     digest: str = ""
     settled: bool = False  # True once all stages that it reads have run: until then the digest may change
+    closed: str = ""  # why it is not promoted, if a gate before it is closed
 
     @property
     def key(self) -> str:
         return layout.STAGE.at(kind=self.kind.name, digest=self.digest)
 
 
-State = Literal["done", "open", "new"]  # open: known only once the stages that it reads have run
+# open: known only once the stages that it reads have run; closed: a gate before it is closed
+State = Literal["done", "open", "new", "closed"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +80,7 @@ def graph(recipe: Recipe, store: Store | None = None) -> list[Node]:
     """
     parsed = parse_stages(recipe)
     nodes: dict[str, Node] = {}
-    done_records: dict[str, StageRecord] = {}
+    known = Known()
 
     def add(name: str) -> None:
         if name in nodes:
@@ -72,10 +90,11 @@ def graph(recipe: Recipe, store: Store | None = None) -> list[Node]:
         for target in inputs.values():
             add(target)
         digests = {field: nodes[target].digest for field, target in inputs.items()}
-        records = {field: done_records[target] for field, target in inputs.items() if target in done_records}
-        node = nodes[name] = _digested(Node(name, kind, settings, inputs, digests), store, records)
-        if store is not None and is_done(node, store):
-            done_records[name] = read_record(store, node.key, StageRecord)
+        node = nodes[name] = _digested(Node(name, kind, settings, inputs, digests), store, known)
+        if node.closed:
+            known.closed[name] = node.closed
+        elif store is not None and is_done(node, store):
+            known.records[name] = read_record(store, node.key, StageRecord)
 
     for name in parsed:
         add(name)
@@ -160,25 +179,52 @@ def is_done(node: Node, store: Store) -> bool:
     return node.settled and store.exists(node.key)
 
 
-def _digested(node: Node, store: Store | None, records: dict[str, StageRecord]) -> Node:
+@dataclass(frozen=True)
+class Known:
+    """What is known of stages that are over, by their names."""
+
+    records: dict[str, StageRecord] = dataclasses.field(default_factory=dict)
+    closed: dict[str, str] = dataclasses.field(default_factory=dict)  # those that are not promoted, and why
+
+    def inputs(self, node: Node) -> dict[str, StageRecord]:
+        """The records that the stage reads, by the setting that names them, as far as they are there."""
+        return {name: self.records[target] for name, target in node.inputs.items() if target in self.records}
+
+    def missing(self, node: Node) -> list[str]:
+        """The stages that it reads and that are not over."""
+        targets = dict.fromkeys(node.inputs.values())
+        return [target for target in targets if target not in self.records and target not in self.closed]
+
+    def why_closed(self, node: Node) -> str:
+        """Why the stage is not promoted; empty if it is. What reads all stages does without those that are not."""
+        for target in () if node.kind.reads_all else node.inputs.values():
+            if target in self.closed:
+                return self.closed[target]
+            output = self.records[target].output if target in self.records else None
+            if isinstance(output, GateOutput) and not output.passed:
+                missed = [f"{rule.score} is {rule.value:.3f}, not {rule.limit}" for rule in output.failed()]
+                return f"not promoted: the gate `{target}` is closed ({'; '.join(missed)})"
+        return ""
+
+
+def _digested(node: Node, store: Store | None, known: Known) -> Node:
     """The node with its digest, as far as the records of the stages that it reads are there."""
     kind, settings = node.kind, node.settings
     try:
-        outside = kind.outside(settings, store, records)
+        outside = kind.outside(settings, store, known.inputs(node))
     except SettingsError as error:
         raise SettingsError(f"`{node.name}`: {error.message}", remedy=error.remedy) from None
     kind_of_work = {"kind": kind.name, "format": kind.format}
     work = {**kind_of_work, "settings": settings.chosen(), "inputs": node.input_digests, "outside": outside}
-    return replace(node, digest=digest(work), settled=len(records) == len(node.inputs))
+    return replace(node, digest=digest(work), settled=not known.missing(node), closed=known.why_closed(node))
 
 
-def _settled(node: Node, store: Store, done: dict[str, StageRecord]) -> Node:
-    """The node with its digest computed from the records, by stage name, of the stages that have run before it."""
+def _settled(node: Node, store: Store, known: Known) -> Node:
+    """The node with its digest computed from what the stages have given that have run before it."""
     if node.settled:
         return node
-    records = {field: done[target] for field, target in node.inputs.items() if target in done}
-    digests = node.input_digests | {field: record.digest_of_work for field, record in records.items()}
-    return _digested(replace(node, input_digests=digests), store, records)
+    digests = node.input_digests | {name: record.digest_of_work for name, record in known.inputs(node).items()}
+    return _digested(replace(node, input_digests=digests), store, known)
 
 
 def parse_stage(
@@ -234,10 +280,12 @@ def plan(nodes: Sequence[Node], store: Store) -> list[Plan]:
     by_name = {node.name: node for node in nodes}
     plans: dict[str, Plan] = {}
     for node in nodes:
-        if is_done(node, store):
+        if node.closed:
+            plans[node.name] = Plan(node, "closed", node.closed)
+        elif is_done(node, store):
             plans[node.name] = Plan(node, "done", f"its record is {node.key}")
         elif _may_be_recorded(node, by_name, earlier):
-            waits = [name for name in dict.fromkeys(node.inputs.values()) if plans[name].state != "done"]
+            waits = [name for name in dict.fromkeys(node.inputs.values()) if plans[name].state in ("open", "new")]
             why = f"waits for {', '.join(waits)}; reused if what it reads is then as it was"
             plans[node.name] = Plan(node, "open", why)
         else:
@@ -287,7 +335,7 @@ def _may_get(node: Node, old_digest: str, nodes: dict[str, Node], earlier: Earli
 def _why_new(node: Node, plans: dict[str, Plan], earlier: Earlier) -> str:
     own = [record for record in earlier(node.kind.name).values() if record.stage == node.name]
     last = max(own, key=lambda record: record.started, default=None)
-    changed = [] if last is None else _changes(last.settings, node.settings.results())
+    changed = [] if last is None else changes(last.settings, node.settings.results())
     if last is not None and changed:
         return f"changed since {last.started}: {', '.join(changed)}"
     new = [name for name in dict.fromkeys(node.inputs.values()) if plans[name].state == "new"]
@@ -300,77 +348,168 @@ def _why_new(node: Node, plans: dict[str, Plan], earlier: Earlier) -> str:
     return "its inputs are others than last time"
 
 
-def _changes(before: Any, after: Any, path: str = "") -> list[str]:
-    """The settings that differ, as texts: `optim.lr 0.001 -> 0.0001`."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = sorted(before.keys() | after.keys())
-        return [c for k in keys for c in _changes(before.get(k), after.get(k), f"{path}.{k}" if path else k)]
-    return [] if before == after else [f"{path} {before} -> {after}"]
-
-
 Say = Callable[[Node, str, str], None]  # a node, an event such as "running" (see terminal.Screen), more words on it
+WAIT_SECONDS = 1.0  # between looks at stages that other drivers have
 
 
-def run(nodes: list[Node], context: Context, say: Say) -> dict[str, StageRecord]:
-    """Run what is not done. After a failure the stages that need no failed one still run; then the error is raised."""
-    records: dict[str, StageRecord] = {}
-    failures: dict[str, PixnerdError] = {}
-    for node in nodes:
-        missing = [target for target in node.inputs.values() if target not in records]
-        if missing and not node.kind.reads_all:
-            say(node, "skipped", f"needs {', '.join(dict.fromkeys(missing))}")
-            continue
-        node = _settled(node, context.store, records)
-        if is_done(node, context.store):
-            records |= finished([node], context.store, say)
-            continue
-        say(node, "running", "")
-        began = time.perf_counter()
-        try:
-            records[node.name] = _run_one(node, context, records)
-        except Exception as error:
-            failure = explained(error)
-            if failure is None or isinstance(failure, Stopped):
-                raise
-            failures[node.name] = failure
-            say(node, "failed", str(failure))
-        else:
-            # Not the record's `seconds`: another run may have been first to write it.
-            say(node, "finished", f"{time.perf_counter() - began:.1f} s")
-    for name, failed in failures.items():
-        raise StageFailed(f"the stage `{name}` failed: {failed.message}", remedy=failed.remedy) from failed
-    return records
+def run(
+    nodes: Sequence[Node], context: Context, say: Say, driver: Driver | None = None, *, known: Known | None = None
+) -> dict[str, StageRecord]:
+    """Run what is not done. After a failure the stages that need no failed one still run; then the error is raised.
+
+    A stage that another driver has is left to it, and its record is used once that is there. With `known`, what has
+    become of stages before these, nothing is waited for: NotNow is raised instead.
+    """
+    return _Run(context, say, driver or Driver(context.store), known).through(nodes)
 
 
 def finished(nodes: Sequence[Node], store: Store, say: Say) -> dict[str, StageRecord]:
-    """The records of stages that are done; each is reported as reused."""
-    records = {node.name: read_record(store, node.key, StageRecord) for node in nodes}
+    """The records of stages that are over; each that is done is reported as reused."""
+    records = {node.name: read_record(store, node.key, StageRecord) for node in nodes if not node.closed}
     for node in nodes:
-        say(node, "reused", f"done {records[node.name].started}, took {records[node.name].seconds:.1f} s")
+        if node.closed:
+            say(node, "skipped", node.closed)
+        else:
+            say(node, "reused", f"done {records[node.name].started}, took {records[node.name].seconds:.1f} s")
     return records
 
 
-def _run_one(node: Node, context: Context, records: dict[str, StageRecord]) -> StageRecord:
-    started, clock = datetime.now(UTC), time.perf_counter()
-    inputs = {field: records[target] for field, target in node.inputs.items() if target in records}
-    stage_context = context.for_stage(node.name, node.kind.name, node.digest)
-    try:
-        output = node.kind.work(stage_context, node.settings, inputs)
-    except BaseException as error:
-        stage_context.run.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
-    stage_context.run.end()
-    record = StageRecord(
-        stage=node.name,
-        kind=node.kind.name,
-        inputs=node.input_digests,
-        digest_of_work=node.digest,
-        settings=node.settings.results(),
-        output=output,
-        versions=versions(),
-        started=started.isoformat(timespec="seconds"),
-        seconds=round(time.perf_counter() - clock, 3),
+class _Run:
+    """One driver on its way through the stages."""
+
+    def __init__(self, context: Context, say: Say, driver: Driver, known: Known | None) -> None:
+        self.context, self.store, self.say, self.driver = context, context.store, say, driver
+        self.known, self.waits = known or Known(), known is None
+        self.begun: set[str] = set()
+        self.failures: dict[str, PixnerdError] = {}
+        self.told: set[str] = set()  # logs of other drivers' attempts that were told of: each attempt has its own
+
+    def through(self, nodes: Sequence[Node]) -> dict[str, StageRecord]:
+        pending = {node.name: node for node in nodes}
+        while pending:
+            ready = [node for node in pending.values() if not pending.keys() & set(node.inputs.values())]
+            over = next((node.name for node in ready if self.is_over(node)), None)
+            if over is not None:
+                del pending[over]
+            else:
+                self.driver.pause(WAIT_SECONDS)
+        for name, failed in self.failures.items():
+            raise StageFailed(f"the stage `{name}` failed: {failed.message}", remedy=failed.remedy) from failed
+        return self.known.records
+
+    def is_over(self, node: Node) -> bool:
+        """Do what there is to do about a stage; False if another driver has it."""
+        try:
+            return self.step(node)
+        except NotNow:
+            raise
+        except Exception as error:
+            failure = explained(error) or _unexpected(node, error)
+            # A store that does not even tell what is done would fail every other stage as well, each after long waits.
+            if isinstance(failure, Stopped) or (isinstance(failure, StoreError) and node.name not in self.begun):
+                raise
+            self.failures[node.name] = failure
+            self.say(node, "failed", str(failure))
+            return True
+
+    def step(self, node: Node) -> bool:
+        missing = self.known.missing(node)
+        if missing and not node.kind.reads_all:
+            self.say(node, "skipped", f"needs {', '.join(missing)}")
+            return True
+        node = _settled(node, self.store, self.known)
+        if node.closed:
+            self.known.closed[node.name] = node.closed
+            self.say(node, "skipped", node.closed)
+            return True
+        if missing:  # work without the stages that failed is other work than that with them
+            node = replace(node, digest=digest([node.digest, "without", missing]))
+        lease = None if is_done(node, self.store) else self.driver.take(node.name, node.kind.name, node.digest)
+        if isinstance(lease, Lease):
+            return self.do(node, lease)
+        if isinstance(lease, Attempt):
+            return self.is_done_by_another(node, lease)
+        self.known.records.update(finished([node], self.store, self.say))
+        return True
+
+    def is_done_by_another(self, node: Node, attempt: Attempt) -> bool:
+        if not self.waits and self.driver.is_heard(attempt):
+            raise not_now(node, attempt)
+        if attempt.log not in self.told:
+            self.told.add(attempt.log)
+            self.say(node, "waiting", f"{attempt} is at work on it")
+        return False
+
+    def do(self, node: Node, lease: Lease) -> bool:
+        self.begun.add(node.name)
+        self.say(node, "running", "")
+        began = time.perf_counter()
+        try:
+            self.known.records[node.name] = self.attempt(node, lease)
+        except TakenOver as error:
+            if not lease.lost:
+                raise
+            self.say(node, "waiting", error.message)
+            return False
+        # Not the record's `seconds`: another run may have been first to write it.
+        self.say(node, "finished", f"{time.perf_counter() - began:.1f} s")
+        return True
+
+    def attempt(self, node: Node, lease: Lease) -> StageRecord:
+        """Do a stage's work under a lease. Its run in MLflow ends after the attempt, as only the holder may end it."""
+        run, log = NOWHERE, StageLog(self.store, lease.attempt.log)
+
+        def show(stage: str, so_far: Progress) -> None:
+            log.progress(so_far)
+            self.context.show(stage, so_far)
+
+        with log.listening(), lease.beating(also=log.send):
+            log.line(f"begun by {lease.attempt}")
+            try:
+                context = self.context.for_stage(node.name, node.kind.name, node.digest)
+                run = context.run
+                record = self.work(node, replace(context, show=show, check_held=lease.check))
+                if self.known.missing(node):
+                    # Not stored: made without stages that failed, so it must be made again when they have run.
+                    lease.give_up("partial", f"made without {', '.join(self.known.missing(node))}")
+                else:
+                    record = lease.commit(record)
+            except BaseException as error:
+                log.failure(error)
+                stopped = not isinstance(error, Exception) or isinstance(error, Stopped)
+                why = str(explained(error) or f"{type(error).__name__}: {first_line(error)}")
+                if lease.give_up("stopped" if stopped else "failed", why):
+                    run.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                raise
+            log.line("finished")
+        run.end()
+        return record
+
+    def work(self, node: Node, context: Context) -> StageRecord:
+        started, clock = datetime.now(UTC), time.perf_counter()
+        output = node.kind.work(context, node.settings, self.known.inputs(node))
+        return StageRecord(
+            stage=node.name,
+            kind=node.kind.name,
+            inputs=node.input_digests,
+            digest_of_work=node.digest,
+            settings=node.settings.results(),
+            output=output,
+            versions=versions(),
+            started=started.isoformat(timespec="seconds"),
+            seconds=round(time.perf_counter() - clock, 3),
+        )
+
+
+def not_now(node: Node, other: Attempt) -> NotNow:
+    return NotNow(f"{other} is at work on the stage `{node.name}`", remedy="try again later")
+
+
+def _unexpected(node: Node, error: Exception) -> PixnerdError:
+    """An error that is a bug of ours, or of a library's, is a failure of its stage as any other."""
+    failure = StageFailed(
+        f"internal error: {type(error).__name__}: {first_line(error)}",
+        remedy=f"`pixnerd logs {node.name}` shows where, and so does --debug",
     )
-    if len(inputs) < len(node.inputs):
-        return record  # not stored: made without stages that failed, so it must be made again when they have run
-    return recorded(context.store, node.key, record)
+    failure.__cause__ = error
+    return failure

@@ -246,6 +246,7 @@ class Training:
         record = self.publisher.publish(part, self.step, self.position, self.curve)
 
         def finish() -> None:
+            self.job.check_claim()
             states.drop(self.job.store, self.job.prefix, keep=0)
             self.job.run.flush()
 

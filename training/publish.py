@@ -168,6 +168,7 @@ class Publisher:
         """A run that goes back to this step, and on past other batches, has not come to the later steps."""
 
         def delete() -> None:
+            self.allowed()
             for place in (layout.AVERAGES, layout.CHECKPOINT_AT):
                 for key in list(place.keys(self.store, home=self.prefix)):
                     if place.parts(key)["step"] > step:

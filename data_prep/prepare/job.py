@@ -79,8 +79,12 @@ def prepare(
     settings: PrepareSettings,
     progress: Callable[[Progress], None] = lambda so_far: None,
     decoder: Decoder | None = None,
+    check_held: Callable[[], None] = lambda: None,
 ) -> PrepareSummary:
-    """Make every shard that is not in the store. Ray must be up (infra.cluster.connect)."""
+    """Make every shard that is not in the store. Ray must be up (infra.cluster.connect).
+
+    `check_held` raises if the work is another driver's by now, which may need the originals still.
+    """
     plan = make_plan(store, settings)
     key = layout.PREPARED.at(plan=plan.digest, edition=plan.edition)
     if store.exists(key):
@@ -102,6 +106,7 @@ def prepare(
     if job.downloads.works:
         catalogue.update(store)
     if not settings.keep_originals:  # before the summary, as a run that finds one does nothing
+        check_held()
         downloads.drop(store, settings, plan)
     return recorded(store, key, tally.summary())
 

@@ -63,8 +63,16 @@ def drop_shared(store: Store, shared: Shared) -> list[str]:
 def _deleted(store: Store, keys: Iterable[str]) -> list[str]:
     once = list(dict.fromkeys(keys))
     for key in once:
+        if parts := layout.STAGE.parse(key):
+            _mark_recorded(store, **parts)
         store.delete(key)
     return once
+
+
+def _mark_recorded(store: Store, kind: str, digest: str) -> None:
+    """Else, if the driver was killed before it said so, whoever finds its commit writes the record again."""
+    for end in list(layout.ENDED.keys(store, kind=kind, digest=digest)):
+        store.create(layout.RECORDED.at(**layout.ENDED.parts(end)), b"")
 
 
 def _scores_of(store: Store, plan: str, shards: Mapping[str, Collection[int]]) -> Iterator[str]:

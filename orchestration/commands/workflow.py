@@ -1,4 +1,4 @@
-"""`pixnerd run`, `prepare` and `train`, which run a workflow or a part of it, and `report`, which writes its page."""
+"""`pixnerd run`, `prepare`, `train` and `stage` run a workflow or a part of it; `report` writes its page."""
 
 from __future__ import annotations
 
@@ -74,6 +74,26 @@ def train(
 ) -> None:
     """Train: run a recipe's train stages and the stages that they need, without evaluation."""
     _launch(recipe, set_, store=store, address=on, dry_run=dry_run, as_json=json_, until="train")
+
+
+@app.command(epilog="Example: pixnerd stage demo low_data --store s3://my-bucket/pixnerd")
+def stage(
+    workflow: RecipeArgument,
+    name: Annotated[str, typer.Argument(help="The stage's name in the recipe.")],
+    store: StoreOption = None,
+    set_: SetOption = None,
+    on: OnOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Do one stage of a workflow, for engines of others. It may be called again and again, from anywhere.
+
+    Exit codes: 0 done or reused, 1 failed, 2 a setting is wrong, 3 not promoted (a gate is closed), 75 not now (another
+    driver has it, or what it needs is missing).
+    """
+    _check_recipe(workflow, set_)
+    from orchestration import launch
+
+    launch.stage(workflow, name, store=store, assignments=set_ or [], address=on, as_json=json_)
 
 
 @app.command(epilog="Example: pixnerd report demo --out page.html")

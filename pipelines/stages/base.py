@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
+from infra.actors import Needs, PoolSettings
 from infra.config import Settings
 from infra.problems import Wrong
 from infra.records import (
@@ -43,7 +44,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage may use: the store, a local folder, the tracker, and a callback that shows progress."""
+    """What a stage may use: the store, a local folder, the tracker, and a callback that shows progress.
+
+    Whatever cannot be undone, and is seen by others before the stage's record is there, follows a `check_held`.
+    """
 
     store: Store
     home: Path
@@ -53,6 +57,7 @@ class Context:
     stage: str = ""
     digest: str = ""
     run: Run = NOWHERE
+    check_held: Callable[[], None] = lambda: None  # raises TakenOver if another driver has taken the stage over
 
     def for_stage(self, stage: str, kind: str, digest: str) -> Context:
         run = self.tracker.run(stage, digest, self.parent, {"pixnerd.kind": kind})
@@ -81,6 +86,11 @@ def references(settings: Settings) -> dict[str, str]:
     return targets
 
 
+def declared(settings: Any) -> Needs:
+    """What the stage asks its cluster for: what its settings say, or one CPU."""
+    return settings.needs if isinstance(settings, PoolSettings) else Needs(1)
+
+
 @dataclass(frozen=True)
 class StageKind:
     name: str
@@ -95,6 +105,7 @@ class StageKind:
     # Setting that names stages -> the kind that those stages must be of, or the kinds that they may be of.
     takes: Mapping[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
     format: int = 1  # raised when the code would make other bytes of the same settings and inputs
+    needs: Callable[[Any], Needs] = declared
     reads_all: bool = False  # it reads every other stage of the workflow that did not fail
 
 

@@ -15,6 +15,7 @@ from data_prep.snapshots import checks
 from data_prep.snapshots.forget import concerning
 from data_prep.snapshots.settings import SnapshotSettings
 from infra import layout, scratch
+from infra.actors import Needs
 from infra.config import Settings
 from infra.problems import Wrong
 from infra.records import CorpusOutput, Output, PrepareSummary, ScoreSummary, SnapshotOutput
@@ -91,7 +92,8 @@ def prepare(context: Context, settings: PrepareSettings, inputs: Inputs) -> Outp
         own = so_far.own_inputs / max(1, so_far.planned_inputs)
         context.progress(", ".join(filter(None, parts)), so_far.shards, so_far.planned_shards, own)
 
-    summary = run(context.store, settings.model_copy(update={"sources": sources}), show)
+    given = settings.model_copy(update={"sources": sources})
+    summary = run(context.store, given, show, check_held=context.check_held)
     for size, counts in summary.sizes.items():
         rejected = {f"prepare/{size}/rejected_{cause}": n for cause, n in counts.rejected.items()}
         context.run.metrics({f"prepare/{size}/accepted": counts.accepted, **rejected}, 0)
@@ -168,7 +170,15 @@ def snapshot(context: Context, settings: SnapshotStage, inputs: Inputs) -> Outpu
 
 KINDS = (
     StageKind("corpus", CorpusStage, corpus),
-    StageKind("prepare", PrepareSettings, prepare, source_references, source_inputs, takes={"sources": "corpus"}),
+    StageKind(
+        "prepare",
+        PrepareSettings,
+        prepare,
+        source_references,
+        source_inputs,
+        takes={"sources": "corpus"},
+        needs=lambda settings: Needs(),  # as many tasks as the cluster has CPUs
+    ),
     StageKind(
         "score",
         ScoreStage,

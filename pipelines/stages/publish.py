@@ -6,7 +6,6 @@ from typing import Annotated
 
 from infra import layout
 from infra.config import Settings, spelt
-from infra.errors import StageFailed
 from infra.records import EvaluateOutput, GateOutput, Output, RegisterOutput, ReportOutput, put_data
 from pipelines.stages.base import Context, Inputs, StageKind, report_of, stage_reference
 from pipelines.stages.tracked import log_scores, model_of
@@ -25,17 +24,18 @@ class RegisterStage(Settings):
 
 
 def register(context: Context, settings: RegisterStage, inputs: Inputs) -> Output:
-    """The checkpoint as a version of a registered model in MLflow; its weights stay in the store."""
+    """The checkpoint as a version of a registered model in MLflow; its weights stay in the store.
+
+    It runs only where its gate is open: see `orchestration.workflow`.
+    """
     verdict = inputs["gate"].of(GateOutput)
-    if not verdict.passed:
-        missed = [f"{rule.score} is {rule.value:.3f}, not {rule.limit}" for rule in verdict.verdicts if not rule.passed]
-        raise StageFailed(
-            f"the gate is closed ({'; '.join(missed)})", remedy="train longer, or change the gate's rules on purpose"
-        )
+    assert verdict.passed, "a stage behind a closed gate does not run"
+    context.check_held()
     model, report = model_of(context, inputs["checkpoint"]), report_of(context.store, inputs["scores"])
     log_scores(context, inputs["checkpoint"], report)
     passed = [f"{rule.score} {rule.value:.3f} is {rule.limit}" for rule in verdict.verdicts]
     about = f"{inputs['checkpoint'].stage}: {'; '.join(passed)}. Judged by {report.judge}."
+    context.check_held()
     version = context.tracker.register(settings.model, settings.alias, context.run, model, about)
     return RegisterOutput(model=settings.model, version=version, alias=settings.alias, source=model.source)
 

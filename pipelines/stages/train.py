@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from infra import layout
+from infra.actors import Needs
 from infra.config import Settings, operational, parse
 from infra.problems import Wrong
 from infra.records import (
@@ -293,5 +294,6 @@ KINDS = (
         format=2,  # in which the lanes' windows are staggered, and the noise is drawn in another way
         check=check_train,
         takes={"data": "snapshot", "start_from": "train", "encoders": "encoders"},
+        needs=lambda settings: Needs(settings.workers, 1, {"cpu": 0.0, "gpu": 1.0, "auto": None}[settings.device]),
     ),
 )

@@ -120,8 +120,9 @@ def prepare_here(store: Store, settings: PrepareSettings, plan: Plan | None = No
 
 
 def contents(store: Store) -> dict[str, bytes]:
-    """All that is there, but for when its downloads began."""
-    found = {entry.key: store.get(entry.key) for entry in store.list()}
+    """All that is there, but for when its downloads began, and for what tells of attempts at stages."""
+    keys = [entry.key for entry in store.list() if not entry.key.startswith(layout.ATTEMPTS.under())]
+    found = {key: store.get(key) for key in keys}
     return found | {
         key: _BEGAN.sub(b'"began":""', data) for key, data in found.items() if key.startswith(layout.BATCH.under())
     }

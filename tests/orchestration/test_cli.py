@@ -30,8 +30,8 @@ from training import model as models
 from training.encoders import text
 
 COMMANDS = [
-    ["new"], ["plan"], ["run"], ["prepare"], ["train"], ["sample"], ["report"], ["doctor"], ["evaluate", "geneval"],
-    ["evaluate", "dpg"], ["evaluate", "fid"], ["compare"],
+    ["new"], ["plan"], ["run"], ["prepare"], ["train"], ["stage"], ["sample"], ["report"], ["doctor"],
+    ["compare"], ["status"], ["explain"], ["logs"], ["evaluate", "geneval"], ["evaluate", "dpg"], ["evaluate", "fid"],
     ["checkpoint", "show"], ["checkpoint", "import"], ["checkpoint", "export"], ["checkpoint", "fetch"],
     ["data", "show"], ["data", "verify"], ["data", "forget"], ["data", "gc"],
 ]  # fmt: skip
@@ -160,6 +160,12 @@ def test_a_checkpoint_of_another_shape_is_refused(checkpoint: Path):
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path):
     assert "config.json" in fails(1, "checkpoint", "show", tmp_path)
     assert "config.json" in fails(1, "sample", tmp_path, "a circle", "--out", tmp_path / "out")
+
+
+def test_a_stage_whose_inputs_are_missing_is_told_with_a_code_of_its_own(tmp_path: Path):
+    line = fails(75, "stage", "demo", "low_data", "--store", tmp_path / "store")
+    assert line == "error: `low_data` needs prepare: try again when that is done"
+    assert "no run is recorded" in pixnerd("status", "--store", tmp_path / "store").stdout
 
 
 def test_debug_shows_the_traceback(tmp_path: Path):

@@ -15,12 +15,13 @@ from data_prep.snapshots.forget import forget
 from infra.cluster import ClusterSettings
 from infra.config import Settings, operational
 from infra.errors import ClusterError, DataError, SettingsError, StageFailed, Stopped, StoreUnreachable
-from infra.records import Output, PrepareSummary, SnapshotOutput, StageRecord
+from infra.records import GateOutput, Output, PrepareSummary, SnapshotOutput, StageRecord, Verdict
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import Store, open_store
 from infra.tracking import NOWHERE, Run
 from orchestration import context, launch, workflow
 from orchestration.commands.workflow import report
+from orchestration.lease import Driver, tried
 from pipelines.recipes import Recipe
 from pipelines.stages.base import Context, StageKind, stage_reference
 from tests.data_prep.corpora import settings_for, write_corpus
@@ -218,25 +219,29 @@ def test_commands_take_no_record_for_a_stages_own_before_its_digest_is_settled(
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(made.model_dump()))
     name = str(tmp_path / "mine.yaml")
 
-    def told(stages: str) -> Any:
+    def paged() -> Any:
         report(name, store=store.url, out=tmp_path / "page.html", json_=True)
-        return json.loads(capsys.readouterr().out)[stages]
+        return json.loads(capsys.readouterr().out)["stages"]
 
     def plans(*, as_json: bool) -> str:
         launch.run(name, store=store.url, assignments=[], address=None, dry_run=True, as_json=as_json)
         return capsys.readouterr().out
 
     go(store, made)
-    assert told("stages") == ["a", "b", "c", "d"]
+    assert paged() == ["a", "b", "c", "d"]
     drop(store, made, "a")
-    assert told("stages") == ["d"]
+    assert paged() == ["d"]
     assert [line[:20].split() for line in plans(as_json=False).splitlines()] == [
         [">", "a", "new"],
         ["?", "b", "open"],
         ["?", "c", "open"],
         ["=", "d", "done"],
     ]
-    assert [plan["state"] for plan in json.loads(plans(as_json=True))] == ["new", "open", "open", "done"]
+    told = json.loads(plans(as_json=True))
+    assert [plan["state"] for plan in told] == ["new", "open", "open", "done"]
+    assert [plan["needs"] for plan in told] == [[], ["a"], ["b"], []]
+    assert told[1]["command"] == ["pixnerd", "stage", name, "b", "--store", store.url]
+    assert told[1]["resources"] == {"workers": 1, "cpus": 1, "gpus": 0}
 
 
 def test_a_stage_that_reads_all_is_not_reused_while_one_of_them_fails(
@@ -440,3 +445,115 @@ def test_a_recipe_says_how_its_store_and_its_cluster_are_reached(tmp_path: Path,
         with pytest.raises(ClusterError, match="nobody is there"):
             begin(str(tmp_path / "store"), given)
     assert [(one.address, one.cpus) for one in asked] == [("127.0.0.1:9", 3), ("127.0.0.1:10", 3)]
+
+
+class JudgeOutput(GateOutput, kind="judge"):
+    pass
+
+
+@pytest.fixture
+def gated(kinds: dict[str, StageKind], ran: list[str]) -> dict[str, dict[str, Any]]:
+    """A workflow with a gate, which a negative value closes."""
+
+    def judge(context: Context, settings: Made, inputs: Any) -> Output:
+        passed = settings.value >= 0
+        return JudgeOutput(passed=passed, verdicts=[Verdict(score="s", value=0.25, limit="at least 1", passed=passed)])
+
+    def publish(context: Context, settings: Made, inputs: Any) -> Output:
+        ran.append(context.stage)
+        return MakeOutput(sum=0)
+
+    def tell(context: Context, settings: Made, inputs: Any) -> Output:
+        ran.append(f"{context.stage} of {', '.join(record.stage for record in inputs.values())}")
+        return TellOutput(sum=0)
+
+    kinds["judge"] = StageKind("judge", Made, judge)
+    kinds["make"] = StageKind("make", Made, publish)
+    kinds["tell"] = StageKind("tell", Made, tell, reads_all=True)
+    stages: dict[str, dict[str, Any]] = {
+        "gate": {"kind": "judge"},
+        "publish": {"above": "gate"},
+        "all": {"kind": "tell"},
+    }
+    return stages
+
+
+def test_behind_a_closed_gate_nothing_runs_and_nothing_has_failed(
+    store: Store, ran: list[str], gated: dict[str, dict[str, Any]]
+):
+    made = recipe(**{**gated, "gate": {"kind": "judge", "value": -1}, "after": {"above": "publish"}})
+    assert go(store, made) == {"gate": "finished", "publish": "skipped", "after": "skipped", "all": "finished"}
+    assert ran == ["all of gate"]
+    assert states(store, made) == {"gate": "done", "publish": "closed", "after": "closed", "all": "done"}
+    [_, plan, *_] = workflow.plan(workflow.graph(made, store), store)
+    assert plan.why == "not promoted: the gate `gate` is closed (s is 0.250, not at least 1)"
+    assert go(store, made) == {"gate": "reused", "publish": "skipped", "after": "skipped", "all": "reused"}
+    assert ran == ["all of gate"], "the page is recorded"
+
+
+def test_behind_an_open_gate_all_runs(store: Store, ran: list[str], gated: dict[str, dict[str, Any]]):
+    assert set(go(store, recipe(**gated)).values()) == {"finished"}
+    assert ran == ["publish", "all of gate, publish"]
+
+
+def test_an_error_that_is_not_ours_fails_its_stage_alone(store: Store, ran: list[str], kinds: dict[str, StageKind]):
+    def fail(context: Context, settings: Made, inputs: Any) -> Output:
+        lost: dict[str, Output] = {}
+        return lost["lost"]
+
+    kinds["fail"] = StageKind("fail", Made, fail)
+    broken = recipe(a={}, b={"kind": "fail"}, c={"above": "b"}, d={"value": 3})
+    with pytest.raises(StageFailed, match="the stage `b` failed: internal error: KeyError: 'lost'"):
+        go(store, broken)
+    assert ran == ["a", "d"]
+    [_, node, *_] = workflow.graph(broken, store)
+    [one] = tried(store, "fail", node.digest)
+    assert one.end is not None and (one.end.how, one.end.why) == ("failed", "KeyError: 'lost'")
+    log = store.get(one.attempt.log).decode()
+    assert (
+        "Traceback" in log and 'return lost["lost"]' in log and log.splitlines()[0].endswith(f"begun by {one.attempt}")
+    )
+
+
+def test_what_depends_on_files_outside_that_are_wrong_fails_alone(
+    store: Store, ran: list[str], kinds: dict[str, StageKind]
+):
+    def outside(settings: Made, store: Store | None, inputs: Any) -> Any:
+        if inputs:
+            raise SettingsError("there is no such folder", remedy="name another")
+
+    kinds["fail"] = StageKind("fail", Made, failing, outside=outside)
+    with pytest.raises(StageFailed, match="the stage `b` failed: `b`: there is no such folder"):
+        go(store, recipe(a={}, b={"kind": "fail", "above": "a"}, c={"value": 3}))
+    assert ran == ["a", "c"]
+
+
+@pytest.mark.parametrize("wish", [KeyboardInterrupt(), Stopped("stopped by SIGTERM", remedy="run again")], ids=repr)
+def test_who_is_stopped_leaves_the_stage_to_the_next_at_once(
+    store: Store, ran: list[str], kinds: dict[str, StageKind], wish: BaseException
+):
+    wishes = [wish]
+
+    def stop(context: Context, settings: Made, inputs: Any) -> Output:
+        if wishes:
+            raise wishes.pop()
+        return MakeOutput(sum=1)
+
+    kinds["make"] = StageKind("make", Made, stop)
+    with pytest.raises(type(wish)):
+        go(store, recipe(a={}))
+    go(store, recipe(a={}))
+    [node] = workflow.graph(recipe(a={}), store)
+    assert [one.end and one.end.how for one in tried(store, "make", node.digest)] == ["stopped", "committed"]
+
+
+def test_a_store_that_cannot_be_read_ends_the_run_at_once(
+    store: Store, ran: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    def away(*_: Any) -> Any:
+        raise StoreUnreachable("the store is away", remedy="wait")
+
+    monkeypatch.setattr(Driver, "take", away)
+    with pytest.raises(StoreUnreachable, match="the store is away"):
+        go(store, recipe(a={}, b={}))
+    assert ran == []
