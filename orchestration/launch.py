@@ -12,7 +12,7 @@ from infra.errors import CheckpointError, NotNow, NotPromoted, SettingsError
 from infra.problems import did_you_mean
 from infra.records import EvalReport, EvaluateOutput, PrepareSummary, StageRecord, read_record
 from infra.store import Store
-from orchestration import history, running, terminal, workflow
+from orchestration import history, parsing, running, terminal, workflow
 from orchestration.context import cluster_of, context_of, home_of, store_of, tidy
 from orchestration.lease import Driver, tried
 from orchestration.patience import doing
@@ -224,7 +224,7 @@ def _retry_failed(recipe: recipes.Recipe, store: Store, nodes: Sequence[workflow
     from data_prep.prepare.job import begin_retries, failed_downloads
     from data_prep.sources import UrlSource
 
-    parsed = {name: workflow.parse_stage(name, data)[1] for name, data in recipe.stages.items()}
+    parsed = {name: parsing.parse_stage(name, data)[1] for name, data in recipe.stages.items()}
     stages = {name: settings for name, settings in parsed.items() if isinstance(settings, PrepareSettings)}
     for name, settings in stages.items():
         for source in settings.sources:

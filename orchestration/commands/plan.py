@@ -50,8 +50,8 @@ def plan(
 
     on = machines(gpus)
     loaded = load(recipe, set_ or [])
+    from orchestration.parsing import parse_stages
     from orchestration.terminal import print_json
-    from orchestration.workflow import parse_stages
     from pipelines.planning import plans, shards
     from training.plan.stage import Rates
 

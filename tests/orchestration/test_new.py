@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from data_prep.web.fetch import FetchSettings
 from infra.errors import PixnerdError, SettingsError
-from orchestration import cli, launch, workflow
+from orchestration import cli, launch, parsing
 from pipelines import recipes
 from pipelines.recipes import own
 from tests.data_prep.test_survey import PHOTO, WORDS, numbered, tar_of, write_hugging_face, write_urls
@@ -79,7 +79,7 @@ def test_the_recipe_of_every_kind_is_one_that_can_be_run(
     assert result.stdout.splitlines()[-1] == "next:    pixnerd run mine.yaml"
     recipe = recipes.load("mine.yaml")
     assert recipe.name == "photos"
-    stages = {name: workflow.parse_stage(name, stage)[0].name for name, stage in recipe.stages.items()}
+    stages = {name: parsing.parse_stage(name, stage)[0].name for name, stage in recipe.stages.items()}
     assert list(stages.values()) == ["prepare", "snapshot", "encoders", "train", "sample", "report"]
     launch.run("mine.yaml", store="store", assignments=[], address=None, dry_run=True, as_json=False)
     assert capsys.readouterr().out.count(" new ") == len(stages)
@@ -105,7 +105,7 @@ def test_the_recipe_fits_small_pictures_and_long_captions(folder: Path) -> None:
     stages = yaml.safe_load(Path("photos.yaml").read_text())["stages"]
     assert stages["prepare"]["sizes"] == [32], "the pictures have sides of 40"
     assert stages["data"]["held_out"] == 0.2, "of six pictures"
-    network = workflow.parse_stage("train", stages["train"])[1].network()  # type: ignore[attr-defined]
+    network = parsing.parse_stage("train", stages["train"])[1].network()  # type: ignore[attr-defined]
     assert (network.patch_size, network.text_tokens) == (8, 16), "one caption alone is long"
 
 
@@ -114,7 +114,7 @@ def test_an_internal_servers_list_may_be_downloaded(folder: Path) -> None:
     result = new("photos/t.csv", "--out", "mine.yaml", "--name", "ours")
     assert "127.0.0.1 lies inside of a network: the recipe sets fetch.allow_private" in result.stderr
     stage = recipes.load("mine.yaml").stages["prepare"]
-    assert workflow.parse_stage("prepare", stage)[1].fetch.allow_private  # type: ignore[attr-defined]
+    assert parsing.parse_stage("prepare", stage)[1].fetch.allow_private  # type: ignore[attr-defined]
     assert recipes.load("mine.yaml").name == "ours"
 
 
@@ -123,7 +123,7 @@ def test_a_list_inside_of_a_network_names_its_servers_alone(folder: Path) -> Non
     result = new("photos", "--out", "mine.yaml")
     assert "10.1.2.3 lies inside of a network: the recipe sets fetch.allow_networks" in result.stderr
     stage = recipes.load("mine.yaml").stages["prepare"]
-    fetch = workflow.parse_stage("prepare", stage)[1].fetch  # type: ignore[attr-defined]
+    fetch = parsing.parse_stage("prepare", stage)[1].fetch  # type: ignore[attr-defined]
     assert (fetch.allow_private, fetch.allow_networks) == (False, ["10.1.2.3/32"])
 
 
@@ -131,7 +131,7 @@ def test_a_public_list_is_not_let_in(folder: Path) -> None:
     write_urls(folder, "csv", host="93.184.215.14")
     new("photos", "--out", "mine.yaml")
     stage = recipes.load("mine.yaml").stages["prepare"]
-    assert workflow.parse_stage("prepare", stage)[1].fetch == FetchSettings()  # type: ignore[attr-defined]
+    assert parsing.parse_stage("prepare", stage)[1].fetch == FetchSettings()  # type: ignore[attr-defined]
     assert "# fetch: {contact: " in Path("mine.yaml").read_text()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from infra.config import parse
 from infra.errors import PixnerdError, SettingsError
-from orchestration.workflow import parse_stages
+from orchestration.parsing import parse_stages
 from pipelines import recipes
 from pipelines.planning import plans, shards
 from tests.orchestration.test_cli import fails, pixnerd

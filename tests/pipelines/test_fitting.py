@@ -19,7 +19,7 @@ from infra.errors import CheckpointError, SettingsError
 from infra.records import EncodersOutput, Output, SnapshotOutput
 from infra.store import open_store
 from infra.tracking import NOWHERE
-from orchestration import launch, workflow
+from orchestration import launch, parsing
 from pipelines.stages import train as stages
 from pipelines.stages.base import Context
 from pipelines.stages.fitting import check_training, classes_of
@@ -42,7 +42,7 @@ def recipe(**train: Any) -> dict[str, Settings]:
         "encoders": {"kind": "encoders", "captions": "data"},
         "train": {k: v for k, v in (TINY | train).items() if v is not None},
     }
-    return {name: workflow.parse_stage(name, stage)[1] for name, stage in plain.items()}
+    return {name: parsing.parse_stage(name, stage)[1] for name, stage in plain.items()}
 
 
 def check(**train: Any) -> None:
@@ -308,7 +308,7 @@ def with_data(train: dict[str, Any], data: dict[str, Any], sizes: list[Any] | No
         "data": DATA | data,
         "train": {"kind": "train", "preset": "XL/16", "data": "data", "steps": 10, "batch": 4} | train,
     }
-    return {name: workflow.parse_stage(name, stage)[1] for name, stage in plain.items()}
+    return {name: parsing.parse_stage(name, stage)[1] for name, stage in plain.items()}
 
 
 def wrongs(stages: dict[str, Settings]) -> list[str]:

@@ -17,7 +17,7 @@ import yaml
 from infra.config import Settings
 from infra.records import SnapshotRecord, read_record
 from infra.store import Store, open_store
-from orchestration import workflow
+from orchestration import parsing, workflow
 from pipelines import recipes
 from pipelines.planning import plans
 from pipelines.stages.train import TrainStage
@@ -58,7 +58,7 @@ def graph(name: str, *assignments: str) -> dict[str, workflow.Node]:
 
 
 def planned(name: str, *assignments: str, gpus: str = "16xH200") -> dict[str, StagePlan]:
-    stages = {key: settings for key, (_, settings) in workflow.parse_stages(recipes.load(name, assignments)).items()}
+    stages = {key: settings for key, (_, settings) in parsing.parse_stages(recipes.load(name, assignments)).items()}
     return {plan.name: plan for plan in plans(stages, machines(gpus), Rates(0.4))}
 
 
@@ -174,7 +174,7 @@ def test_the_further_options_that_it_names_can_be_set():
     assert [list(option) for option in named] == [["objective"]] * 3 + [["optim"]]
     recipe = recipes.load("t2i_cc12m")
     for option in named:
-        _, settings = workflow.parse_stage("pretrain", recipes.merge(recipe.stages["pretrain"], option))
+        _, settings = parsing.parse_stage("pretrain", recipes.merge(recipe.stages["pretrain"], option))
         assert isinstance(settings, TrainStage)
         changed = settings.results()
         assert all(recipes.merge(changed[key], value) == changed[key] for key, value in _plain(option).items())

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from infra.errors import SettingsError
-from orchestration import workflow
+from orchestration import parsing, workflow
 from pipelines import recipes
 
 
@@ -19,7 +19,7 @@ def write(folder: Path, name: str, data: object) -> str:
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_has_only_stages_that_fit_each_other(name: str):
-    assert workflow.parse_stages(recipes.load(name))
+    assert parsing.parse_stages(recipes.load(name))
 
 
 def test_defaults_are_filled_in_by_kind(tmp_path: Path):
@@ -121,7 +121,7 @@ def test_an_unknown_recipe_names_the_nearest():
 def test_the_readmes_recipe_has_no_misspelt_setting():
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     recipe = yaml.safe_load(readme.partition("```yaml\n")[2].partition("```")[0])
-    parsed = {name: workflow.parse_stage(name, stage) for name, stage in recipe["stages"].items()}
+    parsed = {name: parsing.parse_stage(name, stage) for name, stage in recipe["stages"].items()}
     assert [kind.name for kind, _ in parsed.values()] == ["prepare", "score", "snapshot"]
 
 
