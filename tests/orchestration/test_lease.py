@@ -27,7 +27,7 @@ from infra import layout
 from infra.records import CorpusOutput, StageRecord, read_record
 from infra.store import Store, StoreSettings, open_store
 from infra.tracking import NOWHERE
-from orchestration import workflow
+from orchestration import parsing, workflow
 from orchestration.lease import AttemptEnd, Driver, Lease, tried
 from orchestration.status import told
 from pipelines.recipes import Recipe
@@ -173,7 +173,7 @@ def twelve(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("each driver brings its own work")
 
     kinds = {"make": StageKind("make", Made, none), "tell": StageKind("tell", Made, none, reads_all=True)}
-    monkeypatch.setattr(workflow, "KINDS", kinds)
+    monkeypatch.setattr(parsing, "KINDS", kinds)
     monkeypatch.setattr(workflow, "versions", lambda: {"pixnerd": "0"})
     monkeypatch.setattr(logging, "lastResort", None)  # drivers in threads would put each other's back
 

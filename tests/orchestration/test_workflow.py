@@ -19,7 +19,7 @@ from infra.records import GateOutput, Output, PrepareSummary, SnapshotOutput, St
 from infra.shards import list_shards, read_index, shard_prefix
 from infra.store import Store, open_store
 from infra.tracking import NOWHERE, Run
-from orchestration import context, launch, workflow
+from orchestration import context, launch, parsing, workflow
 from orchestration.commands.workflow import report
 from orchestration.lease import Driver, tried
 from pipelines.recipes import Recipe
@@ -55,7 +55,7 @@ class NoTracker:
 def kinds(monkeypatch: pytest.MonkeyPatch) -> dict[str, StageKind]:
     """The kinds of stages that there are for a test, which may add to them."""
     found: dict[str, StageKind] = {}
-    monkeypatch.setattr(workflow, "KINDS", found)
+    monkeypatch.setattr(parsing, "KINDS", found)
     return found
 
 
