@@ -24,6 +24,7 @@ Floats = npt.NDArray[np.float64]
 
 NEIGHBOURS = 3  # k of precision and recall
 BLOCK = 5_000  # pictures of which each gives an Inception Score, as in the published evaluations of ImageNet models
+_LARGEST = 1e30  # that a feature may be: the sixth powers of larger ones overflow
 _ROWS = 2_048  # of a matrix of distances or kernels that is in memory at once
 
 
@@ -87,23 +88,28 @@ def _at_least_two(count: int) -> None:
 
 @dataclass
 class Gathering:
-    """A distribution out of parts: rows while they are fewer than they are wide, and only moments from there on."""
+    """A distribution out of parts: rows wait until they are more than they are wide, and then become moments.
+
+    Adding up moments costs as much for one row as for as many as there are features, so they are made of many.
+    """
 
     _moments: Moments | None = None
     _rows: list[npt.NDArray[np.floating]] = field(default_factory=list)
 
     def add(self, features_ND: npt.NDArray[np.floating]) -> None:
         self._rows.append(features_ND)
-        if self._moments is None and sum(map(len, self._rows)) <= features_ND.shape[1]:
-            return
-        for rows in self._rows:
-            self._moments = Moments.of(rows) if self._moments is None else self._moments + Moments.of(rows)
-        self._rows.clear()
+        if sum(map(len, self._rows)) > features_ND.shape[1]:
+            self._moments = self._added()
+            self._rows.clear()
 
     def gaussian(self) -> Gaussian:
-        if self._moments is not None:
-            return Gaussian.of_moments(self._moments)
-        return Gaussian.of_features(np.concatenate(self._rows))
+        if self._moments is None:
+            return Gaussian.of_features(np.concatenate(self._rows))
+        return Gaussian.of_moments(self._added() if self._rows else self._moments)
+
+    def _added(self) -> Moments:
+        waiting = Moments.of(np.concatenate(self._rows))
+        return waiting if self._moments is None else self._moments + waiting
 
 
 def frechet(a: Gaussian, b: Gaussian) -> float:
@@ -227,7 +233,7 @@ def read_features(paths: Iterable[Path]) -> list[Floats]:
 def _features(path: Path) -> Floats:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            features = np.asarray(arrays["features"], np.float64)
+            features = arrays["features"].astype(np.float64, casting="same_kind")
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, MemoryError) as error:
         raise EvaluationError(
             f"{path} has no features that can be read ({type(error).__name__})",
@@ -237,9 +243,11 @@ def _features(path: Path) -> Floats:
         raise EvaluationError(
             f"the features in {path} have the shape {list(features.shape)}", remedy="give one row for each picture"
         )
-    if not np.isfinite(features).all():
-        bad = int((~np.isfinite(features)).any(axis=1).argmax())
+    usable_ND = np.abs(features) < _LARGEST  # which no NaN is
+    if not usable_ND.all():
+        bad = int((~usable_ND).any(axis=1).argmax())
         raise EvaluationError(
-            f"row {bad} of the features in {path} is not finite", remedy="leave the picture out, or make it again"
+            f"row {bad} of the features in {path} is not finite, or beyond {_LARGEST:.0e}",
+            remedy="leave the picture out, or make it again",
         )
     return features

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import Field
 
 from infra import layout
 from infra.actors import Needs, PoolSettings
+from infra.causes import first_line
 from infra.config import digest, operational
 from infra.errors import EvaluationError, SettingsError
 from infra.files import sha256_of
@@ -115,13 +117,23 @@ def _pictures(folder: Path) -> list[Path]:
 
 def _of_npz(path: Path) -> Iterator[tuple[str, bytes]]:
     """The pictures `arr_0` of an npz one by one: all of them would take gigabytes."""
+    try:
+        yield from _unpacked(path)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise EvaluationError(
+            f"{path} is no reference that can be read ({first_line(error)})",
+            remedy="download it again, or make it anew: an array `arr_0` of uint8 [count, height, width, 3]",
+        ) from None
+
+
+def _unpacked(path: Path) -> Iterator[tuple[str, bytes]]:
     from PIL import Image
 
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
-        if fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+        if fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
             raise EvaluationError(
                 f"the pictures in {path} are {dtype} of shape {shape}", remedy="give uint8 of [count, height, width, 3]"
             )

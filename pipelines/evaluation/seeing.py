@@ -7,9 +7,10 @@ features of so many pictures as precision, recall and KID need, so any number of
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -132,15 +133,21 @@ def of_adm(path: Path) -> Side | None:
         with np.load(path, allow_pickle=False) as arrays:
             if "mu" not in arrays:
                 return None
-            told = {name: np.asarray(arrays[name], np.float64) for name in ("mu", "sigma")}
-            inner = {name: np.asarray(arrays[name], np.float64) for name in ("mu_s", "sigma_s") if name in arrays}
-        mean_D, covariance_DD = told["mu"], told["sigma"]
-        if covariance_DD.shape != (len(mean_D), len(mean_D)) or not np.isfinite(covariance_DD).all():
-            raise ValueError("sigma does not fit mu")
-        places = Gaussian.of_covariance(inner["mu_s"], inner["sigma_s"]) if len(inner) == 2 else None
-        return Side(Gaussian.of_covariance(mean_D, covariance_DD), places, None, None)
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+            places = _told(arrays, "mu_s", "sigma_s") if "mu_s" in arrays else None
+            return Side(_told(arrays, "mu", "sigma"), places, None, None)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise EvaluationError(
             f"{path} is no reference that can be read ({first_line(error)})",
             remedy="name an .npz file with `mu` and `sigma`, or with pictures `arr_0`; or a folder of pictures",
         ) from None
+
+
+def _told(arrays: Any, mean: str, covariance: str) -> Gaussian:
+    mean_D, covariance_DD = (arrays[name].astype(np.float64, casting="same_kind") for name in (mean, covariance))
+    if mean_D.ndim != 1 or covariance_DD.shape != (len(mean_D), len(mean_D)):
+        raise ValueError(f"{covariance} does not fit {mean}")
+    if not (np.isfinite(mean_D).all() and np.isfinite(covariance_DD).all()):
+        raise ValueError(f"{mean} or {covariance} is not finite")
+    if (np.diag(covariance_DD) < 0).any():
+        raise ValueError(f"{covariance} has negative variances")
+    return Gaussian.of_covariance(mean_D, covariance_DD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +99,16 @@ def test_moments_of_any_split_are_those_of_the_whole(sizes: list[int], rng: Any)
     np.testing.assert_allclose(merged.scatter_DD, whole.scatter_DD, atol=1e-9)
 
 
-@pytest.mark.parametrize("count", [7, 8, 40])
-def test_what_is_gathered_is_the_whole(count: int):
-    features, other = pictures(count, 8, 15), Gaussian.of_features(pictures(50, 8, 16))
+@given(st.lists(st.integers(1, 12), min_size=2, max_size=8))
+def test_what_is_gathered_is_the_whole(sizes: list[int]):
+    """In parts of any size, whether or not some rows still wait at the end."""
+    features, other = pictures(sum(sizes), 8, 15), Gaussian.of_features(pictures(50, 8, 16))
     gathered = fid.Gathering()
-    for part in np.split(features, [3, 6]):
+    for part in np.split(features, np.cumsum(sizes)[:-1]):
         gathered.add(part)
-    assert frechet(gathered.gaussian(), other) == pytest.approx(
-        frechet(Gaussian.of_features(features), other), abs=1e-9
-    )
+    whole = frechet(Gaussian.of_features(features), other)
+    assert frechet(gathered.gaussian(), other) == pytest.approx(whole, abs=1e-6)
+    assert frechet(gathered.gaussian(), other) == pytest.approx(whole, abs=1e-6), "asking changes nothing"
 
 
 def test_kernel_distance_is_the_sum_over_pairs(monkeypatch: pytest.MonkeyPatch):
@@ -178,6 +180,8 @@ def test_files_that_cannot_be_meant_are_refused(tmp_path: Path):
     good = saved(tmp_path / "good.npz", features=pictures(8, 4, 0))
     spoilt = pictures(8, 4, 0)
     spoilt[3, 1] = np.nan
+    vast = pictures(8, 4, 0)
+    vast[3, 1] = 1e200
     (tmp_path / "cut.npz").write_bytes(good.read_bytes()[:-40])
     for path, message in [
         (tmp_path / "none.npz", "has no features that can be read"),
@@ -185,6 +189,8 @@ def test_files_that_cannot_be_meant_are_refused(tmp_path: Path):
         (saved(tmp_path / "other.npz", arr_0=spoilt), "has no features that can be read"),
         (saved(tmp_path / "pickle.npz", features=np.array([{"a": 1}], object)), "has no features that can be read"),
         (saved(tmp_path / "nan.npz", features=spoilt), "row 3 of the features"),
+        (saved(tmp_path / "vast.npz", features=vast), "row 3 of the features"),
+        (saved(tmp_path / "complex.npz", features=vast * 1j), "has no features that can be read"),
         (saved(tmp_path / "flat.npz", features=spoilt[0]), "have the shape"),
         (saved(tmp_path / "wide.npz", features=pictures(8, 5, 0)), "are 4 and 5 wide"),
     ]:
@@ -276,6 +282,19 @@ def test_pictures_of_adm_are_a_reference(here: None, weights: Path, tmp_path: Pa
     }
 
 
+def test_damaged_references_are_told(tmp_path: Path):
+    good = saved(tmp_path / "good.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    torn, short = tmp_path / "torn.npz", tmp_path / "short.npz"
+    torn.write_bytes(good.read_bytes()[:-40])
+    with zipfile.ZipFile(short, "w") as archive:
+        archive.writestr("arr_0.npy", zipfile.ZipFile(good).read("arr_0.npy")[:-100])
+    with pytest.raises(EvaluationError, match="is no reference that can be read"):
+        seeing.of_adm(torn)
+    for path in (torn, short, saved(tmp_path / "other.npz", x=np.zeros(3))):
+        with pytest.raises(EvaluationError, match="is no reference that can be read"):
+            list(fid_run._of_npz(path))
+
+
 def test_moments_of_adm_are_a_reference(tmp_path: Path):
     theirs, ours = pictures(30, 6, 0), pictures(20, 6, 1)
     moments = {"mu": theirs.mean(0), "sigma": np.cov(theirs, rowvar=False)}
@@ -289,7 +308,14 @@ def test_moments_of_adm_are_a_reference(tmp_path: Path):
     both = seeing.of_adm(saved(tmp_path / "both.npz", **moments, mu_s=moments["mu"], sigma_s=moments["sigma"]))
     assert both is not None and fid_run.scores_of(both, made._replace(spatial=made.pictures)).keys() >= {"sfid"}
     assert seeing.of_adm(saved(tmp_path / "pictures.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))) is None
-    for name, wrong in {"short": {"mu": np.ones(3)}, "other": {**moments, "mu": np.ones(3)}}.items():
+    for name, wrong in {
+        "short": {"mu": np.ones(3)},
+        "other": {**moments, "mu": np.ones(3)},
+        "nan": {**moments, "mu": np.full(6, np.nan)},
+        "negative": {**moments, "sigma": -np.eye(6)},
+        "places": {**moments, "mu_s": np.ones(3), "sigma_s": np.eye(2)},
+        "half": {**moments, "mu_s": np.ones(3)},
+    }.items():
         with pytest.raises(EvaluationError, match="is no reference that can be read"):
             seeing.of_adm(saved(tmp_path / f"{name}.npz", **wrong))
     with pytest.raises(EvaluationError, match="the reference has 6 features, and these pictures 5"):
