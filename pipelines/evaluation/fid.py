@@ -233,7 +233,7 @@ def read_features(paths: Iterable[Path]) -> list[Floats]:
 def _features(path: Path) -> Floats:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            features = arrays["features"].astype(np.float64, casting="same_kind")
+            features: Floats = arrays["features"].astype(np.float64, casting="same_kind")
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, MemoryError) as error:
         raise EvaluationError(
             f"{path} has no features that can be read ({type(error).__name__})",
