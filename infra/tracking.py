@@ -104,7 +104,11 @@ class Tracker:
             parent_id = parent.begun()[1] if parent is not None else ""
             return client, self._resume(name, digest, parent_id) or self._begin(name, digest, parent_id, tags or {})
 
-        run = Run(self._calls, begin, self._model_id)
+        def model_id(model: Model, run_id: str) -> str:
+            with _default_uri(self.uri):
+                return self._model_id(model, run_id)
+
+        run = Run(self._calls, begin, model_id)
         run.call(lambda client, run_id: None)
         return run
 
@@ -224,8 +228,7 @@ class Tracker:
             return str(known[0].model_id)
         # Names of MLflow's models have none of these characters.
         name = re.sub(r"[/:.%\"']", "-", model.name)
-        with _default_uri(self.uri):
-            made = mlflow.create_external_model(name, run_id, _tags(model), experiment_id=self._experiment_id)
+        made = mlflow.create_external_model(name, run_id, _tags(model), experiment_id=self._experiment_id)
         return str(made.model_id)
 
 
