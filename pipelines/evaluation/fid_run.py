@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from data_prep.scores.settings import ClipSettings
 from infra import layout
 from infra.actors import Needs, PoolSettings
 from infra.causes import first_line
@@ -43,6 +44,9 @@ class FidSettings(PoolSettings):
     inception: str = operational(
         "weights-inception-2015-12-05-6726825d.pth", description="torch-fidelity's file of Inception's weights"
     )
+    clip: ClipSettings | None = Field(
+        None, description="a CLIP that compares pictures and prompts; none: no such score"
+    )
     sampling: DrawingSettings = DrawingSettings()
 
     @property
@@ -57,7 +61,11 @@ class Real(NamedTuple):
     data: SnapshotRecord | None
 
     def identity(self) -> list[object]:
-        """What results depend on besides the settings: the real pictures, and the network that looks at them."""
+        """What results depend on besides the settings: the real pictures, and the networks that look at them."""
+        clip = self.settings.clip
+        return [*self._seen_by(), *([] if clip is None else [clip.identity()])]
+
+    def _seen_by(self) -> list[object]:
         return [self.digest(), _sha256(self.settings.weights)]
 
     def digest(self) -> str:
@@ -77,7 +85,7 @@ class Real(NamedTuple):
 
     def side(self, store: Store, show: Show, needs: Needs) -> Side:
         """What Inception sees in them. It lies in the store beside no evaluation, since many share it."""
-        settings, at = self.settings, digest(self.identity())
+        settings, at = self.settings, digest(self._seen_by())
         if settings.reference is not None and (path := self._path()).is_file():
             if told := of_adm(path):
                 return told
@@ -242,7 +250,8 @@ def _judged(
     show: Show,
     needs: Needs,
 ) -> EvalReport:
-    seeing = Seeing(store, real.settings.weights, real.settings.sampling.batch)
+    clip = None if real.settings.clip is None else real.settings.clip.located()
+    seeing = Seeing(store, real.settings.weights, real.settings.sampling.batch, clip, prompts)
     seen = make(Shelf(store, layout.ANSWERED, stage), seeing, items, needs, show)
     failed = {place(name): cause for chunk in (*drawn, *seen) for name, cause in chunk.failed.items()}
     count = sum(len(item.there) for item in items.values()) - sum(len(chunk.failed) for chunk in seen)
@@ -274,6 +283,8 @@ def scores_of(real: Side, made: Side) -> dict[str, float]:
         scores["precision"], scores["recall"] = precision_recall(real.features, made.features)
     if made.inception_score is not None:
         scores["inception_score"] = made.inception_score
+    if made.clip_score is not None:
+        scores["clip_score"] = made.clip_score
     return scores
 
 

@@ -7,19 +7,24 @@ features of so many pictures as precision, recall and KID need, so any number of
 from __future__ import annotations
 
 import io
+import math
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
+from data_prep.scores import Sample
+from data_prep.scores.settings import ClipSettings
 from infra.causes import first_line
 from infra.records import get_data
 from infra.store import Store
 from pipelines.evaluation.chunks import Chunk, Made, Maker
 from pipelines.evaluation.fid import Gathering, Gaussian, InceptionScore
+from pipelines.evaluation.tars import place
 
 KEPT = 10_000  # pictures whose features are kept, as the published precision and recall have it
 _SEEN = "seen"
@@ -61,31 +66,56 @@ def _decoded(data: bytes) -> Picture | str:
 class Seeing(Maker[Readable]):
     noun = "batches of features"
 
-    def __init__(self, store: Store, weights: Path, batch: int) -> None:
-        self.store, self.weights, self.batch = store, weights, batch
+    def __init__(
+        self, store: Store, weights: Path, batch: int, clip: ClipSettings | None = None, prompts: Sequence[str] = ()
+    ) -> None:
+        """With `clip`, pictures are compared with their prompts as well."""
+        self.store, self.weights, self.batch, self.clip, self.prompts = store, weights, batch, clip, prompts
 
     def load(self, device: str) -> None:
         from pipelines.evaluation.inception import Inception
 
         self.network = Inception(self.weights, device)
+        if self.clip is not None:
+            from data_prep.scores.clip import ClipScorer
+
+            self.scorer = ClipScorer(self.clip, device)
 
     def pictures(self, item: Readable) -> list[str]:
         return item.there
 
     def make(self, item: Readable) -> Made:
-        failed, pictures = dict[str, str](), list[Picture]()
+        failed, there = dict[str, str](), dict[str, Picture]()
         for name, picture in item.read(self.store):
             if isinstance(picture, str):
                 failed[name] = picture
             else:
-                pictures.append(picture)
+                there[name] = picture
+        pictures = list(there.values())
         seen = [self.network.see(np.stack(batch)) for batch in _batches(pictures, self.batch)]
         if not seen:
             return Made({}, failed)
         content = io.BytesIO()
         features, spatial, logits = (np.concatenate(parts) for parts in zip(*seen, strict=True))
-        np.savez(content, features=features, spatial=spatial, logits=logits)
+        np.savez(content, features=features, spatial=spatial, logits=logits, clip=self._clip_scores(there))
         return Made({f"{_SEEN}.npz": content.getvalue()}, failed)
+
+    def _clip_scores(self, there: Mapping[str, Picture]) -> npt.NDArray[np.float64]:
+        """The cosine of each picture and its prompt, as far as there is one."""
+        if self.clip is None:
+            return np.zeros(0)
+        column = f"{self.clip.name}_score"
+        samples = (
+            Sample(name, [{"kind": "prompt", "text": self.prompts[place(name)[0]]}], _png(picture))
+            for name, picture in there.items()
+        )
+        return np.array([row[column] for row in self.scorer.rows(samples) if column in row])
+
+
+def _png(picture: Picture) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(picture).save(content, "PNG", compress_level=1)
+    return content.getvalue()
 
 
 def _batches(pictures: Sequence[Picture], size: int) -> Iterator[list[Picture]]:
@@ -107,22 +137,26 @@ class Side(NamedTuple):
     spatial: Gaussian | None
     features: npt.NDArray[np.float32] | None  # of the first `KEPT` pictures
     inception_score: float | None
+    clip_score: float | None = None
 
 
 def added_up(store: Store, chunks: Iterable[Chunk]) -> Side:
     """A set's chunks as one."""
     of_pictures, of_places, score = Gathering(), Gathering(), InceptionScore()
     kept: list[npt.NDArray[np.float32]] = []
+    cosines: list[float] = []
     for chunk in chunks:
         if _SEEN not in chunk.data:
             continue
         with np.load(io.BytesIO(get_data(store, chunk.data[_SEEN])), allow_pickle=False) as seen:
             features, spatial, logits = seen["features"], seen["spatial"], seen["logits"]
+            cosines += seen["clip"].tolist()
         of_pictures.add(features)
         of_places.add(spatial)
         score.add(logits)
         kept.append(features[: KEPT - sum(map(len, kept))])
-    return Side(of_pictures.gaussian(), of_places.gaussian(), np.concatenate(kept), score.value())
+    clip = math.fsum(cosines) / len(cosines) if cosines else None
+    return Side(of_pictures.gaussian(), of_places.gaussian(), np.concatenate(kept), score.value(), clip)
 
 
 def of_adm(path: Path) -> Side | None:

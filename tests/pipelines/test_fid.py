@@ -14,6 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from data_prep.scores import Sample
+from data_prep.scores.clip import ClipScorer
+from data_prep.scores.settings import ClipSettings
 from infra.config import parse
 from infra.errors import CheckpointError, EvaluationError, SettingsError
 from infra.store import open_store
@@ -21,6 +24,7 @@ from pipelines.evaluation import chunks, fid, fid_run, inception, seeing
 from pipelines.evaluation.fid import Gaussian, InceptionScore, Moments, frechet
 from pipelines.evaluation.tars import read_pictures
 from pipelines.stages.fid import classes_of
+from tests.data_prep.small_scorers import build_clip
 from tests.pipelines.drawn_here import drawn_here
 from tests.pipelines.small_inception import write_inception
 from tests.training import small_checkpoint
@@ -337,6 +341,22 @@ def test_a_checkpoint_is_measured_and_no_two_pictures_share_their_noise(
     assert (report.images, report.failed) == (6, 0)
     pictures = read_pictures(store, report.pictures)
     assert len(set(pictures.values())) == 6
+
+
+def test_pictures_are_compared_with_their_prompts_by_clip(here: None, weights: Path, tmp_path: Path):
+    build_clip(tmp_path / "clip")
+    clip = {"model": str(tmp_path / "clip")}
+    store = open_store(str(tmp_path / "store"))
+    checkpoint = checkpoints.publish_folder(store, small_checkpoint.write_text(tmp_path / "net"))
+    asked = real(noise(tmp_path / "real", 5, 0), weights, clip=clip)
+    assert asked.identity() != asked._replace(settings=asked.settings.model_copy(update={"clip": None})).identity()
+    prompts = ["a red circle", "two blue squares"] * 3
+    report = fid_run.fid(store, "one", checkpoint, prompts, asked, nothing)
+    scorer = ClipScorer(parse(ClipSettings, clip))
+    pngs = sorted(read_pictures(store, report.pictures).items())
+    samples = [Sample("", [{"kind": "a", "text": prompts[number]}], png) for (number, _), png in pngs]
+    cosines = [row["clip_score"] for row in scorer.rows(samples)]
+    assert report.scores["fid/clip_score"].value == pytest.approx(np.mean(cosines), abs=1e-6)
 
 
 def test_what_is_missing_is_told_with_what_to_download(weights: Path, tmp_path: Path):
