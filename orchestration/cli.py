@@ -28,6 +28,7 @@ from orchestration.commands import (
     sample,
     settings,
     status,
+    sweep,
     workflow,
 )
 
@@ -39,7 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     epilog="Add --debug to any command to see a failure's whole traceback. Start with: pixnerd run demo",
 )
-for group in (new, plan, workflow, status, compare, sample, settings, doctor):
+for group in (new, plan, workflow, status, compare, sweep, sample, settings, doctor):
     app.add_typer(group.app)
 for group in (evaluate, checkpoint, data):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])

@@ -47,7 +47,7 @@ class Order(NamedTuple):
 
 def generate(order: Order, prompts: Sequence[str], show: Show) -> list[Chunk]:
     """Draw the pictures of each prompt. Returns the chunks in the order of the prompts."""
-    drawing = _Drawing(order.store, order.checkpoint, order.images, order.settings, order.apart)
+    drawing = Drawing(order.store, order.checkpoint, order.images, order.settings, order.apart)
     asked = chunked(prompts, order.images, order.settings)
     return make(Shelf(order.store, order.place, order.stage), drawing, asked, order.needs, show)
 
@@ -68,7 +68,7 @@ def chunked(prompts: Sequence[str], images: int, settings: DrawingSettings) -> d
     return {first: Asked(first, tuple(prompts[first : first + size])) for first in range(0, len(prompts), size)}
 
 
-class _Drawing(Maker[Asked]):
+class Drawing(Maker[Asked]):
     noun = "batches of pictures"
 
     def __init__(

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -103,6 +104,21 @@ def shape_prompts(per_task: int = 12) -> list[Prompt]:
         phrases = [world.parse(phrase) for phrase in world.HELD_OUT[task]]
         swapped = [_swapped(phrase) for phrase in phrases if len(phrase.nouns) == 2]
         prompts += [_prompt(task, phrase) for phrase in (phrases + swapped)[:per_task]]
+    return prompts
+
+
+def other_shape_prompts(per_task: int, seed: int = 0) -> list[Prompt]:
+    """Prompts of combinations that training scenes have, for choices that must not be made on the ones above."""
+    rng, prompts = random.Random(seed), []
+    for task in TASKS:
+        phrases: dict[str, Description] = {}
+        for _ in range(100 * per_task):  # some tasks have few combinations
+            scene = world.sample_scene(rng, {task: 1.0})
+            phrase = world.captions(scene, rng).medium.removeprefix("a photo of ")
+            phrases.setdefault(phrase, world.parse(phrase))
+            if len(phrases) == per_task:
+                break
+        prompts += [_prompt(task, phrase) for phrase in phrases.values()]
     return prompts
 
 

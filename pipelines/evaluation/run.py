@@ -91,19 +91,10 @@ def judged(
     needs: Needs,
 ) -> EvalReport:
     """The report on pictures that are there. `checkpoint` tells whose they are."""
-    prompts = read_prompts(settings)
-    chunks = chunked([prompt.prompt for prompt in prompts], settings.images, settings.sampling)
-    items = {
-        first: ToJudge(chunk.data[PICTURES], asked.pictures(settings.images), chunk.failed)
-        for (first, asked), chunk in zip(chunks.items(), drawn, strict=True)
-        if PICTURES in chunk.data
-    }
+    prompts, items = read_prompts(settings), to_judge(drawn, settings)
     judge = Judging(store, settings.judge, prompts, max(1, int(needs.cpus)))
     judging = make(Shelf(store, layout.ANSWERED, stage), judge, items, needs, show)
-    failed = {place(name): cause for chunk in (*drawn, *judging) for name, cause in chunk.failed.items()}
-    verdicts = [verdict for chunk in judging for verdict in verdicts_of(store, chunk)]
-    verdicts += [_missing(prompts, number, image, cause) for (number, image), cause in failed.items()]
-    verdicts.sort(key=lambda verdict: (verdict.number, verdict.image))
+    verdicts, failed = verdicts_on(store, prompts, drawn, judging)
     scores = intervals(protocol.by_task(verdicts), seed=settings.seed)
     report = EvalReport(
         protocol="geneval",
@@ -111,7 +102,7 @@ def judged(
         prompts=prompts_digest(settings),
         checkpoint=checkpoint,
         images=len(verdicts),
-        failed=len(failed),
+        failed=failed,
         scores={f"geneval/{task}": interval for task, interval in scores.items()},
         details=put_data(store, layout.VERDICTS.at(stage=stage), "verdicts.parquet", parquet_bytes(table_of(verdicts))),
         pictures=tars(drawn),
@@ -121,6 +112,27 @@ def judged(
         detections=[chunk.data[DETECTIONS] for chunk in judging if DETECTIONS in chunk.data],
     )
     return recorded(store, layout.REPORT.at(stage=stage), report)
+
+
+def to_judge(drawn: Sequence[Chunk], settings: GenevalSettings) -> dict[int, ToJudge]:
+    """The number of each drawn chunk's first prompt -> its pictures."""
+    chunks = chunked([prompt.prompt for prompt in read_prompts(settings)], settings.images, settings.sampling)
+    return {
+        first: ToJudge(chunk.data[PICTURES], asked.pictures(settings.images), chunk.failed)
+        for (first, asked), chunk in zip(chunks.items(), drawn, strict=True)
+        if PICTURES in chunk.data
+    }
+
+
+def verdicts_on(
+    store: Store, prompts: Sequence[Prompt], drawn: Sequence[Chunk], judging: Sequence[Chunk]
+) -> tuple[list[protocol.Verdict], int]:
+    """A verdict on every picture, in their order, and how many have failed."""
+    failed = {place(name): cause for chunk in (*drawn, *judging) for name, cause in chunk.failed.items()}
+    verdicts = [verdict for chunk in judging for verdict in verdicts_of(store, chunk)]
+    verdicts += [_missing(prompts, number, image, cause) for (number, image), cause in failed.items()]
+    verdicts.sort(key=lambda verdict: (verdict.number, verdict.image))
+    return verdicts, len(failed)
 
 
 def _missing(prompts: Sequence[Prompt], number: int, image: int, cause: str) -> protocol.Verdict:

@@ -8,8 +8,9 @@ from pydantic import Field
 
 from infra.config import Settings, digest
 from pipelines.evaluation import official
-from pipelines.evaluation.prompts import Prompt, load_prompts, parse_prompts, shape_prompts
+from pipelines.evaluation.prompts import Prompt, load_prompts, other_shape_prompts, parse_prompts, shape_prompts
 
+OTHER_SHAPES = "other shapes"
 _PUBLISHED = {"official": official.official, "rephrased": official.rephrased}
 
 
@@ -23,7 +24,8 @@ class SeededPrompts(Settings):
 class PromptSettings(Settings):
     prompts: str | SeededPrompts = Field(
         "shapes",
-        description="`shapes`: the shape world's own; `official`; `rephrased`; or a JSONL file of GenEval metadata",
+        description="`shapes`: the shape world's own; `other shapes`: what its training scenes show; `official`; "
+        "`rephrased`; or a JSONL file of GenEval metadata",
     )
     per_task: int = Field(12, ge=2, description="prompts a task of the shape world's set")
 
@@ -39,6 +41,8 @@ def read_prompts(settings: PromptSettings) -> list[Prompt]:
         return parse_prompts(official.seeded(asked.seeded, asked.seed).splitlines(), prompt_set(settings))
     if asked == "shapes":
         return shape_prompts(settings.per_task)
+    if asked == OTHER_SHAPES:
+        return other_shape_prompts(settings.per_task)
     if asked in _PUBLISHED:
         return parse_prompts(_PUBLISHED[asked]().splitlines(), asked)
     return load_prompts(Path(asked))
@@ -49,4 +53,4 @@ def prompt_set(settings: PromptSettings) -> str:
     asked = settings.prompts
     if isinstance(asked, SeededPrompts):
         return f"seeded {asked.seeded} {asked.seed}"
-    return asked if asked in ("shapes", *_PUBLISHED) else Path(asked).name
+    return asked if asked in ("shapes", OTHER_SHAPES, *_PUBLISHED) else Path(asked).name

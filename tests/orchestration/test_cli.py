@@ -31,7 +31,8 @@ from training.encoders import text
 
 COMMANDS = [
     ["new"], ["plan"], ["run"], ["prepare"], ["train"], ["stage"], ["sample"], ["report"], ["doctor"],
-    ["compare"], ["status"], ["explain"], ["logs"], ["evaluate", "geneval"], ["evaluate", "dpg"], ["evaluate", "fid"],
+    ["compare"], ["sweep"], ["status"], ["explain"], ["logs"], ["evaluate", "geneval"], ["evaluate", "dpg"],
+    ["evaluate", "fid"],
     ["checkpoint", "show"], ["checkpoint", "import"], ["checkpoint", "export"], ["checkpoint", "fetch"],
     ["data", "show"], ["data", "verify"], ["data", "forget"], ["data", "gc"],
 ]  # fmt: skip

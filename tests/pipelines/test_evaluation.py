@@ -93,7 +93,7 @@ def test_a_worker_that_dies_in_drawing_and_in_judging_costs_nothing(
     assert made(store) == undisturbed
 
 
-class Fails(generate._Drawing):
+class Fails(generate.Drawing):
     """One picture comes out as NaN, and one chunk raises every time."""
 
     def make(self, item: generate.Asked) -> chunks.Made:
@@ -113,7 +113,7 @@ class Fails(generate._Drawing):
             self.artist.solve = solve  # type: ignore[method-assign]
 
 
-class AlwaysFails(generate._Drawing):
+class AlwaysFails(generate.Drawing):
     def make(self, item: generate.Asked) -> chunks.Made:
         raise RuntimeError("the network is broken")
 
@@ -121,7 +121,7 @@ class AlwaysFails(generate._Drawing):
 def test_pictures_that_cannot_be_drawn_are_counted_with_their_causes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: str
 ):
-    monkeypatch.setattr(generate, "_Drawing", Fails)
+    monkeypatch.setattr(generate, "Drawing", Fails)
     store, checkpoint = new_store(tmp_path, folder)
     report = geneval(store, STAGE, checkpoint, settings(workers=1), nothing)
     assert (report.images, report.failed) == (24, 6 + 3)
@@ -136,7 +136,7 @@ def test_pictures_that_cannot_be_drawn_are_counted_with_their_causes(
 def test_if_nothing_can_be_drawn_it_is_an_error(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: str
 ):
-    monkeypatch.setattr(generate, "_Drawing", AlwaysFails)
+    monkeypatch.setattr(generate, "Drawing", AlwaysFails)
     store, checkpoint = new_store(tmp_path, folder)
     with pytest.raises(EvaluationError, match="all batches of pictures failed: the network is broken"):
         geneval(store, STAGE, checkpoint, settings(workers=1, sampling={"steps": 1, "batch": 24}), nothing)
