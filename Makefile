@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUNS ?= runs
 
-.PHONY: help setup demo test coverage test-slow test-faults test-s3 gpu check format bench bench-model bench-order bench-loader bench-train bench-state bench-data serve-mlflow clean
+.PHONY: help setup demo test coverage test-slow test-faults test-s3 gpu check format bench bench-model bench-order bench-loader bench-train bench-state bench-eval bench-data serve-mlflow clean
 
 help:           ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -87,6 +87,10 @@ bench-train: $(READY)  ## a training step of the demo's network, part by part: m
 
 bench-state: $(READY)  ## what a commit costs the steps beside it, and what resuming ranks read
 	@$(BIN)/python -W ignore -m tests.bench.bench_state $(ARGS)
+
+bench-eval: $(READY)  ## pictures drawn, detected and asked about per second, batched against one by one
+	@$(BIN)/python -W ignore -m tests.bench.bench_eval $(ARGS)
+	@$(BIN)/python -W ignore -m tests.bench.bench_questions
 
 IMG2DATASET := build/img2dataset
 
