@@ -246,6 +246,19 @@ def test_a_driver_killed_at_random_moments_leaves_the_undisturbed_report(
     assert kills >= 6
 
 
+@pytest.mark.slow
+def test_nodes_that_die_in_drawing_and_in_judging_change_nothing(
+    folder: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+):
+    store, checkpoint = new_store(tmp_path / "store", folder)
+    store.put("checkpoint.json", checkpoint.model_dump_json().encode())
+    command = [sys.executable, "-m", "tests.pipelines.nodes", str(store.root), "checkpoint.json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "2"
+    assert made(store) == undisturbed
+
+
 def test_a_report_that_is_there_is_not_made_again(folder: Path, tmp_path: Path, undisturbed: dict[str, bytes]):
     store, checkpoint = new_store(tmp_path, folder)
     for key, data in undisturbed.items():
