@@ -7,8 +7,9 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,7 @@ from infra.store import Store
 from pipelines.evaluation.chunks import Chunk, Shelf, Show, make
 from pipelines.evaluation.fid import Gaussian, frechet, kernel_distance, precision_recall
 from pipelines.evaluation.generate import DrawingSettings, Order, chunked, generate
+from pipelines.evaluation.rows import likeliest_caption, spread
 from pipelines.evaluation.seeing import Readable, Rows, Seeing, Side, added_up, of_adm
 from pipelines.evaluation.tars import PICTURES, ToJudge, packed, place, tars
 
@@ -39,7 +41,9 @@ class FidSettings(PoolSettings):
     reference: str | None = Field(
         None, description="real pictures: an npz of ADM's evaluations, or a folder; none: those of the stage `data`"
     )
-    reference_count: int = Field(50_000, ge=2, description="real pictures at most, spread over all there are")
+    reference_count: int = Field(
+        50_000, ge=2, description="real pictures at most, spread over a snapshot or folder; the first of an npz"
+    )
     split: Literal["training", "held_out"] = Field("training", description="rows of `data` that are looked at")
     inception: str = operational(
         "weights-inception-2015-12-05-6726825d.pth", description="torch-fidelity's file of Inception's weights"
@@ -91,7 +95,8 @@ class Real(NamedTuple):
                 return told
             items = self._taken(store, at, _of_npz(path))
         elif settings.reference is not None:
-            items = self._taken(store, at, ((file.suffix, file.read_bytes()) for file in _pictures(self._path())))
+            files = _pictures(self._path())
+            items = self._taken(store, at, _of_files(files[number] for number in spread(len(files))))
         else:
             items = _rows(store, self.data, settings)
         seeing = Seeing(store, settings.weights, settings.sampling.batch)
@@ -101,7 +106,9 @@ class Real(NamedTuple):
         shelf = Shelf(store, layout.REFERENCE_TAKEN, at)
         return {
             first: ToJudge(chunk.data[PICTURES], list(names), {})
-            for first, names, chunk in _put(shelf, pictures, self.settings)
+            for first, names, chunk in _put(
+                shelf, islice(pictures, self.settings.reference_count), self.settings.sampling.batch
+            )
         }
 
 
@@ -153,39 +160,27 @@ def _unpacked(path: Path) -> Iterator[tuple[str, bytes]]:
             yield ".png", png.getvalue()
 
 
-def _put(
-    shelf: Shelf, pictures: Iterable[tuple[str, bytes]], settings: FidSettings
-) -> Iterator[tuple[int, list[str], Chunk]]:
-    """Pictures as chunks of tars, as if they had been drawn: their suffixes and files in order, up to the most."""
-    batch: dict[str, bytes] = {}
-    first = 0
+def _of_files(files: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
+    return ((file.suffix, file.read_bytes()) for file in files)
 
-    def chunk() -> tuple[int, list[str], Chunk]:
-        return first, [name.partition(".")[0] for name in batch], shelf.put(first, packed(batch, {}), "a folder")
 
-    for number, (suffix, data) in enumerate(pictures):
-        if number == settings.reference_count:
-            break
-        batch[f"{number:05d}-0{suffix.lower()}"] = data
-        if len(batch) == settings.sampling.batch:
-            yield chunk()
-            first, batch = number + 1, {}
-    if batch:
-        yield chunk()
+def _put(shelf: Shelf, pictures: Iterable[tuple[str, bytes]], batch: int) -> Iterator[tuple[int, list[str], Chunk]]:
+    """Pictures, by suffix and bytes, as chunks of tars as if they had been drawn."""
+    numbered = enumerate(pictures)
+    while some := {f"{number:05d}-0{suffix.lower()}": data for number, (suffix, data) in islice(numbered, batch)}:
+        names = [name.partition(".")[0] for name in some]
+        first, _ = place(names[0])
+        yield first, names, shelf.put(first, packed(some, {}), "a folder")
 
 
 def _rows(store: Store, data: SnapshotRecord | None, settings: FidSettings) -> dict[int, Readable]:
     assert data is not None, "its digest asks for it"
     columns = ["tar", "offset", "length"]
     table = read_selection(store, data, held_out=settings.split == "held_out", columns=columns)
-    picked = table.take(_spread(table.num_rows, settings.reference_count)).to_pydict()
+    picked = table.take(list(islice(spread(table.num_rows), settings.reference_count))).to_pydict()
     places = list(zip(picked["tar"], picked["offset"], picked["length"], strict=True))
     size = settings.sampling.batch
     return {first: Rows(first, tuple(places[first : first + size])) for first in range(0, len(places), size)}
-
-
-def _spread(rows: int, most: int) -> list[int]:
-    return list(range(rows)) if rows <= most else [number * rows // most for number in range(most)]
 
 
 def prompts_of(store: Store, data: SnapshotRecord | None, classes: int | None, settings: FidSettings) -> list[str]:
@@ -198,12 +193,7 @@ def prompts_of(store: Store, data: SnapshotRecord | None, classes: int | None, s
     if not table.num_rows:
         raise EvaluationError("the data hold no rows of this split", remedy="choose another `split`")
     rows = [number * table.num_rows // settings.count for number in range(settings.count)]
-    return [_likeliest(row) for row in table.take(rows).to_pylist()]
-
-
-def _likeliest(row: Mapping[str, Any]) -> str:
-    weights = row["caption_weights"]
-    return str(row["captions"][max(range(len(weights)), key=weights.__getitem__)])
+    return [likeliest_caption(row) for row in table.take(rows).to_pylist()]
 
 
 def fid(
@@ -233,7 +223,7 @@ def fid_of_folder(store: Store, folder: Path, real: Real, show: Show) -> EvalRep
     pictures = digest([_sha256(file) for file in files])
     stage = digest([pictures, real.identity(), settings.chosen()])
     shelf = Shelf(store, layout.DRAWN, stage)
-    taken = list(_put(shelf, ((file.suffix, file.read_bytes()) for file in files), settings))
+    taken = list(_put(shelf, _of_files(files), settings.sampling.batch))
     items = {first: ToJudge(chunk.data[PICTURES], names, {}) for first, names, chunk in taken}
     drawn, names = [chunk for _, _, chunk in taken], [file.name for file in files]
     return _judged(store, stage, f"folder-{pictures}", names, drawn, items, real, show, settings.needs)

@@ -6,7 +6,6 @@ They are to be looked at; no score is made of them. The record says where in the
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -21,6 +20,7 @@ from infra.shards import read_selection
 from infra.store import Store
 from pipelines.evaluation.chunks import Show
 from pipelines.evaluation.generate import DrawingSettings, Order, generate
+from pipelines.evaluation.rows import likeliest_caption, spread
 from pipelines.evaluation.tars import read_pictures, tars
 from pipelines.pictures import sheet
 
@@ -96,26 +96,14 @@ def _captions(store: Store, data: SnapshotRecord, count: int) -> list[Prompt]:
     """
     rows = read_selection(store, data, held_out=data.held_out_rows > 0)
     prompts: dict[str, Prompt] = {}
-    for number in _spread(rows.num_rows):
+    for number in spread(rows.num_rows):
         if len(prompts) >= count:
             break
         [row] = rows.slice(number, 1).to_pylist()
-        weights = row["caption_weights"]
-        likeliest = max(range(len(weights)), key=weights.__getitem__, default=0)
-        text = str(row["label"]) if "label" in row else row["captions"][likeliest]
+        text = str(row["label"]) if "label" in row else likeliest_caption(row)
         original = Original(tar=row["tar"], offset=row["offset"], length=row["length"])
         prompts.setdefault(text, Prompt(text=text, original=original))
     return list(prompts.values())
-
-
-def _spread(rows: int) -> Iterator[int]:
-    """All numbers below `rows`, ordered so that any first few of them lie far apart: 0, 8, 4, 2, 6, 10, 1, ..."""
-    step = 1 << max(rows - 1, 0).bit_length()
-    if rows:
-        yield 0
-    while step > 1:
-        yield from range(step // 2, rows, step)
-        step //= 2
 
 
 def pictures(store: Store, drawn: Drawn, most: int | None = None) -> list[tuple[Prompt, bytes | None, list[bytes]]]:

@@ -17,11 +17,14 @@ from PIL import Image
 from data_prep.scores import Sample
 from data_prep.scores.clip import ClipScorer
 from data_prep.scores.settings import ClipSettings
+from infra import layout
 from infra.config import parse
 from infra.errors import CheckpointError, EvaluationError, SettingsError
+from infra.records import read_record
 from infra.store import open_store
 from pipelines.evaluation import chunks, fid, fid_run, inception, seeing
 from pipelines.evaluation.fid import Gaussian, InceptionScore, Moments, frechet
+from pipelines.evaluation.rows import spread
 from pipelines.evaluation.tars import read_pictures
 from pipelines.stages.fid import classes_of
 from tests.data_prep.small_scorers import build_clip
@@ -274,9 +277,26 @@ def test_folders_go_the_whole_path(here: None, weights: Path, tmp_path: Path):
     assert itself.scores["fid/fid"].value == pytest.approx(0, abs=1e-6)
 
 
+def test_as_many_real_pictures_as_asked_for_are_looked_at_and_all_generated_ones(
+    here: None, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Real ones are spread over their folder, whose order is often that of classes."""
+    theirs, ours = noise(tmp_path / "real", 16, 0), noise(tmp_path / "made", 9, 1)
+    store = open_store(str(tmp_path / "store"))
+    asked = real(theirs, weights, reference_count=4)
+    with monkeypatch.context() as patched:
+        patched.setattr(fid, "NEIGHBOURS", 1)
+        report = fid_run.fid_of_folder(store, ours, asked, nothing)
+    assert report.images == 9
+    looked_at = [read_record(store, key, chunks.Chunk).data["pictures"] for key in layout.REFERENCE_TAKEN.keys(store)]
+    pngs = set(read_pictures(store, looked_at).values())
+    assert pngs == {(theirs / f"{number:02d}.png").read_bytes() for number in (0, 4, 8, 12)}
+
+
 def test_pictures_of_adm_are_a_reference(here: None, weights: Path, tmp_path: Path):
     theirs, ours = noise(tmp_path / "real", 6, 0), noise(tmp_path / "made", 5, 1)
-    pictures = np.stack([np.asarray(Image.open(path)) for path in sorted(theirs.glob("*"))])
+    files = sorted(theirs.glob("*"))
+    pictures = np.stack([np.asarray(Image.open(files[number])) for number in spread(len(files))])
     store = open_store(str(tmp_path / "store"))
     of_folder = fid_run.fid_of_folder(store, ours, real(theirs, weights), nothing).scores
     packed = saved(tmp_path / "pictures.npz", arr_0=pictures)

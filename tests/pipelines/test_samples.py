@@ -19,6 +19,7 @@ from infra.shards import read_selection
 from infra.store import Store, open_store
 from pipelines.evaluation import generate
 from pipelines.evaluation.chunks import Chunk
+from pipelines.evaluation.rows import spread
 from pipelines.page.report import build
 from pipelines.sample import held_out
 from pipelines.sample.held_out import Drawn, DrawSettings
@@ -102,9 +103,9 @@ def sizes(data: bytes) -> tuple[int, int]:
 
 
 def test_captions_lie_far_from_each_other():
-    assert list(held_out._spread(11)) == [0, 8, 4, 2, 6, 10, 1, 3, 5, 7, 9]
-    assert list(held_out._spread(1)) == [0]
-    assert list(held_out._spread(0)) == []
+    assert list(spread(11)) == [0, 8, 4, 2, 6, 10, 1, 3, 5, 7, 9]
+    assert list(spread(1)) == [0]
+    assert list(spread(0)) == []
 
 
 def test_where_nothing_is_held_out_it_says_so(
