@@ -21,6 +21,7 @@ from infra.records import CheckpointRecord, DataObject, Interval, Plain, Record,
 from infra.shards import parquet_bytes
 from infra.store import Store
 from pipelines.evaluation import geneval as protocol
+from pipelines.evaluation import official
 from pipelines.evaluation.chunks import Made, Maker, Shelf, Show, make
 from pipelines.evaluation.generate import Asked, Drawing, DrawingSettings, chunked
 from pipelines.evaluation.judging import Judging, table_of
@@ -45,8 +46,10 @@ class SweepSettings(GenevalSettings):
 
     @model_validator(mode="after")
     def _not_on_the_test(self) -> SweepSettings:
-        if self.prompts in ("shapes", "official", "rephrased"):
-            raise ValueError(f"`{self.prompts}` are the test's prompts: settings that are chosen on them fit them")
+        seed = self.prompts.seed if isinstance(self.prompts, SeededPrompts) else None
+        if seed == official.SEED or self.prompts in ("shapes", "official", "rephrased"):
+            told = self.prompts if seed is None else f"seed {seed}"
+            raise ValueError(f"`{told}` gives the test's prompts: settings that are chosen on them fit them")
         for point in self.points():
             point.sampling(self.sampling)  # a value that sampling refuses is told before anything is drawn
         return self
@@ -69,7 +72,7 @@ class Point(Plain):
 
     @property
     def evaluations(self) -> int:
-        """Of the network, for one picture: guidance asks twice, and so does Heun's second order."""
+        """How often the network is evaluated for one picture: guidance doubles it, and so does Heun's method."""
         return self.steps * (2 if self.solver == "heun" else 1) * (1 if self.guidance == 1 else 2)
 
 

@@ -99,10 +99,11 @@ def test_each_decay_is_a_network_that_is_loaded_once(store: Store, tmp_path: Pat
     assert loaded == [record.digest() for record in decays.values()]
 
 
-@pytest.mark.parametrize("prompts", ["shapes", "official", "rephrased"])
-def test_the_tests_own_prompts_are_refused(prompts: str):
-    with pytest.raises(SettingsError, match="are the test's prompts"):
+@pytest.mark.parametrize("prompts", ["shapes", "official", "rephrased", {"seeded": 100}, {"seeded": 5, "seed": 43}])
+def test_the_tests_own_prompts_are_refused(prompts: Any):
+    with pytest.raises(SettingsError, match="gives the test's prompts"):
         settings(prompts=prompts)
+    assert settings(prompts={"seeded": 5, "seed": 7}).points()
 
 
 def test_a_value_that_sampling_refuses_is_told_at_once():
