@@ -1,7 +1,8 @@
-"""Makes text from outside, such as captions, safe to show in one line of a terminal, a table or a picture."""
+"""Makes text from outside, such as captions and URLs, safe to show in a terminal, a table, a picture or a record."""
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 _UNFIT = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # controls, direction marks, surrogates, ends of lines
@@ -16,3 +17,8 @@ def cut(text: str, most: int = 60) -> str:
     """The same in at most so many letters; dots stand for the rest."""
     text = printable(text[: 4 * most])
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def masked(text: str) -> str:
+    """The text without users and passwords in URLs."""
+    return re.sub(r"//[^/@\s]+@", "//", text)

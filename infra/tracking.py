@@ -24,6 +24,7 @@ from infra.calls import Calls, NotTaken
 from infra.config import Settings, operational
 from infra.errors import TrackingError
 from infra.files import locked
+from infra.text import masked
 
 DIGEST_TAG = "pixnerd.digest"
 CHECKPOINT_TAG = "pixnerd.checkpoint"
@@ -49,8 +50,8 @@ class Model(NamedTuple):
     snapshot: str  # the digest of the data that it was trained on, if known
 
 
-class Bearer(NamedTuple):
-    """The version of a registered model that bears an alias."""
+class Version(NamedTuple):
+    """A version of a registered model."""
 
     version: str
     checkpoint: str  # the digest of its checkpoint's record
@@ -91,7 +92,7 @@ class Tracker:
     def __init__(self, uri: str, experiment: str, artifacts: Path | None = None) -> None:
         self.uri, self.experiment, self._artifacts = uri, experiment, artifacts
         _prepare(uri)
-        self._calls = Calls(f"MLflow at {_masked(uri.removeprefix(_SQLITE))}", _judge)
+        self._calls = Calls(f"MLflow at {masked(uri.removeprefix(_SQLITE))}", _judge)
         self._client: Any = None
         self._experiment_id = ""
         self._refusal: Exception | None = None
@@ -112,10 +113,10 @@ class Tracker:
         run.call(lambda client, run_id: None)
         return run
 
-    def bearer(self, name: str, alias: str) -> Bearer | None:
+    def version_of(self, name: str, alias: str) -> Version | None:
         """The version of a registered model that has the alias, if there is one."""
 
-        def look_up() -> Bearer | None:
+        def look_up() -> Version | None:
             from mlflow.exceptions import MlflowException
 
             client = self._opened()
@@ -125,7 +126,7 @@ class Tracker:
                 if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     return None
                 raise
-            return Bearer(str(version.version), version.tags.get(CHECKPOINT_TAG, ""))
+            return Version(str(version.version), version.tags.get(CHECKPOINT_TAG, ""))
 
         return self._asked(look_up, "did not tell the model's version")
 
@@ -399,7 +400,7 @@ def _first_cause(error: BaseException) -> str:
     while (before := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
         error = before
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return _masked(lines[0])[:300]
+    return masked(lines[0])[:300]
 
 
 def _entities() -> Any:
@@ -416,11 +417,6 @@ def _shown(cell: Any) -> Any:
 
     with Pillow.open(io.BytesIO(cell)) as picture:
         return Image(picture.convert("RGB"))
-
-
-def _masked(text: str) -> str:
-    """The text without users and passwords in URLs."""
-    return re.sub(r"//[^/@\s]+@", "//", text)
 
 
 def _prepare(uri: str) -> None:

@@ -10,7 +10,6 @@ Beside them lie the attempts at the stages: see lease.py. `status.py` tells what
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import uuid
@@ -25,6 +24,7 @@ from infra.causes import explained, first_line
 from infra.errors import PixnerdError, Stopped
 from infra.records import Plain, Record, write_record
 from infra.store import Store
+from infra.text import masked
 from orchestration.lease import Who, now, this_driver
 
 
@@ -81,7 +81,7 @@ def begun(run: str, workflow: str, recipe: Mapping[str, Any], stages: Mapping[st
         **this_driver(),
         run=run,
         workflow=workflow,
-        command=[Path(sys.argv[0]).name, *map(_masked, sys.argv[1:])],
+        command=[Path(sys.argv[0]).name, *map(masked, sys.argv[1:])],
         recipe=_masked_values(recipe),
         git=_git(),
         version=version("pixnerd"),
@@ -90,17 +90,12 @@ def begun(run: str, workflow: str, recipe: Mapping[str, Any], stages: Mapping[st
     )
 
 
-def _masked(text: str) -> str:
-    """The text without users and passwords in URLs."""
-    return re.sub(r"//[^/@\s]+@", "//", text)
-
-
 def _masked_values(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _masked_values(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_masked_values(inner) for inner in value]
-    return _masked(value) if isinstance(value, str) else value
+    return masked(value) if isinstance(value, str) else value
 
 
 def _git() -> str:
@@ -146,5 +141,5 @@ class Journal:
 
     def _end(self, state: Literal["done", "failed", "stopped"], why: str = "") -> None:
         with suppress(PixnerdError):
-            end = RunEnd(state=state, why=_masked(why), at=now(), stages=self.stages)
+            end = RunEnd(state=state, why=masked(why), at=now(), stages=self.stages)
             write_record(self.store, layout.RUN_END.at(run=self.run.run), end)

@@ -100,7 +100,7 @@ def _verdicts(
         other: _Other | None = _Other(rule.above, reports[rule.above])
     else:
         assert settings.model is not None, "the check of the settings holds it"
-        other = _bearer(context, settings.model, rule.above, judged)
+        other = _holder(context, settings.model, rule.above, judged)
     if other is None:  # the first model of this name
         limit = f"beyond {settings.model}'s {rule.above}, of which there is none yet"
         yield Verdict(score=rule.score, value=value, limit=limit, passed=True)
@@ -128,9 +128,9 @@ def _beaten(store: Store, rule: Rule, judged: EvalReport, other: _Other) -> Verd
     return Verdict(score=rule.score, value=value, limit=limit, passed=interval.low > 0)
 
 
-def _bearer(context: Context, model: str, alias: str, judged: EvalReport) -> _Other | None:
+def _holder(context: Context, model: str, alias: str, judged: EvalReport) -> _Other | None:
     """The evaluation of the version that has the alias now, by the same judge and prompts; None without a version."""
-    version = context.tracker.bearer(model, alias)
+    version = context.tracker.version_of(model, alias)
     if version is None:
         return None
     name = f"{model} version {version.version}"

@@ -20,7 +20,7 @@ from PIL import Image
 
 from infra import calls, notices, scratch, tracking
 from infra.errors import TrackingError
-from infra.tracking import NOWHERE, Measured, Model, Run, Tracker
+from infra.tracking import NOWHERE, Measured, Model, Run, Tracker, Version
 
 LONG = 240.0  # seconds for what takes one or two where nothing else runs
 SECRET = "keep-this-to-yourself"
@@ -273,6 +273,13 @@ def test_all_that_measures_a_checkpoint_logs_to_its_model(tracker: Tracker):
     assert [each.model_id for each in run.inputs.model_inputs] == [found.model_id]
     version = client(tracker).get_model_version("measured", registered)
     assert version.source == f"models:/{found.model_id}"
+
+
+def test_the_version_that_has_an_alias_is_told(tracker: Tracker):
+    assert tracker.version_of("unknown", "champion") is None
+    number = tracker.register("asked", "champion", tracker.run("asked", "a"), model("one"), "")
+    assert tracker.version_of("asked", "champion") == Version(number, "one")
+    assert tracker.version_of("asked", "challenger") is None
 
 
 def test_a_table_has_its_pictures(tracker: Tracker, tmp_path: Path):

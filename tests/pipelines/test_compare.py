@@ -14,7 +14,7 @@ from infra.errors import EvaluationError, SettingsError
 from infra.records import EvalReport, GateOutput, StageRecord, put_data, write_record
 from infra.shards import parquet_bytes
 from infra.store import Store, open_store
-from infra.tracking import NOWHERE, Bearer, Tracker
+from infra.tracking import NOWHERE, Tracker, Version
 from orchestration import workflow
 from orchestration.artifacts import evaluation
 from pipelines import recipes
@@ -111,11 +111,11 @@ def test_what_differs_in_more_than_the_checkpoint_is_refused(store: Store, chang
 class Registry:
     """A tracker that knows of one alias."""
 
-    def __init__(self, bearer: Bearer | None) -> None:
-        self.version = bearer
+    def __init__(self, version: Version | None) -> None:
+        self.version = version
         self.asked: list[tuple[str, str]] = []
 
-    def bearer(self, name: str, alias: str) -> Bearer | None:
+    def version_of(self, name: str, alias: str) -> Version | None:
         self.asked.append((name, alias))
         return self.version
 
@@ -173,14 +173,14 @@ def test_a_champion_is_looked_up_and_a_first_model_has_none_to_beat(store: Store
     assert (verdict.limit, verdict.passed) == ("beyond m's champion, of which there is none yet", True)
     assert registry.asked == [("m", "champion")]
     [verdict] = decide(
-        store, {"above": "champion", "by": "interval"}, Registry(Bearer("3", "0.6")), new=new, old=old
+        store, {"above": "champion", "by": "interval"}, Registry(Version("3", "0.6")), new=new, old=old
     ).verdicts
     assert verdict.limit.startswith(f"above m version 3's {old.scores['geneval/overall'].value:.3f} by [+")
     assert verdict.passed
-    [verdict] = decide(store, {"above": "champion"}, Registry(Bearer("3", "0.8")), new=old, old=new).verdicts
+    [verdict] = decide(store, {"above": "champion"}, Registry(Version("3", "0.8")), new=old, old=new).verdicts
     assert not verdict.passed
     with pytest.raises(EvaluationError, match="m version 3, which is `champion`, was not evaluated by these prompts"):
-        decide(store, {"above": "champion"}, Registry(Bearer("3", "another")), new=new)
+        decide(store, {"above": "champion"}, Registry(Version("3", "another")), new=new)
 
 
 @pytest.mark.parametrize(
