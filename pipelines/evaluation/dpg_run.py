@@ -20,10 +20,10 @@ from pipelines.evaluation.asking import Asking, Item, Said, answers_in, nothing_
 from pipelines.evaluation.chunks import Chunk, Shelf, Show, make
 from pipelines.evaluation.dpg import Mode, Question, Scores, by_item, is_official, read_prompts, read_questions
 from pipelines.evaluation.dpg_shapes import shape_questions
-from pipelines.evaluation.generate import Asked, DrawingSettings, Order, chunked, generate
+from pipelines.evaluation.generate import Asked, DrawingSettings, Order, chunked, generate, to_look_at
 from pipelines.evaluation.grids import Grids
 from pipelines.evaluation.statistics import OVERALL, intervals
-from pipelines.evaluation.tars import PICTURES, ToJudge, place, tars
+from pipelines.evaluation.tars import place, tars
 
 FORMAT = 1  # raised when the same pictures, questions and judge would give another report
 
@@ -124,11 +124,7 @@ def judged(
     """The report on pictures that are there. `checkpoint` tells whose they are."""
     questions = questions_of(settings)
     items, judge = items_of(settings), settings.judge.located()
-    to_judge = {
-        first: ToJudge(chunk.data[PICTURES], asked.pictures(settings.images), chunk.failed)
-        for (first, asked), chunk in zip(_chunked(items, settings).items(), drawn, strict=True)
-        if PICTURES in chunk.data
-    }
+    to_judge = to_look_at(_chunked(items, settings), settings.images, drawn)
     answered = make(Shelf(store, layout.ANSWERED, stage), Asking(store, judge, items), to_judge, needs, show)
     failed = {place(name): cause for chunk in (*drawn, *answered) for name, cause in chunk.failed.items()}
     said = [of_picture for chunk in answered for of_picture in said_of(store, chunk)]

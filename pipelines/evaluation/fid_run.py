@@ -27,7 +27,7 @@ from infra.shards import parquet_bytes, read_selection
 from infra.store import Store
 from pipelines.evaluation.chunks import Chunk, Shelf, Show, make
 from pipelines.evaluation.fid import Gaussian, frechet, kernel_distance, precision_recall
-from pipelines.evaluation.generate import DrawingSettings, Order, chunked, generate
+from pipelines.evaluation.generate import DrawingSettings, Order, chunked, generate, to_look_at
 from pipelines.evaluation.rows import likeliest_caption, spread
 from pipelines.evaluation.seeing import Readable, Rows, Seeing, Side, added_up, of_adm
 from pipelines.evaluation.tars import PICTURES, ToJudge, packed, place, tars
@@ -209,11 +209,7 @@ def fid(
     settings, needs = real.settings, needs or real.settings.needs
     order = Order(store, stage, checkpoint, 1, settings.sampling, needs, apart=True)
     drawn = generate(order, prompts, show)
-    items = {
-        first: ToJudge(chunk.data[PICTURES], asked.pictures(1), chunk.failed)
-        for (first, asked), chunk in zip(chunked(prompts, 1, settings.sampling).items(), drawn, strict=True)
-        if PICTURES in chunk.data
-    }
+    items = to_look_at(chunked(prompts, 1, settings.sampling), 1, drawn)
     return _judged(store, stage, checkpoint.digest(), prompts, drawn, items, real, show, needs)
 
 

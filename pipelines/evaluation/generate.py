@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from infra.layout import Place
 from infra.records import CheckpointRecord
 from infra.store import Store
 from pipelines.evaluation.chunks import Chunk, Made, Maker, Shelf, Show, make
-from pipelines.evaluation.tars import packed
+from pipelines.evaluation.tars import PICTURES, ToJudge, packed
 from training import checkpoint as checkpoints
 from training.sampling import Artist, SampleSettings, pixels
 
@@ -66,6 +66,15 @@ def chunked(prompts: Sequence[str], images: int, settings: DrawingSettings) -> d
     """The number of a chunk's first prompt -> the chunk."""
     size = max(1, settings.batch // images)
     return {first: Asked(first, tuple(prompts[first : first + size])) for first in range(0, len(prompts), size)}
+
+
+def to_look_at(asked: Mapping[int, Asked], images: int, drawn: Sequence[Chunk]) -> dict[int, ToJudge]:
+    """The number of each chunk's first prompt -> its pictures, as far as there are any."""
+    return {
+        first: ToJudge(chunk.data[PICTURES], prompts.pictures(images), chunk.failed)
+        for (first, prompts), chunk in zip(asked.items(), drawn, strict=True)
+        if PICTURES in chunk.data
+    }
 
 
 class Drawing(Maker[Asked]):

@@ -19,12 +19,12 @@ from pipelines.evaluation import folders
 from pipelines.evaluation import geneval as protocol
 from pipelines.evaluation.chunks import Chunk, Shelf, Show, make
 from pipelines.evaluation.detector.settings import JudgeSettings, identity, name_of
-from pipelines.evaluation.generate import DrawingSettings, Order, chunked, generate
+from pipelines.evaluation.generate import DrawingSettings, Order, chunked, generate, to_look_at
 from pipelines.evaluation.judging import DETECTIONS, Judging, table_of, verdicts_of
 from pipelines.evaluation.prompts import Prompt
 from pipelines.evaluation.sets import PromptSettings, prompt_set, prompts_digest, read_prompts
 from pipelines.evaluation.statistics import intervals
-from pipelines.evaluation.tars import PICTURES, ToJudge, place, tars
+from pipelines.evaluation.tars import ToJudge, place, tars
 
 
 class GenevalSettings(PromptSettings, PoolSettings):
@@ -115,13 +115,8 @@ def judged(
 
 
 def to_judge(drawn: Sequence[Chunk], settings: GenevalSettings) -> dict[int, ToJudge]:
-    """The number of each drawn chunk's first prompt -> its pictures."""
-    chunks = chunked([prompt.prompt for prompt in read_prompts(settings)], settings.images, settings.sampling)
-    return {
-        first: ToJudge(chunk.data[PICTURES], asked.pictures(settings.images), chunk.failed)
-        for (first, asked), chunk in zip(chunks.items(), drawn, strict=True)
-        if PICTURES in chunk.data
-    }
+    asked = chunked([prompt.prompt for prompt in read_prompts(settings)], settings.images, settings.sampling)
+    return to_look_at(asked, settings.images, drawn)
 
 
 def verdicts_on(
