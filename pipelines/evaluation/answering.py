@@ -7,7 +7,6 @@ endpoint   a server that speaks OpenAI's protocol
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Annotated, Literal, NamedTuple, Protocol
 
@@ -16,6 +15,7 @@ from pydantic import Field
 from data_prep.scores import Failure
 from data_prep.scores.settings import Ask, Server, Vlm, Weighed
 from pipelines.evaluation.judges import Image
+from pipelines.evaluation.tars import png_of
 
 LONGEST = 200  # letters of an answer that are kept
 
@@ -85,7 +85,7 @@ class EndpointAnswerer:
         self.settings, self.client = settings, Client(settings)
 
     def answers(self, asked: Sequence[tuple[Image, Sequence[str]]]) -> list[list[Answer]]:
-        replies = self.client.replies((_png(image), [self._ask(text) for text in texts]) for image, texts in asked)
+        replies = self.client.replies((png_of(image), [self._ask(text) for text in texts]) for image, texts in asked)
         return [[_answer(reply) for reply in of_image] for of_image in replies]
 
     def _ask(self, text: str) -> Ask:
@@ -94,11 +94,3 @@ class EndpointAnswerer:
 
 def _answer(reply: str | Failure) -> Answer:
     return Unanswered(reply.value) if isinstance(reply, Failure) else reply[:LONGEST]
-
-
-def _png(image_HWC: Image) -> bytes:
-    from PIL import Image as Pillow
-
-    png = io.BytesIO()
-    Pillow.fromarray(image_HWC).save(png, "PNG")
-    return png.getvalue()

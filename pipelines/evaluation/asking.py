@@ -115,7 +115,7 @@ class Asking(Maker[ToJudge]):
 
 
 def nothing_said(items: Sequence[Item], number: int, image: int, cause: str) -> Said:
-    """Of a picture that could not be made, or not be judged at all."""
+    """The entry of a picture that could not be made, or that could not be judged at all."""
     return Said(number, image, dict.fromkeys(items[number].asked), cause)
 
 

@@ -48,7 +48,7 @@ def questions_of(settings: DpgSettings) -> list[Question]:
 
 
 def questions_name(settings: DpgSettings) -> str:
-    """Whose questions these are, as scores of other questions are not to be compared."""
+    """The name of the set of questions: scores on two sets cannot be compared."""
     if settings.questions == "shapes":
         return "the shape world's"
     return "DPG-Bench's" if is_official(Path(settings.questions)) else Path(settings.questions).name

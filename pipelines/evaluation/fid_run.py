@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from pipelines.evaluation.fid import Gaussian, frechet, kernel_distance, precisi
 from pipelines.evaluation.generate import DrawingSettings, Order, chunked, generate, to_look_at
 from pipelines.evaluation.rows import likeliest_caption, spread
 from pipelines.evaluation.seeing import Readable, Rows, Seeing, Side, added_up, of_adm
-from pipelines.evaluation.tars import PICTURES, ToJudge, packed, place, tars
+from pipelines.evaluation.tars import PICTURES, ToJudge, packed, place, png_of, tars
 
 TASK = "fid"
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -142,8 +141,6 @@ def _of_npz(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _unpacked(path: Path) -> Iterator[tuple[str, bytes]]:
-    from PIL import Image
-
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -154,10 +151,7 @@ def _unpacked(path: Path) -> Iterator[tuple[str, bytes]]:
             )
         size = int(np.prod(shape[1:]))
         for _ in range(shape[0]):
-            png = io.BytesIO()
-            pixels = np.frombuffer(file.read(size), np.uint8).reshape(shape[1:])
-            Image.fromarray(pixels).save(png, "PNG", compress_level=1)
-            yield ".png", png.getvalue()
+            yield ".png", png_of(np.frombuffer(file.read(size), np.uint8).reshape(shape[1:]))
 
 
 def _of_files(files: Iterable[Path]) -> Iterator[tuple[str, bytes]]:

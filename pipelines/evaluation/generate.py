@@ -6,7 +6,6 @@ many workers draw them, and two checkpoints are compared on the same noise.
 
 from __future__ import annotations
 
-import io
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from infra.layout import Place
 from infra.records import CheckpointRecord
 from infra.store import Store
 from pipelines.evaluation.chunks import Chunk, Made, Maker, Shelf, Show, make
-from pipelines.evaluation.tars import PICTURES, ToJudge, packed
+from pipelines.evaluation.tars import PICTURES, ToJudge, packed, png_of
 from training import checkpoint as checkpoints
 from training.sampling import Artist, SampleSettings, pixels
 
@@ -100,8 +99,6 @@ class Drawing(Maker[Asked]):
         return item.pictures(self.images)
 
     def make(self, item: Asked) -> Made:
-        from PIL import Image
-
         subjects = [subject for prompt in item.prompts for subject in [_subject(self.artist, prompt)] * self.images]
         first = item.first * self.images
         seeds = range(first, first + len(subjects)) if self.apart else [*range(self.images)] * len(item.prompts)
@@ -112,9 +109,7 @@ class Drawing(Maker[Asked]):
             if not whole:
                 failed[name] = "it came out as NaN or infinity"
                 continue
-            png = io.BytesIO()
-            Image.fromarray(picture).save(png, "PNG")
-            pngs[f"{name}.png"] = png.getvalue()
+            pngs[f"{name}.png"] = png_of(picture)
         return packed(pngs, failed)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from infra import layout
@@ -21,7 +22,7 @@ from infra.records import EvalReport
 from infra.store import Store
 from pipelines.evaluation.chunks import Chunk, Made, Shelf
 from pipelines.evaluation.generate import Asked
-from pipelines.evaluation.tars import packed, read_pictures
+from pipelines.evaluation.tars import packed, png_of, read_pictures
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _FORMATS = ("PNG", "JPEG", "WEBP")  # of other kinds, a stranger's file could make Pillow run other programs
@@ -37,7 +38,7 @@ class Grids(NamedTuple):
     resolution: int
 
     def digest(self) -> str:
-        """Of the files' bytes."""
+        """A digest of the bytes of all grids."""
         files = {item: self._file(item) for item in self.items}
         return digest({item: sha256_of(file) for item, file in files.items() if file is not None})
 
@@ -72,7 +73,9 @@ class Grids(NamedTuple):
             with Image.open(file, formats=_FORMATS) as grid:
                 if grid.size != (side, side):
                     return f"its grid is {grid.width} x {grid.height}, not {side} x {side}"
-                return [_png(grid.convert("RGB").crop(box)) for box in _boxes(self.images, self.resolution)]
+                return [
+                    png_of(np.asarray(grid.convert("RGB").crop(box))) for box in _boxes(self.images, self.resolution)
+                ]
         except _BROKEN as error:
             return f"its grid cannot be read ({first_line(error).replace(str(file), file.name)})"
 
@@ -112,9 +115,3 @@ def _grid(pictures: Mapping[int, bytes], images: int) -> Image.Image:
 def _boxes(images: int, side: int) -> list[tuple[int, int, int, int]]:
     corners = ((0, 0), (side, 0), (0, side), (side, side))
     return [(left, top, left + side, top + side) for left, top in corners[:images]]
-
-
-def _png(picture: Image.Image) -> bytes:
-    png = io.BytesIO()
-    picture.save(png, "PNG")
-    return png.getvalue()

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from data_prep.scores import Sample
 from data_prep.scores.settings import ClipSettings
@@ -24,7 +23,7 @@ from infra.records import get_data
 from infra.store import Store
 from pipelines.evaluation.chunks import Chunk, Made, Maker
 from pipelines.evaluation.fid import Gathering, Gaussian, InceptionScore
-from pipelines.evaluation.tars import place
+from pipelines.evaluation.tars import place, png_of
 
 KEPT = 10_000  # pictures whose features are kept, as the published precision and recall have it
 _SEEN = "seen"
@@ -106,16 +105,10 @@ class Seeing(Maker[Readable]):
             return np.zeros(0)
         column = f"{self.clip.name}_score"
         samples = (
-            Sample(name, [{"kind": "prompt", "text": self.prompts[place(name)[0]]}], _png(picture))
+            Sample(name, [{"kind": "prompt", "text": self.prompts[place(name)[0]]}], png_of(picture))
             for name, picture in there.items()
         )
         return np.array([row[column] for row in self.scorer.rows(samples) if column in row])
-
-
-def _png(picture: Picture) -> bytes:
-    content = io.BytesIO()
-    Image.fromarray(picture).save(content, "PNG", compress_level=1)
-    return content.getvalue()
 
 
 def _batches(pictures: Sequence[Picture], size: int) -> Iterator[list[Picture]]:

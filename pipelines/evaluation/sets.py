@@ -1,4 +1,7 @@
-"""Which prompts are asked: a set by its name, a file, or one made by a seed. Without torch, for what only counts."""
+"""The prompts of an evaluation: a set by its name, a file, or a set that is drawn from a seed.
+
+It imports no torch, since scores are also computed from detections that were kept.
+"""
 
 from __future__ import annotations
 

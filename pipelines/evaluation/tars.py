@@ -26,6 +26,14 @@ def place(name: str) -> tuple[int, int]:
     return int(prompt), int(image)
 
 
+def png_of(pixels_HWC: npt.NDArray[np.uint8]) -> bytes:
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(content, "PNG")
+    return content.getvalue()
+
+
 def packed(pictures: Mapping[str, bytes], failed: dict[str, str]) -> Made:
     """A chunk's pictures, by the names of their files, as its tar."""
     content = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Which judge looks at the pictures, and what its verdicts depend on."""
+"""The settings that choose a judge for GenEval, and the hash of its weights, which its verdicts depend on."""
 
 from __future__ import annotations
 
