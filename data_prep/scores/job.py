@@ -118,7 +118,7 @@ def read_scores(store: Store, plan: str, size: str, scorer: str, number: int) ->
 
 
 class Tables(NamedTuple):
-    """Which side tables a snapshot joins: those of a scorer, by its digest, made at a size."""
+    """Tables of scores that a snapshot joins: the digest of their scorer, and the size of the images that it scored."""
 
     scorer: str
     size: str

@@ -262,7 +262,7 @@ class ByHand:
         return classes, torch.einsum("bqc,bchw->bqhw", mask, pixels_BCHW)
 
     def logits(self, x_B3HW: Tensor) -> tuple[Tensor, Tensor]:
-        """Of classes [B, Q, K + 1] and masks [B, Q, h, w]."""
+        """The logits of the classes [B, Q, K + 1], and those of the masks [B, Q, h, w]."""
         pixels, levels = self.pixel_decoder(self.backbone(x_B3HW.double()))
         x, own = (self.state[f"panoptic_head.{name}.weight"][None] for name in ("query_feat", "query_embed"))
         for number in range(DECODER):

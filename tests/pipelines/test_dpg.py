@@ -63,7 +63,7 @@ def test_by_hand_as_published(tmp_path: Path):
     scores = score(asked(tmp_path, *TOGETHER), answers, "compat")
     assert scores.items == {"kite": pytest.approx(100 * (1 / 3 + 2 / 3) / 2)}
     assert scores.overall == pytest.approx(50)
-    # Of the last picture, before zeroing.
+    # The published script takes categories from the last picture only, before questions are zeroed.
     assert scores.l2 == {COLOUR: 0, PART: 100, WHOLE: 100}
     assert scores.l1 == {"attribute": 0, "entity": 100}
     assert vars(scores.coverage) == {"items": 2, "scored": 1, "failed": 1, "missing": 0}
