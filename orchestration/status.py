@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from infra import layout
 from infra.claim import PATIENCE_SECONDS
-from infra.errors import DataError, NotFound, SettingsError
+from infra.errors import DataError, NotFound, RecordError, SettingsError
 from infra.records import Record, read_record
 from infra.store import Store
 from orchestration.history import RunEnd, RunStage, WorkflowRun
@@ -68,8 +68,8 @@ class Runs:
         return sorted({*self.names[len(self.names) - count :], *at_work})
 
     def look(self, names: Iterable[str]) -> list[RunNow]:
-        """What the records tell of these runs."""
-        return _at_once(self._look, names)
+        """What the records tell of these runs, without those whose record cannot be read."""
+        return [run for run in _at_once(self._look, names) if run is not None]
 
     def explain(self, stage: str, workflow: str | None = None, run: str | None = None) -> Explained:
         """The stage in the newest run that has it, of this workflow if one is given; or in the run that is named."""
@@ -79,8 +79,10 @@ class Runs:
         reason = _reason(stage, now, earlier[0] if earlier else None)
         return Explained(newest, of_stage, reason, tried(self.store, of_stage.kind, of_stage.digest))
 
-    def _look(self, name: str) -> RunNow:
+    def _look(self, name: str) -> RunNow | None:
         record = self._record(name)
+        if record is None:
+            return None
         end = _read(self.store, layout.RUN_END.at(run=name), RunEnd)
         silence = self._silence(name)
         state, why = "silent", "killed, or its machine is away; the same command goes on from there"
@@ -116,6 +118,8 @@ class Runs:
         found: WorkflowRun | None = None
         for start in range(len(names), 0, -READERS):
             for record in _at_once(self._record, names[max(0, start - READERS) : start][::-1]):
+                if record is None:
+                    continue
                 if stage not in record.stages or workflow not in (None, record.workflow):
                     if run is not None and found is None:
                         raise self._unknown(stage, record)
@@ -138,8 +142,10 @@ class Runs:
             remedy=f"the run {newest.run} of `{newest.workflow}` has {', '.join(newest.order)}",
         )
 
-    def _record(self, name: str) -> WorkflowRun:
-        return read_record(self.store, layout.RUN.at(run=name), WorkflowRun)
+    def _record(self, name: str) -> WorkflowRun | None:
+        with suppress(RecordError):
+            return _read(self.store, layout.RUN.at(run=name), WorkflowRun)
+        return None
 
     def _silence(self, name: str) -> float | None:
         """Seconds since the run's last heartbeat, all by the store's clock; None if it has no note any more."""

@@ -184,6 +184,19 @@ def test_status_tells_of_each_stage(command: Command, ran: list[str], capsys: py
     assert "    c              skipped    needs b" in text
 
 
+def test_a_run_whose_record_is_damaged_hides_no_other(
+    command: Command, ran: list[str], capsys: pytest.CaptureFixture[str]
+):
+    command.write(a={"value": 1})
+    command.run()
+    command.store.put(layout.RUN.at(run="99991231-235959-damaged"), b"{")
+    capsys.readouterr()
+    status(command.store.url, last=5, json_=True)
+    assert [run["state"] for run in json.loads(capsys.readouterr().out)] == ["done"]
+    explain("a", command.store.url, json_=True)
+    assert json.loads(capsys.readouterr().out)["state"] == "done"
+
+
 def test_explain_says_what_was_changed_and_logs_where_it_failed(
     command: Command, ran: list[str], kinds: dict[str, StageKind], capsys: pytest.CaptureFixture[str]
 ):
